@@ -1,0 +1,137 @@
+"""From a config to the objects of a run; every field is checked before anything is compiled."""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from saflex_jax import augment, checks, data, models, parallel
+from saflex_jax.core.tree import under
+from saflex_jax.methods import METHODS
+from saflex_jax.types import Batch, Method, Streams
+
+BACKBONES = {"mlp": models.MLP, "small_cnn": models.SmallCNN, "resnet18": models.ResNet18}
+SCHEMA = {
+    "data": ("name", "val", "test", "noise", "train_on_val"),
+    "augment": ("shift", "degrees", "scale", "shear", "feature_noise", "mixup", "mixup_probability"),
+    "optimizer": ("learning_rate", "weight_decay"),
+    "method": ("name", "options"),
+    "train": ("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),
+}  # fmt: skip
+
+
+class Data(NamedTuple):
+    """One seed's data.
+
+    Attributes:
+      pools: candidates (labels partly wrong), val (trusted).
+      test: read once, at the end.
+      clean_labels: int[N] of the candidates; for diagnosis only, training never sees it.
+    """
+
+    pools: Streams
+    test: Batch
+    clean_labels: np.ndarray
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError on an unknown field (naming the nearest) or choice."""
+    checks.fields("config", config, ("seed", "runner", "model", *SCHEMA))
+    for section, accepted in SCHEMA.items():
+        checks.fields(f"config.{section}", config[section], accepted)
+    checks.choice("config.runner", config.runner, parallel.RUNNERS)
+    checks.choice("config.data.name", config.data.name, data.SOURCES)
+    checks.choice("config.model.name", config.model.name, BACKBONES)
+    checks.choice("config.method.name", config.method.name, METHODS)
+    backbone = inspect.signature(BACKBONES[config.model.name]).parameters
+    checks.fields("config.model", config.model, {"name", *backbone} - {"parent", "axis_name"})
+    checks.fields("config.method.options", config.method.options, _options(config.method.name))
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        checks.positive(f"config.train.{name}", config.train[name])
+
+
+def _options(method: str) -> set[str]:
+    """What `config.method.options` may set: the rule's keywords, less those that data decide."""
+    if method == "erm":
+        return set()
+    module = inspect.getmodule(METHODS[method])
+    return set(inspect.signature(module.refiner).parameters) - {"num_samples", "num_classes", "prior"}
+
+
+def make_data(config: ConfigDict) -> Data:
+    """Splits, corrupts and standardises, all by `config.seed`."""
+    source = data.SOURCES[config.data.name]()
+    train, val, test = data.stratified_split(
+        source.labels, val=config.data.val, test=config.data.test, seed=config.seed
+    )
+    inputs = source.inputs
+    if inputs.ndim == 2:  # a table: the scale of its columns, from the training split alone
+        mean, deviation = inputs[train].mean(0), inputs[train].std(0)
+        inputs = (inputs - mean) / np.where(deviation > 0, deviation, 1)
+
+    def pool(index, labels):
+        onehot = np.eye(source.num_classes, dtype=np.float32)[labels]
+        rows = np.arange(len(index), dtype=np.int32)
+        return Batch(inputs[index], onehot, np.ones(len(index), bool), rows)
+
+    given = data.symmetric_noise(
+        source.labels[train], source.num_classes, share=config.data.noise, seed=config.seed
+    )
+    clean = source.labels[train]
+    if config.data.train_on_val:
+        train = np.concatenate([train, val])
+        given, clean = (np.concatenate([a, source.labels[val]]) for a in (given, clean))
+    pools = Streams(candidates=pool(train, given), val=pool(val, source.labels[val]))
+    return Data(pools, pool(test, source.labels[test]), clean)
+
+
+def make_stream(config: ConfigDict, pools: Streams) -> data.ArrayStream:
+    """This process's share of the batches."""
+    return data.ArrayStream(
+        pools,
+        batch_size=config.train.batch_size,
+        val_batch_size=config.train.val_batch_size or None,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def make_method(config: ConfigDict, pools: Streams) -> Method:
+    """The method, fed by the config's upstream pipeline."""
+    check(config)
+    a = config.augment
+    parts = [
+        a.shift and augment.shift(a.shift),
+        (a.degrees or a.scale or a.shear)
+        and augment.affine(degrees=a.degrees, scale=a.scale, shear=a.shear),
+        a.feature_noise and augment.feature_noise(a.feature_noise),
+        a.mixup and augment.mixup(a.mixup, probability=a.mixup_probability),
+    ]
+    size, num_classes = pools.candidates.labels.shape
+    kwargs = {k: v for k, v in config.model.items() if k != "name"}
+    if config.runner == "pmap":
+        kwargs["axis_name"] = parallel.runners.AXIS
+    model = models.from_linen(
+        models.Classifier(BACKBONES[config.model.name](**kwargs), num_classes)
+    )
+    tx = optax.adamw(config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
+    options = dict(config.method.options)
+    if isinstance(options.get("predicate"), str):  # a path; "" = all parameters
+        options["predicate"] = under(options["predicate"]) if options["predicate"] else None
+    if config.method.name == "saflex":
+        options |= {"num_samples": size, "num_classes": num_classes}
+    if config.method.name == "implicit":
+        options["prior"] = pools.candidates.labels
+    method = METHODS[config.method.name](model, tx, **options)
+    return augment.upstream(method, augment.chain(*filter(None, parts)))
+
+
+def init_state(config: ConfigDict, method: Method, pools: Streams):
+    """The state at step 0, by `config.seed`."""
+    return method.init(jax.random.key(config.seed), pools.candidates.inputs[:1])

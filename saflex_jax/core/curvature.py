@@ -1,0 +1,75 @@
+"""Matrix-vector products with the curvature of a loss; nothing is ever materialised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax.core.losses import masked_mean
+from saflex_jax.core.tree import identity, merge, select
+from saflex_jax.types import LogitsFn, Params, PathPredicate, PyTree, Reduce
+
+Matvec = Callable[[PyTree], PyTree]
+
+
+def dot(x: PyTree, y: PyTree) -> jax.Array:
+    """<x, y> over all leaves, f32[]."""
+    products = jax.tree.map(lambda a, b: jnp.vdot(a, b), x, y)
+    return sum(jax.tree.leaves(products))
+
+
+def hessian(loss_fn: Callable[[Params], jax.Array], params: Params, *, reduce: Reduce = identity) -> Matvec:
+    """u -> (grad^2 loss)(params) u, forward over reverse.
+
+    The gradient is linearised once, so that a solver's loop does not run the network again.
+
+    Args:
+      loss_fn: params -> f32[]; under pmap the device's share (see `losses.masked_mean`).
+      params: where the Hessian is taken.
+      reduce: mean over the data-parallel axis.
+    """
+    _, push = jax.linearize(jax.grad(loss_fn), params)
+    return lambda u: reduce(push(u))
+
+
+def gauss_newton(
+    logits_fn: LogitsFn,
+    params: Params,
+    inputs: PyTree,
+    *,
+    mask: jax.Array | None = None,
+    predicate: PathPredicate | None = None,
+    reduce: Reduce = identity,
+) -> Matvec:
+    """u -> G u with G the Gauss-Newton matrix of the mean cross-entropy.
+
+        G = mean_i J_i^T (diag p_i - p_i p_i^T) J_i ,   J_i = d logits_i / d theta
+
+    Positive semi-definite, and free of the labels. The network runs and is linearised once; where
+    the selected parameters are the head, what remains inside a product is one multiplication with
+    the features and one with their transpose.
+
+    Args:
+      logits_fn: (params, inputs) -> f32[B, K].
+      params: pytree.
+      inputs: leading axis B.
+      mask: bool[B]; False rows do not count.
+      predicate: the parameters that u holds; None = all.
+      reduce: mean over the data-parallel axis.
+    """
+    selected = select(params, predicate)
+    # Linearised here and not inside `matvec`: a solver's loop must not run the network again.
+    # Where no product is asked for (the greedy direction), jit drops all of it.
+    logits, push = jax.linearize(lambda p: logits_fn(merge(p, params), inputs), selected)
+    pull = jax.linear_transpose(push, selected)
+    probs = jax.nn.softmax(logits)
+    share = jax.grad(lambda ones: masked_mean(ones, mask, reduce=reduce))(jnp.ones(len(probs)))
+
+    def matvec(u: PyTree) -> PyTree:
+        change = push(u)
+        change = probs * (change - jnp.sum(probs * change, axis=-1, keepdims=True))
+        return reduce(pull(share[:, None] * change)[0])
+
+    return matvec

@@ -1,0 +1,128 @@
+"""Approximate solutions of A x = b on pytrees, behind one signature.
+
+    (matvec, rhs) -> (x, SolveInfo(residual))
+
+A is the curvature of the inner problem, b the validation gradient, x the direction of the scores.
+identity: the paper's greedy step. preconditioned: what the optimiser's step does to a gradient.
+Neumann, CG: implicit differentiation. `residual` is ||A x - b|| / ||b||, with the damping inside A
+where there is one; under jit it costs nothing unless somebody reads it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax import checks
+from saflex_jax.core.curvature import Matvec, dot
+from saflex_jax.core.tree import axpy
+from saflex_jax.types import LinearSolve, PyTree, SolveInfo
+
+
+def _info(matvec: Matvec, x: PyTree, rhs: PyTree) -> SolveInfo:
+    error = axpy(-1.0, rhs, matvec(x))
+    size = jnp.maximum(dot(rhs, rhs), jnp.finfo(jnp.float32).tiny)
+    return SolveInfo(jnp.sqrt(dot(error, error) / size))
+
+
+def _damped(matvec: Matvec, damping: float) -> Matvec:
+    return lambda u: axpy(damping, u, matvec(u))
+
+
+def identity_solve(*, scale: float = 1.0) -> LinearSolve:
+    """x = scale * b: the greedy direction (a gradient step's own, with scale = learning rate)."""
+    checks.positive("scale", scale)
+
+    def solve(matvec, rhs):
+        x = jax.tree.map(lambda b: scale * b, rhs)
+        return x, _info(matvec, x, rhs)
+
+    return solve
+
+
+def preconditioned_solve(inverse_diagonal: PyTree) -> LinearSolve:
+    """x = D b with a diagonal D, given as a tree like b (see `adam_inverse_diagonal`)."""
+
+    def solve(matvec, rhs):
+        x = jax.tree.map(lambda d, b: d * b, inverse_diagonal, rhs)
+        return x, _info(matvec, x, rhs)
+
+    return solve
+
+
+def adam_inverse_diagonal(
+    opt_state: PyTree, *, b2: float = 0.999, eps: float = 1e-8
+) -> PyTree:
+    """The diagonal by which Adam multiplies a gradient, 1 / (sqrt(nu / (1 - b2^t)) + eps).
+
+    Read from the (possibly nested) optax state; ones before the first step. `b2` and `eps` must be
+    the optimiser's own, optax does not keep them in the state.
+
+    Returns:
+      tree like params.
+
+    Raises:
+      ValueError: the state holds no second moment.
+    """
+    found = [
+        s
+        for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+        if isinstance(s, optax.ScaleByAdamState)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state must hold exactly one optax.ScaleByAdamState; given {len(found)} "
+            f"in {type(opt_state).__name__}"
+        )
+    count, nu = found[0].count, found[0].nu
+    correction = jnp.where(count > 0, 1 - b2 ** count.astype(jnp.float32), 1.0)
+    return jax.tree.map(
+        lambda n: jnp.where(count > 0, 1 / (jnp.sqrt(n / correction) + eps), jnp.ones_like(n)), nu
+    )
+
+
+def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSolve:
+    """x = scale * sum_{j=0..steps} (I - scale (A + damping I))^j b.
+
+    Converges to (A + damping I)^-1 b for 0 < scale < 2 / (largest eigenvalue); steps = 0 is
+    `identity_solve`. Equals `steps + 1` unrolled gradient-descent steps at a fixed Hessian.
+
+    Raises:
+      ValueError: steps < 0, scale <= 0, damping < 0.
+    """
+    checks.at_least_zero("steps", steps)
+    checks.positive("scale", scale)
+    checks.at_least_zero("damping", damping)
+
+    def solve(matvec, rhs):
+        matvec = _damped(matvec, damping)
+
+        def body(_, x):  # x <- x + scale (b - A x)
+            return axpy(scale, axpy(-1.0, matvec(x), rhs), x)
+
+        x = jax.lax.fori_loop(0, steps, body, jax.tree.map(lambda b: scale * b, rhs))
+        return x, _info(matvec, x, rhs)
+
+    return solve
+
+
+def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 1e-2) -> LinearSolve:
+    """(A + damping I) x = b by at most `maxiter` conjugate-gradient iterations.
+
+    A must be symmetric positive semi-definite (Gauss-Newton always is; a Hessian only at a
+    minimum). tol is relative to ||b||; 0 runs all iterations. Source: jax.scipy.sparse.linalg.cg.
+
+    Raises:
+      ValueError: maxiter < 1, tol < 0, damping < 0.
+    """
+    checks.positive("maxiter", maxiter)
+    checks.at_least_zero("tol", tol)
+    checks.at_least_zero("damping", damping)
+
+    def solve(matvec, rhs):
+        matvec = _damped(matvec, damping)
+        x, _ = jax.scipy.sparse.linalg.cg(matvec, rhs, tol=tol, maxiter=maxiter)
+        return x, _info(matvec, x, rhs)
+
+    return solve

@@ -1,0 +1,211 @@
+"""Training steps: pure maps (state, batch) -> (state, metrics), written once for every runner.
+
+Static arguments are keyword-only; bind them with functools.partial. `reduce` is the mean over the
+data-parallel axis and the only thing in which jit and pmap differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax.core import hypergrad
+from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.tree import identity, mean_floats
+from saflex_jax.types import (
+    Batch,
+    LinearSolve,
+
+    Metrics,
+    ModelState,
+    Params,
+    PyTree,
+    Reduce,
+    Refiner,
+    Streams,
+    Targets,
+    TrainFn,
+    TrainState,
+)
+
+# params -> (loss f32[], (new model_state, metrics))
+StepLoss = Callable[[Params], tuple[jax.Array, tuple[ModelState, Metrics]]]
+
+
+def init_state(
+    key: jax.Array,
+    params: Params,
+    model_state: ModelState,
+    tx: optax.GradientTransformation,
+    extra: PyTree = (),
+) -> TrainState:
+    """A TrainState at step 0."""
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params), key, extra)
+
+
+def step_key(state: TrainState, index: jax.Array) -> jax.Array:
+    """The key of this step. Folding in the first row's sample sets devices apart under pmap."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), index[0])
+
+
+def total(values: jax.Array, mask: jax.Array, reduce: Reduce) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) of values f32[B] over unmasked rows, as means over devices: their ratio is exact."""
+    values, mask = jnp.where(mask, values, 0.0), mask.astype(jnp.float32)
+    return reduce((jnp.sum(values), jnp.sum(mask)))
+
+
+def gradient_step(
+    state: TrainState, loss_fn: StepLoss, *, tx: optax.GradientTransformation, reduce: Reduce = identity
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step on any loss; what every method ends in.
+
+        theta <- theta + tx(mean over devices of grad loss(theta))
+
+    Args:
+      state: TrainState.
+      loss_fn: params -> (loss, (model_state, metrics)). Under pmap `loss` is the device's share
+        (`losses.masked_mean`) and metrics are already reduced.
+      tx: optax transformation.
+      reduce: mean over the data-parallel axis.
+
+    Returns:
+      (state at step + 1, metrics with "loss" and "grad_norm" added).
+    """
+    (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    loss, grads = reduce((loss, grads))
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    one = jnp.ones(())
+    metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.global_norm(grads), one)}
+    new = state._replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        model_state=mean_floats(model_state, reduce),
+        opt_state=opt_state,
+    )
+    return new, metrics
+
+
+def inner_step(
+    state: TrainState,
+    candidates: Batch,
+    targets: Targets,
+    *,
+    train_fn: TrainFn,
+    tx: optax.GradientTransformation,
+    clean: Batch | None = None,
+    reduce: Reduce = identity,
+) -> tuple[TrainState, Metrics]:
+    """One step on weighted soft-label candidates, and on clean samples beside them if given.
+
+        L = mean_i w_i CE(f(x_i), y_i)  [+ mean_j CE(f(x_j), q_j)]
+
+    Candidates and clean samples share one forward pass (and its BatchNorm statistics).
+
+    Args:
+      state: TrainState.
+      candidates: Batch of B.
+      targets: Targets of B.
+      train_fn: (params, model_state, inputs, key) -> (logits, model_state), training mode.
+      tx: optax transformation.
+      clean: Batch, or None.
+      reduce: mean over the data-parallel axis.
+    """
+    size = candidates.labels.shape[0]
+    inputs = candidates.inputs
+    if clean is not None:
+        inputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inputs, clean.inputs)
+
+    def loss_fn(params):
+        logits, model_state = train_fn(
+            params, state.model_state, inputs, step_key(state, candidates.index)
+        )
+        losses = weighted_cross_entropy(
+            logits[:size], targets.labels, targets.weights, candidates.mask
+        )
+        loss = masked_mean(losses, candidates.mask, reduce=reduce)
+        metrics = {"candidate_loss": total(losses, candidates.mask, reduce)}
+        if clean is not None:
+            losses = weighted_cross_entropy(logits[size:], clean.labels, mask=clean.mask)
+            loss += masked_mean(losses, clean.mask, reduce=reduce)
+            metrics["clean_loss"] = total(losses, clean.mask, reduce)
+        return loss, (model_state, metrics)
+
+    return gradient_step(state, loss_fn, tx=tx, reduce=reduce)
+
+
+def bilevel_step(
+    state: TrainState,
+    streams: Streams,
+    *,
+    logits_fn: Callable[[Params, ModelState, PyTree], jax.Array],
+    train_fn: TrainFn,
+    tx: optax.GradientTransformation,
+    refiner: Refiner,
+    reduce: Reduce = identity,
+) -> tuple[TrainState, Metrics]:
+    """Refine the candidates' targets, then take the inner step on them.
+
+        scores -> targets -> theta <- theta + tx(grad of the weighted soft-label loss)
+
+    `state.extra` holds the refiner's arrays.
+
+    Args:
+      state: TrainState.
+      streams: candidates, val and, optionally, clean samples.
+      logits_fn: (params, model_state, inputs) -> logits, evaluation mode; used for scores only.
+      train_fn: training mode; used for the inner step only.
+      tx: optax transformation.
+      refiner: the rule (see `saflex_jax.methods`).
+      reduce: mean over the data-parallel axis.
+    """
+
+    def frozen(params, inputs):  # running statistics: rows stay independent
+        return logits_fn(params, state.model_state, inputs)
+
+    targets, extra, refined = refiner.apply(state.extra, state, frozen, streams, reduce=reduce)
+    state, metrics = inner_step(
+        state, streams.candidates, targets, train_fn=train_fn, tx=tx, clean=streams.clean, reduce=reduce
+    )
+    return state._replace(extra=extra), {**metrics, **refined}
+
+
+def outer_step(
+    meta: PyTree,
+    meta_opt_state: PyTree,
+    params: Params,
+    *,
+    inner_loss: hypergrad.Loss,
+    outer_loss: hypergrad.Loss,
+    meta_tx: optax.GradientTransformation,
+    solve: LinearSolve,
+    project: Callable[[PyTree], PyTree] = identity,
+    reduce: Reduce = identity,
+) -> tuple[PyTree, PyTree, Metrics]:
+    """One projected optimiser step on meta-parameters along the implicit hypergradient.
+
+        phi <- project(phi + meta_tx(d L_out / d phi))
+
+    Args:
+      meta: phi, pytree of floats, the same on every device.
+      meta_opt_state: optax state of phi.
+      params: an (approximate) inner minimiser.
+      inner_loss, outer_loss: (params, meta) -> f32[].
+      meta_tx: optax transformation for phi.
+      solve: a LinearSolve for the inner Hessian.
+      project: onto phi's feasible set.
+      reduce: mean over the data-parallel axis.
+
+    Returns:
+      (meta, meta_opt_state, metrics).
+    """
+    value, grads, info = hypergrad.implicit_hypergradient(
+        inner_loss, outer_loss, params, meta, solve=solve, reduce=reduce
+    )
+    updates, meta_opt_state = meta_tx.update(grads, meta_opt_state, meta)
+    meta = project(optax.apply_updates(meta, updates))
+    one = jnp.ones(())
+    metrics = {"val_loss": (value, one), "solve_residual": (info.residual, one)}
+    return meta, meta_opt_state, metrics

@@ -1,0 +1,115 @@
+"""Weights and soft labels in closed form from scores: the second half of SAFLEX."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+from saflex_jax.core.losses import masked_mean
+from saflex_jax.core.tree import identity
+from saflex_jax.types import Reduce, Targets
+
+Scale = Literal["rms", "raw"]
+Learn = Literal["both", "weights", "labels"]
+Anchor = Literal["linear", "log"]
+
+_LOG_FLOOR = 1e-3  # what a class with prior zero counts as under anchor="log"
+
+
+def score_scale(
+    scores: jax.Array, mask: jax.Array | None = None, *, reduce: Reduce = identity
+) -> jax.Array:
+    """Root mean square of the unmasked scores f32[B, K] over all devices, f32[]; 1 if all are 0."""
+    square = reduce(masked_mean(jnp.mean(scores**2, axis=-1), mask, reduce=reduce))
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
+
+
+def solve_targets(
+    scores: jax.Array,
+    prior: jax.Array,
+    *,
+    prior_strength: float = 3.0,
+    temperature: float = 0.3,
+    tolerance: float = 0.25,
+    scale: Scale = "rms",
+    learn: Learn = "both",
+    anchor: Anchor = "linear",
+    mask: jax.Array | None = None,
+    reduce: Reduce = identity,
+) -> Targets:
+    """The point of the simplex that the scores ask for, and whether to train on the sample at all.
+
+        y_i = softmax((S_i / sigma + beta q_i) / tau)      maximises <y, S_i / sigma + beta q_i> + tau H(y)
+        u_i = <y_i, S_i / sigma>
+        w_i = 1[u_i >= -tolerance], rescaled to global mean one (all zero: the term vanishes)
+
+    Args:
+      scores: S, f32[B, K]; > 0 = lowers the validation loss.
+      prior: q, f32[B, K], the labels that the upstream pipeline believes.
+      prior_strength: beta >= 0, in units of the scale. math.inf returns the prior itself, the
+        plain upstream pipeline. (A finite beta sharpens a *mixed* prior: its limit is one-hot at
+        the prior's largest class; see `anchor`.)
+      temperature: tau > 0.
+      tolerance: >= 0, in units of the scale; 0 is the paper's rule. math.inf drops nothing.
+      scale: sigma; "rms" = RMS of the global batch's scores, "raw" = 1.
+      learn: "both"; "weights" keeps y = q; "labels" keeps w = 1.
+      anchor: "linear" adds beta q. "log" adds beta log max(q, 1e-3), so that with beta = tau a
+        zero score leaves every prior, also a mixed one, as it is.
+      mask: bool[B]; False rows get weight 0 and do not enter the scale.
+      reduce: mean over the data-parallel axis.
+
+    Returns:
+      Targets, without gradient. A score that is not finite gives weights that are not finite, so
+      that it surfaces in the loss instead of dropping samples in silence.
+
+    Raises:
+      ValueError: shapes disagree; temperature <= 0; negative prior_strength or tolerance; an
+        unknown option; and, on concrete arrays, scores not finite or prior not in the simplex.
+
+    Source: SAFLEX (ICLR 2024), section 4; scale, tolerance and anchor are this project's.
+    """
+    checks.same_shape(scores=scores, prior=prior)
+    checks.rows(scores.shape[0], mask=mask)
+    checks.positive("temperature", temperature)
+    checks.at_least_zero("prior_strength", prior_strength)
+    checks.at_least_zero("tolerance", tolerance)
+    checks.choice("scale", scale, ("rms", "raw"))
+    checks.choice("learn", learn, ("both", "weights", "labels"))
+    checks.choice("anchor", anchor, ("linear", "log"))
+    mask = jnp.ones(scores.shape[0], bool) if mask is None else mask
+    scores = jnp.where(mask[:, None], scores, 0.0)
+    checks.finite("scores", scores)
+    checks.simplex("prior", prior, mask)
+
+    if scale == "rms":
+        scores = scores / score_scale(scores, mask, reduce=reduce)
+    if learn == "weights" or prior_strength == math.inf:
+        labels = prior
+    else:
+        pull = prior if anchor == "linear" else jnp.log(jnp.maximum(prior, _LOG_FLOOR))
+        labels = jax.nn.softmax((scores + prior_strength * pull) / temperature)
+    utility = jnp.sum(labels * scores, axis=-1)
+    if learn == "labels":
+        weights = mask.astype(scores.dtype)
+    else:
+        # Written as "not harmful" so that a NaN utility is kept and reaches the loss.
+        keep = mask & ~(utility < -tolerance)
+        weights = jnp.where(keep, 1.0 + 0.0 * utility, 0.0)
+    weights = rescale(weights, mask, reduce=reduce)
+    return jax.lax.stop_gradient(Targets(weights, labels, utility))
+
+
+def rescale(weights: jax.Array, mask: jax.Array, *, reduce: Reduce = identity) -> jax.Array:
+    """Scales weights f32[B] to mean one over the unmasked rows of all devices; all zero stays so."""
+    mean = reduce(masked_mean(weights, mask, reduce=reduce))
+    return weights / jnp.where(mean > 0, mean, 1.0)
+
+
+def prior_targets(prior: jax.Array, mask: jax.Array) -> Targets:
+    """The targets of the plain upstream pipeline: the prior, weight one, utility zero."""
+    weights = mask.astype(prior.dtype)
+    return Targets(weights, prior, jnp.zeros_like(weights))

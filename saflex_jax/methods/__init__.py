@@ -1,0 +1,8 @@
+"""Training methods, one file each: `make(model, tx, **options) -> Method`.
+
+To add one, write the file and name it here; the loop, the runners and the checkpoints stay as they are.
+"""
+
+from saflex_jax.methods import erm, implicit, saflex
+
+METHODS = {"erm": erm.make, "saflex": saflex.make, "implicit": implicit.make}

@@ -1,0 +1,45 @@
+"""What supervised methods share: a model, an optimiser and the rule that sets the targets."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import optax
+
+from saflex_jax.core import steps
+from saflex_jax.core.targets import prior_targets
+from saflex_jax.core.tree import identity
+from saflex_jax.types import Method, Model, Refiner
+
+
+def supervised(model: Model, tx: optax.GradientTransformation, refiner: Refiner) -> Method:
+    """A Method that refines the candidates' targets by `refiner` and trains on them."""
+
+    def init(key, inputs):
+        params, model_state = model.init(key, inputs)
+        return steps.init_state(key, params, model_state, tx, refiner.init())
+
+    def targets(state, streams):
+        def logits_fn(params, inputs):
+            return model.logits(params, state.model_state, inputs)
+
+        return refiner.apply(state.extra, state, logits_fn, streams, reduce=identity)[0]
+
+    return Method(
+        init=init,
+        step=partial(
+            steps.bilevel_step, logits_fn=model.logits, train_fn=model.train, tx=tx, refiner=refiner
+        ),
+        predict=lambda state, inputs: model.logits(state.params, state.model_state, inputs),
+        targets=targets,
+    )
+
+
+def prior_refiner() -> Refiner:
+    """The rule that learns nothing: prior labels, weight one."""
+
+    def apply(arrays, state, logits_fn, streams, *, reduce):
+        del state, logits_fn, reduce
+        return prior_targets(streams.candidates.labels, streams.candidates.mask), arrays, {}
+
+    return Refiner(lambda: (), apply)

@@ -1,0 +1,20 @@
+"""ERM: the upstream pipeline alone (prior labels, weight one). The baseline of every comparison."""
+
+from __future__ import annotations
+
+import optax
+
+from saflex_jax.methods.base import prior_refiner, supervised
+from saflex_jax.types import Method, Model
+
+
+def make(model: Model, tx: optax.GradientTransformation) -> Method:
+    """Plain training on the candidates.
+
+        theta <- theta + tx(grad mean_i CE(f(x_i), q_i))
+
+    Args:
+      model: see `types.Model`.
+      tx: optax transformation.
+    """
+    return supervised(model, tx, prior_refiner())

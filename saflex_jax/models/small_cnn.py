@@ -1,0 +1,32 @@
+"""A convolutional network small enough to train on a CPU in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from saflex_jax.models.norm import Norm
+
+
+class SmallCNN(nn.Module):
+    """3x3 convolutions with stride 2 between stages, then global mean. f32[B, H, W, C] -> f32[B, D].
+
+    Attributes:
+      widths: channels of the stages; the last is the number of features.
+      norm: "group" or "batch".
+      axis_name: see `Norm`.
+    """
+
+    widths: Sequence[int] = (16, 32)
+    norm: str = "group"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        for stage, width in enumerate(self.widths):
+            x = nn.Conv(width, (3, 3), strides=1 if stage == 0 else 2, use_bias=False)(x)
+            x = nn.relu(Norm(self.norm, self.axis_name)(x, train=train))
+        return jnp.mean(x, axis=(1, 2))

@@ -1,0 +1,16 @@
+"""Everything around the step that does I/O: the one loop, evaluation, metrics, checkpoints."""
+
+from saflex_jax.train.checkpoint import CheckpointError, Checkpoints
+from saflex_jax.train.evaluate import make_evaluator
+from saflex_jax.train.loop import Diverged, FitResult, fit
+from saflex_jax.train.metrics import MetricsWriter
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Diverged",
+    "FitResult",
+    "MetricsWriter",
+    "fit",
+    "make_evaluator",
+]

@@ -1,0 +1,199 @@
+"""The training loop: the only `while step < num_steps` of the package."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from saflex_jax import checks
+from saflex_jax.parallel.distributed import preempted
+from saflex_jax.parallel.runners import Runner
+from saflex_jax.train.checkpoint import Checkpoints
+from saflex_jax.train.metrics import MetricsWriter
+from saflex_jax.types import Metrics, Streams, TrainState
+
+
+class Stream(Protocol):
+    """An endless, resumable source of host batches; grain's iterators have the same methods."""
+
+    def __next__(self) -> Streams: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class FitResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      state: the last TrainState.
+      history: the records that were logged, [{"step": ..., name: value}].
+      stopped_by: the signal that ended the run early (a checkpoint was written), or None.
+    """
+
+    state: TrainState
+    history: list[dict[str, float]]
+    stopped_by: signal.Signals | None
+
+
+class Diverged(FloatingPointError):
+    """A metric of a step was not finite; the message names step, terms and the last good checkpoint."""
+
+
+class _StopRequest:
+    """First SIGINT or SIGTERM: finish the step, save, return. Second SIGINT: KeyboardInterrupt."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def _handle(self, number, frame):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    @contextlib.contextmanager
+    def listening(self):
+        numbers = [signal.SIGINT]
+        if jax.process_count() == 1:  # else JAX's own pre-emption service listens to SIGTERM
+            numbers.append(signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []  # Python allows handlers in the main thread only
+        previous = {n: signal.signal(n, self._handle) for n in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _signature(batch) -> list[tuple[str, tuple, str]]:
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    return [(jax.tree_util.keystr(p), np.shape(x), str(x.dtype)) for p, x in leaves]
+
+
+def _check_finite(step: int, metrics: dict[str, tuple], checkpoints: Checkpoints | None) -> None:
+    values = {name: float(total) for name, (total, _) in metrics.items()}
+    if all(map(math.isfinite, values.values())):
+        return
+    saved = None if checkpoints is None else checkpoints.latest
+    last = "none" if saved is None else f"step {saved} in {checkpoints.directory}"
+    terms = ", ".join(f"{name} {value:.6g}" for name, value in sorted(values.items()))
+    raise Diverged(f"step {step} is not finite: {terms}; last good checkpoint: {last}")
+
+
+def _averages(window: list[Metrics]) -> dict[str, float]:
+    """Exact means of (sum, count) pairs; a metric that nothing contributed to is left out."""
+    sums = {name: np.sum([metrics[name] for metrics in window], axis=0) for name in window[0]}
+    return {name: float(total / count) for name, (total, count) in sums.items() if count > 0}
+
+
+def fit(
+    runner: Runner,
+    state: TrainState,
+    stream: Stream | Iterator[Streams],
+    *,
+    num_steps: int,
+    log_every: int = 50,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    eval_every: int | None = None,
+    writer: MetricsWriter | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: bool = True,
+    description: str = "train",
+) -> FitResult:
+    """Runs steps until `state.step` is `num_steps`, from the checkpoint if there is one.
+
+    Ctrl-C and SIGTERM finish the step, save a checkpoint and return; the same call continues from
+    it, bit for bit. Metrics stay on the device until they are logged or a checkpoint is due; a step
+    whose metrics are not finite is never saved.
+
+    Args:
+      runner: from `saflex_jax.parallel`.
+      state: where a new run starts.
+      stream: endless; with checkpoints it needs get_state/set_state.
+      num_steps: the step to reach, those before a resume included.
+      log_every: steps that one record averages.
+      evaluate: state -> values, logged with the prefix "eval/"; called every `eval_every` steps.
+      eval_every: a multiple of log_every; None = never.
+      writer: where records go.
+      checkpoints: None = no checkpoint, nothing survives.
+      progress: show a progress bar on stderr.
+      description: its title.
+
+    Raises:
+      Diverged: a metric is not finite.
+      ValueError: eval_every is no multiple of log_every; a malformed first batch; a batch whose
+        shapes or dtypes differ from the first one's (it would compile again).
+      CheckpointError: the checkpoint is damaged or of another run.
+    """
+    checks.positive("log_every", log_every)
+    if eval_every is not None and eval_every % log_every:
+        raise ValueError(f"eval_every must be a multiple of log_every = {log_every}; given {eval_every}")
+    state = runner.put_state(state)
+    if checkpoints is not None and checkpoints.latest is not None:
+        state, position = checkpoints.load(state)
+        stream.set_state(position)
+    first = step = int(state.step)
+    signature = None
+    pending, window, history = [], [], []  # unchecked steps; checked, unlogged steps; records
+    window_began = time.perf_counter()
+    show = progress and jax.process_index() == 0
+
+    def check_pending():
+        for number, metrics in jax.device_get(pending):
+            _check_finite(number, metrics, checkpoints)
+            window.append(metrics)
+        pending.clear()
+
+    with (
+        contextlib.nullcontext() if checkpoints is None else checkpoints.settled(),
+        _StopRequest().listening() as stop,
+        tqdm(total=num_steps, initial=first, desc=description, disable=not show, file=sys.stderr) as bar,
+    ):
+        ending = step >= num_steps
+        while not ending:
+            batch = next(stream)
+            if signature is None:
+                checks.streams(batch)
+                signature = _signature(batch)
+            elif _signature(batch) != signature:
+                changed = [(a, b) for a, b in zip(signature, _signature(batch)) if a != b]
+                raise ValueError(
+                    f"the batch of step {step + 1} must have the first one's shapes and dtypes; "
+                    f"(name, shape, dtype) first and now: {changed or 'another structure'}"
+                )
+            state, metrics = runner.step(state, runner.put_batch(batch))
+            step += 1
+            pending.append((step, metrics))
+            bar.update()
+            if preempted(step):
+                stop.signal = signal.SIGTERM
+            ending = step == num_steps or stop.signal is not None
+            saving = checkpoints is not None and (ending or checkpoints.due(step))
+            logging = step % log_every == 0 or ending
+            if saving or logging:
+                check_pending()
+            if logging:
+                record = _averages(window)
+                record["seconds_per_step"] = (time.perf_counter() - window_began) / len(window)
+                if eval_every and (step % eval_every == 0 or step == num_steps):
+                    record |= {f"eval/{k}": v for k, v in evaluate(state).items()}
+                history.append({"step": step, **record})
+                if writer is not None:
+                    writer.write(step, record)
+                bar.set_postfix({k: f"{record[k]:.4g}" for k in ("loss", "eval/accuracy") if k in record})
+                window, window_began = [], time.perf_counter()
+            if saving:
+                checkpoints.save(step, state, stream.get_state(), force=ending)
+    return FitResult(state, history, stop.signal if step < num_steps else None)

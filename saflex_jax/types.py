@@ -1,0 +1,148 @@
+"""Shared aliases, array bundles and call signatures of the package; no logic.
+
+Shapes: B samples in a batch, K classes, M validation samples, N source samples.
+Every bundle is a NamedTuple of arrays, hence a pytree that jit, pmap and Orbax understand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+PyTree = Any
+Params = PyTree
+ModelState = PyTree  # non-trained variables, e.g. BatchNorm's running statistics; {} when none
+
+# (params, inputs) -> logits f32[B, K]. Evaluation mode: deterministic, rows independent.
+LogitsFn = Callable[[Params, PyTree], jax.Array]
+# (params, model_state, inputs, key) -> (logits f32[B, K], new model_state). Training mode.
+TrainFn = Callable[[Params, ModelState, PyTree, jax.Array], tuple[jax.Array, ModelState]]
+# Mean over the data-parallel axis: the identity under jit (arrays are global there),
+# `partial(jax.lax.pmean, axis_name="data")` under pmap.
+Reduce = Callable[[PyTree], PyTree]
+# path of a parameter, joined by "/", e.g. "head/kernel" -> whether it is selected
+PathPredicate = Callable[[str], bool]
+# name -> (sum f32[], count f32[]); the loop divides, so that averages are exact
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Batch(NamedTuple):
+    """Samples with their prior labels.
+
+    Attributes:
+      inputs: pytree of arrays with leading axis B.
+      labels: f32[B, K], the prior: the label in the simplex that the upstream pipeline believes.
+      mask: bool[B], False on padding rows.
+      index: i32[B], the source sample of each row (its place in the data set).
+    """
+
+    inputs: PyTree
+    labels: jax.Array
+    mask: jax.Array
+    index: jax.Array
+
+
+class Streams(NamedTuple):
+    """What one step reads: augmented candidates, validation samples, and optionally clean samples.
+
+    Attributes:
+      candidates: the upstream pipeline's samples; their weights and labels are what is learned.
+      val: trusted samples whose loss directs the learning; None for methods that need none.
+      clean: samples trained on as they are (weight one, prior label) beside the candidates.
+    """
+
+    candidates: Batch
+    val: Batch | None = None
+    clean: Batch | None = None
+
+
+class Targets(NamedTuple):
+    """What the inner step trains on.
+
+    Attributes:
+      weights: f32[B], >= 0, global mean one over unmasked rows unless all are zero.
+      labels: f32[B, K], rows in the simplex.
+      utility: f32[B], <labels, scores> in the scale's units; negative = harmful.
+    """
+
+    weights: jax.Array
+    labels: jax.Array
+    utility: jax.Array
+
+
+class SolveInfo(NamedTuple):
+    """How well a linear system was solved: ||A x - b|| / ||b||, f32[]."""
+
+    residual: jax.Array
+
+
+class LinearSolve(Protocol):
+    """Approximate solver of A x = b on pytrees, A given by its matrix-vector product."""
+
+    def __call__(self, matvec: Callable[[PyTree], PyTree], rhs: PyTree) -> tuple[PyTree, SolveInfo]:
+        ...
+
+
+class TrainState(NamedTuple):
+    """Everything a training step reads and writes; arrays only.
+
+    Attributes:
+      step: i32[], number of steps taken.
+      params: trained parameters.
+      model_state: non-trained variables of the model.
+      opt_state: optax state.
+      key: typed PRNG key, constant; step t uses fold_in(key, t).
+      extra: arrays that the method owns (score memory, meta-parameters, EMA networks); () if none.
+    """
+
+    step: jax.Array
+    params: Params
+    model_state: ModelState
+    opt_state: PyTree
+    key: jax.Array
+    extra: PyTree = ()
+
+
+class Model(NamedTuple):
+    """A network as pure functions; the adapters in `saflex_jax.models` make one.
+
+    Attributes:
+      init: (key, inputs) -> (params, model_state).
+      train: TrainFn; BatchNorm uses (and updates) batch statistics.
+      logits: (params, model_state, inputs) -> f32[B, K]; BatchNorm uses running statistics.
+    """
+
+    init: Callable[[jax.Array, PyTree], tuple[Params, ModelState]]
+    train: TrainFn
+    logits: Callable[[Params, ModelState, PyTree], jax.Array]
+
+
+class Refiner(NamedTuple):
+    """The rule that turns candidates into targets, with arrays of its own between steps.
+
+    Attributes:
+      init: () -> arrays (a score memory, for instance), () when it keeps none.
+      apply: (own arrays, state, logits_fn, streams, *, reduce) -> (targets, own arrays, metrics).
+    """
+
+    init: Callable[[], PyTree]
+    apply: Callable[..., tuple[Targets, PyTree, Metrics]]
+
+
+class Method(NamedTuple):
+    """A training method: what `saflex_jax.methods.<name>.make` returns and the one loop runs.
+
+    Attributes:
+      init: (key, inputs) -> TrainState; `inputs` is one batch that fixes the shapes.
+      step: (state, streams, *, reduce) -> (state, metrics), pure; runners compile it.
+      predict: (state, inputs) -> logits f32[B, K], evaluation mode.
+      targets: (state, streams) -> Targets of this batch without taking a step; None when the
+        method learns none. Used to look at a method, never to train.
+    """
+
+    init: Callable[[jax.Array, PyTree], TrainState]
+    step: Callable[..., tuple[TrainState, Metrics]]
+    predict: Callable[[TrainState, PyTree], jax.Array]
+    targets: Callable[[TrainState, Streams], Targets] | None = None

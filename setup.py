@@ -1,0 +1,37 @@
+"""Packaging metadata; build system and tools are configured in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# Upper bounds are the next release that is known or announced to break; lower bounds are tested.
+DATA = ["grain>=0.2.10,<0.3", "scikit-learn>=1.4,<2", "tensorflow-datasets>=4.9.7,<5"]
+EXPERIMENTS = ["matplotlib>=3.8,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6,<3"]
+
+setup(
+    name="saflex_jax",
+    version="0.1.0",
+    description="SAFLEX and learned data augmentation in JAX: pure functions, bilevel steps, any pipeline",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["saflex_jax", "saflex_jax.*"]),
+    install_requires=[
+        "absl-py>=2.0",
+        "chex>=0.1.90,<0.2",
+        "etils[epath]>=1.9",
+        "flax>=0.12.6,<0.13",
+        "jax>=0.10,<0.12",
+        "numpy>=2.0",
+        "optax>=0.2.7,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",  # the v1 API still moves between minor releases
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "data": DATA,
+        "experiments": DATA + EXPERIMENTS,
+        "bench": DATA + EXPERIMENTS,
+        "test": DATA
+        + EXPERIMENTS
+        + ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.6"],
+    },
+)  # fmt: skip
