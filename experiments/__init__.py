@@ -1,0 +1,1 @@
+"""Runnable experiments: configs, one run (main), comparisons and their figures."""

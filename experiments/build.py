@@ -12,15 +12,16 @@ from ml_collections import ConfigDict
 
 from saflex_jax import augment, checks, data, models, parallel
 from saflex_jax.core.tree import under
-from saflex_jax.methods import METHODS
+from saflex_jax.methods import METHODS, implicit, saflex
 from saflex_jax.types import Batch, Method, Streams
 
 BACKBONES = {"mlp": models.MLP, "small_cnn": models.SmallCNN, "resnet18": models.ResNet18}
 SCHEMA = {
     "data": ("name", "val", "test", "noise", "train_on_val"),
-    "augment": ("shift", "degrees", "scale", "shear", "feature_noise", "mixup", "mixup_probability"),
+    "augment": ("shift", "degrees", "scale", "shear", "feature_noise",
+                "mixup", "mixup_probability"),
     "optimizer": ("learning_rate", "weight_decay"),
-    "method": ("name", "options"),
+    "method": ("name", *METHODS),
     "train": ("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),
 }  # fmt: skip
 
@@ -50,17 +51,11 @@ def check(config: ConfigDict) -> None:
     checks.choice("config.method.name", config.method.name, METHODS)
     backbone = inspect.signature(BACKBONES[config.model.name]).parameters
     checks.fields("config.model", config.model, {"name", *backbone} - {"parent", "axis_name"})
-    checks.fields("config.method.options", config.method.options, _options(config.method.name))
+    for name, refiner in {"saflex": saflex.refiner, "implicit": implicit.refiner}.items():
+        given = config.method.get(name, {})
+        checks.fields(f"config.method.{name}", given, inspect.signature(refiner).parameters)
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(f"config.train.{name}", config.train[name])
-
-
-def _options(method: str) -> set[str]:
-    """What `config.method.options` may set: the rule's keywords, less those that data decide."""
-    if method == "erm":
-        return set()
-    module = inspect.getmodule(METHODS[method])
-    return set(inspect.signature(module.refiner).parameters) - {"num_samples", "num_classes", "prior"}
 
 
 def make_data(config: ConfigDict) -> Data:
@@ -103,33 +98,39 @@ def make_stream(config: ConfigDict, pools: Streams) -> data.ArrayStream:
 
 
 def make_method(config: ConfigDict, pools: Streams) -> Method:
-    """The method, fed by the config's upstream pipeline."""
+    """The method alone; `with_upstream` puts the augmentation in front."""
     check(config)
-    a = config.augment
-    parts = [
-        a.shift and augment.shift(a.shift),
-        (a.degrees or a.scale or a.shear)
-        and augment.affine(degrees=a.degrees, scale=a.scale, shear=a.shear),
-        a.feature_noise and augment.feature_noise(a.feature_noise),
-        a.mixup and augment.mixup(a.mixup, probability=a.mixup_probability),
-    ]
     size, num_classes = pools.candidates.labels.shape
     kwargs = {k: v for k, v in config.model.items() if k != "name"}
     if config.runner == "pmap":
         kwargs["axis_name"] = parallel.runners.AXIS
-    model = models.from_linen(
-        models.Classifier(BACKBONES[config.model.name](**kwargs), num_classes)
-    )
-    tx = optax.adamw(config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
-    options = dict(config.method.options)
-    if isinstance(options.get("predicate"), str):  # a path; "" = all parameters
+    backbone = BACKBONES[config.model.name](**kwargs)
+    model = models.from_linen(models.Classifier(backbone, num_classes))
+    schedule = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.train.steps)
+    tx = optax.adamw(schedule, weight_decay=config.optimizer.weight_decay)
+    options = dict(config.method.get(config.method.name, {}))
+    if "predicate" in options:
         options["predicate"] = under(options["predicate"]) if options["predicate"] else None
     if config.method.name == "saflex":
         options |= {"num_samples": size, "num_classes": num_classes}
     if config.method.name == "implicit":
         options["prior"] = pools.candidates.labels
-    method = METHODS[config.method.name](model, tx, **options)
-    return augment.upstream(method, augment.chain(*filter(None, parts)))
+    return METHODS[config.method.name](model, tx, **options)
+
+
+def with_upstream(config: ConfigDict, method: Method) -> Method:
+    """The method, fed by the config's upstream pipeline inside the compiled step."""
+    a = config.augment
+    parts = []
+    if a.shift:
+        parts.append(augment.shift(a.shift))
+    if a.degrees or a.scale or a.shear:
+        parts.append(augment.affine(degrees=a.degrees, scale=a.scale, shear=a.shear))
+    if a.feature_noise:
+        parts.append(augment.feature_noise(a.feature_noise))
+    if a.mixup:
+        parts.append(augment.mixup(a.mixup, probability=a.mixup_probability))
+    return augment.upstream(method, augment.chain(*parts))
 
 
 def init_state(config: ConfigDict, method: Method, pools: Streams):

@@ -12,16 +12,20 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import build
 from saflex_jax import parallel, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "Checkpoints, metrics and the result go here.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/digits", "Checkpoints, metrics and the result go here."
+)
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard event files.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host run.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes of a multi-host run."
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar on stderr.")
 
 
@@ -34,7 +38,7 @@ def main(argv: list[str]) -> None:
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     build.check(config)
     data = build.make_data(config)
-    method = build.make_method(config, data.pools)
+    method = build.with_upstream(config, build.make_method(config, data.pools))
     runner = parallel.RUNNERS[config.runner](method.step)
     checkpoints = train.Checkpoints(
         workdir / "checkpoints",
@@ -70,4 +74,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file; --verbosity=0 shows it
     app.run(main)

@@ -36,7 +36,9 @@ def choice(name: str, value: str, accepted: Iterable[str]) -> None:
     """Raises unless `value` is one of `accepted`; names the nearest."""
     accepted = sorted(accepted)
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {accepted}; given {value!r}{nearest(value, accepted)}")
+        raise ValueError(
+            f"{name} must be one of {accepted}; given {value!r}{nearest(value, accepted)}"
+        )
 
 
 def nearest(value: str, accepted: Iterable[str]) -> str:
@@ -74,7 +76,8 @@ def finite(name: str, tree: PyTree) -> None:
         if np.issubdtype(a.dtype, np.floating) and not np.isfinite(a).all():
             where = np.argwhere(~np.isfinite(a))[0].tolist()
             raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} must be finite; given {a[tuple(where)]} at {where}"
+                f"{name}{jax.tree_util.keystr(path)} must be finite; "
+                f"given {a[tuple(where)]} at {where}"
             )
 
 

@@ -81,8 +81,9 @@ class SolveInfo(NamedTuple):
 class LinearSolve(Protocol):
     """Approximate solver of A x = b on pytrees, A given by its matrix-vector product."""
 
-    def __call__(self, matvec: Callable[[PyTree], PyTree], rhs: PyTree) -> tuple[PyTree, SolveInfo]:
-        ...
+    def __call__(
+        self, matvec: Callable[[PyTree], PyTree], rhs: PyTree
+    ) -> tuple[PyTree, SolveInfo]: ...
 
 
 class TrainState(NamedTuple):

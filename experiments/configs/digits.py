@@ -7,6 +7,8 @@ Expected:  see the table in README.md, which that command printed.
 
 from ml_collections import ConfigDict
 
+from experiments.configs import methods
+
 
 def get_config() -> ConfigDict:
     """The config; every field can be set on the command line, --config.train.steps=100."""
@@ -16,12 +18,18 @@ def get_config() -> ConfigDict:
             "runner": "jit",
             # The upstream pipeline is a noisy generator: this share of its labels is wrong. The
             # validation split is small and trusted.
-            "data": {"name": "digits", "val": 150, "test": 697, "noise": 0.4, "train_on_val": False},
+            "data": {"name": "digits", "val": 150, "test": 697, "noise": 0.4,
+                     "train_on_val": False},
             "augment": {"shift": 1, "degrees": 10.0, "scale": 0.1, "shear": 0.0,
                         "feature_noise": 0.0, "mixup": 0.4, "mixup_probability": 0.25},
             "model": {"name": "small_cnn", "widths": (16, 32), "norm": "group"},
-            "optimizer": {"learning_rate": 3e-3, "weight_decay": 1e-4},
-            "method": {"name": "saflex", "options": {"memory_decay": 0.9}},
+            "optimizer": {"learning_rate": 1e-2, "weight_decay": 1e-4},
+            # Chosen on seeds 100-103; the comparison reports seeds from 0 on.
+            "method": methods.all_methods(
+                "saflex",
+                saflex={"memory_decay": 0.9, "anchor": "log", "prior_strength": 0.5,
+                        "temperature": 0.5},
+            ),
             "train": {"steps": 800, "batch_size": 128, "val_batch_size": 0, "log_every": 50,
                       "checkpoint_every": 200},
         }

@@ -1,4 +1,4 @@
-"""Upstream augmentation on the device: pure functions (key, Batch) -> Batch, run inside the step."""
+"""Upstream augmentation on the device: pure (key, Batch) -> Batch, run inside the step."""
 
 from saflex_jax.augment.base import Augment, chain, upstream
 from saflex_jax.augment.image import affine, shift

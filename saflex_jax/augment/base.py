@@ -37,7 +37,7 @@ def chain(*augments: Augment) -> Augment:
 
 
 def upstream(method: Method, augment: Augment) -> Method:
-    """The method, fed by an upstream pipeline that augments its candidates inside the compiled step."""
+    """The method, its candidates augmented by an upstream pipeline inside the compiled step."""
 
     def augmented(state, streams):
         # The method's own draws of this step fold a sample index in next, never this constant.
@@ -49,6 +49,7 @@ def upstream(method: Method, augment: Augment) -> Method:
 
     targets = method.targets
     if targets is not None:
+
         def targets(state, streams):
             return method.targets(state, augmented(state, streams))
 

@@ -45,7 +45,7 @@ def affine(*, degrees: float = 0.0, scale: float = 0.0, shear: float = 0.0) -> A
         centre = jnp.array([(height - 1) / 2, (width - 1) / 2])[:, None, None]
         grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
         where = jnp.einsum("ij,jhw->ihw", matrix, grid - centre) + centre
-        warp = lambda channel: jax.scipy.ndimage.map_coordinates(channel, where, order=1)  # noqa: E731
+        warp = lambda channel: jax.scipy.ndimage.map_coordinates(channel, where, order=1)
         return jax.vmap(warp, in_axes=-1, out_axes=-1)(image)
 
     return per_example(op)

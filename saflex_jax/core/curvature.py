@@ -20,7 +20,9 @@ def dot(x: PyTree, y: PyTree) -> jax.Array:
     return sum(jax.tree.leaves(products))
 
 
-def hessian(loss_fn: Callable[[Params], jax.Array], params: Params, *, reduce: Reduce = identity) -> Matvec:
+def hessian(
+    loss_fn: Callable[[Params], jax.Array], params: Params, *, reduce: Reduce = identity
+) -> Matvec:
     """u -> (grad^2 loss)(params) u, forward over reverse.
 
     The gradient is linearised once, so that a solver's loop does not run the network again.

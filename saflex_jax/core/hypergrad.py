@@ -51,9 +51,7 @@ def implicit_hypergradient(
     Returns:
       (f32[] outer loss, gradient like meta, SolveInfo).
     """
-    value, (rhs, direct) = reduce(
-        jax.value_and_grad(outer_loss, argnums=(0, 1))(params, meta)
-    )
+    value, (rhs, direct) = reduce(jax.value_and_grad(outer_loss, argnums=(0, 1))(params, meta))
     hvp = curvature.hessian(lambda p: inner_loss(p, meta), params, reduce=reduce)
     v, info = solve(hvp, rhs)
     indirect = reduce(_cross(inner_loss, params, meta, v))

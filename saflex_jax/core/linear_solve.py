@@ -51,9 +51,7 @@ def preconditioned_solve(inverse_diagonal: PyTree) -> LinearSolve:
     return solve
 
 
-def adam_inverse_diagonal(
-    opt_state: PyTree, *, b2: float = 0.999, eps: float = 1e-8
-) -> PyTree:
+def adam_inverse_diagonal(opt_state: PyTree, *, b2: float = 0.999, eps: float = 1e-8) -> PyTree:
     """The diagonal by which Adam multiplies a gradient, 1 / (sqrt(nu / (1 - b2^t)) + eps).
 
     Read from the (possibly nested) optax state; ones before the first step. `b2` and `eps` must be
@@ -111,7 +109,7 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 1e-2) -> L
     """(A + damping I) x = b by at most `maxiter` conjugate-gradient iterations.
 
     A must be symmetric positive semi-definite (Gauss-Newton always is; a Hessian only at a
-    minimum). tol is relative to ||b||; 0 runs all iterations. Source: jax.scipy.sparse.linalg.cg.
+    minimum). tol is relative to ||b||; 0 = until rounding. Source: jax.scipy.sparse.linalg.cg.
 
     Raises:
       ValueError: maxiter < 1, tol < 0, damping < 0.
@@ -122,7 +120,13 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 1e-2) -> L
 
     def solve(matvec, rhs):
         matvec = _damped(matvec, damping)
-        x, _ = jax.scipy.sparse.linalg.cg(matvec, rhs, tol=tol, maxiter=maxiter)
+        # Solved for b of length one and not beyond rounding: CG's running residual shrinks without
+        # end, and where its square underflows the next step length is 0 / 0.
+        size = jnp.sqrt(dot(rhs, rhs))
+        unit = jax.tree.map(lambda b: b / jnp.where(size > 0, size, 1.0), rhs)
+        stop = max(tol, float(jnp.finfo(size.dtype).eps))
+        x, _ = jax.scipy.sparse.linalg.cg(matvec, unit, tol=stop, maxiter=maxiter)
+        x = jax.tree.map(lambda u: size * u, x)
         return x, _info(matvec, x, rhs)
 
     return solve

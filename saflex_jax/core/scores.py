@@ -1,6 +1,7 @@
 """Label scores: how much a step on (sample, label) would lower the validation loss.
 
-    S_ik = <v, grad_theta CE(f_theta(x_i), k)> = -(J_i v)_k ,  J_i = d log softmax(f_theta(x_i)) / d theta
+    S_ik = <v, grad_theta CE(f_theta(x_i), k)> = -(J_i v)_k
+    J_i = d log softmax(f_theta(x_i)) / d theta
 
 with v the direction that a linear solver makes of the validation gradient. One forward-mode
 product gives all K labels of all B samples; no per-example gradient is formed.

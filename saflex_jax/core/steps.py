@@ -18,7 +18,6 @@ from saflex_jax.core.tree import identity, mean_floats
 from saflex_jax.types import (
     Batch,
     LinearSolve,
-
     Metrics,
     ModelState,
     Params,
@@ -52,13 +51,17 @@ def step_key(state: TrainState, index: jax.Array) -> jax.Array:
 
 
 def total(values: jax.Array, mask: jax.Array, reduce: Reduce) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) of values f32[B] over unmasked rows, as means over devices: their ratio is exact."""
+    """(sum, count) of values f32[B] over unmasked rows; reduced, so that their ratio is exact."""
     values, mask = jnp.where(mask, values, 0.0), mask.astype(jnp.float32)
     return reduce((jnp.sum(values), jnp.sum(mask)))
 
 
 def gradient_step(
-    state: TrainState, loss_fn: StepLoss, *, tx: optax.GradientTransformation, reduce: Reduce = identity
+    state: TrainState,
+    loss_fn: StepLoss,
+    *,
+    tx: optax.GradientTransformation,
+    reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step on any loss; what every method ends in.
 
@@ -78,7 +81,7 @@ def gradient_step(
     loss, grads = reduce((loss, grads))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     one = jnp.ones(())
-    metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.global_norm(grads), one)}
+    metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one)}
     new = state._replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -167,7 +170,13 @@ def bilevel_step(
 
     targets, extra, refined = refiner.apply(state.extra, state, frozen, streams, reduce=reduce)
     state, metrics = inner_step(
-        state, streams.candidates, targets, train_fn=train_fn, tx=tx, clean=streams.clean, reduce=reduce
+        state,
+        streams.candidates,
+        targets,
+        train_fn=train_fn,
+        tx=tx,
+        clean=streams.clean,
+        reduce=reduce,
     )
     return state._replace(extra=extra), {**metrics, **refined}
 

@@ -43,7 +43,8 @@ def solve_targets(
 ) -> Targets:
     """The point of the simplex that the scores ask for, and whether to train on the sample at all.
 
-        y_i = softmax((S_i / sigma + beta q_i) / tau)      maximises <y, S_i / sigma + beta q_i> + tau H(y)
+        y_i = softmax((S_i / sigma + beta q_i) / tau)
+              which maximises <y, S_i / sigma + beta q_i> + tau H(y) over the simplex
         u_i = <y_i, S_i / sigma>
         w_i = 1[u_i >= -tolerance], rescaled to global mean one (all zero: the term vanishes)
 
@@ -93,18 +94,15 @@ def solve_targets(
         pull = prior if anchor == "linear" else jnp.log(jnp.maximum(prior, _LOG_FLOOR))
         labels = jax.nn.softmax((scores + prior_strength * pull) / temperature)
     utility = jnp.sum(labels * scores, axis=-1)
-    if learn == "labels":
-        weights = mask.astype(scores.dtype)
-    else:
-        # Written as "not harmful" so that a NaN utility is kept and reaches the loss.
-        keep = mask & ~(utility < -tolerance)
-        weights = jnp.where(keep, 1.0 + 0.0 * utility, 0.0)
+    keep = True if learn == "labels" else ~(utility < -tolerance)
+    # 0 * utility is NaN where the utility is not finite: it reaches the loss, nothing is dropped.
+    weights = jnp.where(mask, keep + 0.0 * utility, 0.0)
     weights = rescale(weights, mask, reduce=reduce)
     return jax.lax.stop_gradient(Targets(weights, labels, utility))
 
 
 def rescale(weights: jax.Array, mask: jax.Array, *, reduce: Reduce = identity) -> jax.Array:
-    """Scales weights f32[B] to mean one over the unmasked rows of all devices; all zero stays so."""
+    """Scales weights f32[B] to mean one over all devices' unmasked rows; all zero stays so."""
     mean = reduce(masked_mean(weights, mask, reduce=reduce))
     return weights / jnp.where(mean > 0, mean, 1.0)
 

@@ -47,9 +47,7 @@ def select(params: Params, predicate: PathPredicate | None) -> Params:
         return params
     chosen = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
-            leaf
-            if predicate(jax.tree_util.keystr(path, simple=True, separator="/"))
-            else None
+            leaf if predicate(jax.tree_util.keystr(path, simple=True, separator="/")) else None
         ),
         params,
     )
@@ -79,6 +77,4 @@ def axpy(scale: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
 
 def mean_floats(tree: PyTree, reduce) -> PyTree:
     """Applies `reduce` to the floating-point leaves only (counters are equal on every device)."""
-    return jax.tree.map(
-        lambda x: reduce(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+    return jax.tree.map(lambda x: reduce(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

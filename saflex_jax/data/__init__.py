@@ -5,4 +5,12 @@ from saflex_jax.data.sources import SOURCES, Arrays, digits, wdbc
 from saflex_jax.data.splits import stratified_split
 from saflex_jax.data.stream import ArrayStream
 
-__all__ = ["SOURCES", "ArrayStream", "Arrays", "digits", "stratified_split", "symmetric_noise", "wdbc"]
+__all__ = [
+    "SOURCES",
+    "ArrayStream",
+    "Arrays",
+    "digits",
+    "stratified_split",
+    "symmetric_noise",
+    "wdbc",
+]

@@ -29,7 +29,7 @@ def digits() -> Arrays:
 
 
 def wdbc() -> Arrays:
-    """Wisconsin diagnostic breast cancer: 569 rows, 30 numeric columns, 2 classes (UCI, via scikit-learn)."""
+    """Wisconsin breast cancer: 569 rows, 30 numeric columns, 2 classes (UCI, via scikit-learn)."""
     data = datasets.load_breast_cancer()
     return Arrays(data.data.astype(np.float32), data.target, 2)
 

@@ -49,7 +49,8 @@ class ArrayStream:
         for name, size in sizes.items():
             if size % process_count:
                 raise ValueError(
-                    f"the batch of {name} must be a multiple of {process_count} processes; given {size}"
+                    f"the batch of {name} must be a multiple of {process_count} processes; "
+                    f"given {size}"
                 )
         self._pools, self._sizes, self._seed = pools, sizes, seed
         self._process = process_index, process_count

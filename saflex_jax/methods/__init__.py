@@ -1,6 +1,6 @@
 """Training methods, one file each: `make(model, tx, **options) -> Method`.
 
-To add one, write the file and name it here; the loop, the runners and the checkpoints stay as they are.
+To add one, write the file and name it here; loop, runners and checkpoints stay as they are.
 """
 
 from saflex_jax.methods import erm, implicit, saflex

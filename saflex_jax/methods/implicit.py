@@ -1,4 +1,4 @@
-"""Weights and soft labels of a finite pool as persistent meta-parameters, by implicit differentiation.
+"""Weights and soft labels of a finite pool as meta-parameters, by implicit differentiation.
 
 Each source sample owns a weight and a soft label. Every step moves those of the batch along the
 implicit hypergradient of the validation loss and projects them back (labels on the simplex, weights
@@ -29,7 +29,7 @@ def make(model: Model, tx: optax.GradientTransformation, **options) -> Method:
 def refiner(
     *,
     prior: np.ndarray,
-    meta_tx: optax.GradientTransformation = optax.sgd(1.0),
+    meta_tx: optax.GradientTransformation | float = 10.0,
     solve: LinearSolve = linear_solve.cg_solve(maxiter=10, damping=1e-2),
     predicate: PathPredicate | None = under("head"),
     max_weight: float = 2.0,
@@ -42,7 +42,8 @@ def refiner(
 
     Args:
       prior: f32[N, K], the pool's labels: where phi starts, with weights one.
-      meta_tx: optax transformation for phi. The gradient of one sample is 1/B of the batch's.
+      meta_tx: optax transformation for phi; a number is SGD's learning rate. A sample's own
+        gradient is of order 1/B, so rates of order B/10 are natural.
       solve: a LinearSolve; it is given the inner Hessian on the selected parameters.
       predicate: the parameters that the implicit solve sees; None = all.
       max_weight: weights stay in [0, max_weight].
@@ -56,7 +57,10 @@ def refiner(
     checks.positive("max_weight", max_weight)
     checks.choice("learn", learn, ("both", "weights", "labels"))
     checks.at_least_zero("start", start)
-    prior = jnp.asarray(prior)
+    prior = np.asarray(prior)  # on the host: a refiner may be built before JAX starts
+    if isinstance(meta_tx, int | float):
+        checks.positive("meta_tx", meta_tx)
+        meta_tx = optax.sgd(meta_tx)
 
     def project(meta):
         weights = jnp.clip(meta["weights"], 0.0, max_weight)
@@ -67,7 +71,7 @@ def refiner(
         }
 
     def init():
-        meta = {"weights": jnp.ones(len(prior)), "labels": prior}
+        meta = {"weights": jnp.ones(len(prior)), "labels": jnp.asarray(prior)}
         return meta, meta_tx.init(meta)
 
     def apply(arrays, state, logits_fn, streams, *, reduce):

@@ -2,7 +2,8 @@
 
     direction -> scores -> (memory) -> targets -> weighted inner step
 
-Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label Extrapolation", ICLR 2024.
+Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label Extrapolation",
+ICLR 2024.
 The paper's rule is `direction="identity", predicate=None, tolerance=0, memory_decay=None`.
 """
 
@@ -162,10 +163,14 @@ def refiner(
         moved = jnp.argmax(learned.labels, -1) != jnp.argmax(candidates.labels, -1)
         metrics = {
             "val_loss": (val_loss, count),
-            "solve_residual": (residual, count),
             "kept": total(learned.weights > 0, candidates.mask, reduce),
             "relabelled": total(moved, candidates.mask, reduce),
         }
+        if direction in (
+            "neumann",
+            "cg",
+        ):  # else reading it would cost a product with the curvature
+            metrics["solve_residual"] = (residual, count)
         return learned, arrays, metrics
 
     return Refiner(init, apply)

@@ -60,6 +60,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
     def definition(train: bool):
         if train not in graphdefs:
+
             def build():
                 module = make_module(nnx.Rngs(0))
                 module.train() if train else module.eval()

@@ -37,8 +37,13 @@ class ResNet18(nn.Module):
 
         def conv(width, size, stride, name=None):
             return nn.Conv(
-                width, (size, size), stride, padding=size // 2, use_bias=False,
-                kernel_init=_conv_init, name=name,
+                width,
+                (size, size),
+                stride,
+                padding=size // 2,
+                use_bias=False,
+                kernel_init=_conv_init,
+                name=name,
             )
 
         def norm(x):

@@ -12,7 +12,7 @@ from saflex_jax.models.norm import Norm
 
 
 class SmallCNN(nn.Module):
-    """3x3 convolutions with stride 2 between stages, then global mean. f32[B, H, W, C] -> f32[B, D].
+    """3x3 convolutions, stride 2 between stages, global mean: f32[B, H, W, C] -> f32[B, D].
 
     Attributes:
       widths: channels of the stages; the last is the number of features.

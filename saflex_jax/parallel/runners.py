@@ -43,8 +43,8 @@ def check_divisible(batch: PyTree, devices: int) -> None:
         size = np.shape(leaf)[0]
         if size == 0 or size % devices:
             raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} must hold a positive multiple of {devices} rows, "
-                f"one share for each local device; given {size}"
+                f"batch{jax.tree_util.keystr(path)} must hold a positive multiple of {devices} "
+                f"rows, one share for each local device; given {size}"
             )
 
 
@@ -63,6 +63,8 @@ def jit_runner(
     local = len(mesh.local_devices)
 
     def put_state(state):
+        if replicated.is_fully_addressable:  # from other devices, which jit would refuse
+            state = jax.device_put(state, replicated)  # may alias; jit's result never does
         return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=replicated)(state)
 
     def put_batch(batch):
@@ -97,7 +99,9 @@ def pmap_runner(
       ValueError: more than one process; use jit_runner.
     """
     if jax.process_count() > 1:
-        raise ValueError(f"pmap_runner runs in one process; given {jax.process_count()}: use jit_runner")
+        raise ValueError(
+            f"pmap_runner runs in one process; given {jax.process_count()}: use jit_runner"
+        )
     devices = jax.local_devices() if devices is None else devices
     runner = jit_runner(step, devices=devices)  # placement is the same; only the step differs
 

@@ -7,6 +7,7 @@ moment leaves the last complete one. `load` compares names and shapes before it 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from typing import Any
 
@@ -32,12 +33,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | os.PathLike, *, config: dict[str, Any] | None = None,
-        every: int = 1000, keep: int = 2,
+        self,
+        directory: str | os.PathLike,
+        *,
+        config: dict[str, Any] | None = None,
+        every: int = 1000,
+        keep: int = 2,
     ):
         policies = ocp.training.save_decision_policies
         self.directory = epath.Path(directory).resolve()
-        self.config = config or {}
+        self.config = json.loads(json.dumps(config or {}))  # as a checkpoint will give it back
         self.directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
@@ -95,13 +100,16 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step not in steps:
             raise CheckpointError(
-                f"no checkpoint of step {step} in {self.directory}; complete ones: {steps or 'none'}"
+                f"no checkpoint of step {step} in {self.directory}; "
+                f"complete ones: {steps or 'none'}"
             )
         where = f"checkpoint of step {step} in {self.directory}"
         others = [s for s in steps if s != step]
         try:
             found = self._checkpointer.metadata(step)
             saved = found.custom_metadata
+            if found.metadata is None:  # what Orbax returns where it cannot read names and shapes
+                raise ValueError("no array metadata")
             _check_config(where, saved["config"], self.config)
             _check_arrays(where, found.metadata, like)
             abstract = jax.tree.map(
@@ -118,7 +126,19 @@ class Checkpoints:
         return state, saved["stream"]
 
 
+def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in config.items():
+        found |= (
+            _fields(value, f"{prefix}{name}.")
+            if value and isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
+    return found
+
+
 def _check_config(where: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    saved, given = _fields(saved), _fields(given)
     differing = sorted(k for k in saved.keys() | given.keys() if saved.get(k) != given.get(k))
     if differing:
         changes = ", ".join(f"{k}: {saved.get(k)!r} -> {given.get(k)!r}" for k in differing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,17 @@ import numpy as np
 from saflex_jax import checks
 from saflex_jax.core.losses import weighted_cross_entropy
 from saflex_jax.types import Method, TrainState
+
+
+@functools.cache  # one compilation serves every set and seed of a method
+def _compiled(predict: Callable) -> Callable:
+    @jax.jit
+    def sums(state, x, y, mask):
+        logits = predict(state, x)
+        right = (jnp.argmax(logits, -1) == jnp.argmax(y, -1)) & mask
+        return jnp.sum(right), jnp.sum(weighted_cross_entropy(logits, y, mask=mask))
+
+    return sums
 
 
 def make_evaluator(
@@ -32,15 +44,13 @@ def make_evaluator(
     size = len(labels)
     if size == 0:
         raise ValueError("labels must hold at least one sample to evaluate on; given 0")
+    if len(inputs) != size:
+        raise ValueError(f"inputs must have {size} rows, as labels have; given {len(inputs)}")
     checks.finite("inputs", inputs)
     checks.simplex("labels", labels)
     batch_size = min(batch_size, size)
 
-    @jax.jit
-    def sums(state, x, y, mask):
-        logits = method.predict(state, x)
-        right = (jnp.argmax(logits, -1) == jnp.argmax(y, -1)) & mask
-        return jnp.sum(right), jnp.sum(weighted_cross_entropy(logits, y, mask=mask))
+    sums = _compiled(method.predict)
 
     def evaluate(state):
         right, loss = 0, 0.0

@@ -48,7 +48,7 @@ class FitResult(NamedTuple):
 
 
 class Diverged(FloatingPointError):
-    """A metric of a step was not finite; the message names step, terms and the last good checkpoint."""
+    """A metric was not finite; the message names step, terms and the last good checkpoint."""
 
 
 class _StopRequest:
@@ -139,7 +139,9 @@ def fit(
     """
     checks.positive("log_every", log_every)
     if eval_every is not None and eval_every % log_every:
-        raise ValueError(f"eval_every must be a multiple of log_every = {log_every}; given {eval_every}")
+        raise ValueError(
+            f"eval_every must be a multiple of log_every = {log_every}; given {eval_every}"
+        )
     state = runner.put_state(state)
     if checkpoints is not None and checkpoints.latest is not None:
         state, position = checkpoints.load(state)
@@ -159,7 +161,9 @@ def fit(
     with (
         contextlib.nullcontext() if checkpoints is None else checkpoints.settled(),
         _StopRequest().listening() as stop,
-        tqdm(total=num_steps, initial=first, desc=description, disable=not show, file=sys.stderr) as bar,
+        tqdm(
+            total=num_steps, initial=first, desc=description, disable=not show, file=sys.stderr
+        ) as bar,
     ):
         ending = step >= num_steps
         while not ending:
@@ -192,7 +196,9 @@ def fit(
                 history.append({"step": step, **record})
                 if writer is not None:
                     writer.write(step, record)
-                bar.set_postfix({k: f"{record[k]:.4g}" for k in ("loss", "eval/accuracy") if k in record})
+                bar.set_postfix(
+                    {k: f"{record[k]:.4g}" for k in ("loss", "eval/accuracy") if k in record}
+                )
                 window, window_began = [], time.perf_counter()
             if saving:
                 checkpoints.save(step, state, stream.get_state(), force=ending)

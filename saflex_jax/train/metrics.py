@@ -10,7 +10,7 @@ import jax
 
 
 class MetricsWriter:
-    """Appends one JSON object per record to `directory/metrics.jsonl`; silent on hosts but the first.
+    """Appends JSON objects to `directory/metrics.jsonl`; silent on hosts but the first.
 
     Args:
       directory: created if need be.
@@ -20,7 +20,11 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, directory: str | os.PathLike, *, resume_from: int | None = None, tensorboard: bool = False
+        self,
+        directory: str | os.PathLike,
+        *,
+        resume_from: int | None = None,
+        tensorboard: bool = False,
     ):
         self._active = jax.process_index() == 0
         self._board = None

@@ -1,0 +1,43 @@
+"""The options of every method as config fields, read off the signatures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import get_type_hints
+
+from ml_collections import config_dict
+
+from saflex_jax.methods import implicit, saflex
+
+BY_DATA = {"num_samples", "num_classes", "prior"}  # set by the data set, not by a config
+
+
+def options(refiner: Callable) -> dict:
+    """Keyword -> default, for every keyword that a command line can express.
+
+    Parameters are selected by path: "head", or "" for all of them. None stays None and takes a
+    number when one is given.
+    """
+    hints = get_type_hints(refiner)
+    found = {}
+    for name, parameter in inspect.signature(refiner).parameters.items():
+        default = parameter.default
+        if name in BY_DATA:
+            continue
+        if name == "predicate":
+            found[name] = "head"
+        elif default is None:
+            (kind,) = set(hints[name].__args__) - {type(None)}
+            found[name] = config_dict.placeholder(kind)
+        elif isinstance(default, bool | int | float | str):
+            found[name] = default
+    return found
+
+
+def all_methods(name: str, **changes: dict) -> dict:
+    """The `method` section: the chosen name, and the options of every method with the changes."""
+    section = {"saflex": options(saflex.refiner), "implicit": options(implicit.refiner)}
+    for method, values in changes.items():
+        section[method] |= values
+    return {"name": name, **section}
