@@ -73,9 +73,10 @@ def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
 
     if images:
         bottom[0].suptitle(
-            "prior label → learned label (its probability), weight; green: the learned label is right.  "
-            f"Above: right priors, below: wrong priors; seed {runs['saflex'][0]['seed']}.", fontsize=10
-        )  # fmt: skip
+            "prior label → learned label (its probability), weight; green: learned label right.\n"
+            f"Above: right priors, below: wrong priors; seed {runs['saflex'][0]['seed']}.",
+            fontsize=10,
+        )
         for axis, s in zip(bottom[0].subplots(ROWS, COLUMNS).flat, samples):
             axis.imshow(np.squeeze(s["input"]), cmap="gray_r")
             axis.set_xticks([])

@@ -42,6 +42,8 @@ class ArrayStream:
         process_count: int = 1,
     ):
         checks.positive("batch_size", batch_size)
+        if val_batch_size is not None:
+            checks.positive("val_batch_size", val_batch_size)
         checks.streams(pools)
         sizes = {"candidates": batch_size, "clean": batch_size}
         if pools.val is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from saflex_jax.types import Model, Params, PyTree
 
@@ -47,44 +49,58 @@ def from_linen(module: nn.Module) -> Model:
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     """An NNX module as a Model, by split and merge.
 
-    `nnx.Param` leaves are params; everything else (running statistics, dropout counters) is
-    model_state. Training and evaluation mode are NNX's own `train()` and `eval()`.
+    `nnx.Param` leaves are params; the module's random streams (dropout) start anew from the key of
+    each training call; everything else (running statistics) is model_state. Training and evaluation
+    mode are NNX's own `train()` and `eval()`.
 
     Args:
       make_module: nnx.Rngs -> module with __call__(inputs) -> logits f32[B, K].
     """
     from flax import nnx
 
+    def split(module):
+        graphdef, *parts = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return graphdef, *map(nnx.to_pure_dict, parts)
+
     # The graph definition holds no arrays, so it is taken from an abstract module, once.
-    graphdefs = {}
+    definitions = {}
 
     def definition(train: bool):
-        if train not in graphdefs:
+        if train not in definitions:
 
             def build():
                 module = make_module(nnx.Rngs(0))
                 module.train() if train else module.eval()
                 return module
 
-            graphdefs[train] = nnx.split(nnx.eval_shape(build), nnx.Param, ...)[0]
-        return graphdefs[train]
+            graphdef, _, streams, _ = split(nnx.eval_shape(build))
+            definitions[train] = graphdef, streams
+        return definitions[train]
+
+    def seeded(streams, key):
+        def fresh(number, x):
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.split(jax.random.fold_in(key, number), x.shape)
+            return jnp.zeros(x.shape, x.dtype)  # a stream's counter
+
+        leaves, structure = jax.tree.flatten(streams)
+        return structure.unflatten([fresh(number, x) for number, x in enumerate(leaves)])
 
     def init(key, inputs):
         del inputs  # NNX modules know their shapes
-        module = make_module(nnx.Rngs(key))
-        _, params, model_state = nnx.split(module, nnx.Param, ...)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
+        _, params, _, model_state = split(make_module(nnx.Rngs(key)))
+        return params, model_state
 
-    def run(train, params, model_state, inputs):
-        module = nnx.merge(definition(train), params, model_state)
+    def run(train, params, model_state, inputs, key):
+        graphdef, streams = definition(train)
+        module = nnx.merge(graphdef, params, seeded(streams, key), model_state)
         logits = module(inputs)
-        return logits, nnx.to_pure_dict(nnx.split(module, nnx.Param, ...)[2])
+        return logits, split(module)[3]
 
-    return Model(
-        init,
-        lambda params, model_state, inputs, key: run(True, params, model_state, inputs),
-        lambda params, model_state, inputs: run(False, params, model_state, inputs)[0],
-    )
+    def logits(params, model_state, inputs):
+        return run(False, params, model_state, inputs, jax.random.key(0))[0]
+
+    return Model(init, partial(run, True), logits)
 
 
 def from_function(

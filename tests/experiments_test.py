@@ -1,0 +1,238 @@
+import importlib
+import math
+import struct
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from experiments import build
+from experiments.configs import digits, wdbc
+from saflex_jax import parallel
+from saflex_jax.methods import METHODS
+from tests.train import process_
+from tests.train.setup_ import arrays, read_records
+
+FOLDER = process_.ROOT / "experiments" / "configs"
+MODULES = [
+    importlib.import_module(f"experiments.configs.{path.stem}") for path in FOLDER.glob("*.py")
+]
+CONFIGS = sorted(module.__name__ for module in MODULES if hasattr(module, "get_config"))
+
+
+def changed(config, **overrides):
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def small(**overrides):
+    """A config that compiles quickly."""
+    return changed(wdbc.get_config(), **{"model.widths": (8,), "train.batch_size": 16, **overrides})
+
+
+def steps(config, count=2, *, devices=1):
+    """State and metrics (sums and counts) after some steps, all built from a config."""
+    build.check(config)
+    pools = build.make_data(config).pools
+    method = build.with_upstream(config, build.make_method(config, pools))
+    runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:devices])
+    state = runner.put_state(build.init_state(config, method, pools))
+    stream = build.make_stream(config, pools)
+    for _ in range(count):
+        state, metrics = runner.step(state, runner.put_batch(next(stream)))
+    return state, jax.device_get(metrics)
+
+
+# --- what runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_runs(name):
+    module = importlib.import_module(name)
+    assert "Command:" in module.__doc__ and "Hardware:" in module.__doc__
+    state, metrics = steps(module.get_config())
+    assert int(state.step) == 2
+    assert all(np.isfinite(total) for total, _ in metrics.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_by_config(method):
+    state, metrics = steps(small(**{"method.name": method}))
+    assert int(state.step) == 2
+    assert all(np.isfinite(total) for total, _ in metrics.values())
+
+
+def test_options_reach_the_rule():
+    # An infinite prior strength with the weights left alone is the plain upstream step.
+    plain, _ = steps(small(**{"method.name": "erm"}))
+    options = {"prior_strength": math.inf, "learn": "labels", "predicate": ""}
+    anchored, metrics = steps(small(**{f"method.saflex.{k}": v for k, v in options.items()}))
+    assert metrics["kept"][0] == metrics["kept"][1]
+    for name, expected in arrays(plain.params).items():
+        np.testing.assert_allclose(arrays(anchored.params)[name], expected, atol=1e-6)
+
+
+def test_pmap_and_jit_agree_by_config():
+    # Mixup pairs within a device's share under pmap. The damping keeps conjugate gradients from
+    # magnifying the rounding by which already jit on 1 and on 8 devices differ.
+    overrides = {
+        "augment.mixup": 0.0, "train.val_batch_size": 56, "method.saflex.damping": 0.3
+    }  # fmt: skip
+    found = {
+        runner: steps(small(**overrides, runner=runner), 3, devices=8) for runner in ("jit", "pmap")
+    }
+    (jitted, jit_metrics), (mapped, pmap_metrics) = found["jit"], found["pmap"]
+    for name, expected in arrays(jitted).items():
+        np.testing.assert_allclose(arrays(mapped)[name], expected, atol=2e-6, err_msg=name)
+    assert jit_metrics.keys() == pmap_metrics.keys()
+    for name, (total, count) in jit_metrics.items():
+        np.testing.assert_allclose(
+            np.divide(*pmap_metrics[name]), total / count, rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+def test_data_of_a_seed():
+    config = wdbc.get_config()
+    one, same = build.make_data(config), build.make_data(config)
+    other = build.make_data(changed(wdbc.get_config(), seed=1))
+    assert (one.pools.candidates.inputs == same.pools.candidates.inputs).all()
+    assert not (one.pools.candidates.inputs == other.pools.candidates.inputs).all()
+    # Standardised by the training split alone, which is therefore exact there.
+    np.testing.assert_allclose(one.pools.candidates.inputs.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(one.pools.candidates.inputs.std(0), 1, atol=1e-4)
+
+    sizes = [len(x.labels) for x in (one.pools.candidates, one.pools.val, one.test)]
+    assert sizes == [569 - 60 - 200, 60, 200]
+    given = one.pools.candidates.labels.argmax(-1)
+    assert (given != one.clean_labels).sum() == round(0.3 * sizes[0])
+
+    # With train_on_val the validation samples join the candidates, rightly labelled.
+    both = build.make_data(changed(wdbc.get_config(), **{"data.train_on_val": True}))
+    joined = both.pools.candidates
+    assert (joined.index == np.arange(sizes[0] + 60)).all()
+    np.testing.assert_array_equal(joined.inputs[sizes[0] :], both.pools.val.inputs)
+    np.testing.assert_array_equal(joined.labels[sizes[0] :], both.pools.val.labels)
+    assert (joined.labels.argmax(-1) != both.clean_labels).sum() == round(0.3 * sizes[0])
+    for a, b in ((one.pools.val, both.pools.val), (one.test, both.test)):
+        np.testing.assert_array_equal(a.inputs, b.inputs)
+
+
+# --- bad configs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where, field, value, message",
+    [
+        ("", "sed", 1, r"config has no field 'sed'; did you mean 'seed'\?"),
+        ("train", "stepss", 3, r"config.train has no field 'stepss'; did you mean 'steps'\?"),
+        ("data", "noize", 0.1, r"config.data has no field 'noize'; did you mean 'noise'\?"),
+        ("augment", "mix_up", 1, r"config.augment has no field 'mix_up'; did you mean 'mixup'\?"),
+        ("optimizer", "learning_rte", 1, r"did you mean 'learning_rate'\?"),
+        ("model", "width", (3,), r"config.model has no field 'width'; did you mean 'widths'\?"),
+        ("model", "axis_name", "data", r"config.model has no field 'axis_name'"),
+        ("method", "options", {}, r"config.method has no field 'options'; known fields: "),
+        ("method.saflex", "temprature", 1, r"did you mean 'temperature'\?"),
+        ("method.implicit", "max_wight", 1, r"method.implicit .*did you mean 'max_weight'\?"),
+        ("", "runner", "jitt", r"config.runner must be one of .*'jitt'; did you mean 'jit'\?"),
+        ("data", "name", "digit", r"config.data.name .*did you mean 'digits'\?"),
+        ("model", "name", "small_cn", r"config.model.name .*did you mean 'small_cnn'\?"),
+        ("method", "name", "saflexx", r"config.method.name .*did you mean 'saflex'\?"),
+        ("train", "steps", 0, "config.train.steps must be positive and finite; given 0"),
+        ("train", "checkpoint_every", -1, "config.train.checkpoint_every must be positive"),
+    ],
+)
+def test_a_bad_config_is_refused(where, field, value, message):
+    config = digits.get_config()
+    build.check(config)
+    section = config
+    for name in filter(None, where.split(".")):
+        section = section[name]
+    section[field] = value
+    with pytest.raises(ValueError, match=message):
+        build.check(config)
+
+
+@pytest.fixture
+def compiled():
+    """The names of what XLA compiled so far."""
+    names = []
+
+    def listen(name, *_, **__):
+        if "backend_compile" in name:
+            names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda: 1)()
+    assert names  # it hears
+    names.clear()
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("temperature", 0.0, "temperature must be positive and finite; given 0.0"),
+        ("prior_strength", -1.0, "prior_strength must be >= 0; given -1.0"),
+        ("direction", "cgg", r"direction must be one of .*did you mean 'cg'\?"),
+        ("predicate", "hed", "predicate selects no parameter; the paths are"),
+    ],
+)
+def test_a_bad_option_is_refused_before_compilation(compiled, option, value, message):
+    config = small(**{f"method.saflex.{option}": value})
+    pools = build.make_data(config).pools
+    with pytest.raises(ValueError, match=message):
+        method = build.make_method(config, pools)
+        runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:1])
+        state = build.init_state(config, method, pools)
+        batch = runner.put_batch(next(build.make_stream(config, pools)))
+        compiled.clear()  # the operations of the initialisation
+        runner.step(state, batch)
+    assert not compiled
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_an_unknown_flag_names_the_nearest(tmp_path):
+    job = process_.start(tmp_path / "run", "--config.train.stepss=3", env=process_.environment())
+    code, stdout, stderr = job.finish()
+    assert code != 0 and stdout == ""
+    assert 'Did you mean "steps" instead of "stepss"?' in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_without_tensorflow(tmp_path):
+    # A TensorFlow that reports when somebody imports it, and cannot be used.
+    fake, report = tmp_path / "fake" / "tensorflow", tmp_path / "imported"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text(
+        f"open({str(report)!r}, 'w').close()\nraise ImportError('not for run time')\n"
+    )
+    env = process_.environment(tmp_path.parent / "compiled")
+    env["PYTHONPATH"] = str(fake.parent)
+    workdir = tmp_path / "run"
+    job = process_.start(workdir, "--tensorboard", env=env)
+    code, _, stderr = job.finish()
+    assert code == 0, stderr[-3000:]
+    assert not report.exists()
+
+    (events,) = workdir.glob("events.out.tfevents.*")
+    found = {}
+    for event in read_events(events):
+        for value in event.summary.value:
+            found.setdefault(event.step, {})[value.tag] = value.simple_value
+    expected = {r.pop("step"): r for r in read_records(workdir / "metrics.jsonl")}
+    assert found.keys() == expected.keys()
+    for step, record in expected.items():
+        assert found[step] == pytest.approx(record, rel=1e-6)
+
+
+def read_events(path):
+    """The records of an event file: length, its checksum, data, its checksum."""
+    content = path.read_bytes()
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]

@@ -1,0 +1,120 @@
+import ast
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import saflex_jax
+
+ROOT = pathlib.Path(saflex_jax.__file__).parent
+MODULES = [
+    "saflex_jax",
+    *(m.name for m in pkgutil.walk_packages(saflex_jax.__path__, "saflex_jax.")),
+]
+CORE = [name for name in MODULES if name.startswith("saflex_jax.core")]
+
+# What the modules of each room may import: rooms of the package, and libraries.
+BASE = {"jax", "numpy", "optax"}
+ROOMS = {
+    "__init__": ({"core", "types"}, set()),
+    "types": (set(), {"jax"}),
+    "checks": ({"types"}, {"jax", "numpy"}),
+    "_compat": (set(), {"jax", "numpy"}),
+    "core": ({"core", "types", "checks"}, BASE),
+    "methods": ({"methods", "core", "types", "checks"}, BASE),
+    "parallel": ({"parallel", "_compat", "core", "types"}, BASE),
+    "augment": ({"augment", "types", "checks"}, BASE),
+    "models": ({"models", "types", "checks"}, BASE | {"flax"}),
+    "data": ({"data", "types", "checks"}, {"jax", "numpy", "sklearn"}),
+    "train": (
+        {"train", "parallel", "core", "types", "checks"},
+        BASE | {"etils", "orbax", "tensorboardX", "tqdm"},
+    ),
+}
+
+SCRIPT = """
+import sys
+tried = set()
+def note(event, args):
+    tried.add(args[0].split(".")[0] if event == "import" else event)
+sys.addaudithook(note)
+import importlib
+import saflex_jax
+heavy = {"flax", "orbax", "sklearn", "tqdm"} & set(sys.modules)
+assert not heavy, f"the core alone imports {heavy}"
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+heavy = {"tensorflow", "torch", "keras", "experiments"} & tried
+assert not heavy, f"imported or tried: {heavy}"
+network = {e for e in tried if e.startswith("socket.")}
+assert not network, f"network calls: {network}"
+import jax
+jax.config.update("jax_num_cpu_devices", 3)  # an error once a backend has started
+assert jax.device_count() == 3
+"""
+
+
+def test_importing_starts_no_backend_no_network_and_no_other_framework():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *MODULES], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def imported(path):
+    """Absolute names of everything that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_in_one_direction(path):
+    rooms, libraries = ROOMS[path.relative_to(ROOT).parts[0].removesuffix(".py")]
+    for name in imported(path):
+        top, *rest = name.split(".")
+        if top == "saflex_jax":
+            assert rest[0] in rooms, f"imports {name}"
+        else:
+            assert top in libraries | sys.stdlib_module_names, f"imports {name}"
+
+
+def test_all_is_complete_and_sorted():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    names = [a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]
+    assert saflex_jax.__all__ == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "name", [m for m in MODULES if hasattr(importlib.import_module(m), "__all__")]
+)
+def test_all_names_what_there_is(name):
+    module = importlib.import_module(name)
+    assert len(set(module.__all__)) == len(module.__all__)
+    for public in module.__all__:
+        assert hasattr(module, public)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_public_functions_of_core_are_documented(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for public, value in vars(module).items():
+        mine = getattr(value, "__module__", None) == name
+        if (
+            mine
+            and not public.startswith("_")
+            and (inspect.isfunction(value) or inspect.isclass(value))
+        ):
+            assert inspect.getdoc(value), f"{name}.{public} has no docstring"
+            # Whoever documents arguments documents all of them.
+            if inspect.isfunction(value) and "Args:" in value.__doc__:
+                missing = [p for p in inspect.signature(value).parameters if p not in value.__doc__]
+                assert not missing, f"{name}.{public} does not document {missing}"

@@ -1,0 +1,243 @@
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from saflex_jax import under
+from saflex_jax.core.tree import paths, select
+from saflex_jax.models import (
+    MLP,
+    Classifier,
+    ResNet18,
+    SmallCNN,
+    from_function,
+    from_linen,
+    from_nnx,
+)
+
+KEY = jax.random.key(0)
+IMAGES = jax.random.normal(jax.random.key(1), (6, 8, 8, 2))
+BACKBONES = {
+    "mlp": partial(MLP, (5, 7)),
+    "small_cnn": partial(SmallCNN, (7,)),
+    "resnet": partial(ResNet18, "cifar", (1,), 7),
+}
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+# --- bundled networks
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_classifier_is_backbone_and_head(name):
+    model = from_linen(Classifier(BACKBONES[name](), 3))
+    params, _ = jax.eval_shape(model.init, KEY, IMAGES)
+    assert set(params) == {"backbone", "head"}
+    assert [p for p in paths(params) if not p.startswith("backbone/")] == [
+        "head/bias",
+        "head/kernel",
+    ]
+    head = select(params, under("head"))
+    assert [x.shape for x in jax.tree.leaves(head)] == [(3,), (7, 3)]  # bias, kernel
+
+
+def resnet18_size(stem_size, channels, classes, width=64):
+    # He et al., table 1: a convolution has k^2 * in * out weights and no bias; each is followed by
+    # a normalisation with scale and bias; the first block of a stage that widens has a projection.
+    def conv(size, inside, outside):
+        return size**2 * inside * outside + 2 * outside
+
+    total, inside = conv(stem_size, channels, width), width
+    for outside in (width, 2 * width, 4 * width, 8 * width):
+        total += conv(3, inside, outside) + 3 * conv(3, outside, outside)
+        total += conv(1, inside, outside) if inside != outside else 0
+        inside = outside
+    return total + inside * classes + classes
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(
+    ("stem", "pixels", "classes", "size", "last"),
+    [
+        ("cifar", 32, 10, 11_173_962, 4),
+        ("imagenet", 224, 1000, 11_689_512, 7),  # torchvision's number
+    ],
+)
+def test_resnet18_has_the_known_size(stem, pixels, classes, size, last, norm):
+    module = Classifier(ResNet18(stem, norm=norm), classes)
+    images = jnp.zeros((2, pixels, pixels, 3))
+
+    @jax.eval_shape
+    def shapes():
+        variables = module.init(KEY, images, train=False)
+        found, inside = module.apply(
+            variables, images, train=False, capture_intermediates=True, mutable="intermediates"
+        )
+        return variables["params"], found, inside
+
+    params, logits, inside = shapes
+    assert sum(x.size for x in jax.tree.leaves(params)) == size
+    assert resnet18_size(3 if stem == "cifar" else 7, 3, classes) == size
+    assert logits.shape == (2, classes)
+    assert min(x.shape[1] for x in jax.tree.leaves(inside) if x.ndim == 4) == last
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_only_batch_norm_in_training_mode_mixes_rows(name, norm):
+    model = from_linen(Classifier(BACKBONES[name](norm=norm), 3))
+    params, model_state = model.init(KEY, IMAGES)
+    changed = IMAGES.at[0].multiply(-3.0)
+
+    def others_move(f):
+        return float(jnp.abs(f(IMAGES)[1:] - f(changed)[1:]).max()) > 1e-4
+
+    assert not others_move(jax.jit(lambda x: model.logits(params, model_state, x)))
+    train = jax.jit(lambda x: model.train(params, model_state, x, KEY)[0])
+    assert others_move(train) == (norm == "batch")
+    assert bool(model_state) == (norm == "batch")  # GroupNorm keeps nothing
+
+
+def test_batch_norm_updates_its_running_statistics_in_training_mode_only():
+    model = from_linen(Classifier(MLP((4,), norm="batch"), 3))
+    x = IMAGES.reshape(6, -1)
+    params, old = model.init(KEY, x)
+    dense = params["backbone"]["Dense_0"]
+    hidden = np.asarray(x, np.float64) @ np.float64(dense["kernel"]) + np.float64(dense["bias"])
+    _, new = model.train(params, old, x, KEY)
+    (stats,) = new["batch_stats"]["backbone"].values()
+    (stats,) = stats.values()
+    np.testing.assert_allclose(stats["mean"], 0.1 * hidden.mean(0), atol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * hidden.var(0), atol=1e-5)
+    # Evaluation reads them: the same inputs under other statistics give other logits.
+    before, after = (model.logits(params, s, x) for s in (old, new))
+    assert float(jnp.abs(before - after).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (SmallCNN(norm="bacth"), r"norm must be one of .*'bacth'; did you mean 'batch'\?"),
+        (MLP(norm="layer"), r"norm must be one of \['batch', 'group'.*'layer'"),
+        (ResNet18(stem="cifar10"), r"stem must be one of .*; did you mean 'cifar'\?"),
+    ],
+)
+def test_unknown_options_are_refused(module, message):
+    with pytest.raises(ValueError, match=message):
+        module.init(KEY, IMAGES, train=False)
+
+
+# --- adapters
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs, rate=0.5):
+        self.inside = nnx.Linear(4, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.head = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(self.norm(self.inside(x))))
+
+
+class NnxDropouts(nnx.Module):
+    """Shows its two masks."""
+
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Dropout(0.25, rngs=rngs), nnx.Dropout(0.25, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.stack([self.first(x), self.second(x)])
+
+
+TABLE = jax.random.normal(jax.random.key(2), (6, 4))
+
+
+def test_from_linen_is_the_module():
+    module, model = LinenNet(), from_linen(LinenNet())
+    params, model_state = model.init(KEY, TABLE)
+    variables = {"params": params, **model_state}
+    expected = module.apply(variables, TABLE, train=False)
+    np.testing.assert_array_equal(model.logits(params, model_state, TABLE), expected)
+    logits, updated = model.train(params, model_state, TABLE, KEY)
+    expected = module.apply(
+        variables, TABLE, train=True, mutable=["batch_stats"], rngs={"dropout": KEY}
+    )
+    assert equal((logits, dict(updated)), expected)
+    assert not equal(updated, model_state)
+
+
+def test_from_nnx_is_the_module():
+    make = partial(NnxNet, rate=0.0)
+    model = from_nnx(make)
+    # Under jit first: the graph definition must not hold tracers.
+    train, evaluate = jax.jit(model.train), jax.jit(model.logits)
+    params, old = model.init(KEY, TABLE)
+    logits, new = train(params, old, TABLE, jax.random.key(3))
+    module = make(nnx.Rngs(KEY))
+    module.train()
+    np.testing.assert_allclose(logits, module(TABLE), atol=1e-6)
+    statistics = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+    assert jax.tree.structure(new) == jax.tree.structure(statistics)
+    for found, expected in zip(jax.tree.leaves(new), jax.tree.leaves(statistics)):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not equal(new, old)
+    module.eval()
+    np.testing.assert_allclose(evaluate(params, new, TABLE), module(TABLE), atol=1e-6)
+    # The same in eager mode.
+    np.testing.assert_allclose(model.logits(params, new, TABLE), module(TABLE), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [from_linen(LinenNet()), from_nnx(NnxNet)], ids=["linen", "nnx"])
+def test_dropout_draws_from_the_key_it_is_given(make):
+    params, model_state = make.init(KEY, TABLE)
+
+    def train(seed, state=model_state):
+        return make.train(params, state, TABLE, jax.random.key(seed))
+
+    assert equal(train(1), train(1))
+    assert not equal(train(1)[0], train(2)[0])
+    # No hidden stream: what a step draws is a function of its key, not of the steps before.
+    updated = train(1)[1]
+    assert equal(train(3)[0], train(3, updated)[0])
+    assert all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(updated))
+    assert equal(make.logits(params, model_state, TABLE), make.logits(params, model_state, TABLE))
+
+
+def test_nnx_dropout_has_its_rate_and_a_mask_per_layer():
+    model = from_nnx(NnxDropouts)
+    params, model_state = model.init(KEY, None)
+    (first, second), _ = model.train(params, model_state, jnp.ones((40, 100)), KEY)
+    for mask in (first, second):
+        np.testing.assert_allclose(np.unique(mask), [0, 1 / 0.75], rtol=1e-6)
+        assert abs(float((mask > 0).mean()) - 0.75) < 0.03  # 4 standard deviations
+    assert float(((first > 0) == (second > 0)).mean()) < 0.7  # independent: 0.625
+    kept = model.logits(params, model_state, jnp.ones((40, 100)))
+    np.testing.assert_array_equal(kept, jnp.ones((2, 40, 100)))
+
+
+def test_from_function_is_the_function():
+    model = from_function(
+        lambda key, x: {"w": jax.random.normal(key, (x.shape[1], 3))}, lambda p, x: x @ p["w"]
+    )
+    params, model_state = model.init(KEY, TABLE)
+    expected = TABLE @ jax.random.normal(KEY, (4, 3))
+    np.testing.assert_array_equal(model.logits(params, model_state, TABLE), expected)
+    logits, after = model.train(params, model_state, TABLE, KEY)
+    np.testing.assert_array_equal(logits, expected)
+    assert model_state == after == {}

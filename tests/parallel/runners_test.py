@@ -1,0 +1,99 @@
+import functools
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from saflex_jax.parallel import RUNNERS, jit_runner, pmap_runner
+from tests.parallel import setup_
+
+AXIS = {"jit": None, "pmap": "data"}  # what BatchNorm averages over
+
+
+def leaves(tree):
+    return list(setup_.flatten(tree).values())
+
+
+@pytest.mark.parametrize("variant", setup_.VARIANTS)
+def test_reference_has_what_makes_the_comparison_hard(variant):
+    state = setup_.reference(variant)
+    weights, labels = np.split(state["extra/targets"], [1], axis=-1)
+    visited = labels.sum(-1) > 0
+    dropped, kept = visited & (weights[..., 0] == 0), visited & (weights[..., 0] > 0)
+    assert (dropped.any(1) & kept.any(1)).any()  # a batch whose weights are partly zero
+    one_hot = (labels == 1).any(-1)
+    assert (visited & ~one_hot).any(1).all()  # labels are learned in every step
+    variances = [v for name, v in state.items() if name.startswith("model_state") and "var" in name]
+    assert variances and all((v != 1).all() for v in variances)  # BatchNorm's have moved
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("variant", setup_.VARIANTS)
+def test_eight_devices_agree_with_one(variant, runner):
+    assert jax.device_count() == 8
+    found = setup_.run(RUNNERS[runner], variant, axis_name=AXIS[runner])
+    setup_.assert_agrees(found, variant)
+
+
+def test_pmap_needs_the_axis_name_of_its_batch_norm():
+    # The documented condition is no formality: without it every device normalises by itself.
+    found = setup_.run(pmap_runner, "cg_head")
+    with pytest.raises(AssertionError, match="params"):
+        setup_.assert_agrees(found, "cg_head")
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_twenty_steps_compile_once_donate_and_transfer_nothing(runner, caplog):
+    traces = []
+    method = setup_.make_method("cg_head_memory_padding", axis_name=AXIS[runner])
+
+    @functools.wraps(method.step)
+    def step(*args, **kwargs):
+        traces.append(1)
+        return method.step(*args, **kwargs)
+
+    given = setup_.make_state("cg_head_memory_padding")
+    before = leaves(given)
+    run = RUNNERS[runner](step)
+    state = run.put_state(given)
+    batches = 4 * setup_.make_batches("cg_head_memory_padding")
+    with warnings.catch_warnings(), jax.log_compiles():
+        warnings.filterwarnings("error", message=".*donated buffers were not usable")
+        for number, batch in enumerate(batches):
+            placed = run.put_batch(batch)
+            if number == 1:
+                caplog.clear()
+            with jax.transfer_guard("disallow"):
+                new, _ = run.step(state, placed)
+            assert all(x.is_deleted() for x in jax.tree.leaves(state))
+            state = new
+    assert int(state.step) == len(batches) == 20
+    assert len(traces) == 1
+    assert not [r for r in caplog.messages if "ompil" in r]
+    for x, kept in zip(leaves(given), before):
+        np.testing.assert_array_equal(x, kept)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_state_moves_between_runners(runner):
+    method = setup_.make_method("cg_head")
+    eight = jit_runner(method.step).put_state(setup_.make_state("cg_head"))
+    one = jit_runner(method.step, devices=jax.devices()[3:4]).put_state(eight)
+    assert {d for x in jax.tree.leaves(one) for d in x.devices()} == {jax.devices()[3]}
+    back = RUNNERS[runner](method.step).put_state(one)
+    assert all(len(x.devices()) == 8 for x in jax.tree.leaves(back))
+    for x, y, z in zip(leaves(eight), leaves(one), leaves(back)):
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, z)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("stream", ["candidates", "val"])
+@pytest.mark.parametrize("rows", [0, 4, 12])
+def test_rows_that_do_not_divide_are_named(runner, stream, rows):
+    batch = setup_.make_batches("cg_head")[0]
+    short = jax.tree.map(lambda x: x[:rows], getattr(batch, stream))
+    run = RUNNERS[runner](setup_.make_method("cg_head").step)
+    with pytest.raises(ValueError, match=rf"batch\.{stream}\.inputs .* multiple of 8 .* {rows}$"):
+        run.put_batch(batch._replace(**{stream: short}))

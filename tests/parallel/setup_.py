@@ -1,0 +1,147 @@
+"""One small bilevel problem per variant of the step, run by whichever runner is given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from saflex_jax import Batch, Method, Refiner, Streams, TrainState, cg_solve
+from saflex_jax.augment import shift, upstream
+from saflex_jax.methods import implicit, saflex
+from saflex_jax.methods.base import supervised
+from saflex_jax.models import Classifier, SmallCNN, from_linen
+from saflex_jax.parallel import Runner, jit_runner
+
+STEPS, ROWS, SAMPLES, CLASSES = 5, 16, 24, 3
+PADDING = 3  # of 16 rows on 8 devices: one device holds padding only, one holds half a share
+
+_rng = np.random.default_rng(0)
+POOL = Batch(
+    _rng.normal(size=(SAMPLES, 6, 6, 1)).astype(np.float32),
+    np.eye(CLASSES, dtype=np.float32)[_rng.integers(CLASSES, size=SAMPLES)],
+    np.ones(SAMPLES, bool),
+    np.arange(SAMPLES, dtype=np.int32),
+)
+
+# Damping and temperature keep the map from parameters to targets well conditioned, so that what is
+# left between two runners is the rounding of their sums and not its amplification.
+_CG = {"direction": "cg", "damping": 0.1, "temperature": 0.5}
+_IDENTITY = {"direction": "identity", "predicate": None, "temperature": 0.5, "tolerance": 0.0}
+_MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
+# name -> (the rule, padding rows, with clean samples and augmentation inside the step)
+VARIANTS = {
+    "cg_head": (saflex.refiner(**_CG), 0, False),
+    "cg_head_memory_padding": (saflex.refiner(**_CG, **_MEMORY), PADDING, False),
+    "identity_all_augmented_padding": (saflex.refiner(**_IDENTITY), PADDING, True),
+    "identity_all_memory": (saflex.refiner(**_IDENTITY, **_MEMORY), 0, False),
+    "implicit_padding": (
+        implicit.refiner(prior=POOL.labels, meta_tx=optax.sgd(30.0), solve=cg_solve(damping=0.1)),
+        PADDING,
+        False,
+    ),
+}
+
+
+def recording(refiner: Refiner) -> Refiner:
+    """The same rule, which also keeps every step's weights and labels, f32[STEPS, SAMPLES, 1 + K].
+
+    A step does not return its targets, and under pmap no device sees all of them.
+    """
+
+    def init():
+        return {"rule": refiner.init(), "targets": jnp.zeros((STEPS, SAMPLES, 1 + CLASSES))}
+
+    def apply(arrays, state, logits_fn, streams, *, reduce):
+        targets, rule, metrics = refiner.apply(
+            arrays["rule"], state, logits_fn, streams, reduce=reduce
+        )
+        rows = jnp.concatenate([targets.weights[:, None], targets.labels], axis=1)
+        index = jnp.where(streams.candidates.mask, streams.candidates.index, SAMPLES)
+        rows = jnp.zeros((SAMPLES, 1 + CLASSES)).at[index].add(rows, mode="drop")
+        seen = jnp.zeros((SAMPLES, 1)).at[index].add(1.0, mode="drop")
+        rows, seen = reduce((rows, seen))  # both are divided by the number of devices
+        record = arrays["targets"].at[state.step].set(rows / jnp.where(seen > 0, seen, 1.0))
+        return targets, {"rule": rule, "targets": record}, metrics
+
+    return Refiner(init, apply)
+
+
+def make_method(variant: str, *, axis_name: str | None = None) -> Method:
+    """Small network with BatchNorm and the variant's rule; `axis_name` as pmap needs it."""
+    refiner, _, augmented = VARIANTS[variant]
+    network = Classifier(SmallCNN((4, 6), norm="batch", axis_name=axis_name), CLASSES)
+    method = supervised(from_linen(network), optax.sgd(0.05, momentum=0.9), recording(refiner))
+    return upstream(method, shift(1)) if augmented else method
+
+
+def make_batches(variant: str) -> list[Streams]:
+    """STEPS global host batches; padding rows are zeros, at the end."""
+    _, padding, clean = VARIANTS[variant]
+    rng = np.random.default_rng(1)
+
+    def batch():
+        index = rng.permutation(SAMPLES)[:ROWS]
+        mask = np.arange(ROWS) < ROWS - padding
+        drawn = jax.tree.map(lambda x: x[index], POOL)
+        return drawn._replace(inputs=drawn.inputs * mask[:, None, None, None], mask=mask)
+
+    return [Streams(batch(), batch(), batch() if clean else None) for _ in range(STEPS)]
+
+
+@functools.cache  # runners copy it
+def make_state(variant: str) -> TrainState:
+    """The state at step 0; initialisation sees no batch statistics, so no axis name either."""
+    return make_method(variant).init(jax.random.key(0), POOL.inputs[:2])
+
+
+def share(batch: Streams) -> Streams:
+    """The block of rows that this process holds."""
+    rows = ROWS // jax.process_count()
+    begin = jax.process_index() * rows
+    return jax.tree.map(lambda x: x[begin : begin + rows], batch)
+
+
+def flatten(tree) -> dict[str, np.ndarray]:
+    """Path -> array on the host; a PRNG key as its data."""
+
+    def host(x):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): host(x) for p, x in leaves}
+
+
+def run(
+    make_runner: Callable[..., Runner], variant: str, *, axis_name: str | None = None
+) -> dict[str, np.ndarray]:
+    """State and metrics (as averages) after STEPS steps."""
+    method = make_method(variant, axis_name=axis_name)
+    runner = make_runner(method.step)
+    state = runner.put_state(make_state(variant))
+    for batch in make_batches(variant):
+        state, metrics = runner.step(state, runner.put_batch(share(batch)))
+    averages = {name: total / count for name, (total, count) in jax.device_get(metrics).items()}
+    return {**flatten(state), **{f"metrics/{name}": value for name, value in averages.items()}}
+
+
+@functools.cache
+def reference(variant: str) -> dict[str, np.ndarray]:
+    """What every other runner must agree with: jit on one device."""
+    return run(functools.partial(jit_runner, devices=jax.devices()[:1]), variant)
+
+
+def assert_agrees(found: dict[str, np.ndarray], variant: str) -> None:
+    """All of the state and the metrics, to 1e-6; counters and keys exactly."""
+    expected = reference(variant)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        exact = not np.issubdtype(value.dtype, np.floating)
+        np.testing.assert_allclose(
+            found[name], value, rtol=0, atol=0 if exact else 1e-6, err_msg=name
+        )

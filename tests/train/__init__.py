@@ -1,0 +1,1 @@
+"""Tests of saflex_jax.train."""

@@ -1,0 +1,201 @@
+import gc
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from saflex_jax import TrainState
+from saflex_jax.parallel import jit_runner
+from saflex_jax.train import CheckpointError, Checkpoints
+from tests.train.setup_ import arrays, assert_same_bits
+
+CONFIG = {"seed": 0, "model": {"name": "mlp", "widths": (4, 8)}, "prior_strength": math.inf}
+
+
+def make_state(step=0, *, width=5, dtype=jnp.float32, tx=optax.adam(0.1), extra=()):
+    key = jax.random.key(step)
+    params = {"head": {"kernel": jax.random.normal(key, (90, width)).astype(dtype)}}
+    return TrainState(jnp.int32(step), params, {}, tx.init(params), key, extra)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with the checkpoints of steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("written")
+    checkpoints = Checkpoints(folder, config=CONFIG, every=1, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), {"step": step})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(written, tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def opened():
+    """Opens folders, and closes them also when the test fails."""
+    found = []
+
+    def open_(folder, config=CONFIG, **kwargs):
+        found.append(Checkpoints(folder, config=config, **kwargs))
+        return found[-1]
+
+    yield open_
+    for checkpoints in found:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_save_is_a_copy_although_the_next_step_donates(tmp_path, opened, devices):
+    # Donation lets the next step write into the buffers that a background thread still reads.
+    def step(state, batch, *, reduce):
+        params = jax.tree.map(lambda x: 1.01 * x + jnp.mean(batch), state.params)
+        return state._replace(step=state.step + 1, params=params), {}
+
+    runner = jit_runner(step, devices=jax.devices()[:devices])
+    params = {name: jnp.full((300, 300), float(i)) for i, name in enumerate("abcd")}
+    state = runner.put_state(TrainState(jnp.int32(0), params, {}, (), jax.random.key(0)))
+    batch = runner.put_batch(np.ones(8, np.float32))
+    checkpoints, copies, donated = opened(tmp_path, every=4, keep=100), {}, []
+    for number in range(1, 49):
+        before, (state, _) = state, runner.step(state, batch)
+        donated.append(before.params["a"].is_deleted())
+        if checkpoints.due(number):
+            copies[number] = arrays(state)
+            checkpoints.save(number, state, {"step": number})
+    checkpoints.close()
+    # JAX keeps a buffer that is being read; that others are given away is what makes this a test.
+    assert any(donated)
+
+    reader = opened(tmp_path)
+    assert sorted(copies) == list(range(4, 49, 4))
+    for number, copy in copies.items():
+        loaded, position = reader.load(state, number)
+        assert position == {"step": number}
+        assert_same_bits(loaded, copy)
+
+
+@pytest.mark.parametrize("saved_on, loaded_on", [(8, 1), (1, 8), (8, 8)])
+def test_loads_onto_the_devices_of_like(tmp_path, opened, saved_on, loaded_on):
+    def placed(state, count):
+        return jit_runner(lambda *_, **__: None, devices=jax.devices()[:count]).put_state(state)
+
+    original = make_state(3, extra=(jnp.arange(6, dtype=jnp.int32),))
+    checkpoints = opened(tmp_path)
+    checkpoints.save(3, placed(original, saved_on), {"step": 3}, force=True)
+    checkpoints.close()
+    like = placed(make_state(0, extra=(jnp.zeros(6, jnp.int32),)), loaded_on)
+    loaded, _ = opened(tmp_path).load(like)
+    assert_same_bits(loaded, original)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(like)):
+        assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
+        assert len(a.sharding.device_set) == loaded_on
+
+
+def test_keeps_the_latest_and_no_temporary_folder(tmp_path, opened):
+    checkpoints = opened(tmp_path, every=3, keep=2)
+    due = [step for step in range(1, 13) if checkpoints.due(step)]
+    assert due == [3, 6, 9, 12]
+    for step in due:
+        checkpoints.save(step, make_state(step), {"step": step})
+        checkpoints.save(step, make_state(step), {"step": step}, force=True)  # already there
+    checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["12", "9"]
+    assert opened(tmp_path).latest == 12
+
+
+def test_missing(tmp_path, folder, opened):
+    assert opened(tmp_path / "new").latest is None
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*complete ones: none"):
+        opened(tmp_path / "new").load(make_state())
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 .*\[1, 2, 3\]"):
+        opened(folder).load(make_state(), 7)
+
+
+def files_of(step_folder):
+    return sorted(str(p.relative_to(step_folder)) for p in step_folder.rglob("*") if p.is_file())
+
+
+# Orbax abandons its other reads after one has failed, and Python warns when it collects them.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["deleted", "empty", "half"])
+def test_a_damaged_checkpoint_is_refused_or_loads_exactly(written, tmp_path, opened, damage):
+    # Every file in turn: names and shapes, the index of the arrays, the arrays themselves.
+    refused = set()
+    for number, name in enumerate(files_of(written / "3")):
+        folder = shutil.copytree(written, tmp_path / str(number))
+        file = folder / "3" / name
+        if damage == "deleted":
+            file.unlink()
+        else:
+            file.write_bytes(
+                file.read_bytes()[: file.stat().st_size // 2 if damage == "half" else 0]
+            )
+        checkpoints = opened(folder)
+        assert checkpoints.latest == 3
+        try:
+            loaded, position = checkpoints.load(make_state())
+        except CheckpointError as error:
+            refused.add(name)
+            for part in ("step 3", str(folder), "cannot be read", "others: [1, 2]"):
+                assert part in str(error), name
+        else:  # a file that Orbax writes but does not need
+            assert position == {"step": 3}
+            assert_same_bits(loaded, make_state(3))
+        # What the message advises works.
+        shutil.rmtree(folder / "3")
+        assert_same_bits(opened(folder).load(make_state())[0], make_state(2))
+    needed = {"_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt"}
+    data = {name for name in files_of(written / "3") if "/d/" in name}
+    assert len(data) >= 2 and needed | data <= refused
+    gc.collect()
+
+
+def test_a_folder_that_a_killed_save_left_is_ignored_and_removed(folder, opened):
+    leftover = folder / "9.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "3", leftover)
+    (leftover / "_CHECKPOINT_METADATA").unlink()
+    checkpoints = opened(folder)
+    assert checkpoints.latest == 3
+    assert_same_bits(checkpoints.load(make_state())[0], make_state(3))
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        # The first differing array in the order of the paths: those of Adam come before params.
+        ({"width": 6}, r"opt_state/0/mu/head/kernel is \(\(90, 5\), .* \(\(90, 6\), "),
+        ({"dtype": jnp.bfloat16}, r"mu/head/kernel is .*'float32'.*'bfloat16'"),
+        ({"tx": optax.sgd(0.1)}, r"opt_state/0/count is \(\(\), 'int32'\) there and absent here"),
+        ({"extra": (jnp.zeros(3),)}, r"extra/0 is absent there and \(\(3,\), 'float32'\) here"),
+    ],
+)
+def test_of_another_model(folder, opened, other, message):
+    before = files_of(folder)
+    with pytest.raises(CheckpointError, match=f"step 3 .*of another model: .*{message}"):
+        opened(folder).load(make_state(**other))
+    assert files_of(folder) == before
+
+
+def test_of_another_config(folder, opened):
+    other = {**CONFIG, "model": {"name": "mlp", "widths": (4, 9)}, "new": 1}
+    with pytest.raises(CheckpointError) as error:
+        opened(folder, other).load(make_state())
+    assert "model.widths: [4, 8] -> [4, 9], new: None -> 1" in str(error.value)
+    assert "seed" not in str(error.value)
+    assert_same_bits(opened(folder).load(make_state())[0], make_state(3))
+
+
+def test_a_config_must_be_json(tmp_path):
+    with pytest.raises(TypeError, match="JSON"):
+        Checkpoints(tmp_path / "new", config={"learning_rate": np.float32(0.1)})
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,59 @@
+import jax
+import numpy as np
+import pytest
+
+from saflex_jax.train import make_evaluator
+from tests.train.setup_ import CLASSES, make_method, pool
+
+
+def reference(kernel, data):
+    """Accuracy and mean cross-entropy in double precision."""
+    logits = data.inputs.astype(np.float64) @ np.asarray(kernel, np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    right = logits.argmax(-1) == data.labels.argmax(-1)
+    return {"accuracy": right.mean(), "loss": -(data.labels * log_probs).sum(-1).mean()}
+
+
+@pytest.mark.parametrize("size, batch_size", [(23, 5), (20, 5), (3, 8), (1, 512), (23, 1)])
+def test_exact_for_every_size_with_one_compilation(size, batch_size):
+    traced = []
+    method = make_method()
+
+    def predict(state, inputs):
+        traced.append(inputs.shape)
+        return method.predict(state, inputs)
+
+    data = pool(size, seed=5)
+    evaluate = make_evaluator(
+        method._replace(predict=predict), data.inputs, data.labels, batch_size=batch_size
+    )
+    for seed in (0, 1):
+        state = method.init(jax.random.key(seed), data.inputs[:1])
+        scores, expected = evaluate(state), reference(state.params["head"], data)
+        assert scores["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-12)
+        assert scores["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert len(traced) == 1
+
+
+def test_soft_labels():
+    data = pool(17)
+    soft = np.random.default_rng(0).dirichlet(np.ones(CLASSES), 17).astype(np.float32)
+    data, method = data._replace(labels=soft), make_method()
+    state = method.init(jax.random.key(0), data.inputs[:1])
+    scores = make_evaluator(method, data.inputs, data.labels, batch_size=4)(state)
+    assert scores == pytest.approx(reference(state.params["head"], data), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, y: (x[:0], y[:0]), "at least one sample to evaluate on; given 0"),
+        (lambda x, y: (x, 2 * y), "labels must have rows .* sum to one"),
+        (lambda x, y: (np.where(x > 0, np.inf, x), y), "inputs must be finite; given inf"),
+        (lambda x, y: (x[:4], y), "inputs must have 9 rows, as labels have; given 4"),
+    ],
+)
+def test_bad_input(change, message):
+    data = pool(9)
+    with pytest.raises(ValueError, match=message):
+        make_evaluator(make_method(), *change(data.inputs, data.labels))

@@ -1,0 +1,126 @@
+"""A run that is killed or stopped, and resumed, ends as if nothing had happened: bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+
+from experiments import build
+from saflex_jax.train import Checkpoints
+from tests.train import process_
+from tests.train.process_ import CHECKPOINT_EVERY, LOG_EVERY, STEPS
+from tests.train.setup_ import assert_same_bits
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "compiled"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """The folder of a run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    code, stdout, stderr = process_.start(workdir, env=process_.environment(cache)).finish()
+    assert code == 0, stderr[-3000:]
+    assert json.loads(stdout)["steps"] == STEPS
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def like():
+    config = process_.config()
+    pools = build.make_data(config).pools
+    method = build.with_upstream(config, build.make_method(config, pools))
+    return build.init_state(config, method, pools)
+
+
+def assert_same_run(workdir, whole, like, resumed_at):
+    """Checkpoints, positions in the data, metrics and results; names what differs."""
+    config = json.loads(process_.config().to_json())
+    kept = process_.complete_steps(whole)
+    assert kept == [STEPS - CHECKPOINT_EVERY, STEPS]
+    # Exactly these: no half-written folder is left.
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == sorted(map(str, kept))
+    for step in kept:
+        states = []
+        for folder in (workdir, whole):
+            checkpoints = Checkpoints(folder / "checkpoints", config=config)
+            states.append(checkpoints.load(like, step))
+            checkpoints.close()
+        assert_same_bits(states[0][0], states[1][0])
+        assert states[0][1] == states[1][1] == {"step": step}
+    assert states[0][0].extra.visits.sum() > 0  # the score memory is part of what is compared
+
+    expected = process_.records(whole)
+    assert list(expected) == [*range(LOG_EVERY, STEPS, LOG_EVERY), STEPS]
+    # A window that a resume cuts averages fewer steps; all others are the same numbers.
+    found = process_.records(workdir)
+    cut = {step + -step % LOG_EVERY for step in resumed_at if step % LOG_EVERY}
+    stops = set(resumed_at) - set(expected)
+    assert set(expected) <= set(found) <= set(expected) | stops
+    for step in set(expected) - cut:
+        assert found[step] == expected[step], step
+    assert len(cut) < len(expected)
+
+    assert (workdir / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+def kill_and_resume(workdir, whole, like, seed, cache):
+    rng, resumed_at = random.Random(seed), []
+    for first, last in ((1, 25), (26, 55)):  # the second kill hits a run that was resumed itself
+        job = process_.start(workdir, env=process_.environment(cache))
+        step = rng.randint(first, last)
+        code, _, _ = job.signal_at(step, signal.SIGKILL)
+        print(f"seed {seed}: SIGKILL after step {step}, checkpoints "
+              f"{sorted(p.name for p in (workdir / 'checkpoints').iterdir())}")  # fmt: skip
+        assert code == -signal.SIGKILL
+        assert not (workdir / "result.json").exists()
+        resumed_at += process_.complete_steps(workdir)[-1:]
+    # Without the cache: the program is compiled anew, as on another day.
+    code, _, stderr = process_.start(workdir, env=process_.environment()).finish()
+    assert code == 0, stderr[-3000:]
+    assert_same_run(workdir, whole, like, resumed_at)
+
+
+def test_sigkill_at_a_random_step(tmp_path, whole, like, cache):
+    kill_and_resume(tmp_path, whole, like, 0, cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_sigkill_at_more_random_steps(tmp_path, whole, like, cache, seed):
+    kill_and_resume(tmp_path, whole, like, seed, cache)
+
+
+def test_sigterm_and_sigint(tmp_path, whole, like, cache):
+    resumed_at = []
+    for number, earliest in ((signal.SIGTERM, 7), (signal.SIGINT, 31)):
+        job = process_.start(tmp_path, env=process_.environment(cache))
+        code, stdout, stderr = job.signal_at(earliest, number)
+        assert code == 128 + number and stdout == ""
+        step = process_.complete_steps(tmp_path)[-1]
+        assert step >= earliest
+        assert f"stopped at step {step}; the same command resumes from there" in stderr
+        assert "Traceback" not in stderr
+        assert list(process_.records(tmp_path))[-1] == step
+        assert not (tmp_path / "result.json").exists()
+        resumed_at.append(step)
+    code, _, stderr = process_.start(tmp_path, env=process_.environment(cache)).finish()
+    assert code == 0, stderr[-3000:]
+    assert_same_run(tmp_path, whole, like, resumed_at)
+
+
+def test_another_config_is_refused_and_changes_nothing(tmp_path, whole, cache):
+    def content(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    job = process_.start(workdir, "--config.data.noise=0.25", env=process_.environment(cache))
+    code, stdout, stderr = job.finish()
+    assert code != 0 and stdout == ""
+    assert f"checkpoint of step {STEPS} in {workdir}" in stderr
+    assert "was written by another config (data.noise: 0.3 -> 0.25)" in stderr
+    assert content(workdir) == content(whole)
