@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from experiments.configs.methods import BY_DATA
 from saflex_jax import augment, checks, data, models, parallel
 from saflex_jax.core.tree import under
 from saflex_jax.methods import METHODS, implicit, saflex
@@ -53,7 +54,8 @@ def check(config: ConfigDict) -> None:
     checks.fields("config.model", config.model, {"name", *backbone} - {"parent", "axis_name"})
     for name, refiner in {"saflex": saflex.refiner, "implicit": implicit.refiner}.items():
         given = config.method.get(name, {})
-        checks.fields(f"config.method.{name}", given, inspect.signature(refiner).parameters)
+        accepted = set(inspect.signature(refiner).parameters) - BY_DATA
+        checks.fields(f"config.method.{name}", given, accepted)
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(f"config.train.{name}", config.train[name])
 

@@ -131,6 +131,7 @@ def test_data_of_a_seed():
         ("optimizer", "learning_rte", 1, r"did you mean 'learning_rate'\?"),
         ("model", "width", (3,), r"config.model has no field 'width'; did you mean 'widths'\?"),
         ("model", "axis_name", "data", r"config.model has no field 'axis_name'"),
+        ("method.saflex", "num_samples", 3, r"config.method.saflex has no field 'num_samples'"),
         ("method", "options", {}, r"config.method has no field 'options'; known fields: "),
         ("method.saflex", "temprature", 1, r"did you mean 'temperature'\?"),
         ("method.implicit", "max_wight", 1, r"method.implicit .*did you mean 'max_weight'\?"),

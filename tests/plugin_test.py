@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +134,17 @@ def test_the_loops_differ_in_at_most_six_lines():
         if line.strip()
     ]
     assert 0 < len(changed) <= 6, changed
+
+
+def test_the_readme_shows_these_loops():
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    block = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)[1].splitlines()
+    for signs, loop in (("- ", plain_loop), ("+ ", saflex_loop)):
+        shown = [line[1:].strip() for line in block if line[:1] in signs and line[1:].strip()]
+        shown = [line for line in shown if not line.startswith("import ")]
+        source = [line.strip() for line in inspect.getsource(loop).splitlines() if line.strip()]
+        begin = source.index(shown[0])
+        assert source[begin : begin + len(shown)] == shown
 
 
 @pytest.mark.parametrize("network", [linen, nnx_split])

@@ -75,16 +75,23 @@ def gradient_step(
       reduce: mean over the data-parallel axis.
 
     Returns:
-      (state at step + 1, metrics with "loss" and "grad_norm" added).
+      (state at step + 1, metrics with "loss", "grad_norm" and "param_norm" added).
     """
     (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     loss, grads = reduce((loss, grads))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     one = jnp.ones(())
-    metrics = {**metrics, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one)}
+    metrics = {
+        **metrics,
+        "loss": (loss, one),
+        "grad_norm": (optax.tree.norm(grads), one),
+        # Of the new parameters: an update that overflows must not wait for the next step's loss.
+        "param_norm": (optax.tree.norm(params), one),
+    }
     new = state._replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         model_state=mean_floats(model_state, reduce),
         opt_state=opt_state,
     )

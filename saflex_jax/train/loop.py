@@ -192,7 +192,9 @@ def fit(
                 record = _averages(window)
                 record["seconds_per_step"] = (time.perf_counter() - window_began) / len(window)
                 if eval_every and (step % eval_every == 0 or step == num_steps):
-                    record |= {f"eval/{k}": v for k, v in evaluate(state).items()}
+                    values = {f"eval/{k}": v for k, v in evaluate(state).items()}
+                    _check_finite(step, {k: (v, 1) for k, v in values.items()}, checkpoints)
+                    record |= values
                 history.append({"step": step, **record})
                 if writer is not None:
                     writer.write(step, record)

@@ -14,8 +14,8 @@ class MetricsWriter:
 
     Args:
       directory: created if need be.
-      resume_from: records after this step are removed first, so that a resumed run's file equals
-        that of an uninterrupted one. None keeps nothing (a new run).
+      resume_from: records after this step are removed first, so that no step stands twice. (The
+        window that a stop cuts in two leaves two shorter records.) None keeps nothing (a new run).
       tensorboard: also write event files; needs the `experiments` extra.
     """
 

@@ -2,9 +2,12 @@ import signal
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from saflex_jax.core.steps import gradient_step, init_state
 from saflex_jax.parallel import jit_runner
 from saflex_jax.train import Checkpoints, Diverged, MetricsWriter, fit
 from tests.train.setup_ import (
@@ -208,6 +211,42 @@ def test_divergence_without_checkpoints():
     stream = Tampered(make_stream(), {3: change("candidates", inputs=poison)})
     with pytest.raises(Diverged, match=r"step 3 is not finite: .*; last good checkpoint: none"):
         quiet_fit(runner, state, stream, num_steps=8)
+
+
+def test_parameters_that_overflow_are_not_saved(tmp_path):
+    # The gradient and the loss of that step are finite; only what the update makes is not.
+    def overflowing(state, streams, *, reduce):
+        def loss_fn(params):
+            return 1.0 * params["w"], (state.model_state, {})
+
+        return gradient_step(state, loss_fn, tx=optax.sgd(1e39), reduce=reduce)
+
+    state = init_state(jax.random.key(0), {"w": jnp.ones(())}, {}, optax.sgd(1e39))
+    checkpoints = Checkpoints(tmp_path, every=1)
+    with pytest.raises(Diverged, match=r"step 1 .*grad_norm 1, loss 1, param_norm inf; .*: none"):
+        quiet_fit(
+            jit_runner(overflowing, devices=jax.devices()[:1]),
+            state,
+            make_stream(),
+            num_steps=2,
+            checkpoints=checkpoints,
+        )
+    checkpoints.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run():
+    runner, state = make_run()
+    with pytest.raises(Diverged, match="step 2 is not finite: eval/loss nan"):
+        quiet_fit(
+            runner,
+            state,
+            make_stream(),
+            num_steps=4,
+            log_every=2,
+            eval_every=2,
+            evaluate=lambda state: {"loss": float("nan")},
+        )
 
 
 # --- stopping and resuming -------------------------------------------------------------------
