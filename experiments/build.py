@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.configs.methods import BY_DATA
-from saflex_jax import augment, checks, data, models, parallel
+from saflex_jax import augment, checks, data, models, parallel, train
 from saflex_jax.core.tree import under
 from saflex_jax.methods import METHODS, implicit, saflex
 from saflex_jax.types import Batch, Method, Streams
@@ -138,3 +138,17 @@ def with_upstream(config: ConfigDict, method: Method) -> Method:
 def init_state(config: ConfigDict, method: Method, pools: Streams):
     """The state at step 0, by `config.seed`."""
     return method.init(jax.random.key(config.seed), pools.candidates.inputs[:1])
+
+
+def fit(
+    config: ConfigDict, data: Data, method: Method, runner: parallel.Runner, **options
+) -> train.FitResult:
+    """The config's run; `options` are those of `train.fit`."""
+    return train.fit(
+        runner,
+        init_state(config, method, data.pools),
+        make_stream(config, data.pools),
+        num_steps=config.train.steps,
+        log_every=config.train.log_every,
+        **options,
+    )

@@ -80,12 +80,11 @@ def run(config: ConfigDict, compiled: dict, description: str) -> dict | None:
         compiled[key] = method, runner, jax.jit(method.targets)
     method, runner, targets = compiled[key]
     probe = make_probe(targets, data)
-    result = train.fit(
+    result = build.fit(
+        config,
+        data,
+        method,
         runner,
-        build.init_state(config, method, data.pools),
-        build.make_stream(config, data.pools),
-        num_steps=config.train.steps,
-        log_every=config.train.log_every,
         evaluate=lambda state: probe(state)[1],
         eval_every=config.train.log_every,
         progress=_PROGRESS.value,

@@ -48,12 +48,11 @@ def main(argv: list[str]) -> None:
     writer = train.MetricsWriter(
         workdir, resume_from=checkpoints.latest, tensorboard=_TENSORBOARD.value
     )
-    result = train.fit(
+    result = build.fit(
+        config,
+        data,
+        method,
         runner,
-        build.init_state(config, method, data.pools),
-        build.make_stream(config, data.pools),
-        num_steps=config.train.steps,
-        log_every=config.train.log_every,
         writer=writer,
         checkpoints=checkpoints,
         progress=_PROGRESS.value,
