@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from saflex_jax import Batch, Method, Refiner, Streams, TrainState, cg_solve
+from saflex_jax import Batch, Method, Model, Refiner, Streams, TrainState, cg_solve
 from saflex_jax.augment import shift, upstream
+from saflex_jax.core.steps import init_state
 from saflex_jax.methods import implicit, saflex
 from saflex_jax.methods.base import supervised
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import Runner, jit_runner
 
 STEPS, ROWS, SAMPLES, CLASSES = 5, 16, 24, 3
+TX = optax.sgd(0.05, momentum=0.9)
 PADDING = 3  # of 16 rows on 8 devices: one device holds padding only, one holds half a share
 
 _rng = np.random.default_rng(0)
@@ -71,11 +73,14 @@ def recording(refiner: Refiner) -> Refiner:
     return Refiner(init, apply)
 
 
+def make_model(axis_name: str | None = None) -> Model:
+    return from_linen(Classifier(SmallCNN((6,), norm="batch", axis_name=axis_name), CLASSES))
+
+
 def make_method(variant: str, *, axis_name: str | None = None) -> Method:
-    """Small network with BatchNorm and the variant's rule; `axis_name` as pmap needs it."""
+    """A network with BatchNorm under the variant's rule; `axis_name` as pmap needs it."""
     refiner, _, augmented = VARIANTS[variant]
-    network = Classifier(SmallCNN((4, 6), norm="batch", axis_name=axis_name), CLASSES)
-    method = supervised(from_linen(network), optax.sgd(0.05, momentum=0.9), recording(refiner))
+    method = supervised(make_model(axis_name), TX, recording(refiner))
     return upstream(method, shift(1)) if augmented else method
 
 
@@ -93,10 +98,16 @@ def make_batches(variant: str) -> list[Streams]:
     return [Streams(batch(), batch(), batch() if clean else None) for _ in range(STEPS)]
 
 
-@functools.cache  # runners copy it
+@functools.cache
+def make_variables():
+    # Apart from the method, so that all variants share one compilation.
+    return jax.jit(make_model().init)(jax.random.key(0), POOL.inputs[:2])
+
+
 def make_state(variant: str) -> TrainState:
-    """The state at step 0; initialisation sees no batch statistics, so no axis name either."""
-    return make_method(variant).init(jax.random.key(0), POOL.inputs[:2])
+    """What `make_method(variant).init` gives."""
+    rule = recording(VARIANTS[variant][0])
+    return init_state(jax.random.key(0), *make_variables(), TX, rule.init())
 
 
 def share(batch: Streams) -> Streams:

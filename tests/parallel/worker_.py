@@ -31,7 +31,7 @@ class SignalledStream(ArrayStream):
         if step == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.at is not None and step >= self.at:
-            time.sleep(0.2)
+            time.sleep(0.5)
         return super().__next__()
 
 
