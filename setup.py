@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-# Upper bounds are the next release that is known or announced to break; lower bounds are tested.
+# Lower bounds ran the tests; upper bounds are the next release that could not be tested (jax 0.11 needs
+# Python 3.12) or is announced to break.
 DATA = ["grain>=0.2.10,<0.3", "scikit-learn>=1.4,<2", "tensorflow-datasets>=4.9.7,<5"]
 EXPERIMENTS = ["matplotlib>=3.8,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6,<3"]
 
@@ -20,9 +21,9 @@ setup(
         "chex>=0.1.90,<0.2",
         "etils[epath]>=1.9",
         "flax>=0.12.6,<0.13",
-        "jax>=0.10,<0.12",
+        "jax>=0.10,<0.11",
         "numpy>=2.0",
-        "optax>=0.2.7,<0.3",
+        "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",  # the v1 API still moves between minor releases
         "tqdm>=4.66",
     ],
