@@ -2,8 +2,8 @@
 
 from setuptools import find_packages, setup
 
-# The lower bounds of JAX, Flax, Optax, chex and Orbax ran the tests. Upper bounds are the next release
-# that is announced to break or could not be tested (jax 0.11 needs Python 3.12).
+# The lower bounds of JAX, Flax, Optax, chex and Orbax ran the tests. Upper bounds are the next
+# release that is announced to break or could not be tested (jax 0.11 needs Python 3.12).
 DATA = ["grain>=0.2.10,<0.3", "scikit-learn>=1.4,<2", "tensorflow-datasets>=4.9.7,<5"]
 EXPERIMENTS = ["matplotlib>=3.8,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6,<3"]
 
