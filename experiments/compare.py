@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import build, figures
@@ -169,4 +169,5 @@ def table(summary: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # else JAX reports every backend it does not find
     app.run(main)
