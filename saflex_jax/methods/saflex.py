@@ -166,10 +166,8 @@ def refiner(
             "kept": total(learned.weights > 0, candidates.mask, reduce),
             "relabelled": total(moved, candidates.mask, reduce),
         }
-        if direction in (
-            "neumann",
-            "cg",
-        ):  # else reading it would cost a product with the curvature
+        # Of the other directions, reading the residual would cost a product with the curvature.
+        if direction in ("neumann", "cg"):
             metrics["solve_residual"] = (residual, count)
         return learned, arrays, metrics
 
