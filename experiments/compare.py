@@ -110,12 +110,18 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     build.check(config)
+    if config.train.steps <= config.train.log_every:
+        raise ValueError(
+            f"config.train.steps must exceed config.train.log_every = {config.train.log_every}, "
+            f"so that a record without the compilation is timed; given {config.train.steps}"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     log = workdir / "runs.jsonl"
     settings = {k: v for k, v in json.loads(config.to_json()).items() if k != "seed"}
     done = {}
     if _RESUME.value and log.exists():
-        for line in log.read_text().splitlines():
+        # A killed process may have left half a last line: only what ends in a newline counts.
+        for line in log.read_text().split("\n")[:-1]:
             record = json.loads(line)
             if record["settings"] == settings:
                 done[record["arm"], record["seed"]] = record
