@@ -59,6 +59,28 @@ def at_least_zero(name: str, value: float) -> None:
         raise ValueError(f"{name} must be >= 0; given {value}")
 
 
+def fraction(name: str, value: float) -> None:
+    """Raises unless value lies in [0, 1] (a traced value passes)."""
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; given {value}")
+
+
+def interval(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
+    """Raises unless `bounds` = (a, b) with low <= a <= b <= high."""
+    if len(bounds) != 2 or not low <= bounds[0] <= bounds[1] <= high:
+        raise ValueError(f"{name} must be (a, b) with {low} <= a <= b <= {high}; given {bounds}")
+
+
+def images(name: str, inputs: PyTree) -> None:
+    """Raises unless `inputs` is one floating-point array [B, H, W, C]."""
+    if not isinstance(inputs, jax.Array | np.ndarray):
+        raise ValueError(f"{name} must be one array of images; given {type(inputs).__name__}")
+    if inputs.ndim != 4 or not jax.numpy.issubdtype(inputs.dtype, jax.numpy.floating):
+        raise ValueError(
+            f"{name} must be images of floats [B, H, W, C]; given {inputs.dtype}{inputs.shape}"
+        )
+
+
 def concrete(tree: PyTree) -> bool:
     """Whether the values can be read here (no tracer, no array spread over other hosts)."""
     return not any(

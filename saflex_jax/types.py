@@ -28,6 +28,20 @@ PathPredicate = Callable[[str], bool]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
+class Trace(NamedTuple):
+    """Which augmentations made each row: one column for every operation that was applied.
+
+    Attributes:
+      operation: i32[B, L], places in `augment.OPERATIONS`.
+      magnitude: f32[B, L], in the operation's own units (its docstring says which).
+      partner: i32[B, L], source sample of the second parent; the row's own where there is none.
+    """
+
+    operation: jax.Array
+    magnitude: jax.Array
+    partner: jax.Array
+
+
 class Batch(NamedTuple):
     """Samples with their prior labels.
 
@@ -36,12 +50,14 @@ class Batch(NamedTuple):
       labels: f32[B, K], the prior: the label in the simplex that the upstream pipeline believes.
       mask: bool[B], False on padding rows.
       index: i32[B], the source sample of each row (its place in the data set).
+      trace: what upstream augmentation did to each row; None before any.
     """
 
     inputs: PyTree
     labels: jax.Array
     mask: jax.Array
     index: jax.Array
+    trace: Trace | None = None
 
 
 class Streams(NamedTuple):

@@ -134,6 +134,51 @@ def test_unknown_options_are_refused(module, message):
         module.init(KEY, IMAGES, train=False)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("train", [False, True])
+def test_classifier_mixes_where_manifold_mixup_says(layer, train):
+    module = Classifier(SmallCNN((4, 7), norm="batch"), 3)
+    model = from_linen(module)
+    params, model_state = model.init(KEY, IMAGES)
+    variables = {"params": params, **model_state}
+    share = np.array([0.7, 1.0, 0.5, 0.9, 0.6, 0.8], np.float32)
+    partner = np.array([3, 1, 0, 5, 2, 4])
+    mix = {
+        "inputs": IMAGES,
+        "partner": partner,
+        "share": share,
+        "layer": np.full(6, layer, np.int32),
+    }
+
+    def mixed(h):
+        s = share.reshape(-1, *[1] * (h.ndim - 1))
+        return s * np.asarray(h) + (1 - s) * np.asarray(h)[partner]
+
+    def features(x):
+        backbone = {c: v["backbone"] for c, v in variables.items()}
+        found = module.backbone.apply(
+            backbone, x, train=train, mutable=["batch_stats"] if train else False
+        )
+        return np.asarray(found[0] if train else found)
+
+    h = features(mixed(IMAGES)) if layer == 0 else mixed(features(IMAGES))
+    expected = h @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
+
+    @jax.jit
+    def logits(inputs):
+        if train:
+            return model.train(params, model_state, inputs, KEY)[0]
+        return model.logits(params, model_state, inputs)
+
+    np.testing.assert_allclose(logits(mix), expected, atol=1e-5)
+    alone = {**mix, "share": np.ones(6, np.float32)}
+    np.testing.assert_allclose(logits(alone), logits(IMAGES), atol=1e-5)
+    if not train:  # a mixed row depends on its partner and on nobody else
+        changed = logits({**mix, "inputs": IMAGES.at[3].multiply(-3.0)})
+        moved = np.abs(changed - logits(mix)).max(1) > 1e-4
+        np.testing.assert_array_equal(moved, (np.arange(6) == 3) | (partner == 3))
+
+
 # --- adapters
 
 

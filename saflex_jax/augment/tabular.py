@@ -1,16 +1,180 @@
-"""Augmentations of standardised numeric tables f32[B, D]."""
+"""Augmentations of tables: f32[B, D], or {"numeric": f32[B, D], "categorical": codes i32[B, E]}.
+
+Numeric columns are meant to be standardised. `mixing.mixup` takes both forms as well: numeric
+columns are averaged, a categorical one comes whole from one parent.
+"""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.augment.base import Augment, per_example
+from saflex_jax.augment.base import Augment, per_example, sample_keys
+from saflex_jax.augment.mixing import (
+    beta,
+    dominating,
+    draws,
+    labelled,
+    mix,
+    partners,
+    settle,
+    sometimes,
+)
+from saflex_jax.types import Batch, PyTree
+
+_PARTS = ("numeric", "categorical")
+
+
+def parts(inputs: PyTree) -> dict[str, jax.Array]:
+    """A table, or a row of one, as a dict of "numeric" and, if it has them, "categorical" columns.
+
+    Raises:
+      ValueError: other entries, numeric columns that are not floats, codes that are not integers.
+    """
+    if isinstance(inputs, dict) and set(inputs) != set(_PARTS):
+        raise ValueError(f"inputs must have the entries {list(_PARTS)}; given {sorted(inputs)}")
+    found = inputs if isinstance(inputs, dict) else {"numeric": inputs}
+    for name, kind in zip(_PARTS, (jnp.floating, jnp.integer)):
+        if name in found and not jnp.issubdtype(found[name].dtype, kind):
+            raise ValueError(
+                f"{name} columns must be of type {kind.__name__}; given {found[name].dtype}"
+            )
+    return found
+
+
+def _like(inputs: PyTree, found: dict[str, jax.Array]) -> PyTree:
+    """`found` in the form that `inputs` has."""
+    return found if isinstance(inputs, dict) else found["numeric"]
 
 
 def feature_noise(deviation: float) -> Augment:
-    """Adds Gaussian noise; `deviation` is in units of the columns' standard deviation."""
+    """Adds Gaussian noise to the numeric columns; categorical ones stay.
+
+        x <- x + deviation * N(0, 1)
+
+    Args:
+      deviation: >= 0, in units of the columns' standard deviation; the trace's magnitude.
+    """
     checks.at_least_zero("deviation", deviation)
-    return per_example(
-        lambda key, row: row + deviation * jax.random.normal(key, row.shape, row.dtype)
-    )
+
+    def noisy(key, row):
+        found = parts(row)
+        x = found["numeric"]
+        x = (x + deviation * jax.random.normal(key, x.shape)).astype(x.dtype)
+        return _like(row, {**found, "numeric": x}), deviation
+
+    return per_example("feature_noise", noisy)
+
+
+def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -> Augment:
+    """Overwrites columns at random: what the table would be had they not been measured.
+
+    Args:
+      probability: of each column, independently. The trace's magnitude is the share realised.
+      value: of masked numeric columns; 0 is the mean of a standardised one.
+      category: code of masked categorical columns; reserve it for "missing".
+    """
+    checks.fraction("probability", probability)
+    checks.at_least_zero("category", category)
+    instead = {"numeric": value, "categorical": category}
+
+    def masked(key, row):
+        found = parts(row)
+        drawn = {
+            name: jax.random.bernoulli(jax.random.fold_in(key, number), probability, x.shape)
+            for number, (name, x) in enumerate(found.items())
+        }
+        made = {
+            name: jnp.where(drawn[name], jnp.asarray(instead[name], x.dtype), x)
+            for name, x in found.items()
+        }
+        magnitude = jnp.mean(jnp.concatenate(list(drawn.values())), dtype=jnp.float32)
+        return _like(row, made), magnitude
+
+    return per_example("feature_mask", masked)
+
+
+def tabular_cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -> Augment:
+    """Columns of the partner in place of one's own, numeric and categorical ones alike.
+
+        column kept with probability l ~ Beta(alpha, alpha) ;  share = columns kept / columns
+
+    The complement where less than half is kept, as in `mixing`. A swapped category is a category.
+
+    Args:
+      alpha: > 0.
+      probability: of mixing at all.
+      per_sample: False = the same columns for the whole batch.
+
+    Source: CutMix (Yun et al., ICCV 2019) with columns for pixels.
+    """
+    checks.positive("alpha", alpha)
+    checks.fraction("probability", probability)
+
+    def augment(key, batch):
+        found = parts(batch.inputs)
+        for name, x in found.items():
+            if x.ndim != 2:
+                raise ValueError(f"{name} columns must have shape [B, columns]; given {x.shape}")
+        columns = sum(x.shape[1] for x in found.values())
+        of_partner, of_columns = jax.random.split(key)
+
+        def draw(key):
+            of_share, of_kept = jax.random.split(key)
+            share = beta(of_share, alpha)
+            kept = jax.random.bernoulli(of_kept, share, (columns,))
+            return dominating(kept.astype(jnp.float32))
+
+        own = draws(sometimes(draw, probability), of_columns, batch, per_sample=per_sample)
+        partner, own, share = settle(batch, partners(of_partner, batch), own)
+        kept, made = own > 0.5, {}
+        for name, x in found.items():
+            made[name] = jnp.where(kept[:, : x.shape[1]], x, x[partner])
+            kept = kept[:, x.shape[1] :]
+        inputs = _like(batch.inputs, made)
+        return labelled(batch, inputs, partner, share, "tabular_cutmix")
+
+    return augment
+
+
+def smote(*, probability: float = 1.0) -> Augment:
+    """Interpolates with a partner of the same class, drawn uniformly from the batch.
+
+        x <- x + u (x_p - x) ,  u ~ U(0, 1) ;  soft labels likewise
+
+    The class is the label's largest entry. A category comes whole from one parent, the partner with
+    probability u. A sample alone in its class stays as it is. The trace's magnitude is 1 - u, the
+    own share, which may be below one half.
+
+    Args:
+      probability: of interpolating at all.
+
+    Source: Chawla et al., "SMOTE", JAIR 2002, with the batch's class in place of the nearest
+    neighbours.
+    """
+    draw = sometimes(lambda key: 1 - jax.random.uniform(key), probability)
+
+    def augment(key, batch):
+        parts(batch.inputs)
+        of_partner, of_share, of_codes = jax.random.split(key, 3)
+        own = draws(draw, of_share, batch, per_sample=True)
+        keys = sample_keys(of_codes, batch)
+        return mix(batch, classmates(of_partner, batch), own, "smote", keys=keys)
+
+    return augment
+
+
+def classmates(key: jax.Array, batch: Batch) -> jax.Array:
+    """i32[B], for each row another unmasked one of its class, uniformly; itself if alone."""
+    size, classes = batch.labels.shape
+    label = jnp.where(batch.mask, jnp.argmax(batch.labels, 1), classes)  # padding: apart
+    order = jnp.argsort(label, stable=True)  # classes are runs of it
+    place = jnp.argsort(order)
+    count = jnp.bincount(label, length=classes + 1)
+    first = (jnp.cumsum(count) - count)[label]
+    others = count[label] - 1
+    draw = jax.vmap(lambda key, others: jax.random.randint(key, (), 0, jnp.maximum(others, 1)))
+    drawn = first + draw(sample_keys(key, batch), others)
+    drawn += drawn >= place  # skips the row itself
+    return jnp.where(others > 0, order[jnp.minimum(drawn, size - 1)], jnp.arange(size))

@@ -1,9 +1,18 @@
 """Bundled Flax Linen networks and the adapters that turn any network into a `types.Model`."""
 
 from saflex_jax.models.adapters import from_function, from_linen, from_nnx
-from saflex_jax.models.classifier import Classifier
+from saflex_jax.models.classifier import Classifier, mix_hidden
 from saflex_jax.models.mlp import MLP
 from saflex_jax.models.resnet import ResNet18
 from saflex_jax.models.small_cnn import SmallCNN
 
-__all__ = ["MLP", "Classifier", "ResNet18", "SmallCNN", "from_function", "from_linen", "from_nnx"]
+__all__ = [
+    "MLP",
+    "Classifier",
+    "ResNet18",
+    "SmallCNN",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "mix_hidden",
+]
