@@ -1,13 +1,23 @@
-"""Weighted soft-label cross-entropy, per sample, and the global mean that turns it into a loss."""
+"""Losses, one value per sample, and the global mean that turns them into one number.
+
+A candidate loss is what a step trains its candidates on: (logits f32[B, K], targets: Targets,
+candidates: Batch) -> f32[B], weighted by `targets.weights` and exactly 0 on padding.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
 from saflex_jax.core.tree import identity
-from saflex_jax.types import Reduce
+from saflex_jax.types import Batch, Reduce, Targets
+
+CandidateLoss = Callable[[jax.Array, Targets, Batch], jax.Array]
+Decoupled = Literal["both", "less", "more"]
 
 
 def weighted_cross_entropy(
@@ -60,3 +70,185 @@ def masked_mean(
     # Counts carry no gradient, so this reduce is safe inside a differentiated function.
     count = reduce(jnp.sum(mask, dtype=values.dtype))
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, jnp.finfo(values.dtype).tiny)
+
+
+def jensen_shannon(logits: jax.Array) -> jax.Array:
+    """Divergence of several predictions of the same sample from their mixture.
+
+        JSD_i = 1/V sum_v KL(p_vi || m_i) ,  m_i = clip(1/V sum_v p_vi, 1e-7, 1)
+
+    Args:
+      logits: f32[V, B, K], of V views.
+
+    Returns:
+      f32[B], nats, at most log V.
+
+    Raises:
+      ValueError: another rank.
+
+    Source: Hendrycks et al., "AugMix", ICLR 2020, equation 2; the clip is that of its code.
+    """
+    if logits.ndim != 3:
+        raise ValueError(f"logits must have shape [V, B, K]; given {logits.shape}")
+    log_probs = jax.nn.log_softmax(logits)
+    probs = jnp.exp(log_probs)
+    mixture = jnp.clip(jnp.mean(probs, axis=0), 1e-7, 1.0)
+    return jnp.mean(jnp.sum(probs * (log_probs - jnp.log(mixture)[None]), axis=-1), axis=0)
+
+
+def decoupled_mixup(
+    logits: jax.Array,
+    own: jax.Array,
+    partner: jax.Array,
+    share: jax.Array,
+    *,
+    eta: float = 0.1,
+    mode: Decoupled = "both",
+    threshold: float = 0.5,
+    power: float = 1.0,
+) -> jax.Array:
+    """Mixup's cross-entropy, and that of each parent's class with the other's left out.
+
+        s CE(z, a) + (1 - s) CE(z, b) + eta_a CE(z without b, a) + eta_b CE(z without a, b)
+        eta_a = eta s^power ,  eta_b = eta (1 - s)^power
+
+    Without the other class a confident prediction of one parent costs nothing, whatever s. The two
+    last terms vanish where a = b, where s is within 1e-3 of 0 or 1, and where it is exactly 1/2.
+
+    Args:
+      logits: z, f32[B, K].
+      own: a, i32[B], class of the row's own parent.
+      partner: b, i32[B], class of the other parent.
+      share: s, f32[B], that of a.
+      eta: >= 0.
+      mode: "both" terms; "less": a's only where s < threshold, else b's only; "more": the opposite.
+      threshold: in [0, 1].
+      power: >= 0; 0 = constant.
+
+    Returns:
+      f32[B], nats.
+
+    Raises:
+      ValueError: shapes disagree, or a number is out of range.
+
+    eta_a goes with a, always: the released code orders the etas as (s, 1 - s) but the classes by
+    number, and so swaps the etas of the whole batch when the first row has a > b.
+
+    Source: Liu et al., "Harnessing Hard Mixed Samples with Decoupled Regularizer", NeurIPS 2023.
+    """
+    checks.rows(logits.shape[0], own=own, partner=partner, share=share)
+    of_own, of_partner = (jax.nn.one_hot(c, logits.shape[1]) for c in (own, partner))
+    soft = share[:, None] * of_own + (1 - share[:, None]) * of_partner
+    return weighted_cross_entropy(logits, soft) + _decoupled(
+        logits, own, partner, share, eta=eta, mode=mode, threshold=threshold, power=power
+    )
+
+
+def _check_decoupled(*, eta, mode, threshold, power):
+    checks.choice("mode", mode, ("both", "less", "more"))
+    checks.at_least_zero("eta", eta)
+    checks.fraction("threshold", threshold)
+    checks.at_least_zero("power", power)
+
+
+def _decoupled(logits, own, partner, share, *, eta, mode, threshold, power):
+    """f32[B], the last two terms of `decoupled_mixup`."""
+    _check_decoupled(eta=eta, mode=mode, threshold=threshold, power=power)
+    used = (own != partner) & (share > 1e-3) & (share < 1 - 1e-3) & (share != 0.5)
+    # Where unused, any share inside (0, 1) and all classes: the gradient must be finite there too.
+    share = jnp.where(used, share, 0.25)
+
+    def without(other, kept):
+        left_out = jax.nn.one_hot(other, logits.shape[1], dtype=bool) & used[:, None]
+        log_probs = jax.nn.log_softmax(jnp.where(left_out, -jnp.inf, logits))
+        return -jnp.take_along_axis(log_probs, kept[:, None], axis=1)[:, 0]
+
+    first = {"both": True, "less": share < threshold, "more": share >= threshold}[mode]
+    second = {"both": True, "less": share >= threshold, "more": share < threshold}[mode]
+    terms = jnp.where(first, share**power * without(partner, own), 0.0)
+    terms += jnp.where(second, (1 - share) ** power * without(own, partner), 0.0)
+    return jnp.where(used, eta * terms, 0.0)
+
+
+def weighted_soft_cross_entropy(
+    logits: jax.Array, targets: Targets, candidates: Batch
+) -> jax.Array:
+    """The default candidate loss: weighted cross-entropy against the targets' soft labels.
+
+    Args:
+      logits: f32[B, K].
+      targets: Targets of B.
+      candidates: Batch of B; only its mask is read.
+    """
+    return weighted_cross_entropy(logits, targets.labels, targets.weights, candidates.mask)
+
+
+def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
+    """Candidate loss of AugMix: cross-entropy of the clean view, and all views alike.
+
+        loss_iv = w_iv (1[v = 0] V CE(z_i0, y_i0) + strength JSD(z_i0, ..., z_i(V-1)))
+
+    so that with weights of one the mean over rows is that of CE(clean) + strength JSD over samples.
+    Row i V + v is view v of sample i and view 0 the clean one: `augment.views(identity, a, a)`.
+    The other views' labels are not read.
+
+    Args:
+      views: V, at least 2.
+      strength: >= 0.
+
+    Raises:
+      ValueError: a number of rows that is not a multiple of V.
+
+    Source: Hendrycks et al., "AugMix", ICLR 2020, equation 3.
+    """
+    if views < 2:
+        raise ValueError(f"views must be at least 2; given {views}")
+    checks.at_least_zero("strength", strength)
+
+    def loss(logits, targets, candidates):
+        rows, classes = logits.shape
+        if rows % views:
+            raise ValueError(f"logits must have a multiple of {views} rows; given {rows}")
+        mask = candidates.mask
+        clean = weighted_soft_cross_entropy(logits, targets, candidates)
+        clean = jnp.where(jnp.arange(rows) % views == 0, views * clean, 0.0)
+        # Padding is finite here, and so has no gradient below.
+        stacked = jnp.where(mask[:, None], logits, 0.0).reshape(-1, views, classes)
+        alike = jnp.repeat(jensen_shannon(stacked.swapaxes(0, 1)), views)
+        return clean + jnp.where(mask, targets.weights * strength * alike, 0.0)
+
+    return loss
+
+
+def decoupled_mixup_loss(
+    *, eta: float = 0.1, mode: Decoupled = "both", power: float = 1.0
+) -> CandidateLoss:
+    """Candidate loss of decoupled mixup: the targets' cross-entropy, and `decoupled_mixup`'s terms.
+
+        loss_i = w_i (CE(z_i, y_i) + eta_a CE(z_i without b, a) + eta_b CE(z_i without a, b))
+
+    The parents' classes a, b and the share s are the two largest entries of the prior label. Which
+    parent is called a does not matter: exchanging them makes (a, b, s) into (b, a, 1 - s), which
+    exchanges the terms of "both"; and with the threshold at 1/2, as here, "less" has b's term where
+    b is the lesser parent or a's where a is, and "more" that of the greater one.
+
+    Args:
+      eta: >= 0.
+      mode: "both", "less" or "more".
+      power: >= 0.
+
+    Source: see `decoupled_mixup`.
+    """
+    options = dict(eta=eta, mode=mode, threshold=0.5, power=power)
+    _check_decoupled(**options)
+
+    def loss(logits, targets, candidates):
+        mask = candidates.mask
+        finite = jnp.where(mask[:, None], logits, 0.0)
+        (most, next_most), (own, partner) = (x.T for x in jax.lax.top_k(candidates.labels, 2))
+        share = most / jnp.where(mask, most + next_most, 1.0)
+        terms = _decoupled(finite, own, partner, share, **options)
+        soft = weighted_soft_cross_entropy(logits, targets, candidates)
+        return soft + jnp.where(mask, targets.weights * terms, 0.0)
+
+    return loss

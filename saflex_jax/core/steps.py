@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from saflex_jax.core import hypergrad
-from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.losses import (
+    CandidateLoss,
+    masked_mean,
+    weighted_cross_entropy,
+    weighted_soft_cross_entropy,
+)
 from saflex_jax.core.tree import identity, mean_floats
 from saflex_jax.types import (
     Batch,
@@ -106,6 +111,7 @@ def inner_step(
     train_fn: TrainFn,
     tx: optax.GradientTransformation,
     clean: Batch | None = None,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
     """One step on weighted soft-label candidates, and on clean samples beside them if given.
@@ -121,6 +127,7 @@ def inner_step(
       train_fn: (params, model_state, inputs, key) -> (logits, model_state), training mode.
       tx: optax transformation.
       clean: Batch, or None.
+      loss: of the candidates, in the place of w_i CE(f(x_i), y_i); see `losses`.
       reduce: mean over the data-parallel axis.
     """
     size = candidates.labels.shape[0]
@@ -132,16 +139,14 @@ def inner_step(
         logits, model_state = train_fn(
             params, state.model_state, inputs, step_key(state, candidates.index)
         )
-        losses = weighted_cross_entropy(
-            logits[:size], targets.labels, targets.weights, candidates.mask
-        )
-        loss = masked_mean(losses, candidates.mask, reduce=reduce)
+        losses = loss(logits[:size], targets, candidates)
+        total_loss = masked_mean(losses, candidates.mask, reduce=reduce)
         metrics = {"candidate_loss": total(losses, candidates.mask, reduce)}
         if clean is not None:
             losses = weighted_cross_entropy(logits[size:], clean.labels, mask=clean.mask)
-            loss += masked_mean(losses, clean.mask, reduce=reduce)
+            total_loss += masked_mean(losses, clean.mask, reduce=reduce)
             metrics["clean_loss"] = total(losses, clean.mask, reduce)
-        return loss, (model_state, metrics)
+        return total_loss, (model_state, metrics)
 
     return gradient_step(state, loss_fn, tx=tx, reduce=reduce)
 
@@ -154,6 +159,7 @@ def bilevel_step(
     train_fn: TrainFn,
     tx: optax.GradientTransformation,
     refiner: Refiner,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
     """Refine the candidates' targets, then take the inner step on them.
@@ -169,6 +175,7 @@ def bilevel_step(
       train_fn: training mode; used for the inner step only.
       tx: optax transformation.
       refiner: the rule (see `saflex_jax.methods`).
+      loss: of the candidates (see `losses`).
       reduce: mean over the data-parallel axis.
     """
 
@@ -183,6 +190,7 @@ def bilevel_step(
         train_fn=train_fn,
         tx=tx,
         clean=streams.clean,
+        loss=loss,
         reduce=reduce,
     )
     return state._replace(extra=extra), {**metrics, **refined}

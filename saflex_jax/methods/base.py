@@ -7,13 +7,20 @@ from functools import partial
 import optax
 
 from saflex_jax.core import steps
+from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Method, Model, Refiner
 
 
-def supervised(model: Model, tx: optax.GradientTransformation, refiner: Refiner) -> Method:
-    """A Method that refines the candidates' targets by `refiner` and trains on them."""
+def supervised(
+    model: Model,
+    tx: optax.GradientTransformation,
+    refiner: Refiner,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+) -> Method:
+    """A Method that refines the candidates' targets by `refiner` and trains on them by `loss`."""
 
     def init(key, inputs):
         params, model_state = model.init(key, inputs)
@@ -28,7 +35,12 @@ def supervised(model: Model, tx: optax.GradientTransformation, refiner: Refiner)
     return Method(
         init=init,
         step=partial(
-            steps.bilevel_step, logits_fn=model.logits, train_fn=model.train, tx=tx, refiner=refiner
+            steps.bilevel_step,
+            logits_fn=model.logits,
+            train_fn=model.train,
+            tx=tx,
+            refiner=refiner,
+            loss=loss,
         ),
         predict=lambda state, inputs: model.logits(state.params, state.model_state, inputs),
         targets=targets,

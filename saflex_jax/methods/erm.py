@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import optax
 
+from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.methods.base import prior_refiner, supervised
 from saflex_jax.types import Method, Model
 
 
-def make(model: Model, tx: optax.GradientTransformation) -> Method:
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+) -> Method:
     """Plain training on the candidates.
 
         theta <- theta + tx(grad mean_i CE(f(x_i), q_i))
@@ -16,5 +22,6 @@ def make(model: Model, tx: optax.GradientTransformation) -> Method:
     Args:
       model: see `types.Model`.
       tx: optax transformation.
+      loss: of the candidates (see `core.losses`), in the place of the cross-entropy.
     """
-    return supervised(model, tx, prior_refiner())
+    return supervised(model, tx, prior_refiner(), loss=loss)

@@ -14,16 +14,27 @@ import optax
 
 from saflex_jax import checks
 from saflex_jax.core import linear_solve, steps
-from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.losses import (
+    CandidateLoss,
+    masked_mean,
+    weighted_cross_entropy,
+    weighted_soft_cross_entropy,
+)
 from saflex_jax.core.targets import rescale
 from saflex_jax.core.tree import merge, select, under
 from saflex_jax.methods.base import supervised
 from saflex_jax.types import LinearSolve, Method, Model, PathPredicate, Refiner, Targets
 
 
-def make(model: Model, tx: optax.GradientTransformation, **options) -> Method:
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    **options,
+) -> Method:
     """Implicit differentiation as a method of the loop; `options` are those of `refiner`."""
-    return supervised(model, tx, refiner(**options))
+    return supervised(model, tx, refiner(**options), loss=loss)
 
 
 def refiner(

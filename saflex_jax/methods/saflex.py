@@ -15,6 +15,7 @@ import optax
 
 from saflex_jax import checks
 from saflex_jax.core import linear_solve, memory, scores, targets
+from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.steps import total
 from saflex_jax.core.tree import restrict, select, under
 from saflex_jax.methods.base import supervised
@@ -23,9 +24,15 @@ from saflex_jax.types import LinearSolve, Method, Model, PathPredicate, Refiner
 DIRECTIONS = ("identity", "adam", "neumann", "cg")
 
 
-def make(model: Model, tx: optax.GradientTransformation, **options) -> Method:
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    **options,
+) -> Method:
     """SAFLEX as a method of the loop; `options` are those of `refiner`."""
-    return supervised(model, tx, refiner(**options))
+    return supervised(model, tx, refiner(**options), loss=loss)
 
 
 def refiner(

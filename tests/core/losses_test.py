@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.losses import (
+    augmix_loss,
+    decoupled_mixup,
+    decoupled_mixup_loss,
+    jensen_shannon,
+    masked_mean,
+    weighted_cross_entropy,
+    weighted_soft_cross_entropy,
+)
+from saflex_jax.types import Batch, Targets
 from tests import problems
 
 SHAPE = (4, 3)
@@ -133,3 +142,191 @@ def test_shapes_that_disagree(arguments, message):
         weighted_cross_entropy(*arrays)
     with pytest.raises(ValueError, match=message):  # also while tracing, before compilation
         jax.eval_shape(weighted_cross_entropy, *arrays)
+
+
+# --- several views
+
+
+def divergence(logits):
+    """NumPy reference: entropies. JSD = H(mean of p_v) - mean of H(p_v)."""
+    probs = problems.softmax(logits)
+    entropy = lambda p: -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+    return entropy(probs.mean(0)) - entropy(probs).mean(0)
+
+
+def test_jensen_shannon_is_the_entropy_of_the_mixture_beyond_that_of_the_views():
+    logits = np.random.default_rng(0).normal(size=(3, 6, 4)).astype(np.float32) * 3
+    found = jax.jit(jensen_shannon)(logits)
+    np.testing.assert_allclose(found, divergence(logits), atol=1e-6)
+    np.testing.assert_allclose(jensen_shannon(logits[[0, 0, 0]]), 0, atol=1e-6)
+    np.testing.assert_allclose(jensen_shannon(logits[[2, 0, 1]]), found, atol=1e-6)
+
+
+def test_jensen_shannon_of_certain_views_is_finite_and_at_its_bound():
+    logits = 1e4 * np.eye(3, dtype=np.float32)[:, None]  # every view sure of another class
+    value, grad = jax.value_and_grad(lambda z: jensen_shannon(z)[0])(jnp.asarray(logits))
+    np.testing.assert_allclose(value, np.log(3), rtol=1e-6)
+    assert np.isfinite(grad).all()
+
+
+def test_jensen_shannon_clips_the_mixture_as_the_source_does():
+    logits = np.full((2, 1, 400), -18.0, np.float32)
+    logits[:, :, 0] = 0
+    probs = problems.softmax(logits)  # 1.5e-8 on all classes but one, in both views
+    expected = (probs * (np.log(probs) - np.log(np.maximum(probs.mean(0), 1e-7)))).sum(-1).mean(0)
+    assert expected < -1e-5
+    np.testing.assert_allclose(jensen_shannon(jnp.asarray(logits)), expected, rtol=1e-2)
+
+
+def made_batch(rng, rows, classes, labels=None, masked=()):
+    labels = problems.soft_labels(rng, rows, classes) if labels is None else labels
+    mask = ~np.isin(np.arange(rows), masked)
+    weights = rng.uniform(0.5, 2, rows).astype(np.float32)
+    batch = Batch(np.zeros((rows, 1), np.float32), labels, mask, np.arange(rows))
+    return batch, Targets(weights, problems.soft_labels(rng, rows, classes), weights)
+
+
+def test_the_default_candidate_loss_is_weighted_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 4)).astype(np.float32)
+    batch, targets = made_batch(rng, 6, 4, masked=(2,))
+    expected = -targets.weights * (targets.labels * problems.log_softmax(logits)).sum(1)
+    found = weighted_soft_cross_entropy(logits, targets, batch)
+    np.testing.assert_allclose(found, expected * batch.mask, rtol=1e-6)
+
+
+def test_augmix_loss_is_that_of_the_clean_view_and_the_divergence_of_all():
+    rng = np.random.default_rng(1)
+    views, samples, classes, strength = 3, 5, 4, 7.0
+    logits = rng.normal(size=(samples, views, classes)).astype(np.float32)
+    batch, targets = made_batch(rng, samples * views, classes)
+    one = targets._replace(weights=np.ones(samples * views, np.float32))
+    loss = jax.jit(augmix_loss(views, strength))
+    clean = -(targets.labels[::views] * problems.log_softmax(logits[:, 0])).sum(1)
+    alike = divergence(logits.swapaxes(0, 1))
+    found = loss(logits.reshape(-1, classes), one, batch)
+    np.testing.assert_allclose(found.mean(), (clean + strength * alike).mean(), rtol=1e-5)
+    weights = targets.weights.reshape(samples, views)
+    expected = weights * strength * alike[:, None]
+    expected[:, 0] += weights[:, 0] * views * clean
+    found = loss(logits.reshape(-1, classes), targets, batch)
+    np.testing.assert_allclose(found, expected.ravel(), rtol=1e-5)
+
+
+def pairs(logits, own, partner, share, first, second):
+    """NumPy reference of decoupled mixup: eta_a = first, eta_b = second, f64[B] each."""
+    found = []
+    rows = zip(np.float64(logits), own, partner, share, first, second)
+    for z, a, b, s, eta_a, eta_b in rows:
+        without = lambda z, drop, k: np.log(np.exp(np.delete(z, drop)).sum()) - z[k]
+        soft = np.log(np.exp(z).sum()) - s * z[a] - (1 - s) * z[b]
+        found.append(soft + eta_a * without(z, b, a) + eta_b * without(z, a, b) if a != b else soft)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("mode", ["both", "less", "more"])
+@pytest.mark.parametrize(("threshold", "power"), [(0.5, 1.0), (0.3, 0.5), (0.5, 0.0)])
+def test_decoupled_mixup_equals_numpy(mode, threshold, power):
+    rng = np.random.default_rng(2)
+    logits = 2 * rng.normal(size=(8, 5)).astype(np.float32)
+    a = np.array([1, 3, 0, 4, 2, 2, 0, 1])  # a < b and a > b in turn, one of the same class
+    b = np.array([3, 1, 4, 0, 2, 1, 3, 2])
+    s = np.array([0.2, 0.2, 0.9, 0.4, 0.7, 0.35, 0.65, 0.6], np.float32)
+    eta = 0.3
+    first = {"both": s < 2, "less": s < threshold, "more": s >= threshold}[mode]
+    second = {"both": s < 2, "less": s >= threshold, "more": s < threshold}[mode]
+    expected = pairs(logits, a, b, s, eta * first * s**power, eta * second * (1 - s) ** power)
+    loss = jax.jit(
+        lambda *x: decoupled_mixup(*x, eta=eta, mode=mode, threshold=threshold, power=power)
+    )
+    found = loss(logits, a, b, s)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # Exchanging the names of the classes exchanges nothing else: no order of class numbers.
+    order = np.array([4, 2, 0, 3, 1])
+    renamed = np.empty_like(logits)
+    renamed[:, order] = logits
+    np.testing.assert_allclose(loss(renamed, order[a], order[b], s), found, rtol=1e-5)
+
+
+def test_eta_goes_with_its_parent_also_where_the_own_class_is_the_greater():
+    # The released code swaps the etas of (3, 1); a hand-made case in which that is seen.
+    logits = np.array([[0.0, 2.0, 0.0, -1.0]] * 2, np.float32)
+    share = np.array([0.2, 0.2], np.float32)
+    a, b = np.array([1, 3]), np.array([3, 1])
+    found = decoupled_mixup(logits, a, b, share, eta=1.0, mode="both", power=1.0)
+    without_3 = np.log(2 + np.exp(2.0)) - 2
+    without_1 = np.log(2 + np.exp(-1.0)) + 1
+    whole = np.log(2 + np.exp(2.0) + np.exp(-1.0))
+    first = whole - 0.2 * 2 + 0.8 * 1 + 0.2 * without_3 + 0.8 * without_1
+    second = whole + 0.2 * 1 - 0.8 * 2 + 0.2 * without_1 + 0.8 * without_3
+    np.testing.assert_allclose(found, [first, second], rtol=1e-6)
+
+
+def test_decoupled_mixup_is_plain_where_nothing_is_decoupled():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(5, 4)).astype(np.float32)
+    a, b = np.array([1, 0, 2, 3, 0]), np.array([1, 2, 3, 0, 1])
+    s = np.array([0.3, 0.5, 1.0, 0.0, 0.9995], np.float32)
+    loss = lambda z, s: decoupled_mixup(z, a, b, s, eta=0.3, power=0.5)
+    np.testing.assert_allclose(loss(logits, s), pairs(logits, a, b, s, 0 * s, 0 * s), rtol=1e-5)
+    for grad in jax.grad(lambda z, s: loss(z, s).sum(), argnums=(0, 1))(logits, s):
+        assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("mode", ["both", "less", "more"])
+def test_decoupled_mixup_loss_reads_the_parents_off_the_prior_in_any_order(mode):
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(6, 5)).astype(np.float32)
+    a, b = np.array([1, 3, 0, 4, 2, 2]), np.array([3, 1, 4, 0, 2, 1])
+    s = np.array([0.2, 0.8, 0.9, 0.4, 0.7, 0.35], np.float32)
+    eye = np.eye(5, dtype=np.float32)
+    prior = s[:, None] * eye[a] + (1 - s[:, None]) * eye[b]
+    batch, targets = made_batch(rng, 6, 5, labels=prior)
+    loss = jax.jit(decoupled_mixup_loss(eta=0.3, mode=mode, power=0.5))
+    options = dict(eta=0.3, mode=mode, power=0.5)
+    found = loss(logits, targets._replace(labels=prior), batch)
+    for order in ((a, b, s), (b, a, 1 - s)):
+        expected = targets.weights * decoupled_mixup(logits, *order, **options)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # The targets' own labels are what the cross-entropy is against.
+    learned = loss(logits, targets, batch) - found
+    difference = ((prior - targets.labels) * problems.log_softmax(logits)).sum(1)
+    np.testing.assert_allclose(learned, targets.weights * difference, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [augmix_loss, decoupled_mixup_loss])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_padding_has_no_part_in_a_candidate_loss(make, garbage):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(9, 4)).astype(np.float32)
+    batch, targets = made_batch(rng, 9, 4, masked=(3, 4, 5))
+    batch.labels[3] = 0
+    dirty = logits.copy()
+    dirty[3:6] = garbage
+    loss = make()
+    total = jax.value_and_grad(lambda z: jnp.sum(loss(z, targets, batch)))
+    (value, grad), (clean_value, clean_grad) = total(dirty), total(logits)
+    np.testing.assert_array_equal(loss(dirty, targets, batch)[3:6], 0)
+    np.testing.assert_array_equal(grad[3:6], 0)
+    np.testing.assert_array_equal(value, clean_value)
+    np.testing.assert_array_equal(grad, clean_grad)
+    assert np.abs(np.delete(grad, [3, 4, 5], 0)).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z, a, s: jensen_shannon(z), r"^logits must have shape \[V, B, K\]"),
+        (lambda z, a, s: decoupled_mixup(z, a[:2], a, s), r"^own must have shape \[4\]"),
+        (lambda z, a, s: decoupled_mixup(z, a, a, s, mode="lesser"), r"^mode must .*'less'"),
+        (lambda z, a, s: decoupled_mixup(z, a, a, s, eta=-1.0), r"^eta must be >= 0"),
+        (lambda z, a, s: decoupled_mixup(z, a, a, s, threshold=2.0), r"^threshold must"),
+        (lambda z, a, s: decoupled_mixup_loss(power=-1.0), r"^power must be >= 0"),
+        (lambda z, a, s: augmix_loss(1), r"^views must be at least 2"),
+        (lambda z, a, s: augmix_loss(3, -1.0), r"^strength must be >= 0"),
+        (lambda z, a, s: augmix_loss(3)(z, None, None), r"^logits must have a multiple of 3 rows"),
+    ],
+)
+def test_bad_arguments_of_losses_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros(SHAPE), jnp.zeros(4, int), jnp.zeros(4))
