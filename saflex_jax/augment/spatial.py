@@ -1,0 +1,301 @@
+"""Random crops, flips, erasing, blur and affine maps, one draw for each image of a batch."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+from saflex_jax.augment import image as ops
+from saflex_jax.augment.base import Augment, per_example, record, sample_keys
+from saflex_jax.types import Batch
+
+
+def _lifted(name: str, op) -> Augment:
+    """per_example, for images, computed in f32 and handed back in their own dtype."""
+
+    def cast(key, image):
+        made, magnitude = op(key, image.astype(jnp.float32))
+        return made.astype(image.dtype), magnitude
+
+    augment = per_example(name, cast)
+
+    def checked(key: jax.Array, batch: Batch) -> Batch:
+        checks.images("inputs", batch.inputs)
+        return augment(key, batch)
+
+    return checked
+
+
+def _finite(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite; given {value}")
+
+
+def _pixels(name: str, value: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number >= 0; given {value}")
+
+
+def _positive_interval(name: str, bounds: tuple[float, float]) -> None:
+    checks.interval(name, bounds, 0.0, math.inf)
+    for bound in bounds:
+        checks.positive(name, bound)
+
+
+def flip(probability: float = 0.5) -> Augment:
+    """Mirrors left and right; magnitude 1 where it did."""
+    checks.fraction("probability", probability)
+
+    def op(key, image):
+        use = jax.random.bernoulli(key, jnp.float32(probability))
+        return jnp.where(use, image[:, ::-1], image), use.astype(jnp.float32)
+
+    return _lifted("flip", op)
+
+
+def shift(pixels: int, *, padding: str = "zero") -> Augment:
+    """Pads by `pixels` and crops back at a random place (the crop of CIFAR recipes).
+
+    Args:
+      pixels: on every side, >= 0; magnitude is the distance moved.
+      padding: "zero" or "reflect".
+    """
+    _pixels("pixels", pixels)
+    checks.choice("padding", padding, ("zero", "reflect"))
+    mode = {"zero": "constant", "reflect": "reflect"}[padding]
+
+    def op(key, image):
+        padded = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode=mode)
+        corner = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
+        moved = jnp.linalg.norm((corner - pixels).astype(jnp.float32))
+        return jax.lax.dynamic_slice(padded, (*corner, 0), image.shape), moved
+
+    return _lifted("shift", op)
+
+
+def affine(
+    *,
+    degrees: float = 0.0,
+    scale: float = 0.0,
+    shear: float = 0.0,
+    fill: float = 0.0,
+    interpolation: str = "bilinear",
+) -> Augment:
+    """Random rotation, scaling and shear about the centre.
+
+        x_out(r) = x_in(A r),  A = rotation(U(-degrees, degrees)) [[s, h], [0, s]],  r = (x, y)
+
+    Args:
+      degrees: largest rotation; magnitude is the one drawn.
+      scale: s ~ U(1 - scale, 1 + scale), with 0 <= scale < 1.
+      shear: h ~ U(-shear, shear).
+      fill: grey value in [0, 1] outside of the image.
+      interpolation: "nearest" or "bilinear".
+    """
+    _finite("degrees", degrees)
+    _finite("shear", shear)
+    checks.fraction("fill", fill)
+    checks.choice("interpolation", interpolation, ops.INTERPOLATIONS)
+    if not 0 <= scale < 1:
+        raise ValueError(f"scale must lie in [0, 1); given {scale}")
+
+    def op(key, image):
+        angle, size, slant = jax.random.uniform(key, (3,), minval=-1.0, maxval=1.0)
+        angle, size, slant = degrees * angle, 1 + scale * size, shear * slant
+        height, width, _ = image.shape
+        linear = ops.rotation(angle, height, width)[:, :2]
+        linear = linear @ jnp.array([[size, slant], [0.0, size]])
+        centre = jnp.array([width / 2, height / 2])
+        matrix = jnp.column_stack([linear, centre - linear @ centre])
+        return ops.warp(image, matrix, fill=fill, interpolation=interpolation), angle
+
+    return _lifted("affine", op)
+
+
+def resized_crop(
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    interpolation: str = "bilinear",
+) -> Augment:
+    """A random box of the image, enlarged to the whole (the crop of ImageNet recipes).
+
+    Area ~ U(scale) of the image, log(width / height) ~ U(log ratio), place uniform. A side longer
+    than the image is cut to it (the usual recipe draws again), so the area can fall short.
+
+    Args:
+      scale: bounds of the area share, within [0, 1]; magnitude is the realised share.
+      ratio: bounds of width / height, in pixels.
+      interpolation: "nearest" or "bilinear".
+    """
+    checks.interval("scale", scale, 0.0, 1.0)
+    _positive_interval("ratio", ratio)
+    checks.choice("interpolation", interpolation, ops.INTERPOLATIONS)
+
+    def op(key, image):
+        height, width, _ = image.shape
+        of_area, of_ratio, of_place = jax.random.split(key, 3)
+        rows, columns = _sides(of_area, of_ratio, scale, ratio, (height, width))
+        rows, columns = jnp.minimum(rows, height), jnp.minimum(columns, width)
+        top, left = jax.random.uniform(of_place, (2,)) * jnp.array([height - rows, width - columns])
+        matrix = jnp.array([[columns / width, 0, left], [0, rows / height, top]])
+        share = rows * columns / (height * width)
+        return ops.warp(image, matrix, interpolation=interpolation), share
+
+    return _lifted("resized_crop", op)
+
+
+def _sides(of_area, of_ratio, scale, ratio, shape):
+    """(rows, columns) f32 of a box with area share ~ U(scale) and log ratio uniform."""
+    area = jax.random.uniform(of_area, minval=scale[0], maxval=scale[1]) * shape[0] * shape[1]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    wide = jnp.exp(jax.random.uniform(of_ratio, minval=low, maxval=high))
+    return jnp.sqrt(area / wide), jnp.sqrt(area * wide)
+
+
+def _erase(image, top, left, rows, columns, fill):
+    """(image with the box filled, realised share of the box)."""
+    height, width, _ = image.shape
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)[None]
+    box = (y >= top) & (y < top + rows) & (x >= left) & (x < left + columns)
+    return jnp.where(box[..., None], jnp.asarray(fill, image.dtype), image), box.mean()
+
+
+def cutout(side: int, *, fill: float = 0.0) -> Augment:
+    """Fills a square whose centre is uniform over the pixels; it is cut at the borders.
+
+    Args:
+      side: in pixels, >= 0; magnitude is the realised share of the image.
+      fill: grey value in [0, 1].
+
+    Source: DeVries and Taylor, "Cutout", 2017.
+    """
+    _pixels("side", side)
+    checks.fraction("fill", fill)
+
+    def op(key, image):
+        centre = jax.random.randint(key, (2,), 0, jnp.array(image.shape[:2]))
+        top, left = centre - side // 2
+        return _erase(image, top, left, side, side, fill)
+
+    return _lifted("cutout", op)
+
+
+def random_erasing(
+    probability: float = 0.5,
+    scale: tuple[float, float] = (0.02, 0.33),
+    ratio: tuple[float, float] = (0.3, 3.3),
+    *,
+    fill: float = 0.0,
+) -> Augment:
+    """Fills a random box that lies inside the image, with some probability.
+
+    Args:
+      probability: of erasing at all.
+      scale: bounds of the area share; magnitude is the realised share.
+      ratio: bounds of width / height.
+      fill: grey value in [0, 1].
+
+    Source: Zhong et al., "Random Erasing", AAAI 2020.
+    """
+    checks.fraction("probability", probability)
+    checks.interval("scale", scale, 0.0, 1.0)
+    _positive_interval("ratio", ratio)
+    checks.fraction("fill", fill)
+
+    def op(key, image):
+        height, width, _ = image.shape
+        of_use, of_area, of_ratio, of_place = jax.random.split(key, 4)
+        rows, columns = _sides(of_area, of_ratio, scale, ratio, (height, width))
+        rows, columns = jnp.minimum(rows, height).round(), jnp.minimum(columns, width).round()
+        room = jnp.array([height - rows, width - columns]) + 1
+        top, left = jnp.floor(jax.random.uniform(of_place, (2,)) * room)
+        rows = jnp.where(jax.random.bernoulli(of_use, jnp.float32(probability)), rows, 0)
+        return _erase(image, top, left, rows, columns, fill)
+
+    return _lifted("random_erasing", op)
+
+
+def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -> Augment:
+    """Gaussian blur, its standard deviation in pixels ~ U(sigma), cut at three of the largest.
+
+    Args:
+      sigma: bounds, > 0; magnitude is the one drawn, 0 where the image was left alone.
+      probability: of blurring at all.
+    """
+    _positive_interval("sigma", sigma)
+    checks.fraction("probability", probability)
+    radius = math.ceil(3 * sigma[1])
+
+    def op(key, image):
+        of_sigma, of_use = jax.random.split(key)
+        drawn = jax.random.uniform(of_sigma, minval=sigma[0], maxval=sigma[1])
+        use = jax.random.bernoulli(of_use, jnp.float32(probability))
+        blurred = ops.gaussian_blur(image, drawn, radius=radius)
+        return jnp.where(use, blurred, image), jnp.where(use, drawn, 0.0)
+
+    return _lifted("blur", op)
+
+
+def soft_crop(
+    deviation: float, *, power: float = 2.0, floor: float | None = None, fill: float = 0.0
+) -> Augment:
+    """A crop that may leave the image, and a prior label that softens with what is lost.
+
+        t = int(N(0, deviation)) with |t| <= side, per axis ;  v = (H - |t_y|)(W - |t_x|) / (H W)
+        p = 1 - (1 - floor)(1 - v)^power ,  q <- a q + (1 - a) / K  with  a + (1 - a) / K = p
+
+    So a one-hot label keeps p on its class and shares the rest equally.
+
+    Args:
+      deviation: of the offset, in pixels.
+      power: k, > 0; larger forgives more.
+      floor: p where nothing is visible, in [1/K, 1]; None = 1/K, chance.
+      fill: grey value in [0, 1] outside of the image.
+
+    The trace's magnitude is v. The source also weighs the loss by p; SAFLEX learns weights instead.
+
+    Source: Liu et al., "Soft Augmentation for Image Classification", CVPR 2023.
+    """
+    _finite("deviation", deviation)
+    checks.positive("power", power)
+    checks.fraction("fill", fill)
+
+    def augment(key, batch):
+        checks.images("inputs", batch.inputs)
+        size, height, width, _ = batch.inputs.shape
+        classes = batch.labels.shape[1]
+        chance = 1 / classes
+        if floor is not None and not chance <= floor <= 1:
+            raise ValueError(f"floor must lie in [1/{classes}, 1]; given {floor}")
+        sides = jnp.array([height, width], jnp.float32)
+
+        def draw(key):
+            if not deviation:
+                return jnp.zeros(2)
+            bound = (sides + 1) / deviation  # int() below then keeps |t| <= side
+            return jnp.trunc(deviation * jax.random.truncated_normal(key, -bound, bound))
+
+        offset = jax.vmap(draw)(sample_keys(key, batch))
+        offset = jnp.clip(offset, -sides[None], sides[None])
+        visible = jnp.prod(1 - jnp.abs(offset) / sides[None], axis=1)
+        kept = 1 - (1 - (chance if floor is None else floor)) * (1 - visible) ** power
+        share = ((kept - chance) / (1 - chance) if classes > 1 else jnp.ones(size))[:, None]
+
+        def crop(image, offset):
+            down, right = offset
+            matrix = jnp.array([[1, 0, right], [0, 1, down]])
+            return ops.warp(image, matrix, fill=fill)
+
+        images = jax.vmap(crop)(batch.inputs.astype(jnp.float32), offset)
+        labels = share * batch.labels + (1 - share) * chance
+        made = batch._replace(
+            inputs=images.astype(batch.inputs.dtype), labels=labels.astype(batch.labels.dtype)
+        )
+        return record(made, "soft_crop", visible)
+
+    return augment
