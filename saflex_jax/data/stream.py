@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from saflex_jax import checks
+from saflex_jax.data.pool import Pool
 from saflex_jax.types import Batch, Streams
 
 
@@ -25,10 +26,14 @@ class ArrayStream:
       batch_size: global rows of candidates (and of clean samples).
       val_batch_size: global rows of validation samples; None = all of them.
       seed: of the order.
+      generated: candidates of a generator, by the candidates' `index`: where a source has some, one
+        of them, drawn uniformly by (seed, step, index) alone, takes the row's place, its inputs
+        and its label; where it has none the row stays.
       process_index, process_count: which block of each global batch is this process's.
 
     Raises:
-      ValueError: an empty or malformed pool; a batch size that the processes do not divide.
+      ValueError: an empty or malformed pool; a batch size that the processes do not divide;
+        generated candidates that do not fit the others.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class ArrayStream:
         batch_size: int,
         val_batch_size: int | None = None,
         seed: int,
+        generated: Pool | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -54,6 +60,9 @@ class ArrayStream:
                     f"the batch of {name} must be a multiple of {process_count} processes; "
                     f"given {size}"
                 )
+        if generated is not None:
+            _fits(generated, pools.candidates)
+        self._generated = generated
         self._pools, self._sizes, self._seed = pools, sizes, seed
         self._process = process_index, process_count
         self._step = 0
@@ -78,6 +87,17 @@ class ArrayStream:
             rows[here] = self._order(name, number, int(epoch), len(pool.labels))[places[here]]
         return jax.tree.map(lambda x: x[rows], pool)
 
+    def _replaced(self, rows: Batch) -> Batch:
+        """The rows, those whose source has generated candidates replaced by one of them."""
+        counts = self._generated.draws(rows.index)
+        # One number for every source, so that no row depends on which others are here.
+        rng = np.random.default_rng((self._seed, len(Streams._fields), self._step))
+        draws = (rng.random(len(self._generated))[rows.index] * counts).astype(np.int64)
+        has = np.flatnonzero(counts)
+        inputs, labels = np.array(rows.inputs), np.array(rows.labels)
+        inputs[has], labels[has] = self._generated(rows.index[has], draws[has])
+        return rows._replace(inputs=inputs, labels=labels)
+
     def __iter__(self) -> ArrayStream:
         return self
 
@@ -88,6 +108,8 @@ class ArrayStream:
                 for number, name in enumerate(Streams._fields)
             )
         )
+        if self._generated is not None:
+            batch = batch._replace(candidates=self._replaced(batch.candidates))
         self._step += 1
         return batch
 
@@ -98,3 +120,22 @@ class ArrayStream:
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a position."""
         self._step = int(state["step"])
+
+
+def _fits(generated: Pool, candidates: Batch) -> None:
+    """Raises unless generated candidates can stand in the place of the others."""
+    inputs = candidates.inputs
+    if not hasattr(inputs, "dtype") or inputs.dtype != np.float32:
+        given = getattr(inputs, "dtype", type(inputs).__name__)
+        raise ValueError(f"candidates.inputs must be float32, as generated is; given {given}")
+    for name, found, wanted in (
+        ("shape", generated.shape, inputs.shape[1:]),
+        ("num_classes", generated.num_classes, candidates.labels.shape[1]),
+    ):
+        if found != wanted:
+            raise ValueError(f"generated.{name} must be {wanted}; given {found}")
+    if not 0 <= np.min(candidates.index) <= np.max(candidates.index) < len(generated):
+        raise ValueError(
+            f"candidates.index must lie in [0, {len(generated)}), the sources of generated; given "
+            f"{np.min(candidates.index)} to {np.max(candidates.index)}"
+        )

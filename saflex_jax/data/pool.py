@@ -1,0 +1,364 @@
+"""Pools of candidates that a generator made ahead of training, several for each source sample."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import pathlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numpy as np
+
+from saflex_jax import checks
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+CHUNK = 256  # records in memory at once while an ArrayRecord file is looked through
+
+
+class Pool:
+    """Generated candidates and their labels: `pool(index, draw) -> (inputs, labels)`.
+
+    Source sample i has `pool.draws(i)` candidates, numbered from zero; it may have none. The label
+    is the generator's, and so the prior of the candidate. `len(pool)` is the number of sources: the
+    largest named plus one, or what the constructors' `num_sources` says. Made by `from_arrays`,
+    `from_folder` and `from_array_record`; `data.ArrayStream(generated=pool)` trains on it.
+
+    Attributes:
+      num_classes: K.
+      shape: of one input.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        labels: np.ndarray,
+        source: np.ndarray,
+        *,
+        num_classes: int | None,
+        num_sources: int | None,
+        shape: tuple[int, ...],
+    ):
+        """`read`: places i[B] among the T candidates -> inputs f32[B, *shape]."""
+        labels, source = np.asarray(labels), np.asarray(source)
+        if not labels.size:
+            raise ValueError("a pool must hold at least one candidate; given 0")
+        if labels.ndim == 1:
+            if num_classes is None:
+                raise ValueError(
+                    "num_classes must be a number where labels are classes; given None"
+                )
+            checks.class_labels("labels", labels, num_classes)
+        else:
+            checks.simplex("labels", labels)
+            if num_classes not in (None, labels.shape[1]):
+                raise ValueError(f"labels must have {num_classes} columns; given {labels.shape[1]}")
+        checks.rows(len(labels), source=source)
+        _within("source", source, np.inf if num_sources is None else num_sources)
+        self.num_classes, self.shape = num_classes or labels.shape[1], tuple(shape)
+        self._read, self._labels = read, labels
+        self._order = np.argsort(source, kind="stable")
+        self._counts = np.bincount(source, minlength=num_sources or 0)
+        self._starts = np.cumsum(self._counts) - self._counts
+
+    @classmethod
+    def from_arrays(
+        cls,
+        inputs: np.ndarray,
+        labels: np.ndarray,
+        source: np.ndarray,
+        *,
+        num_classes: int | None = None,
+        num_sources: int | None = None,
+    ) -> Pool:
+        """The pool of T candidates in memory.
+
+        Args:
+          inputs: f[T, ...].
+          labels: f[T, K] in the simplex, or i[T] classes.
+          source: i[T] >= 0, the source sample of each; a source's candidates keep their order.
+          num_classes: K; None = as many as soft labels have.
+          num_sources: None = the largest source plus one.
+
+        Raises:
+          ValueError: no candidates, arrays that disagree in T, inputs that are not finite floats,
+            labels outside the simplex or the classes, sources out of range.
+        """
+        inputs = np.asarray(inputs)
+        if not np.issubdtype(inputs.dtype, np.floating) or inputs.shape[:1] != np.shape(source):
+            raise ValueError(
+                f"inputs must be floats with a row for each of {np.size(source)} sources; "
+                f"given {inputs.dtype}{list(inputs.shape)}"
+            )
+        checks.finite("inputs", inputs)
+        return cls(
+            lambda places: inputs[places].astype(np.float32),
+            labels,
+            source,
+            num_classes=num_classes,
+            num_sources=num_sources,
+            shape=inputs.shape[1:],
+        )
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | os.PathLike,
+        *,
+        num_classes: int | None = None,
+        num_sources: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Pool:
+        """The pool of the images `<source>/<draw>.<png|jpg|jpeg|webp|bmp>`, decoded on access.
+
+        `labels.csv` beside the sources has the header `file,label` (classes) or `file,p0,p1,...`
+        (soft labels) and a row for every image, `3/0.png,7`; rows of images that are not there are
+        passed over, so that candidates can be filtered by deleting them. A source's candidates are
+        numbered in the order of `<draw>`. Grey images are [H, W, 1], others [H, W, 3]; in [0, 1].
+
+        Args:
+          path: the folder.
+          num_classes: K, needed for classes; None = as many as soft labels have.
+          num_sources: None = the largest source plus one.
+          size: (H, W) that all images are resized to (bilinear); None = they have one size.
+
+        Raises:
+          ImportError: Pillow is not installed.
+          ValueError: no images, names that are not numbers, a label that is missing or malformed;
+            on access, an image that does not decode, or has another shape than the first. All
+            name the file.
+        """
+        decode = _decoder(size)
+        folder = pathlib.Path(path)
+        found = []
+        for source in sorted(p for p in folder.iterdir() if p.is_dir()):
+            number = _number("source", source.name, source)
+            images = (p for p in source.iterdir() if p.suffix.lower() in SUFFIXES)
+            found += [(number, _number("draw", p.stem, p), p.name, p) for p in images]
+        if not found:
+            raise ValueError(f"{folder} must hold images <source>/<draw>.png; given none")
+        found.sort()
+        files = [p for *_, p in found]
+        labels = _csv_labels(folder / "labels.csv", [p.relative_to(folder) for p in files])
+        first = decode(files[0])
+
+        def read(places):
+            inputs = np.empty((len(places), *first.shape), np.float32)
+            with ThreadPoolExecutor() as threads:  # decoding releases the interpreter's lock
+                images = threads.map(lambda place: decode(files[place]), places)
+                for row, (place, image) in enumerate(zip(places, images)):
+                    _same_shape(files[place], image, first.shape, "; `size` resizes all")
+                    inputs[row] = image
+            return inputs
+
+        return cls(
+            read,
+            labels,
+            np.array([number for number, *_ in found]),
+            num_classes=num_classes,
+            num_sources=num_sources,
+            shape=first.shape,
+        )
+
+    @classmethod
+    def from_array_record(
+        cls,
+        path: str | os.PathLike,
+        *,
+        num_classes: int | None = None,
+        num_sources: int | None = None,
+    ) -> Pool:
+        """The pool of a file by `write_array_record`, read on access.
+
+        Every record is looked through once, for its source and label.
+
+        Args:
+          path: the file.
+          num_classes: K, needed for classes; None = as many as soft labels have.
+          num_sources: None = the largest source plus one.
+
+        Raises:
+          ImportError: array_record is not installed.
+          ValueError: not such a file, or empty; a record that does not decode; sources or labels
+            as for `from_arrays`; on access, inputs that are not finite or of another shape than the
+            first.
+        """
+        # Reading ahead is for scans; here it would read what nobody asked for.
+        reader = _array_record().ArrayRecordReader(str(path), "readahead_buffer_size:0")
+        total = reader.num_records()  # zero, too, where there is no such file
+        if not total:
+            raise ValueError(f"path must be an ArrayRecord file with records; given {path}")
+
+        def records(places, *names):
+            try:
+                opened = [np.load(io.BytesIO(r)) for r in reader.read(places)]
+                return [[record[name] for name in names] for record in opened]
+            except Exception as error:  # the reader's, zipfile's or NumPy's
+                raise ValueError(f"{path} does not decode: {error}") from error
+
+        known = []
+        for start in range(0, total, CHUNK):
+            chunk = list(range(start, min(start + CHUNK, total)))
+            known += records(chunk, "labels", "source")
+        labels, source = map(np.stack, zip(*known))
+        shape = records([0], "inputs")[0][0].shape
+
+        def read(places):
+            inputs = np.empty((len(places), *shape), np.float32)
+            for row, (made,) in enumerate(records(places.tolist(), "inputs")):
+                name = f"record {places[row]} of {path}"
+                _same_shape(name, made, shape)
+                checks.finite(name, made)
+                inputs[row] = made
+            return inputs
+
+        return cls(
+            read, labels, source, num_classes=num_classes, num_sources=num_sources, shape=shape
+        )
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def draws(self, index: np.ndarray) -> np.ndarray:
+        """How many candidates sources i[B] have: i[B]."""
+        return self._counts[_within("index", index, len(self))]
+
+    def __call__(self, index: np.ndarray, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Candidate draw[b] of source index[b]: (inputs f32[B, ...], labels f32[B, K])."""
+        counts = self.draws(index)
+        checks.rows(len(counts), draw=draw)
+        places = self._order[self._starts[index] + _within("draw", draw, counts)]
+        labels = self._labels[places]
+        if labels.ndim == 1:
+            labels = labels[:, None] == np.arange(self.num_classes)
+        return self._read(places), labels.astype(np.float32)
+
+
+def write_array_record(
+    path: str | os.PathLike, inputs: np.ndarray, labels: np.ndarray, source: np.ndarray
+) -> None:
+    """Writes candidates for `Pool.from_array_record`: a record an .npz of inputs, labels, source.
+
+    Written beside `path` and renamed, so that a file of that name is complete.
+
+    Args:
+      path: the file; one that is there is replaced.
+      inputs: f[T, ...].
+      labels: f[T, K] in the simplex, or i[T] classes.
+      source: i[T] >= 0, the source sample of each.
+
+    Raises:
+      ImportError: array_record is not installed.
+      ValueError: as for `Pool.from_arrays`.
+      OSError: the file cannot be written.
+    """
+    inputs, labels, source = map(np.asarray, (inputs, labels, source))
+    classes = int(labels.max(initial=0)) + 1 if labels.ndim == 1 else None
+    Pool.from_arrays(inputs, labels, source, num_classes=classes)  # for its checks
+    partial = pathlib.Path(f"{os.fspath(path)}.partial")
+    writer = _array_record().ArrayRecordWriter(str(partial), "group_size:1")  # random access
+    try:
+        for x, y, i in zip(inputs, labels, source):
+            packed = io.BytesIO()
+            np.savez(packed, inputs=x.astype(np.float32), labels=y, source=i)
+            writer.write(packed.getvalue())
+        writer.close()
+        os.replace(partial, path)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _within(name: str, values: np.ndarray, bound: float | np.ndarray) -> np.ndarray:
+    """The values as an array, if they are integers of shape [B] in [0, bound)."""
+    values = np.asarray(values)
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"{name} must be integers of shape [B]; given {values.dtype}{list(values.shape)}"
+        )
+    bad = (values < 0) | (values >= bound)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        bound = np.broadcast_to(bound, values.shape)[row]
+        raise ValueError(f"{name} must lie in [0, {bound}); row {row} is {values[row]}")
+    return values
+
+
+def _same_shape(name: object, found: np.ndarray, shape: tuple[int, ...], remedy: str = "") -> None:
+    if found.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {shape}, as the first has; given {found.shape}{remedy}"
+        )
+
+
+def _number(what: str, text: str, path: pathlib.Path) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"the {what} must be a number in <source>/<draw>.png; given {path}")
+    return int(text)
+
+
+def _csv_labels(path: pathlib.Path, files: list[pathlib.Path]) -> np.ndarray:
+    """The labels of the files by a table: classes i[T] or soft labels f32[T, K]."""
+    with open(path, newline="", encoding="utf-8-sig") as lines:
+        header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+    soft = [f"p{k}" for k in range(len(header) - 1)]
+    if header[:1] != ["file"] or header[1:] not in (["label"], soft) or len(header) < 2:
+        raise ValueError(
+            f"{path} must have the header file,label or file,p0,p1,...; given {header}"
+        )
+    parse, known = (int if header[1] == "label" else np.float32), {}
+    for file, *values in rows:
+        if file in known:
+            raise ValueError(f"{path} must have one row for {file}; given two")
+        try:
+            known[file] = [parse(v) for v in values]
+        except ValueError as error:
+            raise ValueError(f"{path} must have numbers for {file}; given {values}") from error
+        if len(values) != len(header) - 1:
+            raise ValueError(
+                f"{path} must have {len(header) - 1} numbers for {file}; given {values}"
+            )
+    for file in files:
+        if file.as_posix() not in known:
+            raise ValueError(f"{path} must have a row for {file}; given none")
+    labels = np.array([known[file.as_posix()] for file in files])
+    return labels[:, 0] if header[1] == "label" else labels
+
+
+def _decoder(size: tuple[int, int] | None) -> Callable[[pathlib.Path], np.ndarray]:
+    """File -> f32[H, W, 1 or 3] in [0, 1]."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('images need Pillow: pip install "saflex_jax[data]"') from error
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size must be (H, W), both >= 1; given {size}")
+    accepted = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # others would lose bits or an alpha
+
+    def decode(file):
+        try:
+            with Image.open(file) as image:
+                if image.mode not in accepted:
+                    raise ValueError(
+                        f"its mode must be one of {list(accepted)}; given {image.mode}"
+                    )
+                image = image.convert(accepted[image.mode])
+                if size is not None:
+                    image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        except Exception as error:  # Pillow raises many kinds
+            raise ValueError(f"{file} does not decode: {error}") from error
+        pixels = np.asarray(image, np.float32) / 255
+        return pixels.reshape(*pixels.shape[:2], -1)
+
+    return decode
+
+
+def _array_record() -> ModuleType:
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise ImportError('records need array_record: pip install "saflex_jax[data]"') from error
+    return array_record_module
