@@ -12,17 +12,21 @@ from ml_collections import ConfigDict
 
 from experiments.configs.methods import BY_DATA
 from saflex_jax import augment, checks, data, models, parallel, train
+from saflex_jax.core import losses
 from saflex_jax.core.tree import under
 from saflex_jax.methods import METHODS, implicit, saflex
 from saflex_jax.types import Batch, Method, Streams
 
+LOSSES = {
+    "cross_entropy": lambda: losses.weighted_soft_cross_entropy,
+    "augmix": losses.augmix_loss,
+    "decoupled_mixup": losses.decoupled_mixup_loss,
+}
 BACKBONES = {"mlp": models.MLP, "small_cnn": models.SmallCNN, "resnet18": models.ResNet18}
 SCHEMA = {
     "data": ("name", "val", "test", "noise", "train_on_val"),
-    "augment": ("shift", "degrees", "scale", "shear", "feature_noise",
-                "mixup", "mixup_probability"),
     "optimizer": ("learning_rate", "weight_decay"),
-    "method": ("name", *METHODS),
+    "method": ("name", "loss", *METHODS),
     "train": ("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),
 }  # fmt: skip
 
@@ -43,13 +47,15 @@ class Data(NamedTuple):
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError on an unknown field (naming the nearest) or choice."""
-    checks.fields("config", config, ("seed", "runner", "model", *SCHEMA))
+    checks.fields("config", config, ("seed", "runner", "augment", "model", *SCHEMA))
     for section, accepted in SCHEMA.items():
         checks.fields(f"config.{section}", config[section], accepted)
     checks.choice("config.runner", config.runner, parallel.RUNNERS)
     checks.choice("config.data.name", config.data.name, data.SOURCES)
     checks.choice("config.model.name", config.model.name, BACKBONES)
     checks.choice("config.method.name", config.method.name, METHODS)
+    checks.choice("config.method.loss", config.method.loss, LOSSES)
+    augment.parse(config.augment)
     backbone = inspect.signature(BACKBONES[config.model.name]).parameters
     checks.fields("config.model", config.model, {"name", *backbone} - {"parent", "axis_name"})
     for name, refiner in {"saflex": saflex.refiner, "implicit": implicit.refiner}.items():
@@ -117,22 +123,12 @@ def make_method(config: ConfigDict, pools: Streams) -> Method:
         options |= {"num_samples": size, "num_classes": num_classes}
     if config.method.name == "implicit":
         options["prior"] = pools.candidates.labels
-    return METHODS[config.method.name](model, tx, **options)
+    return METHODS[config.method.name](model, tx, loss=LOSSES[config.method.loss](), **options)
 
 
 def with_upstream(config: ConfigDict, method: Method) -> Method:
     """The method, fed by the config's upstream pipeline inside the compiled step."""
-    a = config.augment
-    parts = []
-    if a.shift:
-        parts.append(augment.shift(a.shift))
-    if a.degrees or a.scale or a.shear:
-        parts.append(augment.affine(degrees=a.degrees, scale=a.scale, shear=a.shear))
-    if a.feature_noise:
-        parts.append(augment.feature_noise(a.feature_noise))
-    if a.mixup:
-        parts.append(augment.mixup(a.mixup, probability=a.mixup_probability))
-    return augment.upstream(method, augment.chain(*parts))
+    return augment.upstream(method, augment.parse(config.augment))
 
 
 def init_state(config: ConfigDict, method: Method, pools: Streams):

@@ -77,7 +77,7 @@ def test_pmap_and_jit_agree_by_config():
     # Mixup pairs within a device's share under pmap. The damping keeps conjugate gradients from
     # magnifying the rounding by which already jit on 1 and on 8 devices differ.
     overrides = {
-        "augment.mixup": 0.0, "train.val_batch_size": 56, "method.saflex.damping": 0.3
+        "augment": "feature_noise(0.1)", "train.val_batch_size": 56, "method.saflex.damping": 0.3
     }  # fmt: skip
     found = {
         runner: steps(small(**overrides, runner=runner), 3, devices=8) for runner in ("jit", "pmap")
@@ -127,7 +127,13 @@ def test_data_of_a_seed():
         ("", "sed", 1, r"config has no field 'sed'; did you mean 'seed'\?"),
         ("train", "stepss", 3, r"config.train has no field 'stepss'; did you mean 'steps'\?"),
         ("data", "noize", 0.1, r"config.data has no field 'noize'; did you mean 'noise'\?"),
-        ("augment", "mix_up", 1, r"config.augment has no field 'mix_up'; did you mean 'mixup'\?"),
+        (
+            "",
+            "augment",
+            "mix_up(1.0)",
+            r"augment must be one of .*'mix_up'; did you mean 'mixup'\?",
+        ),
+        ("method", "loss", "augmi", r"config.method.loss .*did you mean 'augmix'\?"),
         ("optimizer", "learning_rte", 1, r"did you mean 'learning_rate'\?"),
         ("model", "width", (3,), r"config.model has no field 'width'; did you mean 'widths'\?"),
         ("model", "axis_name", "data", r"config.model has no field 'axis_name'"),

@@ -40,4 +40,4 @@ def all_methods(name: str, **changes: dict) -> dict:
     section = {"saflex": options(saflex.refiner), "implicit": options(implicit.refiner)}
     for method, values in changes.items():
         section[method] |= values
-    return {"name": name, **section}
+    return {"name": name, "loss": "cross_entropy", **section}

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     """The config; what is not set here is as in digits.py."""
     config = digits.get_config()
     config.data.update({"name": "wdbc", "val": 60, "test": 200, "noise": 0.3})
-    config.augment.update({"shift": 0, "degrees": 0.0, "scale": 0.0, "feature_noise": 0.1})
+    config.augment = "feature_noise(0.1) | mixup(0.4, probability=0.25)"
     config.model = {"name": "mlp", "widths": (64, 64), "norm": "none"}
     config.train.update({"steps": 600, "batch_size": 64})
     return config

@@ -1,8 +1,81 @@
 """Upstream augmentation on the device: pure (key, Batch) -> Batch, run inside the step."""
 
-from saflex_jax.augment.base import Augment, chain, upstream
-from saflex_jax.augment.image import affine, shift
-from saflex_jax.augment.mixing import mixup
-from saflex_jax.augment.tabular import feature_noise
+from saflex_jax.augment.base import (
+    OPERATIONS,
+    Augment,
+    by_operation,
+    chain,
+    choice,
+    drawn,
+    identity,
+    on,
+    per_example,
+    record,
+    sample_keys,
+    upstream,
+    views,
+)
+from saflex_jax.augment.fields import random_field
+from saflex_jax.augment.mixing import (
+    cutmix,
+    fmix,
+    gridmix,
+    manifold_mixup,
+    mixup,
+    resizemix,
+    smoothmix,
+)
+from saflex_jax.augment.parse import parse
+from saflex_jax.augment.policies import augmix, autoaugment, randaugment, trivialaugment
+from saflex_jax.augment.spatial import (
+    affine,
+    blur,
+    cutout,
+    flip,
+    random_erasing,
+    resized_crop,
+    shift,
+    soft_crop,
+)
+from saflex_jax.augment.tabular import feature_mask, feature_noise, smote, tabular_cutmix
 
-__all__ = ["Augment", "affine", "chain", "feature_noise", "mixup", "shift", "upstream"]
+__all__ = [
+    "OPERATIONS",
+    "Augment",
+    "affine",
+    "augmix",
+    "autoaugment",
+    "blur",
+    "by_operation",
+    "chain",
+    "choice",
+    "cutmix",
+    "cutout",
+    "drawn",
+    "feature_mask",
+    "feature_noise",
+    "flip",
+    "fmix",
+    "gridmix",
+    "identity",
+    "manifold_mixup",
+    "mixup",
+    "on",
+    "parse",
+    "per_example",
+    "randaugment",
+    "random_erasing",
+    "random_field",
+    "record",
+    "resized_crop",
+    "resizemix",
+    "sample_keys",
+    "shift",
+    "smoothmix",
+    "smote",
+    "soft_crop",
+    "tabular_cutmix",
+    "trivialaugment",
+    "upstream",
+    "views",
+]

@@ -26,8 +26,7 @@ OVERRIDES = {
     "train.checkpoint_every": CHECKPOINT_EVERY,
     "train.batch_size": 32,
     "model.widths": (8,),
-    "augment.mixup": 0.4,
-    "augment.mixup_probability": 0.5,
+    "augment": "feature_noise(0.1) | mixup(0.4, probability=0.5)",
     "method.saflex.memory_decay": 0.9,
 }
 

@@ -1,0 +1,121 @@
+"""Pipelines as text, for configs and command lines: "randaugment(2, 9) | cutmix(1.0)"."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+
+from saflex_jax import checks
+from saflex_jax.augment import base, fields, mixing, policies, spatial, tabular
+from saflex_jax.augment.base import Augment
+
+# name -> what makes the augmentation
+FACTORIES: dict[str, Callable[..., Augment]] = {
+    factory.__name__: factory
+    for factory in (
+        policies.randaugment, policies.trivialaugment, policies.autoaugment, policies.augmix,
+        spatial.flip, spatial.shift, spatial.affine, spatial.resized_crop, spatial.cutout,
+        spatial.random_erasing, spatial.blur, spatial.soft_crop,
+        fields.random_field,
+        mixing.mixup, mixing.cutmix, mixing.resizemix, mixing.fmix, mixing.gridmix,
+        mixing.smoothmix,
+        tabular.feature_noise, tabular.feature_mask, tabular.tabular_cutmix, tabular.smote,
+        base.choice, base.on,
+    )
+}  # fmt: skip
+
+
+def parse(text: str) -> Augment:
+    """The pipeline that a text names; nothing is evaluated, only names and literals are read.
+
+        pipeline = step | step | ...          one after the other (`chain`)
+        step     = name(argument, ..., keyword=argument)
+        argument = a literal, or a pipeline
+
+    `identity` needs no parentheses; `choice(a, b, p=(.3, .7))` and `views(3, a)` (three draws of a)
+    or `views(identity, a, a)` take pipelines. The empty text is the identity.
+
+    Args:
+      text: for example "shift(4, padding='reflect') | flip | randaugment(2, 9)".
+
+    Raises:
+      ValueError: a syntax error, an unknown name (with the nearest known one), an argument that the
+        augmentation does not take or accept.
+    """
+    if not text.strip():
+        return base.identity
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(
+            f"augment must read like 'randaugment(2, 9) | cutmix(1.0)'; given {text!r} "
+            f"({error.msg} at column {error.offset})"
+        ) from None
+    return _pipeline(tree)
+
+
+def _pipeline(node: ast.expr) -> Augment:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return base.chain(*(_pipeline(part) for part in _parts(node)))
+    return _step(node)
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    """a | b | c as [a, b, c]: Python nests it to the left."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_parts(node.left), node.right]
+    return [node]
+
+
+def _step(node: ast.expr) -> Augment:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise ValueError(f"augment must be made of steps name(...); given {ast.unparse(node)!r}")
+    name = call.func.id
+    checks.choice("augment", name, {*FACTORIES, "identity", "views"})
+    arguments = [_argument(a) for a in call.args]
+    keywords = {k.arg: _argument(k.value) for k in call.keywords}
+    if len(keywords) < len(call.keywords):
+        raise ValueError(f"{ast.unparse(node)!r} names an argument twice")
+    if name == "identity":
+        if arguments or keywords:
+            raise ValueError(f"identity takes no arguments; given {ast.unparse(node)!r}")
+        return base.identity
+    if name == "views":
+        return _views(node, arguments, keywords)
+    if name == "choice" and not all(callable(a) for a in arguments):
+        raise ValueError(
+            f"choice must read choice(pipeline, pipeline, ..., p=(.5, .5)); "
+            f"given {ast.unparse(node)!r}"
+        )
+    try:
+        return FACTORIES[name](*arguments, **keywords)
+    except TypeError as error:
+        accepted = inspect.signature(FACTORIES[name])
+        raise ValueError(
+            f"{ast.unparse(node)!r}: {error}; accepted: {name}{_shown(accepted)}"
+        ) from None
+
+
+def _views(node: ast.expr, arguments: list, keywords: dict) -> Augment:
+    counted = len(arguments) == 2 and isinstance(arguments[0], int)
+    if keywords or not all(callable(a) for a in arguments[counted:]):
+        raise ValueError(
+            f"views must read views(3, pipeline) or views(pipeline, pipeline, ...); "
+            f"given {ast.unparse(node)!r}"
+        )
+    return base.views(*([arguments[1]] * arguments[0] if counted else arguments))
+
+
+def _argument(node: ast.expr):
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):  # TypeError: a dict or a set of what cannot be hashed
+        return _pipeline(node)
+
+
+def _shown(signature: inspect.Signature) -> str:
+    """(n=2, m=9, ...), without annotations."""
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))
