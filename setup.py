@@ -4,8 +4,24 @@ from setuptools import find_packages, setup
 
 # The lower bounds of JAX, Flax, Optax, chex and Orbax ran the tests. Upper bounds are the next
 # release that is announced to break or could not be tested (jax 0.11 needs Python 3.12).
-DATA = ["grain>=0.2.10,<0.3", "scikit-learn>=1.4,<2", "tensorflow-datasets>=4.9.7,<5"]
+DATA = [
+    "array_record>=0.5,<1",
+    "grain>=0.2.10,<0.3",
+    "pillow>=11,<14",
+    "scikit-learn>=1.4,<2",
+    "tensorflow-datasets>=4.9.7,<5",
+]
 EXPERIMENTS = ["matplotlib>=3.8,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6,<3"]
+# What the benchmarks compare with; a missing one is reported. On a CPU machine first install the
+# CPU build of exactly this torch, or pip fetches gigabytes of CUDA:
+# pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+BENCH = [
+    "albumentations>=2.0.8,<3",
+    "augmax>=0.4.1,<0.5",
+    "keras>=3.15,<4",
+    "kornia>=0.9,<0.10",
+    "torch==2.13.0",
+]
 
 setup(
     name="saflex_jax",
@@ -30,7 +46,7 @@ setup(
     extras_require={
         "data": DATA,
         "experiments": DATA + EXPERIMENTS,
-        "bench": DATA + EXPERIMENTS,
+        "bench": DATA + EXPERIMENTS + BENCH,
         "test": DATA
         + EXPERIMENTS
         + ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10"]

@@ -1,0 +1,1 @@
+"""Timings beside other libraries; each module is a command."""

@@ -1,0 +1,165 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import tqdm
+from PIL import Image
+from scipy import ndimage
+
+from benchmarks import augment_throughput, timing
+from saflex_jax.augment import policies
+
+MISSING = ("albumentations", "kornia", "keras", "augmax")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One image size, one small step, and none of the libraries that only the benchmarks need."""
+    monkeypatch.setattr(augment_throughput, "BATCH_SIZES", {8: 16})
+    monkeypatch.setattr(augment_throughput, "STEP_BATCH_SIZES", (8,))
+    monkeypatch.setattr(augment_throughput, "SECONDS", 0.0)
+    for name in (*MISSING, "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_path):
+    file = tmp_path / "out.json"
+    arguments = ["--json", "--sizes", "8", "--rounds", "2", "--out", str(file)]
+    assert augment_throughput.main(arguments) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made == json.loads(file.read_text())
+    rates, why = made["images_per_second"]["8"], made["why_null"]["images_per_second"]["8"]
+    assert set(rates) == {"saflex_jax", "pillow", "copy", *MISSING}
+    assert {name for name, rate in rates.items() if rate is None} == set(why) == set(MISSING)
+    for name in MISSING:
+        missing = "torch" if name == "kornia" else name  # which it imports first
+        assert why[name].startswith("ModuleNotFoundError") and missing in why[name]
+        assert made["ratios"]["8"][f"saflex_jax/{name}"] is None
+    for above, below in [("saflex_jax", "pillow"), ("copy", "saflex_jax")]:
+        assert made["ratios"]["8"][f"{above}/{below}"] == rates[above] / rates[below] > 0
+    assert len(made["ratios"]["8"]) == len(MISSING) + 2
+    assert set(made["spread"]["8"]) == set(made["peers"]) == set(rates)
+    step = made["saflex_step"]["8"]
+    assert step["ratio"] == step["seconds"]["with"] / step["seconds"]["without"] > 0
+    assert made["why_null"]["saflex_step"] == {"8": {}}
+    assert made["machine"]["cores"] >= 1
+    assert made["machine"]["versions"]["jax"]
+
+
+def test_ctrl_c_prints_what_was_measured(tiny, monkeypatch, capsys):
+    calls = []
+
+    def interrupting():
+        calls.append(1)
+        if len(calls) == 3:  # two warm up; by then its predecessor has been timed
+            raise KeyboardInterrupt
+
+    peers = {
+        "saflex_jax": (lambda images: lambda: None, "quick"),
+        "pillow": (lambda images: interrupting, "interrupted"),
+        "copy": (lambda images: lambda: None, "late"),
+    }
+    monkeypatch.setattr(augment_throughput, "PEERS", peers)
+    assert augment_throughput.main(["--sizes", "8"]) == 130
+    printed = capsys.readouterr()
+    rows = {row[0]: row[1] for line in printed.out.splitlines() if len(row := line.split()) == 4}
+    assert float(rows["saflex_jax"].replace(",", "")) > 0
+    assert rows["pillow"] == rows["copy"] == rows["8"] == "null"
+    assert "null: images_per_second 8 copy: interrupted before it was measured" in printed.out
+    assert "interrupted" in printed.err
+
+
+def test_jobs_take_turns_and_one_that_fails_stops_no_other():
+    calls, run = [], timing.Run({}, {})
+
+    def failing():
+        calls.append("b")
+        if calls.count("b") > 2:
+            raise RuntimeError("no more")
+
+    setups = {
+        "a": lambda: lambda: calls.append("a"),
+        "b": lambda: failing,
+        "c": lambda: lambda: calls.append("c"),
+        "d": lambda: 1 / 0,
+    }
+    with tqdm.tqdm(total=16, disable=True) as bar:
+        timing.interleaved(setups, run, rounds=3, seconds=0.0, bar=bar)
+    assert "".join(calls) == "aabbcc" + "abc" + "ac" + "ac"
+    assert run.failed == {"b": "RuntimeError: no more", "d": "ZeroDivisionError: division by zero"}
+    assert {name: len(times) for name, times in run.seconds.items()} == {"a": 3, "b": 0, "c": 3}
+
+
+@pytest.mark.parametrize("arguments", [["--sizes", "32,1000"], ["--sizes", "2"], ["--rounds", "0"]])
+def test_bad_arguments_are_refused_before_anything_runs(arguments):
+    name, given = arguments[0].strip("-"), arguments[1].split(",")[-1]
+    with pytest.raises(ValueError, match=f"{name} must .*given {given}"):
+        augment_throughput.main(arguments)
+
+
+# --- Pillow's operations do what their names say, at torchvision's magnitude 9 of 30
+
+
+def equalized(channel):
+    """A level goes to its rank: the share of the pixels below it, in 255 steps."""
+    counts = np.bincount(channel.ravel(), minlength=256)
+    step = (channel.size - counts[channel.max()]) // 255
+    below = np.array([counts[:level].sum() for level in range(256)])
+    return np.minimum((below + step // 2) // step, 255)[channel]
+
+
+def stretched(channel):
+    low, high = int(channel.min()), int(channel.max())
+    return (channel - low) * 255 / (high - low)
+
+
+def looked_up(image, x_of, y_of):
+    """The pixel that holds the point (x_of, y_of), black outside."""
+    side = len(image)
+    y, x = np.mgrid[:side, :side] + 0.5
+    column, row = (np.floor(f(x, y)).astype(int) for f in (x_of, y_of))
+    inside = (column >= 0) & (column < side) & (row >= 0) & (row < side)
+    return np.where(inside[..., None], image[row % side, column % side], 0)
+
+
+def expected(image, sign):
+    """name -> f64[H, W, 3], before rounding and clipping."""
+    grey = np.repeat((image @ (0.299, 0.587, 0.114))[..., None], 3, -1)
+    smooth = image.astype(float)
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]])[..., None] / 13
+    smooth[1:-1, 1:-1] = ndimage.convolve(smooth, kernel)[1:-1, 1:-1]
+    blend = lambda other: other + (1 + 0.27 * sign) * (image - other)
+    per_channel = lambda f: np.stack([f(image[..., c].astype(int)) for c in range(3)], -1)
+    same_x, same_y = (lambda x, y: x), (lambda x, y: y)
+    return {
+        "identity": image,
+        "autocontrast": per_channel(stretched),
+        "equalize": per_channel(equalized),
+        "rotate": ndimage.rotate(image, 9 * sign, order=0, reshape=False),
+        "solarize": np.where(image >= 178.5, 255 - image, image),
+        "color": blend(grey),
+        "posterize": image // 2 * 2,
+        "contrast": blend(np.round(grey.mean())),
+        "brightness": blend(0),
+        "sharpness": blend(smooth),
+        "shear_x": looked_up(image, lambda x, y: x + sign * 0.09 * y, same_y),
+        "shear_y": looked_up(image, same_x, lambda x, y: y + sign * 0.09 * x),
+        "translate_x": looked_up(image, lambda x, y: x + sign * 8, same_y),
+        "translate_y": looked_up(image, same_x, lambda x, y: y + sign * 8),
+    }
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_pillow_runs_the_operations_of_randaugment(sign):
+    side = 60  # 150 / 331 of which, times .3, is 8.2 pixels
+    (image,) = augment_throughput.crops(side, 1)
+    operations = augment_throughput.pillow_operations(side)
+    assert list(operations) == list(policies.STANDARD)
+    for name, reference in expected(image, sign).items():
+        found = np.asarray(operations[name](Image.fromarray(image), sign), int)
+        off = np.abs(found - np.clip(reference, 0, 255)).max(-1)
+        # Pillow rounds the other image of a blend, too. Of a rotation, points on the border of two
+        # pixels may fall to either.
+        assert (off > 1.5).mean() < (0.02 if name == "rotate" else 1e-9), name
+        assert name == "identity" or (found != image).any(), name
