@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 
 import jax
@@ -59,6 +60,12 @@ def at_least_zero(name: str, value: float) -> None:
         raise ValueError(f"{name} must be >= 0; given {value}")
 
 
+def whole(name: str, value: int, least: int = 0) -> None:
+    """Raises unless value is an integer of at least `least`."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}; given {value}")
+
+
 def fraction(name: str, value: float) -> None:
     """Raises unless value lies in [0, 1] (a traced value passes)."""
     if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
@@ -67,7 +74,7 @@ def fraction(name: str, value: float) -> None:
 
 def interval(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
     """Raises unless `bounds` = (a, b) with low <= a <= b <= high."""
-    if len(bounds) != 2 or not low <= bounds[0] <= bounds[1] <= high:
+    if np.shape(bounds) != (2,) or not low <= bounds[0] <= bounds[1] <= high:
         raise ValueError(f"{name} must be (a, b) with {low} <= a <= b <= {high}; given {bounds}")
 
 

@@ -146,7 +146,7 @@ def sometimes(
 
     def maybe(key):
         of_use, of_draw = jax.random.split(key)
-        return jnp.where(jax.random.bernoulli(of_use, probability), draw(of_draw), otherwise)
+        return jnp.where(jax.random.bernoulli(of_use, float(probability)), draw(of_draw), otherwise)
 
     return maybe
 
@@ -270,7 +270,7 @@ def manifold_mixup(
 
     The trace calls it mixup. Source: Verma et al., "Manifold Mixup", ICML 2019.
     """
-    checks.positive("layers", layers)
+    checks.whole("layers", layers, 1)
     draw = _shares(alpha, probability)
 
     def augment(key, batch):
@@ -356,7 +356,7 @@ def gridmix(
     Source: Baek et al., "GridMix", Pattern Recognition 2021.
     """
     checks.positive("alpha", alpha)
-    checks.positive("cells", cells)
+    checks.whole("cells", cells, 1)
 
     def draw(key, shape):
         if cells > min(shape):

@@ -19,7 +19,7 @@ FACTORIES: dict[str, Callable[..., Augment]] = {
         spatial.random_erasing, spatial.blur, spatial.soft_crop,
         fields.random_field,
         mixing.mixup, mixing.cutmix, mixing.resizemix, mixing.fmix, mixing.gridmix,
-        mixing.smoothmix,
+        mixing.smoothmix, mixing.manifold_mixup,
         tabular.feature_noise, tabular.feature_mask, tabular.tabular_cutmix, tabular.smote,
         base.choice, base.on,
     )

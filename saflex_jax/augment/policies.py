@@ -226,7 +226,7 @@ def randaugment(
 
     Source: Cubuk et al., "RandAugment", NeurIPS 2020; ranges and scale as torchvision's.
     """
-    checks.positive("n", n)
+    checks.whole("n", n, 1)
     _check(fill, interpolation)
     if not 0 <= m <= bins - 1:
         raise ValueError(f"m must lie in [0, {bins - 1}]; given {m}")
@@ -349,8 +349,8 @@ def augmix(
     """
     if not 0.1 <= severity <= 10:
         raise ValueError(f"severity must lie in [0.1, 10]; given {severity}")
-    checks.positive("width", width)
-    checks.positive("depth", depth)
+    checks.whole("width", width, 1)
+    checks.whole("depth", depth, 1)
     checks.positive("alpha", alpha)
     _check(fill, interpolation)
 

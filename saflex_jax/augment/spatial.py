@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +34,6 @@ def _finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be >= 0 and finite; given {value}")
 
 
-def _pixels(name: str, value: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < 0:
-        raise ValueError(f"{name} must be a whole number >= 0; given {value}")
-
-
 def _positive_interval(name: str, bounds: tuple[float, float]) -> None:
     checks.interval(name, bounds, 0.0, math.inf)
     for bound in bounds:
@@ -51,7 +45,7 @@ def flip(probability: float = 0.5) -> Augment:
     checks.fraction("probability", probability)
 
     def op(key, image):
-        use = jax.random.bernoulli(key, jnp.float32(probability))
+        use = jax.random.bernoulli(key, float(probability))
         return jnp.where(use, image[:, ::-1], image), use.astype(jnp.float32)
 
     return _lifted("flip", op)
@@ -64,7 +58,7 @@ def shift(pixels: int, *, padding: str = "zero") -> Augment:
       pixels: on every side, >= 0; magnitude is the distance moved.
       padding: "zero" or "reflect".
     """
-    _pixels("pixels", pixels)
+    checks.whole("pixels", pixels)
     checks.choice("padding", padding, ("zero", "reflect"))
     mode = {"zero": "constant", "reflect": "reflect"}[padding]
 
@@ -174,7 +168,7 @@ def cutout(side: int, *, fill: float = 0.0) -> Augment:
 
     Source: DeVries and Taylor, "Cutout", 2017.
     """
-    _pixels("side", side)
+    checks.whole("side", side)
     checks.fraction("fill", fill)
 
     def op(key, image):
@@ -214,7 +208,7 @@ def random_erasing(
         rows, columns = jnp.minimum(rows, height).round(), jnp.minimum(columns, width).round()
         room = jnp.array([height - rows, width - columns]) + 1
         top, left = jnp.floor(jax.random.uniform(of_place, (2,)) * room)
-        rows = jnp.where(jax.random.bernoulli(of_use, jnp.float32(probability)), rows, 0)
+        rows = jnp.where(jax.random.bernoulli(of_use, float(probability)), rows, 0)
         return _erase(image, top, left, rows, columns, fill)
 
     return _lifted("random_erasing", op)
@@ -234,7 +228,7 @@ def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -
     def op(key, image):
         of_sigma, of_use = jax.random.split(key)
         drawn = jax.random.uniform(of_sigma, minval=sigma[0], maxval=sigma[1])
-        use = jax.random.bernoulli(of_use, jnp.float32(probability))
+        use = jax.random.bernoulli(of_use, float(probability))
         blurred = ops.gaussian_blur(image, drawn, radius=radius)
         return jnp.where(use, blurred, image), jnp.where(use, drawn, 0.0)
 

@@ -24,6 +24,7 @@ EXAMPLES = {
     "feature_mask": "feature_mask(0.3)",
     "tabular_cutmix": "tabular_cutmix(1.0)",
     "smote": "smote()",
+    "manifold_mixup": "manifold_mixup(1.0)",
     "choice": "choice(flip, identity)",
     "on": "on('image', flip)",
 }
@@ -100,6 +101,8 @@ def test_every_factory_can_be_named(name):
     given = both() if name == "on" else given
     # Abstractly: what the operations make is in the tests of their own.
     made = jax.eval_shape(parse(EXAMPLES.get(name, name)), KEY, given)
+    if name == "manifold_mixup":  # hands the network its inputs and how to mix them
+        made = made._replace(inputs=made.inputs["inputs"])
     shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch._replace(trace=None))
     assert shapes(made) == shapes(given)
     assert made.trace.operation.shape[0] == len(given.index)
@@ -119,7 +122,7 @@ def test_every_factory_can_be_named(name):
         ("shift(1, 'zero')", r"^.*positional.*; accepted: shift\(pixels, \*, padding='zero'\)$"),
         ("flip(**{'probability': 1.0})", r"; accepted: flip\(probability=0.5\)$"),
         ("flip(probability=0.1, probability=0.2)", r"names an argument twice$"),
-        ("blur(1.0)", r"^'blur\(1.0\)': .*; accepted: blur\(sigma=\(0.1, 2.0\), \*, probab"),
+        ("blur(1.0)", r"^sigma must be .*given 1.0"),
         ("identity(1)", r"^identity takes no arguments; given 'identity\(1\)'"),
         ("views(3)", r"^views must read .*; given 'views\(3\)'"),
         ("views(2, 3)", r"^views must read .*; given 'views\(2, 3\)'"),
