@@ -35,6 +35,7 @@ from benchmarks import timing
 from experiments import build
 from experiments.configs import digits
 from saflex_jax import augment, checks, parallel
+from saflex_jax.augment import policies
 from saflex_jax.types import Batch, Streams
 
 OPERATIONS, MAGNITUDE, LARGEST = 2, 9, 30
@@ -257,6 +258,25 @@ PEERS = {
 }  # fmt: skip
 
 
+# --- where its time goes
+
+
+def single_operations(images: np.ndarray) -> dict[str, Callable[[], timing.Job]]:
+    """name -> setup of a job that does one operation to every image of the batch, one layer."""
+    space = policies.STANDARD
+    compiled = jax.jit(partial(policies.apply, names=tuple(space)))
+    batch = jax.device_put(floats(images))
+    size, height, width, _ = batch.shape
+
+    def setup(place, name):
+        number = jax.numpy.full(size, augment.OPERATIONS.index(name))
+        drawn = jax.numpy.full(size, place)
+        value = policies.values(space, drawn, STRENGTH, 1.0, (height, width))
+        return lambda: jax.block_until_ready(compiled(batch, number, value))
+
+    return {name: partial(setup, place, name) for place, name in enumerate(space)}
+
+
 # --- what it adds to a training step
 
 
@@ -291,12 +311,18 @@ def saflex_steps(batch_size: int) -> dict[str, Callable[[], timing.Job]]:
 Runs = dict[str, timing.Run]
 
 
-def measure(throughput: Runs, steps: Runs, *, rounds: int, bar: tqdm.tqdm) -> None:
-    """Fills both: image side -> peers, batch size -> steps."""
+def measure(
+    throughput: Runs, operations: Runs, steps: Runs, *, rounds: int, bar: tqdm.tqdm
+) -> None:
+    """Fills all: image side -> peers, image side -> single operations, batch size -> steps."""
     for size, run in steps.items():  # before other libraries start threads of their own
         bar.set_description(f"step of {size}")
         pairs = STEP_PAIRS * rounds
         timing.interleaved(saflex_steps(int(size)), run, rounds=pairs, seconds=0, bar=bar)
+    for side, run in operations.items():
+        bar.set_description(f"operations {side}x{side}")
+        setups = single_operations(crops(int(side), BATCH_SIZES.get(int(side), 32)))
+        timing.interleaved(setups, run, rounds=rounds, seconds=SECONDS / 4, bar=bar)
     for side, run in throughput.items():
         bar.set_description(f"{side}x{side}")
         images = crops(int(side), BATCH_SIZES.get(int(side), 32))
@@ -309,9 +335,10 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or below is None else above / below
 
 
-def report(throughput: Runs, steps: Runs, *, rounds: int) -> dict:
-    """The JSON: images per second of all rounds, median seconds of a step, interquartile ranges."""
-    made = {"images_per_second": {}, "ratios": {}, "spread": {}, "saflex_step": {},
+def report(throughput: Runs, operations: Runs, steps: Runs, *, rounds: int) -> dict:
+    """The JSON: images per second of all rounds, medians of steps and operations, spreads (IQR)."""
+    made = {"images_per_second": {}, "ratios": {}, "spread": {}, "operation_microseconds": {},
+            "saflex_step": {},
             "why_null": {"images_per_second": {}, "saflex_step": {}}}  # fmt: skip
 
     def summary(run, names, centre, of_seconds, why):
@@ -337,6 +364,12 @@ def report(throughput: Runs, steps: Runs, *, rounds: int) -> dict:
             f"{above}/{below}": ratio(found[above], found[below])
             for above, below in [*(("saflex_jax", p) for p in peers), ("copy", "saflex_jax")]
         }
+    for side, run in operations.items():
+        why, images = {}, BATCH_SIZES.get(int(side), 32)
+        each = lambda seconds: 1e6 * seconds / images  # noqa: B023
+        made["operation_microseconds"][side], _ = summary(
+            run, policies.STANDARD, np.median, each, why
+        )
     for size, run in steps.items():
         why = made["why_null"]["saflex_step"][size] = {}
         found, spread = summary(run, ("without", "with"), np.median, float, why)
@@ -371,6 +404,10 @@ def table(made: dict) -> str:
             lines.append(
                 f"  {name:16}{show(value):>12}{show(spread):>12}{show(ratio(ours, value), 2):>10}"
             )
+    for side, each in made["operation_microseconds"].items():
+        times = sorted(each.items(), key=lambda pair: -(pair[1] or 0))
+        lines += ["", f"{side}x{side}x3, microseconds an image, one operation on all images"]
+        lines += ["  " + ", ".join(f"{name} {show(value)}" for name, value in times)]
     lines += ["", "SAFLEX step, 32x32x3, without and with it",
               f"  {'batch':16}{'ms without':>12}{'ms with':>12}{'ratio':>10}"]  # fmt: skip
     for size, step in made["saflex_step"].items():
@@ -404,20 +441,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     checks.positive("rounds", options.rounds)
     throughput = {str(side): timing.Run({}, {}) for side in sizes(options.sizes)}
+    operations = {side: timing.Run({}, {}) for side in throughput}
     steps = {str(size): timing.Run({}, {}) for size in STEP_BATCH_SIZES}
 
     status = 0
-    total = len(PEERS) * len(throughput) * (options.rounds + 1)
+    total = (len(PEERS) + len(policies.STANDARD)) * len(throughput) * (options.rounds + 1)
     total += 2 * len(steps) * (STEP_PAIRS * options.rounds + 1)
     # Whatever a library prints goes to stderr, beside the progress bar.
     with contextlib.redirect_stdout(sys.stderr), tqdm.tqdm(total=total, leave=False) as bar:
         try:
-            measure(throughput, steps, rounds=options.rounds, bar=bar)
+            measure(throughput, operations, steps, rounds=options.rounds, bar=bar)
         except KeyboardInterrupt:
             status = 130
     if status:
         print("interrupted; what was measured:", file=sys.stderr)
-    made = report(throughput, steps, rounds=options.rounds)
+    made = report(throughput, operations, steps, rounds=options.rounds)
     text = json.dumps(made, indent=1)
     if options.out is not None:
         options.out.write_text(text + "\n")

@@ -41,6 +41,8 @@ def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_p
         assert made["ratios"]["8"][f"{above}/{below}"] == rates[above] / rates[below] > 0
     assert len(made["ratios"]["8"]) == len(MISSING) + 2
     assert set(made["spread"]["8"]) == set(made["peers"]) == set(rates)
+    assert set(made["operation_microseconds"]["8"]) == set(policies.STANDARD)
+    assert min(made["operation_microseconds"]["8"].values()) > 0
     step = made["saflex_step"]["8"]
     assert step["ratio"] == step["seconds"]["with"] / step["seconds"]["without"] > 0
     assert made["why_null"]["saflex_step"] == {"8": {}}
