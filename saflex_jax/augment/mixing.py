@@ -146,7 +146,9 @@ def sometimes(
 
     def maybe(key):
         of_use, of_draw = jax.random.split(key)
-        return jnp.where(jax.random.bernoulli(of_use, float(probability)), draw(of_draw), otherwise)
+        return jnp.where(
+            jax.random.bernoulli(of_use, jnp.float32(probability)), draw(of_draw), otherwise
+        )
 
     return maybe
 

@@ -45,7 +45,7 @@ def flip(probability: float = 0.5) -> Augment:
     checks.fraction("probability", probability)
 
     def op(key, image):
-        use = jax.random.bernoulli(key, float(probability))
+        use = jax.random.bernoulli(key, jnp.float32(probability))
         return jnp.where(use, image[:, ::-1], image), use.astype(jnp.float32)
 
     return _lifted("flip", op)
@@ -208,7 +208,7 @@ def random_erasing(
         rows, columns = jnp.minimum(rows, height).round(), jnp.minimum(columns, width).round()
         room = jnp.array([height - rows, width - columns]) + 1
         top, left = jnp.floor(jax.random.uniform(of_place, (2,)) * room)
-        rows = jnp.where(jax.random.bernoulli(of_use, float(probability)), rows, 0)
+        rows = jnp.where(jax.random.bernoulli(of_use, jnp.float32(probability)), rows, 0)
         return _erase(image, top, left, rows, columns, fill)
 
     return _lifted("random_erasing", op)
@@ -228,7 +228,7 @@ def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -
     def op(key, image):
         of_sigma, of_use = jax.random.split(key)
         drawn = jax.random.uniform(of_sigma, minval=sigma[0], maxval=sigma[1])
-        use = jax.random.bernoulli(of_use, float(probability))
+        use = jax.random.bernoulli(of_use, jnp.float32(probability))
         blurred = ops.gaussian_blur(image, drawn, radius=radius)
         return jnp.where(use, blurred, image), jnp.where(use, drawn, 0.0)
 

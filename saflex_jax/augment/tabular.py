@@ -82,7 +82,9 @@ def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -
     def masked(key, row):
         found = parts(row)
         drawn = {
-            name: jax.random.bernoulli(jax.random.fold_in(key, number), float(probability), x.shape)
+            name: jax.random.bernoulli(
+                jax.random.fold_in(key, number), jnp.float32(probability), x.shape
+            )
             for number, (name, x) in enumerate(found.items())
         }
         made = {
