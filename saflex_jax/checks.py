@@ -60,6 +60,12 @@ def at_least_zero(name: str, value: float) -> None:
         raise ValueError(f"{name} must be >= 0; given {value}")
 
 
+def amount(name: str, value: float) -> None:
+    """Raises unless value >= 0 and finite."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite; given {value}")
+
+
 def whole(name: str, value: int, least: int = 0) -> None:
     """Raises unless value is an integer of at least `least`."""
     if not isinstance(value, numbers.Integral) or value < least:

@@ -75,6 +75,22 @@ def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.A
     return augment
 
 
+def per_image(name: str, op: Callable[[jax.Array, jax.Array], tuple]) -> Augment:
+    """`per_example` for images: computed in f32, handed back in their own dtype; others refused."""
+
+    def cast(key, image):
+        made, magnitude = op(key, image.astype(jnp.float32))
+        return made.astype(image.dtype), magnitude
+
+    augment = per_example(name, cast)
+
+    def checked(key: jax.Array, batch: Batch) -> Batch:
+        checks.images("inputs", batch.inputs)
+        return augment(key, batch)
+
+    return checked
+
+
 def chain(*augments: Augment) -> Augment:
     """One after the other, each with a key of its own."""
 
@@ -113,8 +129,7 @@ def choice(*augments: Augment, p: Sequence[float] | None = None) -> Augment:
                     f"choice needs augmentations that keep the number of rows; number {number} "
                     f"made {b.index.shape[0]} of {batch.index.shape[0]}"
                 )
-        columns = max(0 if b.trace is None else b.trace.operation.shape[1] for b in made)
-        made = [_widened(b, columns) for b in made]
+        made = _aligned(made)
 
         def keep(*leaves):
             which = drawn.reshape(-1, *[1] * (leaves[0].ndim - 1))
@@ -125,11 +140,15 @@ def choice(*augments: Augment, p: Sequence[float] | None = None) -> Augment:
     return augment
 
 
-def _widened(batch: Batch, columns: int) -> Batch:
-    """The batch, its trace filled up with `identity` so that traces of two pipelines fit."""
-    while columns > (0 if batch.trace is None else batch.trace.operation.shape[1]):
-        batch = record(batch, "identity", 0.0)
-    return batch
+def _aligned(batches: Sequence[Batch]) -> list[Batch]:
+    """The batches, their traces filled up with `identity` to the longest of them."""
+    length = lambda batch: 0 if batch.trace is None else batch.trace.operation.shape[1]
+    longest, made = max(map(length, batches)), []
+    for batch in batches:
+        while length(batch) < longest:
+            batch = record(batch, "identity", 0.0)
+        made.append(batch)
+    return made
 
 
 def views(*augments: Augment) -> Augment:
@@ -144,8 +163,7 @@ def views(*augments: Augment) -> Augment:
 
     def augment(key, batch):
         made = [a(jax.random.fold_in(key, n), batch) for n, a in enumerate(augments)]
-        columns = max(0 if b.trace is None else b.trace.operation.shape[1] for b in made)
-        made = [_widened(b, columns) for b in made]
+        made = _aligned(made)
         stack = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:])
         return jax.tree.map(stack, *made)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from saflex_jax import checks
-from saflex_jax.augment.base import Augment, per_example
-from saflex_jax.types import Batch
+from saflex_jax.augment.base import Augment, per_image
 
 # RGB -> YIQ (NTSC): the luma, and two axes of the chroma, which is zero for grey.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -158,8 +155,7 @@ def random_field(
         "hue": hue, "saturation": saturation, "brightness": brightness,
     }  # fmt: skip
     for name, value in amplitudes.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be >= 0 and finite; given {value}")
+        checks.amount(name, value)
 
     def op(key, image):
         height, width, channels = image.shape
@@ -194,12 +190,6 @@ def random_field(
             )
         elif brightness:
             found = (1 + field(6, brightness)[..., None]) * found
-        return found.astype(image.dtype), magnitude
+        return found, magnitude
 
-    augment = per_example("random_field", op)
-
-    def checked(key: jax.Array, batch: Batch) -> Batch:
-        checks.images("inputs", batch.inputs)
-        return augment(key, batch)
-
-    return checked
+    return per_image("random_field", op)

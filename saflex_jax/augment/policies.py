@@ -7,7 +7,7 @@ once, at the end, as the 8-bit image of the original recipes would have been.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ def apply(
     operation: jax.Array,
     value: jax.Array,
     *,
-    names: Sequence[str],
+    names: Collection[str],
     fill: float = 0.0,
     interpolation: str = "nearest",
 ) -> jax.Array:
@@ -193,14 +193,6 @@ def _layers(images: jax.Array, operation: jax.Array, value: jax.Array, **options
     return jnp.clip(jax.lax.scan(layer, images, (operation.T, value.T))[0], 0, 1)
 
 
-def _applied(batch: Batch, operation: jax.Array, value: jax.Array, **options) -> Batch:
-    """The batch after the layers, one column in its trace for each."""
-    images = _layers(batch.inputs.astype(jnp.float32), operation, value, **options)
-    for column in range(operation.shape[1]):
-        batch = record(batch, operation[:, column], value[:, column])
-    return batch._replace(inputs=images.astype(batch.inputs.dtype))
-
-
 def _check(fill: float, interpolation: str) -> None:
     checks.fraction("fill", fill)
     checks.choice("interpolation", interpolation, ops.INTERPOLATIONS)
@@ -210,6 +202,25 @@ def _images(batch: Batch) -> tuple[int, int]:
     """(height, width) of the batch's images."""
     checks.images("inputs", batch.inputs)
     return batch.inputs.shape[1:3]
+
+
+def _policy(
+    space: dict[str, Range],
+    draw: Callable[[jax.Array, tuple[int, int]], tuple[jax.Array, jax.Array]],
+    **options,
+) -> Augment:
+    """Layers drawn for each sample: (key, (height, width)) -> places in `space` i32[L], f32[L]."""
+
+    def augment(key, batch):
+        shape = _images(batch)
+        drawn, value = jax.vmap(lambda key: draw(key, shape))(sample_keys(key, batch))
+        operation = _numbers(space)[drawn]
+        images = _layers(batch.inputs.astype(jnp.float32), operation, value, **options)
+        for column in range(operation.shape[1]):
+            batch = record(batch, operation[:, column], value[:, column])
+        return batch._replace(inputs=images.astype(batch.inputs.dtype))
+
+    return augment
 
 
 def randaugment(
@@ -231,21 +242,12 @@ def randaugment(
     if not 0 <= m <= bins - 1:
         raise ValueError(f"m must lie in [0, {bins - 1}]; given {m}")
 
-    def augment(key, batch):
-        shape = _images(batch)
+    def draw(key, shape):
+        u, v = jax.random.uniform(key, (2, n))
+        drawn = _one_of(len(STANDARD), u)
+        return drawn, values(STANDARD, drawn, m / (bins - 1), _sign(v), shape)
 
-        def draw(key):
-            u, v = jax.random.uniform(key, (2, n))
-            drawn = _one_of(len(STANDARD), u)
-            return drawn, values(STANDARD, drawn, m / (bins - 1), _sign(v), shape)
-
-        drawn, value = jax.vmap(draw)(sample_keys(key, batch))
-        operation = _numbers(STANDARD)[drawn]
-        return _applied(
-            batch, operation, value, names=STANDARD, fill=fill, interpolation=interpolation
-        )
-
-    return augment
+    return _policy(STANDARD, draw, names=STANDARD, fill=fill, interpolation=interpolation)
 
 
 def trivialaugment(
@@ -263,21 +265,12 @@ def trivialaugment(
     _check(fill, interpolation)
     space = TRIVIAL_WIDE if wide else TRIVIAL
 
-    def augment(key, batch):
-        shape = _images(batch)
+    def draw(key, shape):
+        u, v, w = jax.random.uniform(key, (3, 1))
+        drawn, strength = _one_of(len(space), u), _one_of(31, v) / 30
+        return drawn, values(space, drawn, strength, _sign(w), shape)
 
-        def draw(key):
-            u, v, w = jax.random.uniform(key, (3, 1))
-            drawn, strength = _one_of(len(space), u), _one_of(31, v) / 30
-            return drawn, values(space, drawn, strength, _sign(w), shape)
-
-        drawn, value = jax.vmap(draw)(sample_keys(key, batch))
-        operation = _numbers(space)[drawn]
-        return _applied(
-            batch, operation, value, names=space, fill=fill, interpolation=interpolation
-        )
-
-    return augment
+    return _policy(space, draw, names=space, fill=fill, interpolation=interpolation)
 
 
 def autoaugment(
@@ -299,25 +292,18 @@ def autoaugment(
     number = np.array([[names.index(half[0]) for half in pair] for pair in pairs])
     probability = np.array([[half[1] for half in pair] for pair in pairs], np.float32)
     strength = np.array([[half[2] / 9 for half in pair] for pair in pairs], np.float32)
-    used = {name: space[name] for pair in pairs for name, _, _ in pair}
+    used = {name for pair in pairs for name, _, _ in pair}
 
-    def augment(key, batch):
-        shape = _images(batch)
+    def draw(key, shape):
+        u = jax.random.uniform(key, (5,))
+        pair = _one_of(len(pairs), u[0])
+        drawn = jnp.asarray(number)[pair]
+        use = u[1:3] < jnp.asarray(probability)[pair]
+        value = values(space, drawn, jnp.asarray(strength)[pair], _sign(u[3:]), shape)
+        nothing = names.index("identity")
+        return jnp.where(use, drawn, nothing), jnp.where(use, value, 0.0)
 
-        def draw(key):
-            u = jax.random.uniform(key, (5,))
-            pair = _one_of(len(pairs), u[0])
-            drawn = jnp.asarray(number)[pair]
-            use = u[1:3] < jnp.asarray(probability)[pair]
-            value = values(space, drawn, jnp.asarray(strength)[pair], _sign(u[3:]), shape)
-            nothing = names.index("identity")
-            return jnp.where(use, drawn, nothing), jnp.where(use, value, 0.0)
-
-        drawn, value = jax.vmap(draw)(sample_keys(key, batch))
-        operation = _numbers(space)[drawn]
-        return _applied(batch, operation, value, names=used, fill=fill, interpolation=interpolation)
-
-    return augment
+    return _policy(space, draw, names=used, fill=fill, interpolation=interpolation)
 
 
 def augmix(

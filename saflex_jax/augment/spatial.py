@@ -9,29 +9,7 @@ import jax.numpy as jnp
 
 from saflex_jax import checks
 from saflex_jax.augment import image as ops
-from saflex_jax.augment.base import Augment, per_example, record, sample_keys
-from saflex_jax.types import Batch
-
-
-def _lifted(name: str, op) -> Augment:
-    """per_example, for images, computed in f32 and handed back in their own dtype."""
-
-    def cast(key, image):
-        made, magnitude = op(key, image.astype(jnp.float32))
-        return made.astype(image.dtype), magnitude
-
-    augment = per_example(name, cast)
-
-    def checked(key: jax.Array, batch: Batch) -> Batch:
-        checks.images("inputs", batch.inputs)
-        return augment(key, batch)
-
-    return checked
-
-
-def _finite(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be >= 0 and finite; given {value}")
+from saflex_jax.augment.base import Augment, per_image, record, sample_keys
 
 
 def _positive_interval(name: str, bounds: tuple[float, float]) -> None:
@@ -48,7 +26,7 @@ def flip(probability: float = 0.5) -> Augment:
         use = jax.random.bernoulli(key, jnp.float32(probability))
         return jnp.where(use, image[:, ::-1], image), use.astype(jnp.float32)
 
-    return _lifted("flip", op)
+    return per_image("flip", op)
 
 
 def shift(pixels: int, *, padding: str = "zero") -> Augment:
@@ -68,7 +46,7 @@ def shift(pixels: int, *, padding: str = "zero") -> Augment:
         moved = jnp.linalg.norm((corner - pixels).astype(jnp.float32))
         return jax.lax.dynamic_slice(padded, (*corner, 0), image.shape), moved
 
-    return _lifted("shift", op)
+    return per_image("shift", op)
 
 
 def affine(
@@ -90,8 +68,8 @@ def affine(
       fill: grey value in [0, 1] outside of the image.
       interpolation: "nearest" or "bilinear".
     """
-    _finite("degrees", degrees)
-    _finite("shear", shear)
+    checks.amount("degrees", degrees)
+    checks.amount("shear", shear)
     checks.fraction("fill", fill)
     checks.choice("interpolation", interpolation, ops.INTERPOLATIONS)
     if not 0 <= scale < 1:
@@ -107,7 +85,7 @@ def affine(
         matrix = jnp.column_stack([linear, centre - linear @ centre])
         return ops.warp(image, matrix, fill=fill, interpolation=interpolation), angle
 
-    return _lifted("affine", op)
+    return per_image("affine", op)
 
 
 def resized_crop(
@@ -140,7 +118,7 @@ def resized_crop(
         share = rows * columns / (height * width)
         return ops.warp(image, matrix, interpolation=interpolation), share
 
-    return _lifted("resized_crop", op)
+    return per_image("resized_crop", op)
 
 
 def _sides(of_area, of_ratio, scale, ratio, shape):
@@ -176,7 +154,7 @@ def cutout(side: int, *, fill: float = 0.0) -> Augment:
         top, left = centre - side // 2
         return _erase(image, top, left, side, side, fill)
 
-    return _lifted("cutout", op)
+    return per_image("cutout", op)
 
 
 def random_erasing(
@@ -211,7 +189,7 @@ def random_erasing(
         rows = jnp.where(jax.random.bernoulli(of_use, jnp.float32(probability)), rows, 0)
         return _erase(image, top, left, rows, columns, fill)
 
-    return _lifted("random_erasing", op)
+    return per_image("random_erasing", op)
 
 
 def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -> Augment:
@@ -232,7 +210,7 @@ def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -
         blurred = ops.gaussian_blur(image, drawn, radius=radius)
         return jnp.where(use, blurred, image), jnp.where(use, drawn, 0.0)
 
-    return _lifted("blur", op)
+    return per_image("blur", op)
 
 
 def soft_crop(
@@ -255,7 +233,7 @@ def soft_crop(
 
     Source: Liu et al., "Soft Augmentation for Image Classification", CVPR 2023.
     """
-    _finite("deviation", deviation)
+    checks.amount("deviation", deviation)
     checks.positive("power", power)
     checks.fraction("fill", fill)
 
