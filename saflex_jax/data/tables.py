@@ -1,0 +1,423 @@
+"""Tables from CSV, ARFF and KEEL files, and their encoding for a network."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saflex_jax import checks
+
+MISSING = ("?", "", "NA", "NaN", "nan", "<null>", "null")
+DIRECTIVES = ("@relation", "@attribute", "@input", "@inputs", "@output", "@outputs", "@data")
+ATTRIBUTE = re.compile(r"""@attribute\s+('[^']*'|"[^"]*"|[^\s{]+)\s*(.*)""", re.I)
+NUMERIC = re.compile(r"(real|integer|numeric)\s*(\[.*\])?", re.I)  # KEEL adds the range
+QUOTED = re.compile(r"""b?(['"])(.*)\1""", re.S)  # 'x', "x", and the literal b'x'
+CSV: dict[str, Any] = {"skipinitialspace": True}
+ARFF: dict[str, Any] = {"skipinitialspace": True, "quotechar": "'", "escapechar": "\\"}
+
+
+class Column(NamedTuple):
+    """One feature of a table.
+
+    Attributes:
+      name: as in the file, or column<place> where it gives none.
+      categories: their names, in the order of the codes; None = the column is numeric.
+    """
+
+    name: str
+    categories: tuple[str, ...] | None
+
+
+class Table(NamedTuple):
+    """A labelled table in memory.
+
+    Attributes:
+      values: f64[N, D], numbers as measured and codes of categories; NaN = missing.
+      labels: int64[N] in [0, len(class_names)).
+      columns: the D features; neither the label nor what was dropped.
+      class_names: K names, in the order of the labels.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    columns: tuple[Column, ...]
+    class_names: tuple[str, ...]
+
+
+def read_table(
+    path: str | os.PathLike,
+    *,
+    label: str | int = -1,
+    header: bool | None = None,
+    categorical: Sequence[str | int] = (),
+    drop: Sequence[str | int] = (),
+    missing: Sequence[str] = MISSING,
+) -> Table:
+    """Reads a comma-separated table in UTF-8: CSV, ARFF, or KEEL's .dat with or without its header.
+
+    Values lose surrounding spaces and quotes (b'2' reads as 2), and a comma at the end of every
+    line is passed over. A column is categorical if the file's @attribute or `categorical` says so,
+    or if a value that is not missing is no number. Its categories, and the classes of the label,
+    are in the order of the @attribute, else numbers in numeric order before texts in alphabetic
+    order; those that are equal as numbers, 1 and 1.0, are one.
+
+    Args:
+      path: the file.
+      label: name or place of the label's column; -1 = KEEL's @output, or the last where none is.
+      header: whether the first line of a CSV names the columns; None = it does if in some column
+        it has a text (neither a number nor missing) and the lines below have numbers and missing
+        values alone. So a table without any numeric column needs True to have its names read.
+      categorical: names or places of columns whose numbers are categories.
+      drop: names or places of columns to leave out; they are not checked.
+      missing: texts that stand for a missing value, in every column; NaN always does.
+
+    Raises:
+      ValueError: no text table, no rows, rows of unequal length, columns of one name; unknown names
+        in the arguments; attributes that are neither numeric nor categorical, sparse rows, values
+        that an @attribute does not allow; infinite numbers; a column without two different values;
+        a missing label, fewer than two classes. All name the file, and its line or column.
+
+    Source: ARFF as Weka defines it; Alcala-Fdez et al. 2011, KEEL data-mining software tool.
+    """
+    declared, outputs, lines = _split(path, _lines(path))
+    names, cells, at = _body(path, lines, [c.name for c in declared], header, missing)
+    for name in {n for n in names if names.count(n) > 1}:
+        raise ValueError(f"{path} must have columns of different names; two are called {name!r}")
+
+    if label == -1 and len(outputs) > 1:
+        raise ValueError(f"label must be one of the outputs {outputs} of {path}; given none")
+    label = outputs[0] if label == -1 and outputs else label
+    target = _place(path, "label", label, names)
+    dropped = {_place(path, "drop", c, names) for c in drop}
+    nominal = {_place(path, "categorical", c, names) for c in categorical}
+    kept = [i for i in range(len(names)) if i != target and i not in dropped]
+    if target in dropped or not kept:
+        raise ValueError(
+            f"{path} must have the label and one more column, comma-separated, that `drop` leaves; "
+            f"given {len(names)} columns, label {names[target]!r} and drop {drop}"
+        )
+
+    kinds = declared or [None] * len(names)
+    where = [_Where(path, name, at) for name in names]
+    categories = kinds[target] and kinds[target].categories
+    class_names, labels = _codes(where[target], cells[target], categories)
+    where[target].check(~np.isnan(labels), "the label must not be missing")
+    if len(np.unique(labels)) < 2:
+        given = class_names[int(labels[0])]
+        raise ValueError(f"{where[target]} must have two or more classes; given {given!r} alone")
+
+    columns, values = [], np.empty((len(labels), len(kept)))
+    for j, i in enumerate(kept):
+        categories, values[:, j] = _feature(where[i], cells[i], kinds[i], i in nominal)
+        columns.append(Column(names[i], categories))
+    return Table(values, labels.astype(np.int64), tuple(columns), class_names)
+
+
+def category_sizes(columns: Sequence[Column]) -> tuple[int, ...]:
+    """The number of categories of each categorical column, in order."""
+    return tuple(len(c.categories) for c in columns if c.categories is not None)
+
+
+def fit_encoder(
+    values: np.ndarray, columns: Sequence[Column]
+) -> Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]]:
+    """What turns a table's rows into inputs of a network, fitted on these rows alone.
+
+    Numbers x become (x - mean) / sd, with mean and sd of the fitted rows' values that are not
+    missing (population sd; 1 where the fitted values are constant); missing ones become 0. Each
+    numeric column with a missing value among the fitted rows has an indicator after all numbers,
+    1 = missing. Categories stay codes; missing ones, and those that no fitted row has, become -1,
+    which `jax.nn.one_hot` makes zeros.
+
+    Args:
+      values: f64[n, D], the training rows of a `Table`.
+      columns: its D columns.
+
+    Returns:
+      f64[N, D] -> f32[N, D1] where all columns are numeric (D1 with indicators), else
+      {"numeric": f32[N, D1], "categorical": i32[N, D2]}, D2 as in `category_sizes`.
+
+    Raises:
+      ValueError: not D columns, here or in the encoder; no rows; a numeric column without values.
+    """
+    _check_width(values, columns)
+    if not len(values):
+        raise ValueError("values must have at least one row to fit an encoder; given 0")
+    is_numeric = np.array([c.categories is None for c in columns], bool)
+    numbers, absent = values[:, is_numeric], np.isnan(values[:, is_numeric])
+    if absent.all(0).any():
+        name = [c.name for c in columns if c.categories is None][absent.all(0).argmax()]
+        raise ValueError(f"values must have a number in column {name!r}; all rows lack one")
+    constant = np.nanmax(numbers, 0) == np.nanmin(numbers, 0)  # the sd may round to above zero
+    mean, scale = np.nanmean(numbers, 0), np.where(constant, 1, np.nanstd(numbers, 0))
+    flagged = absent.any(0)
+    seen = [np.unique(codes) for codes in values[:, ~is_numeric].T]
+
+    def encode(values):
+        _check_width(values, columns)
+        numbers, codes = values[:, is_numeric], values[:, ~is_numeric]
+        absent = np.isnan(numbers)
+        numeric = np.where(absent, 0, (numbers - mean) / scale)
+        numeric = np.hstack([numeric, absent[:, flagged]]).astype(np.float32)
+        if is_numeric.all():
+            return numeric
+        kept = [np.where(np.isin(c, s), c, -1) for c, s in zip(codes.T, seen)]  # NaN is in nothing
+        return {"numeric": numeric, "categorical": np.stack(kept, 1).astype(np.int32)}
+
+    return encode
+
+
+def _check_width(values: np.ndarray, columns: Sequence[Column]) -> None:
+    if np.ndim(values) != 2 or values.shape[1] != len(columns):
+        raise ValueError(f"values must have shape [N, {len(columns)}]; given {np.shape(values)}")
+
+
+class _Cells(NamedTuple):
+    """One column as read: row i holds values[rows[i]], a number, a text, or None (missing).
+
+    `values` is f64[...] with NaN for missing where there is no text; not all need be different.
+    """
+
+    values: np.ndarray | list[float | str | None]
+    rows: np.ndarray | slice
+
+    @property
+    def numeric(self) -> bool:
+        return isinstance(self.values, np.ndarray)
+
+
+class _Where(NamedTuple):
+    """A column of a file, for messages; `lines` are the places of its rows."""
+
+    path: str | os.PathLike
+    name: str
+    lines: Sequence[int]
+
+    def __str__(self) -> str:
+        return f"{self.path}, column {self.name!r}"
+
+    def check(self, good: np.ndarray, message: str) -> None:
+        """Raises, naming the line of the first row, unless all rows are good."""
+        if not good.all():
+            raise ValueError(f"{self}, line {self.lines[int(good.argmin())]}: {message}")
+
+
+def _lines(path: str | os.PathLike) -> dict[int, str]:
+    """The lines that are not blank, stripped, by their number in the file."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text table in UTF-8: {error}") from error
+    if "\0" in text:
+        raise ValueError(f"{path} must be a text table; it holds zero bytes")
+    return {n: s for n, line in enumerate(text.split("\n"), 1) if (s := line.strip())}
+
+
+def _split(
+    path: str | os.PathLike, lines: dict[int, str]
+) -> tuple[list[Column], list[str], dict[int, str]]:
+    """Columns and outputs that ARFF's or KEEL's header declares (a CSV: none), and the rows."""
+    rows = {n: line for n, line in lines.items() if not line.startswith("%")}
+    if not next(iter(rows.values()), "").startswith("@"):
+        return [], [], lines
+    declared, outputs = [], []
+    for n, line in takewhile(lambda item: item[1].startswith("@"), list(rows.items())):
+        del rows[n]
+        directive, *rest = line.split(maxsplit=1)
+        checks.choice(f"{path}, line {n}: the directive", directive.lower(), DIRECTIVES)
+        if directive.lower() == "@attribute":
+            declared.append(_attribute(path, n, line))
+        if directive.lower() in ("@output", "@outputs"):
+            outputs = _texts("".join(rest))
+    if not declared:
+        raise ValueError(f"{path} must have an @attribute for each column; given none")
+    for n, row in rows.items():
+        if row.startswith("{"):
+            raise ValueError(f"{path}, line {n}: rows must be dense; given a sparse one, {row!r}")
+    return declared, outputs, rows
+
+
+def _attribute(path: str | os.PathLike, number: int, line: str) -> Column:
+    match = ATTRIBUTE.fullmatch(line)
+    name, kind = match.groups() if match else ("", "")
+    if kind.startswith("{") and kind.endswith("}"):
+        return Column(_strip(name), tuple(_texts(kind[1:-1])))
+    if not NUMERIC.fullmatch(kind):
+        raise ValueError(
+            f"{path}, line {number}: an attribute must be real, integer, numeric or {{a,b,...}}; "
+            f"given {line!r}"
+        )
+    return Column(_strip(name), None)
+
+
+def _texts(line: str) -> list[str]:
+    return [_strip(cell) for cell in next(csv.reader([line], **ARFF), [])]
+
+
+def _strip(cell: str) -> str:
+    text = cell.strip()
+    quoted = QUOTED.fullmatch(text)
+    return quoted[2].strip() if quoted else text
+
+
+def _value(cell: str, missing: Sequence[str]) -> float | str | None:
+    text = _strip(cell)
+    if text in missing:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if "_" in text:  # Python's literal for a number, but a name in a table
+        return text
+    return None if np.isnan(number) else number
+
+
+def _body(
+    path: str | os.PathLike,
+    lines: dict[int, str],
+    names: list[str],
+    header: bool | None,
+    missing: Sequence[str],
+) -> tuple[list[str], list[_Cells], list[int]]:
+    """The names of the columns, their cells, and the numbers of the rows' lines."""
+    dialect = ARFF if names else CSV
+    at, lines = list(lines), list(lines.values())
+    if all(line.endswith(",") for line in lines):
+        lines = [line[:-1] for line in lines]
+    end, first = next(_rows(path, lines, at, dialect), (0, []))
+    width = len(names or first)
+
+    def read(skip):
+        return _cells(path, lines[skip:], at[skip:], width, missing, dialect)
+
+    if names:
+        return names, *read(0)
+    is_text = [isinstance(_value(cell, missing), str) for cell in first]
+    if header or (header is None and any(is_text)):
+        cells, below = read(end)
+        has_numbers = [c.numeric and not np.isnan(c.values).all() for c in cells]
+        if header or any(np.logical_and(is_text, has_numbers)):
+            return [_strip(cell) or f"column{i}" for i, cell in enumerate(first)], cells, below
+    return [f"column{i}" for i in range(width)], *read(0)
+
+
+def _rows(
+    path: str | os.PathLike, lines: list[str], at: list[int], dialect: dict[str, Any]
+) -> Iterator[tuple[int, list[str]]]:
+    """(number of lines up to its end, cells) of each row."""
+    reader = csv.reader((f"{line}\n" for line in lines), **dialect)  # a quoted cell may go on
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {at[reader.line_num - 1]}: {error}") from error
+
+
+def _cells(
+    path: str | os.PathLike,
+    lines: list[str],
+    at: list[int],
+    width: int,
+    missing: Sequence[str],
+    dialect: dict[str, Any],
+) -> tuple[list[_Cells], list[int]]:
+    """The columns, and the numbers of the rows' lines."""
+    if not lines:
+        raise ValueError(f"{path} must be a table with rows; given none")
+    if not any(isinstance(_value(text, ()), float) for text in missing):
+        try:  # NumPy's reader in C, for a table that is nothing but numbers
+            table = np.loadtxt(lines, delimiter=",", comments=None, quotechar='"', ndmin=2)
+            if table.shape[1] == width:
+                return [_Cells(column, slice(None)) for column in table.T], at
+        except ValueError:
+            pass
+    same, rows, ends = {}, [], []  # `same`: equal texts are kept once
+    for end, row in _rows(path, lines, at, dialect):
+        if len(row) != width:
+            raise ValueError(
+                f"{path}, line {at[end - 1]}: a row must have {width} values; given {len(row)}"
+            )
+        rows.append([same.setdefault(cell, cell) for cell in row])
+        ends.append(at[end - 1])
+    return [_factored(column, missing) for column in zip(*rows)], ends
+
+
+def _factored(cells: Sequence[str], missing: Sequence[str]) -> _Cells:
+    places = {cell: i for i, cell in enumerate(dict.fromkeys(cells))}
+    values = [_value(cell, missing) for cell in places]
+    if not any(isinstance(v, str) for v in values):
+        values = np.array(values, np.float64)  # None becomes NaN
+    return _Cells(values, np.array([places[cell] for cell in cells]))
+
+
+def _place(path: str | os.PathLike, argument: str, given: str | int, names: list[str]) -> int:
+    """The place of the column that an argument names."""
+    if given in names:
+        return names.index(given)
+    if isinstance(given, int) and -len(names) <= given < len(names):
+        return given % len(names)
+    raise ValueError(
+        f"{argument} must name columns of {path}, or be their places in {len(names)}; "
+        f"given {given!r}{checks.nearest(given, names)}"
+    )
+
+
+def _feature(
+    where: _Where, cells: _Cells, declared: Column | None, nominal: bool
+) -> tuple[tuple[str, ...] | None, np.ndarray]:
+    """The categories (None = numeric) and the values f64[N] of a column that tells rows apart."""
+    categories = declared and declared.categories
+    if categories or nominal or (declared is None and not cells.numeric):
+        categories, values = _codes(where, cells, categories)
+    else:
+        values = _numbers(where, cells)
+    if np.isnan(values).all():
+        raise ValueError(f"{where} must have values, all are missing; name it in `drop`")
+    if (values == values[0]).all():
+        raise ValueError(f"{where} must not be constant; name it in `drop`")
+    return categories, values
+
+
+def _numbers(where: _Where, cells: _Cells) -> np.ndarray:
+    if not cells.numeric:
+        texts = np.array([isinstance(v, str) for v in cells.values])
+        value = next(v for v in cells.values if isinstance(v, str))
+        where.check(~texts[cells.rows], f"a value must be a number, as declared; given {value!r}")
+    numbers = cells.values[cells.rows]
+    where.check(~np.isinf(numbers), "a number must be finite (or named in `missing`)")
+    return numbers
+
+
+def _codes(
+    where: _Where, cells: _Cells, categories: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """The categories, those that occur where None are given, and the code f64 of each row."""
+    values = [None if v != v else v for v in cells.values]  # NaN is missing
+    if categories is None:
+        keys = sorted(set(values) - {None}, key=lambda v: (isinstance(v, str), v))
+        categories = tuple(
+            v if isinstance(v, str) else np.format_float_positional(v, trim="-") for v in keys
+        )
+    else:
+        keys = [_value(name, ()) for name in categories]
+    known = {key: code for code, key in enumerate(keys)}
+    if len(known) < len(keys):
+        raise ValueError(f"{where} must have different categories; given {categories}")
+    unknown = np.array([v is not None and v not in known for v in values])
+    if unknown.any():
+        value = values[int(unknown.argmax())]
+        where.check(
+            ~unknown[cells.rows],
+            f"a value must be one of {categories}, as declared; given {value!r}"
+            f"{checks.nearest(value, categories)}",
+        )
+    codes = np.array([np.nan if v is None else known[v] for v in values], np.float64)
+    return categories, codes[cells.rows]
