@@ -1,36 +1,266 @@
-"""Deterministic, stratified index sets."""
+"""Deterministic index sets: which samples train, validate and test."""
 
 from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from saflex_jax import checks
 
-def stratified_split(
-    labels: np.ndarray, *, val: int, test: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Disjoint (train, val, test) indices with the classes in proportion.
+
+class Split(NamedTuple):
+    """Places in a data set, each i[n], sorted.
+
+    Attributes:
+      train: what is augmented and trained on.
+      val: what directs the learning of weights and labels.
+      test: what is reported.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def stratified_split(labels: np.ndarray, *, val: int, test: int, seed: int) -> Split:
+    """A random split of all samples with the classes in proportion.
 
     Args:
-      labels: int[N].
+      labels: i[N], classes.
       val, test: number of samples, each at least one per class.
       seed: of the shuffle.
 
     Raises:
-      ValueError: a split would be empty or smaller than the number of classes.
+      ValueError: a split would be empty or smaller than the number of classes; a class with a
+        single sample.
     """
+    labels = np.asarray(labels)
+    _enough(labels, train=len(labels) - val - test, val=val, test=test)
+    rest, test_index = _hold_out(np.arange(len(labels)), labels, test, seed)
+    train_index, val_index = _hold_out(rest, labels, val, seed)
+    return Split(np.sort(train_index), np.sort(val_index), np.sort(test_index))
+
+
+def hold_out(
+    index: np.ndarray, labels: np.ndarray, *, size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Takes `size` samples out of some, the classes in proportion: (rest, held), both sorted.
+
+    Args:
+      index: i[n], places of the samples to take from, such as an official training split.
+      labels: i[N], classes of the whole data set.
+      size: number of samples to hold out, at least one per class; as many must be left.
+      seed: of the shuffle.
+
+    Raises:
+      ValueError: places out of range; too few samples on either side; a class with a single one.
+    """
+    index, labels = np.asarray(index), np.asarray(labels)
+    checks.class_labels("index", index, len(labels))
+    _enough(labels[index], rest=len(index) - size, held=size)
+    rest, held = _hold_out(index, labels, size, seed)
+    return np.sort(rest), np.sort(held)
+
+
+def by_group(
+    groups: np.ndarray, *, train: Any, test: Any, val: int, labels: np.ndarray, seed: int
+) -> Split:
+    """Trains and validates on one group and tests on the whole of another: out of distribution.
+
+    Args:
+      groups: [N], the group of each sample (a domain, a site, a kind of camera); any values.
+      train: the group that train and a stratified val come from.
+      test: the group that is the test split.
+      val: number of samples, at least one per class.
+      labels: i[N], classes.
+      seed: of the shuffle.
+
+    Raises:
+      ValueError: a group that no sample has, the same group twice, or as for `hold_out`.
+    """
+    groups, labels = np.asarray(groups), np.asarray(labels)
+    checks.rows(len(labels), groups=groups)
+    there = np.unique(groups).tolist()
+    for name, value in {"train": train, "test": test}.items():
+        if value not in there:
+            raise ValueError(f"{name} must be one of the groups {there}; given {value!r}")
+    if train == test:
+        raise ValueError(f"test must be another group than train; given {test!r} for both")
+    rest, held = hold_out(np.flatnonzero(groups == train), labels, size=val, seed=seed)
+    return Split(rest, held, np.flatnonzero(groups == test))
+
+
+def in_order(size: int, *, val: int, test: int) -> Split:
+    """Train first, then val, then test: for samples in time, whose distribution drifts.
+
+    Args:
+      size: N, number of samples.
+      val, test: how many of them, at least one.
+
+    Raises:
+      ValueError: a split would be empty.
+    """
+    for name, number in {"size": size, "val": val, "test": test}.items():
+        checks.whole(name, number, 1)
+    if val + test >= size:
+        raise ValueError(f"val + test must be less than {size} samples; given {val} + {test}")
+    return Split(*np.split(np.arange(size), [size - test - val, size - test]))
+
+
+def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
+    """Places of the same number of random samples of every class: i[per_class * K], sorted.
+
+    Args:
+      labels: i[N], classes; K of them occur.
+      per_class: samples of each.
+      seed: draws of different seeds are independent.
+
+    Raises:
+      ValueError: a class with fewer samples.
+    """
+    labels = np.asarray(labels)
+    checks.rows(len(labels), labels=labels)
+    checks.whole("per_class", per_class, 1)
+    rng, drawn = np.random.default_rng(seed), []
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        if len(places) < per_class:
+            raise ValueError(
+                f"labels must have {per_class} samples of every class; "
+                f"class {label} has {len(places)}"
+            )
+        drawn.append(rng.choice(places, per_class, replace=False))
+    return np.sort(np.concatenate(drawn))
+
+
+def fingerprints(inputs: Any, *, chunk: int) -> np.ndarray:
+    """A hash of each row's bytes, V16[N]: rows are equal, bit for bit, where the hashes are.
+
+    Args:
+      inputs: [N, ...], an array or anything with a length whose slices are arrays.
+      chunk: rows in memory at once.
+
+    Raises:
+      ValueError: slices of another length than asked for, or arrays of Python objects.
+
+    Source: BLAKE2b, RFC 7693, with 16 bytes.
+    """
+    checks.whole("chunk", chunk, 1)
+    digests = [
+        hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+        for rows in chunks(inputs, chunk)
+        for row in rows
+    ]
+    return np.frombuffer(b"".join(digests), "V16")  # S16 would strip trailing zeros
+
+
+def without_copies(split: Split, prints: np.ndarray) -> tuple[Split, dict[str, int]]:
+    """Takes copies of val and test samples out of train, and of test samples out of val.
+
+    The test split stays whole, and so do copies within one split.
+
+    Args:
+      split: places in a data set.
+      prints: [N], `fingerprints` of the inputs.
+
+    Returns:
+      (the split, how many samples it lost: {"train": ..., "val": ...}).
+
+    Raises:
+      ValueError: places out of range.
+    """
+    for name, index in split._asdict().items():
+        checks.class_labels(name, index, len(prints))
+
+    def unlike(index, *others):
+        return index[~np.isin(prints[index], prints[np.concatenate(others)])]
+
+    kept = split._replace(
+        train=unlike(split.train, split.val, split.test), val=unlike(split.val, split.test)
+    )
+    lost = {name: len(getattr(split, name)) - len(getattr(kept, name)) for name in ("train", "val")}
+    return kept, lost
+
+
+def check_split(split: Split, labels: np.ndarray, num_classes: int) -> None:
+    """Raises unless the split can be trained and evaluated on.
+
+    Args:
+      split: places in a data set.
+      labels: i[N], classes; or [N, K], soft or several at once, whose classes are not looked at.
+      num_classes: K.
+
+    Raises:
+      ValueError: an empty split, places out of range, splits that overlap, labels out of range, a
+        class of val or test that train lacks.
+    """
+    labels = np.asarray(labels)
+    for name, index in split._asdict().items():
+        if not len(index):
+            raise ValueError(f"the {name} split must hold at least one sample; given 0")
+        checks.class_labels(name, index, len(labels))
+    for (a, first), (b, second) in itertools.combinations(split._asdict().items(), 2):
+        both = np.intersect1d(first, second)
+        if both.size:
+            raise ValueError(
+                f"{a} and {b} must be disjoint; both hold sample {both[0]} ({both.size} in all)"
+            )
+    if labels.ndim == 2:
+        return
+    checks.class_labels("labels", labels, num_classes)
+    train, val, test = (np.bincount(labels[i], minlength=num_classes) for i in split)
+    for name, counts in {"val": val, "test": test}.items():
+        missing = np.flatnonzero((train == 0) & (counts > 0))
+        if missing.size:
+            raise ValueError(
+                f"train must hold every class of {name}; class {missing[0]} has "
+                f"{counts[missing[0]]} samples in {name} and none in train"
+            )
+
+
+def chunks(inputs: Any, size: int) -> Iterator[np.ndarray]:
+    """The rows of `inputs` in order, as arrays of at most `size` rows, read when asked for.
+
+    Raises:
+      ValueError: slices of another length than asked for, or arrays of Python objects.
+    """
+    for start in range(0, len(inputs), size):
+        stop = min(start + size, len(inputs))
+        rows = np.asarray(inputs[start:stop])
+        if rows.dtype.hasobject or rows.shape[:1] != (stop - start,):
+            raise ValueError(
+                f"inputs[{start}:{stop}] must be an array of {stop - start} rows; "
+                f"given {rows.dtype}{list(rows.shape)}"
+            )
+        yield rows
+
+
+def _enough(labels: np.ndarray, **sizes: int) -> None:
+    """Raises unless splits of these sizes can hold every class of i[N] once."""
+    checks.rows(len(labels), labels=labels)
     classes = len(np.unique(labels))
-    train = len(labels) - val - test
-    for name, size in {"train": train, "val": val, "test": test}.items():
+    for name, size in sizes.items():
         if size < classes:
             raise ValueError(
                 f"the {name} split must hold at least one sample for each of {classes} classes; "
                 f"given {size} of {len(labels)}"
             )
-    rest, test_index = train_test_split(
-        np.arange(len(labels)), test_size=test, random_state=seed, stratify=labels
-    )
-    train_index, val_index = train_test_split(
-        rest, test_size=val, random_state=seed, stratify=labels[rest]
-    )
-    return np.sort(train_index), np.sort(val_index), np.sort(test_index)
+
+
+def _hold_out(
+    index: np.ndarray, labels: np.ndarray, size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stratified (rest, held), shuffled: the order decides what a second draw from rest gives."""
+    classes, counts = np.unique(labels[index], return_counts=True)
+    if counts.min() < 2:
+        raise ValueError(
+            "labels must have two samples of every class to be split in proportion; "
+            f"class {classes[counts.argmin()]} has {counts.min()}"
+        )
+    rest, held = train_test_split(index, test_size=size, random_state=seed, stratify=labels[index])
+    return rest, held
