@@ -103,10 +103,15 @@ def concrete(tree: PyTree) -> bool:
 
 
 def finite(name: str, tree: PyTree) -> None:
-    """Raises if a concrete floating-point leaf holds NaN or infinity; names its first row."""
+    """Raises if a concrete floating-point leaf holds NaN or infinity; names its first row.
+
+    Leaves that are read when they are asked for (`data.images.Rows`) are left unread.
+    """
     if not concrete(tree):
         return
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not isinstance(leaf, np.ndarray | np.generic | jax.Array | float | int):
+            continue
         a = np.asarray(leaf)
         if np.issubdtype(a.dtype, np.floating) and not np.isfinite(a).all():
             where = np.argwhere(~np.isfinite(a))[0].tolist()

@@ -219,6 +219,7 @@ def test_a_deleted_image_is_no_candidate_any_more(tmp_path):
 def test_folder_and_size_must_be_usable(tmp_path):
     with pytest.raises(ValueError, match="must hold images"):
         Pool.from_folder(tmp_path)
+    folder(tmp_path)
     with pytest.raises(ValueError, match=r"size must be \(H, W\)"):
         Pool.from_folder(tmp_path, size=(0, 4))
 
@@ -262,6 +263,8 @@ def test_record_errors_name_the_file(tmp_path):
     ],
 )
 def test_a_missing_library_is_named(module, make, message, tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "0.png").touch()
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match=message):
         make(tmp_path)
@@ -360,14 +363,14 @@ def test_a_source_without_candidates_everywhere_changes_nothing():
             r"generated.shape must be \(2,\); given \(1,\)",
         ),
         (
-            originals()._replace(inputs=np.zeros((ROWS, 1), np.uint8)),
+            originals()._replace(inputs=np.zeros((ROWS, 1))),
             generated(),
-            "candidates.inputs must be float32, as generated is; given uint8",
+            "candidates.inputs must be float32 or uint8; given float64",
         ),
         (
             originals()._replace(inputs={"table": np.zeros((ROWS, 1), np.float32)}),
             generated(),
-            "candidates.inputs must be float32, as generated is; given dict",
+            "candidates.inputs must be float32 or uint8; given dict",
         ),
     ],
 )

@@ -23,16 +23,20 @@ ROOMS = {
     "__init__": ({"core", "types"}, set()),
     "types": (set(), {"jax"}),
     "checks": ({"types"}, {"jax", "numpy"}),
+    "batches": ({"types"}, {"jax", "numpy"}),
     "_compat": (set(), {"jax", "numpy"}),
     "core": ({"core", "types", "checks"}, BASE),
     "methods": ({"methods", "core", "types", "checks"}, BASE),
-    "parallel": ({"parallel", "_compat", "core", "types"}, BASE),
+    "parallel": ({"parallel", "_compat", "core", "batches", "types", "checks"}, BASE),
     "augment": ({"augment", "types", "checks"}, BASE),
     "augment/show.py": ({"augment", "types"}, {"jax", "matplotlib", "numpy", "PIL", "sklearn"}),
     "models": ({"models", "types", "checks"}, BASE | {"flax"}),
-    "data": ({"data", "types", "checks"}, {"array_record", "jax", "numpy", "PIL", "sklearn"}),
+    "data": (
+        {"data", "batches", "types", "checks"},
+        {"array_record", "grain", "jax", "numpy", "PIL", "sklearn", "tensorflow_datasets"},
+    ),
     "train": (
-        {"train", "parallel", "core", "types", "checks"},
+        {"train", "parallel", "core", "batches", "types", "checks"},
         BASE | {"etils", "orbax", "tensorboardX", "tqdm"},
     ),
 }

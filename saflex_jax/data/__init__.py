@@ -1,19 +1,75 @@
 """Data on the host, as NumPy arrays: sources, splits, label noise and resumable streams."""
 
-from saflex_jax.data.noise import symmetric_noise
+from saflex_jax.data.images import Rows, joined, resized, subset
+from saflex_jax.data.noise import (
+    instance_noise,
+    outside_candidates,
+    pairwise_noise,
+    symmetric_noise,
+)
 from saflex_jax.data.pool import Pool, write_array_record
-from saflex_jax.data.sources import SOURCES, Arrays, digits, wdbc
-from saflex_jax.data.splits import stratified_split
-from saflex_jax.data.stream import ArrayStream
+from saflex_jax.data.sources import (
+    SOURCES,
+    Source,
+    digits,
+    from_folder,
+    from_npz,
+    from_prepared,
+    from_table,
+    from_tfds,
+    priors,
+    wdbc,
+)
+from saflex_jax.data.splits import (
+    Split,
+    by_group,
+    check_split,
+    few_shot,
+    fingerprints,
+    hold_out,
+    in_order,
+    stratified_split,
+    without_copies,
+)
+from saflex_jax.data.stream import ArrayStream, IndexStream, Prefetched
+from saflex_jax.data.tables import Column, Table, category_sizes, fit_encoder, read_table
 
 __all__ = [
     "SOURCES",
     "ArrayStream",
-    "Arrays",
+    "Column",
+    "IndexStream",
     "Pool",
+    "Prefetched",
+    "Rows",
+    "Source",
+    "Split",
+    "Table",
+    "by_group",
+    "category_sizes",
+    "check_split",
     "digits",
+    "few_shot",
+    "fingerprints",
+    "fit_encoder",
+    "from_folder",
+    "from_npz",
+    "from_prepared",
+    "from_table",
+    "from_tfds",
+    "hold_out",
+    "in_order",
+    "instance_noise",
+    "joined",
+    "outside_candidates",
+    "pairwise_noise",
+    "priors",
+    "read_table",
+    "resized",
     "stratified_split",
+    "subset",
     "symmetric_noise",
     "wdbc",
+    "without_copies",
     "write_array_record",
 ]

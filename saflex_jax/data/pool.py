@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import os
 import pathlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
 
 from saflex_jax import checks
+from saflex_jax.batches import floats
+from saflex_jax.data.images import image_rows, images_in
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 CHUNK = 256  # records in memory at once while an ArrayRecord file is looked through
 
 
@@ -130,36 +131,24 @@ class Pool:
             on access, an image that does not decode, or has another shape than the first. All
             name the file.
         """
-        decode = _decoder(size)
         folder = pathlib.Path(path)
         found = []
         for source in sorted(p for p in folder.iterdir() if p.is_dir()):
             number = _number("source", source.name, source)
-            images = (p for p in source.iterdir() if p.suffix.lower() in SUFFIXES)
-            found += [(number, _number("draw", p.stem, p), p.name, p) for p in images]
+            found += [(number, _number("draw", p.stem, p), p.name, p) for p in images_in(source)]
         if not found:
             raise ValueError(f"{folder} must hold images <source>/<draw>.png; given none")
         found.sort()
         files = [p for *_, p in found]
+        images = image_rows(files, size=size)
         labels = _csv_labels(folder / "labels.csv", [p.relative_to(folder) for p in files])
-        first = decode(files[0])
-
-        def read(places):
-            inputs = np.empty((len(places), *first.shape), np.float32)
-            with ThreadPoolExecutor() as threads:  # decoding releases the interpreter's lock
-                images = threads.map(lambda place: decode(files[place]), places)
-                for row, (place, image) in enumerate(zip(places, images)):
-                    _same_shape(files[place], image, first.shape, "; `size` resizes all")
-                    inputs[row] = image
-            return inputs
-
         return cls(
-            read,
+            lambda places: floats(images[places]),
             labels,
             np.array([number for number, *_ in found]),
             num_classes=num_classes,
             num_sources=num_sources,
-            shape=first.shape,
+            shape=images.shape[1:],
         )
 
     @classmethod
@@ -209,7 +198,10 @@ class Pool:
             inputs = np.empty((len(places), *shape), np.float32)
             for row, (made,) in enumerate(records(places.tolist(), "inputs")):
                 name = f"record {places[row]} of {path}"
-                _same_shape(name, made, shape)
+                if made.shape != shape:
+                    raise ValueError(
+                        f"{name} must have shape {shape}, as the first has; given {made.shape}"
+                    )
                 checks.finite(name, made)
                 inputs[row] = made
             return inputs
@@ -217,6 +209,13 @@ class Pool:
         return cls(
             read, labels, source, num_classes=num_classes, num_sources=num_sources, shape=shape
         )
+
+    def of(self, rows: np.ndarray) -> Pool:
+        """The pool whose source j is this one's source rows[j]: i[n], of a training split."""
+        _within("rows", rows, len(self))
+        chosen = copy.copy(self)
+        chosen._counts, chosen._starts = self._counts[rows], self._starts[rows]
+        return chosen
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -287,13 +286,6 @@ def _within(name: str, values: np.ndarray, bound: float | np.ndarray) -> np.ndar
     return values
 
 
-def _same_shape(name: object, found: np.ndarray, shape: tuple[int, ...], remedy: str = "") -> None:
-    if found.shape != shape:
-        raise ValueError(
-            f"{name} must have shape {shape}, as the first has; given {found.shape}{remedy}"
-        )
-
-
 def _number(what: str, text: str, path: pathlib.Path) -> int:
     if not text.isdecimal():
         raise ValueError(f"the {what} must be a number in <source>/<draw>.png; given {path}")
@@ -326,34 +318,6 @@ def _csv_labels(path: pathlib.Path, files: list[pathlib.Path]) -> np.ndarray:
             raise ValueError(f"{path} must have a row for {file}; given none")
     labels = np.array([known[file.as_posix()] for file in files])
     return labels[:, 0] if header[1] == "label" else labels
-
-
-def _decoder(size: tuple[int, int] | None) -> Callable[[pathlib.Path], np.ndarray]:
-    """File -> f32[H, W, 1 or 3] in [0, 1]."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('images need Pillow: pip install "saflex_jax[data]"') from error
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"size must be (H, W), both >= 1; given {size}")
-    accepted = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # others would lose bits or an alpha
-
-    def decode(file):
-        try:
-            with Image.open(file) as image:
-                if image.mode not in accepted:
-                    raise ValueError(
-                        f"its mode must be one of {list(accepted)}; given {image.mode}"
-                    )
-                image = image.convert(accepted[image.mode])
-                if size is not None:
-                    image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"{file} does not decode: {error}") from error
-        pixels = np.asarray(image, np.float32) / 255
-        return pixels.reshape(*pixels.shape[:2], -1)
-
-    return decode
 
 
 def _array_record() -> ModuleType:

@@ -1,37 +1,319 @@
-"""Real data that scikit-learn carries inside its package: no download, no network."""
+"""Labelled data sets behind one interface: rows at random, labels, official splits.
+
+`inputs` is an array, a memory map, or `images.Rows`, which reads files when rows are asked for: all
+index alike. 8-bit images stay 8-bit until a batch is made (`batches.floats`).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn import datasets
 
+from saflex_jax import checks
+from saflex_jax.data.images import Rows, image_rows, images_in
+from saflex_jax.data.tables import Column, read_table
 
-class Arrays(NamedTuple):
-    """A labelled data set in memory.
+TASKS = ("multiclass", "multilabel", "ordinal")
+SPLITS = ("train", "val", "test")
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Source(NamedTuple):
+    """A labelled data set.
 
     Attributes:
-      inputs: f32[N, ...]; images [N, H, W, C] in [0, 1], tables [N, D] as measured.
-      labels: int[N] in [0, num_classes).
-      num_classes: K.
+      inputs: N rows: images uint8[N, H, W, C] or floats in [0, 1]; tables f[N, D] as measured,
+        categorical columns as codes, NaN = missing.
+      labels: i[N] classes; f[N, K] in the simplex where they are graded; {0, 1}[N, K - 1] where
+        task is "multilabel".
+      num_classes: K, the width of `priors`.
+      task: "multiclass", "multilabel", or "ordinal" (classes in order).
+      splits: name -> rows i[n]; the official ones, {} where there are none.
+      extra: name -> [N]; other label sets and groups.
+      columns: of a table; None where inputs are no table.
+      class_names: of the labels; () where they have none.
     """
 
-    inputs: np.ndarray
+    inputs: np.ndarray | Rows
     labels: np.ndarray
     num_classes: int
+    task: str = "multiclass"
+    splits: Mapping[str, np.ndarray] = NONE
+    extra: Mapping[str, np.ndarray] = NONE
+    columns: tuple[Column, ...] | None = None
+    class_names: tuple[str, ...] = ()
 
 
-def digits() -> Arrays:
+def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np.ndarray:
+    """Labels as points of the simplex, f32[N, K]: what a step is given.
+
+    A class becomes one-hot and a graded label stays. Several labels at once share the mass equally,
+    and a further class, the last, stands for none of them:
+
+        q_k = y_k / sum_j y_j,   q_K = 1 where y = 0
+
+    so that mixing, scores and soft labels are those of a softmax.
+
+    Source: Mahajan et al., "Exploring the Limits of Weakly Supervised Pretraining", ECCV 2018,
+    section 2.2 (their k labels with 1 / k each).
+    """
+    checks.choice("task", task, TASKS)
+    labels = np.asarray(labels)
+    if labels.ndim == 1:
+        checks.class_labels("labels", labels, num_classes)
+        return np.eye(num_classes, dtype=np.float32)[labels]
+    if task != "multilabel":
+        checks.simplex("labels", labels)
+        return labels.astype(np.float32)
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("multilabel labels must be 0 or 1; given others")
+    with_none = np.column_stack([labels, ~labels.any(1)]).astype(np.float32)
+    return with_none / with_none.sum(1, keepdims=True)
+
+
+def digits() -> Source:
     """Handwritten digits: 1,797 grey images of 8x8, 10 classes (UCI, via scikit-learn)."""
     data = datasets.load_digits()
-    return Arrays((data.images[..., None] / 16).astype(np.float32), data.target, 10)
+    return Source((data.images[..., None] / 16).astype(np.float32), data.target, 10)
 
 
-def wdbc() -> Arrays:
+def wdbc() -> Source:
     """Wisconsin breast cancer: 569 rows, 30 numeric columns, 2 classes (UCI, via scikit-learn)."""
     data = datasets.load_breast_cancer()
-    return Arrays(data.data.astype(np.float32), data.target, 2)
+    columns = tuple(Column(str(name), None) for name in data.feature_names)
+    names = tuple(map(str, data.target_names))
+    return Source(data.data, data.target, 2, columns=columns, class_names=names)
 
 
 SOURCES = {"digits": digits, "wdbc": wdbc}
+
+
+def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
+    """A file in the format of MedMNIST: {train,val,test}_images and {train,val,test}_labels.
+
+    Images are uint8[n, H, W] or uint8[n, H, W, 3]; labels [n, 1], or 0 and 1 in [n, C] with C > 1
+    for C labels at once.
+
+    Args:
+      path: the file.
+      task: "ordinal" says so of classes; None = by the labels' width.
+
+    Raises:
+      ValueError: not such a file, truncated, an array that is missing or does not fit the others.
+
+    Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
+    """
+    parts: dict[str, list[np.ndarray]] = {"images": [], "labels": []}
+    try:
+        with np.load(path) as file:
+            for split in SPLITS:
+                for kind, found in parts.items():
+                    found.append(file[f"{split}_{kind}"])
+    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"{path} must be an .npz file with {{train,val,test}}_{{images,labels}}: {error}"
+        ) from error
+    for split, images, labels in zip(SPLITS, *parts.values()):
+        if len(images) != len(labels) or images.dtype != np.uint8 or labels.ndim != 2:
+            raise ValueError(
+                f"{path} must hold uint8 images and labels [n, C] of equal length in {split}; "
+                f"given {images.dtype}{list(images.shape)} and {labels.dtype}{list(labels.shape)}"
+            )
+    images, labels = (np.concatenate(found) for found in parts.values())
+    if images.ndim == 3:
+        images = images[..., None]
+    sizes = map(len, parts["labels"])
+    if labels.shape[1] == 1:
+        labels = labels[:, 0].astype(np.int64)
+        classes, task = int(labels.max()) + 1, task or "multiclass"
+    else:
+        classes, task = labels.shape[1] + 1, "multilabel"
+    return Source(images, labels, classes, task, ranges(dict(zip(SPLITS, sizes))))
+
+
+def from_folder(
+    path: str | os.PathLike, *, size: tuple[int, int] | None = None, channels: int | None = None
+) -> Source:
+    """Image files [SPLIT/]CLASS/FILE, decoded on access; SPLIT is train, val or test.
+
+    Classes are the names of the folders, sorted, over all splits.
+
+    Args:
+      path: the folder.
+      size: (H, W) that all images are resized to (bilinear); None = they have one size.
+      channels: 1 or 3; None = what the files have.
+
+    Raises:
+      ImportError: Pillow is not installed.
+      ValueError: a folder without images or with fewer than two classes; as `images.image_rows`.
+    """
+    root = pathlib.Path(path)
+    named = [s for s in SPLITS if (root / s).is_dir()]
+    files, folders, sizes = [], [], {}
+    for top in [root / s for s in named] or [root]:
+        before = len(files)
+        for folder in sorted(p for p in top.iterdir() if p.is_dir()):
+            found = images_in(folder)
+            files += found
+            folders += [folder.name] * len(found)
+        sizes[top.name] = len(files) - before
+    if not files:
+        raise ValueError(f"{root} must hold images [SPLIT/]CLASS/FILE; given none")
+    names, labels = np.unique(folders, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{root} must hold at least two classes; given {names.tolist()}")
+    return Source(
+        image_rows(files, size=size, channels=channels),
+        labels,
+        len(names),
+        splits=ranges(sizes) if named else {},
+        class_names=tuple(names.tolist()),
+    )
+
+
+def from_tfds(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    image: str = "image",
+    label: str = "label",
+) -> Source:
+    """A data set that TFDS prepared as ArrayRecord, read without TensorFlow.
+
+    Args:
+      name: "cifar10", "cifar10:3.0.2".
+      data_dir: where it was prepared; None = TFDS's default.
+      image, label: its features.
+
+    Raises:
+      ImportError: tensorflow_datasets is not installed.
+      ValueError: not prepared there as ArrayRecord, or without these features.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError('TFDS is in the extra: pip install "saflex_jax[data]"') from error
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        tables = {s: builder.as_data_source(split=s) for s in builder.info.splits}
+        if not tables:
+            raise ValueError("nothing is there")
+    except Exception as error:  # many kinds, by what is missing
+        raise ValueError(
+            f"{name} must be prepared as ArrayRecord in {data_dir or 'the default folder'}: "
+            f'builder.download_and_prepare(file_format="array_record"), once, with TensorFlow; '
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    features = builder.info.features
+    if not {image, label} <= set(features):
+        raise ValueError(
+            f"{name} must have the features {image!r} and {label!r}; given {sorted(features)}"
+        )
+    sizes = {split: len(table) for split, table in tables.items()}
+    splits = ranges(sizes)
+    ends = np.cumsum(list(sizes.values()))
+    names = list(tables)
+
+    def records(places):
+        """The records, in the order asked for; one look-up a split."""
+        found: list[Any] = [None] * len(places)
+        which = np.searchsorted(ends, places, side="right")
+        for number in np.unique(which):
+            rows = np.flatnonzero(which == number)
+            start = splits[names[number]][0]
+            for row, record in zip(
+                rows, tables[names[number]].__getitems__((places[rows] - start).tolist())
+            ):
+                found[row] = record
+        return found
+
+    def read(places):
+        return np.stack([record[image] for record in records(places)])
+
+    first = read(np.zeros(1, int))
+    undecoded = {image: tfds.decode.SkipDecoding()}
+    labels = [
+        record[label]
+        for split in names
+        for record in builder.as_data_source(split=split, decoders=undecoded)
+    ]
+    labels = np.array(labels).astype(np.int64)
+    return Source(
+        Rows(read, len(labels), first.shape[1:], first.dtype),
+        labels,
+        features[label].num_classes,
+        splits=splits,
+        class_names=tuple(features[label].names or ()),
+    )
+
+
+def from_table(path: str | os.PathLike, **options) -> Source:
+    """A CSV, ARFF or KEEL file; `options` are those of `tables.read_table`."""
+    table = read_table(path, **options)
+    return Source(
+        table.values,
+        table.labels,
+        len(table.class_names),
+        columns=table.columns,
+        class_names=table.class_names,
+    )
+
+
+def from_prepared(
+    path: str | os.PathLike, *, size: tuple[int, int] | None = None, channels: int | None = None
+) -> Source:
+    """A data set that `python -m experiments.prepare` made: a folder with a dataset.json.
+
+    Arrays are mapped into memory, not read.
+
+    Args:
+      path: the folder.
+      size, channels: of images in files, as for `from_folder`.
+
+    Raises:
+      ValueError: no such folder, or one of another format.
+    """
+    root = pathlib.Path(path)
+    try:
+        about = json.loads((root / "dataset.json").read_text())
+        if about["format"] != 1:
+            raise ValueError(f"its format must be 1; given {about['format']}")
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{root} must be a prepared data set: python -m experiments.prepare {root.name} "
+            f"--out {root.parent}; {error}"
+        ) from error
+    if about["kind"] == "npz":
+        return from_npz(root / f"{about['name']}.npz", task=about["task"])
+    if about["kind"] == "folder":
+        return from_folder(root, size=size, channels=channels)
+    columns = about["columns"] and tuple(
+        Column(c["name"], c["categories"] and tuple(c["categories"])) for c in about["columns"]
+    )
+    extra = sorted(root.glob("extra_*.npy"))
+    return Source(
+        np.load(root / "inputs.npy", mmap_mode="r"),
+        np.load(root / "labels.npy"),
+        about["num_classes"],
+        about["task"],
+        {name: np.arange(*ends) for name, ends in about["splits"].items()},
+        {p.stem.removeprefix("extra_"): np.load(p) for p in extra},
+        columns or None,
+        tuple(about["class_names"]),
+    )
+
+
+def ranges(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Rows of splits that follow one another."""
+    ends = np.cumsum(list(sizes.values()))
+    return {name: np.arange(end - size, end) for end, (name, size) in zip(ends, sizes.items())}

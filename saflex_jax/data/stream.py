@@ -1,115 +1,106 @@
-"""A shuffled, endless, resumable stream of aligned batches over arrays in memory.
+"""Shuffled, endless, resumable streams of aligned batches.
 
-Batch t is a function of (seed, t) alone: the position is one number, and every process count sees
-the same global batches. Indices come from one NumPy permutation per epoch, since a per-sample
-pipeline costs more than the step of a small model (docs/design.md); anything with the same three
-methods, such as grain's iterators, can stand in its place.
+Batch t is a function of (seed, t) alone: the position is one number, every process count sees the
+same global batches, and grain can make batches ahead in any order. Indices come from one NumPy
+permutation per epoch, since a per-sample pipeline costs more than the step of a small model
+(docs/design.md); anything with the same three methods, such as grain's iterators, can stand in.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from saflex_jax import checks
+from saflex_jax.batches import take
 from saflex_jax.data.pool import Pool
 from saflex_jax.types import Batch, Streams
 
 
-class ArrayStream:
-    """Streams of host batches: `next(stream)` gives this process's rows of the next global batch.
+class IndexStream:
+    """Which rows the next global batch takes: `next(stream)` is Streams of i64[B / processes].
+
+    With a runner that keeps the data on its devices (`parallel.jit_runner(step, resident=pools)`)
+    this is the whole input pipeline. Epochs follow one another without a gap, so every sample comes
+    once an epoch, no remainder is dropped, and all batches have one shape.
 
     Args:
-      pools: Streams of whole data sets, each a Batch of N rows; all are shuffled separately.
+      sizes: Streams of the numbers of rows; all are shuffled separately.
       batch_size: global rows of candidates (and of clean samples).
       val_batch_size: global rows of validation samples; None = all of them.
       seed: of the order.
-      generated: candidates of a generator, by the candidates' `index`: where a source has some, one
-        of them, drawn uniformly by (seed, step, index) alone, takes the row's place, its inputs
-        and its label; where it has none the row stays.
       process_index, process_count: which block of each global batch is this process's.
 
     Raises:
-      ValueError: an empty or malformed pool; a batch size that the processes do not divide;
-        generated candidates that do not fit the others.
+      ValueError: an empty pool; a batch size that the processes do not divide.
     """
 
     def __init__(
         self,
-        pools: Streams,
+        sizes: Streams,
         *,
         batch_size: int,
         val_batch_size: int | None = None,
         seed: int,
-        generated: Pool | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
         checks.positive("batch_size", batch_size)
         if val_batch_size is not None:
             checks.positive("val_batch_size", val_batch_size)
-        checks.streams(pools)
-        sizes = {"candidates": batch_size, "clean": batch_size}
-        if pools.val is not None:
-            sizes["val"] = val_batch_size or len(pools.val.labels)
-        for name, size in sizes.items():
-            if size % process_count:
+        rows = {"candidates": batch_size, "val": val_batch_size or sizes.val, "clean": batch_size}
+        for name, size in sizes._asdict().items():
+            if size is None:
+                continue
+            checks.whole(f"the number of {name}", size, 1)
+            if rows[name] % process_count:
                 raise ValueError(
                     f"the batch of {name} must be a multiple of {process_count} processes; "
-                    f"given {size}"
+                    f"given {rows[name]}"
                 )
-        if generated is not None:
-            _fits(generated, pools.candidates)
-        self._generated = generated
-        self._pools, self._sizes, self._seed = pools, sizes, seed
+        self._sizes, self._rows, self._seed = sizes, rows, seed
         self._process = process_index, process_count
         self._step = 0
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the current epoch's permutation
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the last epoch's permutation
 
     def _order(self, name: str, number: int, epoch: int, size: int) -> np.ndarray:
-        if self._orders.get(name, (None,))[0] != epoch:
+        found = self._orders.get(name)
+        if found is None or found[0] != epoch:
             rng = np.random.default_rng((self._seed, number, epoch))
-            self._orders[name] = epoch, rng.permutation(size)
-        return self._orders[name][1]
+            self._orders[name] = found = epoch, rng.permutation(size)
+        return found[1]
 
-    def _rows(self, name: str, number: int) -> Batch:
-        pool, size = getattr(self._pools, name), self._sizes[name]
+    def rows(self, step: int) -> Streams:
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
         index, count = self._process
-        share = size // count
-        epochs, places = np.divmod(
-            self._step * size + index * share + np.arange(share), len(pool.labels)
+
+        def of_stream(number, name):
+            size, share = getattr(self._sizes, name), self._rows[name] // count
+            first = step * share * count + index * share
+            epochs, places = np.divmod(first + np.arange(share), size)
+            rows = np.empty(share, np.int64)
+            for epoch in np.unique(epochs):  # an epoch may end inside a batch
+                here = epochs == epoch
+                rows[here] = self._order(name, number, int(epoch), size)[places[here]]
+            return rows
+
+        return Streams(
+            *(
+                None if size is None else of_stream(number, name)
+                for number, (name, size) in enumerate(self._sizes._asdict().items())
+            )
         )
-        rows = np.empty(share, np.int64)
-        for epoch in np.unique(epochs):  # an epoch may end inside a batch
-            here = epochs == epoch
-            rows[here] = self._order(name, number, int(epoch), len(pool.labels))[places[here]]
-        return jax.tree.map(lambda x: x[rows], pool)
 
-    def _replaced(self, rows: Batch) -> Batch:
-        """The rows, those whose source has generated candidates replaced by one of them."""
-        counts = self._generated.draws(rows.index)
-        # One number for every source, so that no row depends on which others are here.
-        rng = np.random.default_rng((self._seed, len(Streams._fields), self._step))
-        draws = (rng.random(len(self._generated))[rows.index] * counts).astype(np.int64)
-        has = np.flatnonzero(counts)
-        inputs, labels = np.array(rows.inputs), np.array(rows.labels)
-        inputs[has], labels[has] = self._generated(rows.index[has], draws[has])
-        return rows._replace(inputs=inputs, labels=labels)
+    batch = rows  # what `next` gives; a stream of samples gives more
 
-    def __iter__(self) -> ArrayStream:
+    def __iter__(self) -> IndexStream:
         return self
 
     def __next__(self) -> Streams:
-        batch = Streams(
-            *(
-                None if getattr(self._pools, name) is None else self._rows(name, number)
-                for number, name in enumerate(Streams._fields)
-            )
-        )
-        if self._generated is not None:
-            batch = batch._replace(candidates=self._replaced(batch.candidates))
+        batch = self.batch(self._step)
         self._step += 1
         return batch
 
@@ -122,12 +113,111 @@ class ArrayStream:
         self._step = int(state["step"])
 
 
+class ArrayStream(IndexStream):
+    """Host batches: `next(stream)` gives this process's samples of the next global batch.
+
+    Args:
+      pools: Streams of whole data sets, each a Batch of N rows; inputs may be arrays, memory maps
+        or `images.Rows`; 8-bit ones become floats in [0, 1].
+      generated: candidates of a generator, by the candidates' `index`: where a source has some, one
+        of them, drawn uniformly by (seed, step, index) alone, takes the row's place, its inputs
+        and its label; where it has none the row stays.
+      options: those of `IndexStream`.
+
+    Raises:
+      ValueError: as `IndexStream`; a malformed pool; generated candidates that do not fit.
+    """
+
+    def __init__(self, pools: Streams, *, generated: Pool | None = None, **options):
+        checks.streams(pools)
+        super().__init__(Streams(*(None if p is None else len(p.labels) for p in pools)), **options)
+        if generated is not None:
+            _fits(generated, pools.candidates)
+        self._pools, self._generated = pools, generated
+
+    def batch(self, step: int) -> Streams:
+        """This process's samples of global batch `step`; thread-safe, as `rows`."""
+        batch = take(self._pools, self.rows(step))
+        if self._generated is None:
+            return batch
+        return batch._replace(candidates=self._replaced(step, batch.candidates))
+
+    def _replaced(self, step: int, rows: Batch) -> Batch:
+        """The rows, those whose source has generated candidates replaced by one of them."""
+        counts = self._generated.draws(rows.index)
+        # One number for every source, so that no row depends on which others are here.
+        rng = np.random.default_rng((self._seed, len(Streams._fields), step))
+        draws = (rng.random(len(self._generated))[rows.index] * counts).astype(np.int64)
+        has = np.flatnonzero(counts)
+        inputs, labels = np.array(rows.inputs), np.array(rows.labels)
+        inputs[has], labels[has] = self._generated(rows.index[has], draws[has])
+        return rows._replace(inputs=inputs, labels=labels)
+
+
+class Prefetched:
+    """A stream whose batches are made ahead by grain's threads, and placed on devices if need be.
+
+    Gives the very batches of `stream`, and its position is theirs: a checkpoint of one continues
+    with the other. What was read ahead when a run stops is read again.
+
+    Args:
+      stream: its `batch(step)` is called from several threads.
+      threads: that make batches.
+      ahead: batches made before they are asked for.
+      place: what is done with each, in the thread: a runner's `put_batch` copies it to the devices
+        while the step before runs.
+    """
+
+    def __init__(
+        self,
+        stream: IndexStream,
+        *,
+        threads: int = 2,
+        ahead: int = 4,
+        place: Callable[[Streams], Streams] | None = None,
+    ):
+        checks.whole("threads", threads, 1)
+        checks.whole("ahead", ahead, 1)
+        try:
+            import grain
+        except ImportError as error:
+            raise ImportError(
+                'reading ahead needs grain: pip install "saflex_jax[data]"'
+            ) from error
+        make = stream.batch if place is None else lambda step: place(stream.batch(step))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+
+        def batches_from(step):
+            steps = grain.MapDataset.range(step, sys.maxsize)
+            return iter(steps.map(make).to_iter_dataset(options))
+
+        self._batches_from = batches_from
+        self.set_state(stream.get_state())
+
+    def __iter__(self) -> Prefetched:
+        return self
+
+    def __next__(self) -> Streams:
+        batch = next(self._batches)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position."""
+        self._step = int(state["step"])
+        self._batches = self._batches_from(self._step)
+
+
 def _fits(generated: Pool, candidates: Batch) -> None:
     """Raises unless generated candidates can stand in the place of the others."""
     inputs = candidates.inputs
-    if not hasattr(inputs, "dtype") or inputs.dtype != np.float32:
+    if getattr(inputs, "dtype", None) not in (np.float32, np.uint8):
         given = getattr(inputs, "dtype", type(inputs).__name__)
-        raise ValueError(f"candidates.inputs must be float32, as generated is; given {given}")
+        raise ValueError(f"candidates.inputs must be float32 or uint8; given {given}")
     for name, found, wanted in (
         ("shape", generated.shape, inputs.shape[1:]),
         ("num_classes", generated.num_classes, candidates.labels.shape[1]),

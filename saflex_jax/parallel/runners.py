@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from saflex_jax import _compat
+from saflex_jax import _compat, checks
+from saflex_jax.batches import take
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Metrics, PyTree, Streams, TrainState
 
@@ -29,12 +30,17 @@ class Runner(NamedTuple):
     Attributes:
       step: compiled (state, streams) -> (state, metrics); donates the state.
       put_state: places a state, the same on every device; always a copy, so donating it is safe.
-      put_batch: places the rows that this process holds; raises ValueError unless they divide.
+      put_batch: places the rows that this process holds, if they are not placed already; raises
+        ValueError unless they divide.
+      hold: whole data sets -> a Runner that keeps a copy of them on every device, and whose batches
+        are rows of them (`data.IndexStream`), gathered inside the compiled step. For data that
+        fits. It trains as on the samples themselves, bit for bit.
     """
 
     step: Callable[[TrainState, Streams], tuple[TrainState, Metrics]]
     put_state: Callable[[TrainState], TrainState]
     put_batch: Callable[[PyTree], PyTree]
+    hold: Callable[[Streams], Runner]
 
 
 def check_divisible(batch: PyTree, devices: int) -> None:
@@ -48,8 +54,54 @@ def check_divisible(batch: PyTree, devices: int) -> None:
             )
 
 
+def _shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+    """On the 1-D mesh of the devices: (all of an array on each, a share of its rows on each)."""
+    mesh = _compat.auto_mesh(devices, AXIS)
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Places host arrays; what is placed so already stays, such as what was read ahead."""
+
+    def put(x):
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, tree)
+
+
+def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
+    """The step, given rows of the data sets that are held; given none, samples as they are."""
+
+    def run(state, streams, held, *, reduce):
+        return step(state, streams if held is None else take(held, streams), reduce=reduce)
+
+    return run
+
+
+def _runner(
+    compiled: Callable[..., tuple[TrainState, Metrics]],
+    put_state: Callable[[TrainState], TrainState],
+    put_batch: Callable[[PyTree], PyTree],
+    replicated: NamedSharding,
+) -> Runner:
+    """The Runner of a compiled `_on_rows`."""
+
+    def holding(held):
+        return Runner(lambda state, batch: compiled(state, batch, held), put_state, put_batch, hold)
+
+    def hold(pools):
+        checks.streams(pools)
+        return holding(_put(pools, replicated))
+
+    return holding(None)
+
+
 def jit_runner(
-    step: Callable[..., tuple[TrainState, Metrics]], *, devices: Sequence[jax.Device] | None = None
+    step: Callable[..., tuple[TrainState, Metrics]],
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Runner:
     """Global-view data parallelism: jit over a 1-D mesh of all devices (of all processes).
 
@@ -57,10 +109,8 @@ def jit_runner(
       step: (state, streams, *, reduce) -> (state, metrics).
       devices: default: jax.devices().
     """
-    mesh = _compat.auto_mesh(jax.devices() if devices is None else devices, AXIS)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
-    local = len(mesh.local_devices)
+    replicated, split = _shardings(jax.devices() if devices is None else devices)
+    local = len(split.mesh.local_devices)
 
     def put_state(state):
         if replicated.is_fully_addressable:  # from other devices, which jit would refuse
@@ -69,21 +119,21 @@ def jit_runner(
 
     def put_batch(batch):
         check_divisible(batch, local)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(split, np.asarray(x)), batch
-        )
+        return _put(batch, split)
 
     compiled = jax.jit(
-        partial(step, reduce=identity),
-        in_shardings=(replicated, split),
+        partial(_on_rows(step), reduce=identity),
+        in_shardings=(replicated, split, replicated),
         out_shardings=(replicated, replicated),
         donate_argnums=0,
     )
-    return Runner(compiled, put_state, put_batch)
+    return _runner(compiled, put_state, put_batch, replicated)
 
 
 def pmap_runner(
-    step: Callable[..., tuple[TrainState, Metrics]], *, devices: Sequence[jax.Device] | None = None
+    step: Callable[..., tuple[TrainState, Metrics]],
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Runner:
     """Per-device data parallelism: pmap over the devices of a single process.
 
@@ -103,22 +153,25 @@ def pmap_runner(
             f"pmap_runner runs in one process; given {jax.process_count()}: use jit_runner"
         )
     devices = jax.local_devices() if devices is None else devices
-    runner = jit_runner(step, devices=devices)  # placement is the same; only the step differs
+    replicated, split = _shardings(devices)
+    put_state = jit_runner(step, devices=devices).put_state  # it is placed alike
 
     reduced = jax.pmap(
-        partial(step, reduce=partial(jax.lax.pmean, axis_name=AXIS)),
+        partial(_on_rows(step), reduce=partial(jax.lax.pmean, axis_name=AXIS)),
         axis_name=AXIS,
-        in_axes=(None, 0),
+        in_axes=(None, 0, None),
         out_axes=(None, None),
         devices=devices,
         donate_argnums=0,
     )
 
+    def shares(x):
+        if isinstance(x, jax.Array) and x.sharding == split:
+            return x
+        return np.asarray(x).reshape(len(devices), -1, *np.shape(x)[1:])
+
     def put_batch(batch):
         check_divisible(batch, len(devices))
-        shards = jax.tree.map(
-            lambda x: np.asarray(x).reshape(len(devices), -1, *np.shape(x)[1:]), batch
-        )
-        return runner.put_batch(shards)
+        return _put(jax.tree.map(shares, batch), split)
 
-    return Runner(reduced, runner.put_state, put_batch)
+    return _runner(reduced, put_state, put_batch, replicated)

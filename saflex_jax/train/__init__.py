@@ -1,7 +1,7 @@
 """Everything around the step that does I/O: the one loop, evaluation, metrics, checkpoints."""
 
 from saflex_jax.train.checkpoint import CheckpointError, Checkpoints
-from saflex_jax.train.evaluate import make_evaluator
+from saflex_jax.train.evaluate import make_evaluator, probabilities
 from saflex_jax.train.loop import Diverged, FitResult, fit
 from saflex_jax.train.metrics import MetricsWriter
 
@@ -13,4 +13,5 @@ __all__ = [
     "MetricsWriter",
     "fit",
     "make_evaluator",
+    "probabilities",
 ]

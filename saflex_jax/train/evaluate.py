@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from saflex_jax import checks
+from saflex_jax.batches import floats
 from saflex_jax.core.losses import weighted_cross_entropy
-from saflex_jax.types import Method, TrainState
+from saflex_jax.types import Method, PyTree, TrainState
 
 
 @functools.cache  # one compilation serves every set and seed of a method
@@ -26,7 +27,7 @@ def _compiled(predict: Callable) -> Callable:
 
 
 def make_evaluator(
-    method: Method, inputs: np.ndarray, labels: np.ndarray, *, batch_size: int = 512
+    method: Method, inputs: PyTree, labels: np.ndarray, *, batch_size: int = 512
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"accuracy": share, "loss": mean cross-entropy in nats} over a fixed set.
 
@@ -34,7 +35,8 @@ def make_evaluator(
 
     Args:
       method: supplies `predict`.
-      inputs: [N, ...].
+      inputs: pytree of [N, ...]; anything that slices, read a batch at a time; 8-bit images become
+        floats in [0, 1].
       labels: f32[N, K]; accuracy compares the largest entry.
       batch_size: rows at a time.
 
@@ -44,8 +46,9 @@ def make_evaluator(
     size = len(labels)
     if size == 0:
         raise ValueError("labels must hold at least one sample to evaluate on; given 0")
-    if len(inputs) != size:
-        raise ValueError(f"inputs must have {size} rows, as labels have; given {len(inputs)}")
+    for leaf in jax.tree.leaves(inputs):
+        if len(leaf) != size:
+            raise ValueError(f"inputs must have {size} rows, as labels have; given {len(leaf)}")
     checks.finite("inputs", inputs)
     checks.simplex("labels", labels)
     batch_size = min(batch_size, size)
@@ -54,13 +57,36 @@ def make_evaluator(
 
     def evaluate(state):
         right, loss = 0, 0.0
-        for begin in range(0, size, batch_size):
-            x, y = inputs[begin : begin + batch_size], labels[begin : begin + batch_size]
-            pad = batch_size - len(y)
-            mask = np.arange(batch_size) < len(y)
-            x, y = (np.concatenate([a, np.zeros((pad, *a.shape[1:]), a.dtype)]) for a in (x, y))
+        for x, y, mask in _padded(inputs, labels, batch_size):
             r, l = jax.device_get(sums(state, x, y, mask))
             right, loss = right + int(r), loss + float(l)
         return {"accuracy": right / size, "loss": loss / size}
 
     return evaluate
+
+
+def probabilities(
+    method: Method, state: TrainState, inputs: PyTree, *, batch_size: int = 512
+) -> np.ndarray:
+    """Softmax probabilities f32[N, K] of inputs [N, ...], for measures that are no sums."""
+    size = len(jax.tree.leaves(inputs)[0])
+    found = [
+        np.asarray(_softmax(method.predict)(state, x))[mask]
+        for x, _, mask in _padded(inputs, np.empty((size, 0)), min(batch_size, size))
+    ]
+    return np.concatenate(found)
+
+
+@functools.cache
+def _softmax(predict: Callable) -> Callable:
+    return jax.jit(lambda state, x: jax.nn.softmax(predict(state, x)))
+
+
+def _padded(inputs: PyTree, labels: np.ndarray, batch_size: int) -> Iterator[tuple]:
+    """(inputs, labels, mask) of one shape; the last is padded with zeros."""
+    for begin in range(0, len(labels), batch_size):
+        x, y = jax.tree.map(lambda a, b=begin: a[b : b + batch_size], (inputs, labels))
+        mask = np.arange(batch_size) < len(y)
+        pad = lambda a: np.concatenate([a, np.zeros((batch_size - len(a), *a.shape[1:]), a.dtype)])
+        x, y = jax.tree.map(pad, (floats(x), y))
+        yield x, y, mask

@@ -20,7 +20,7 @@ from saflex_jax.parallel.distributed import preempted
 from saflex_jax.parallel.runners import Runner
 from saflex_jax.train.checkpoint import Checkpoints
 from saflex_jax.train.metrics import MetricsWriter
-from saflex_jax.types import Metrics, Streams, TrainState
+from saflex_jax.types import Batch, Metrics, Streams, TrainState
 
 
 class Stream(Protocol):
@@ -169,7 +169,10 @@ def fit(
         while not ending:
             batch = next(stream)
             if signature is None:
-                checks.streams(batch)
+                # Rows of data that a runner holds, and what was read ahead, were checked there.
+                first_rows = batch.candidates
+                if isinstance(first_rows, Batch) and not getattr(first_rows.mask, "committed", 0):
+                    checks.streams(batch)
                 signature = _signature(batch)
             elif _signature(batch) != signature:
                 changed = [(a, b) for a, b in zip(signature, _signature(batch)) if a != b]

@@ -1,0 +1,353 @@
+"""Every kind of file behind the one interface; what is said of one that is not right."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from saflex_jax import data
+from saflex_jax.data import Rows
+
+RNG = np.random.default_rng(0)
+
+
+# --- rows that are read when they are asked for ------------------------------------------------
+
+
+def counted(array):
+    """(Rows of the array, the places that were read)."""
+    seen = []
+
+    def read(places):
+        seen.extend(places.tolist())
+        return array[places]
+
+    return Rows(read, len(array), array.shape[1:], array.dtype), seen
+
+
+@pytest.mark.parametrize(
+    "places", [3, -1, slice(2, 5), slice(None, None, -2), [4, 4, 0], np.array([True, False] * 4)]
+)
+def test_rows_index_as_the_array_and_read_no_more(places):
+    array = RNG.integers(0, 256, (8, 2, 3), dtype=np.uint8)
+    rows, seen = counted(array)
+    assert (rows.shape, rows.dtype, rows.ndim, len(rows)) == (array.shape, array.dtype, 3, 8)
+    assert not seen
+    np.testing.assert_array_equal(rows[places], array[places])
+    np.testing.assert_array_equal(seen, np.arange(8)[places])
+
+
+def test_rows_out_of_range_and_whole():
+    array = RNG.random((5, 2)).astype(np.float32)
+    rows, _ = counted(array)
+    with pytest.raises(IndexError):
+        rows[5]
+    np.testing.assert_array_equal(np.asarray(rows), array)
+    assert np.asarray(rows, np.float64).dtype == np.float64
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_subset_and_joined(lazy):
+    a, b = (RNG.integers(0, 256, (n, 2), dtype=np.uint8) for n in (7, 4))
+    (first, seen), (second, _) = counted(a), counted(b)
+    if not lazy:
+        first, second = a, b
+    made = data.joined(data.subset(first, np.array([5, 1, 1])), second)
+    assert not seen and len(made) == 7
+    places = np.array([6, 0, 3, 2])
+    np.testing.assert_array_equal(made[places], np.concatenate([a[[5, 1, 1]], b])[places])
+    table = {"numeric": a, "categorical": b[[0, 1, 2, 3, 0, 1, 2]]}
+    np.testing.assert_array_equal(data.subset(table, np.array([2]))["categorical"], b[[2]])
+
+
+def test_resized_is_pillows():
+    pixels = RNG.integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
+    for channels in (1, 3):
+        images = pixels[..., :channels]
+        made = data.resized(images, (4, 5))
+        assert made.shape == (3, 4, 5, channels) and made.dtype == np.uint8
+        picture = Image.fromarray(images[1, ..., 0] if channels == 1 else images[1])
+        expected = np.asarray(picture.resize((5, 4), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(made[1], expected.reshape(4, 5, channels))
+    assert data.resized(pixels, (6, 8)) is pixels
+    with pytest.raises(ValueError, match="images must be uint8 to be resized; given float64"):
+        data.resized(np.zeros((1, 2, 2, 1)), (3, 3))
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+
+def test_priors():
+    np.testing.assert_array_equal(data.priors(np.array([2, 0]), 3), np.eye(3)[[2, 0]])
+    graded = np.array([[0.25, 0.75], [1, 0]])
+    np.testing.assert_array_equal(data.priors(graded, 2), graded)
+    several = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    np.testing.assert_array_equal(
+        data.priors(several, 4, "multilabel"), [[0.5, 0, 0.5, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
+    )
+    for labels, task, message in (
+        (np.array([0, 3]), "multiclass", r"labels must lie in \[0, 3\); row 1 is 3"),
+        (graded * 2, "multiclass", "labels must have rows .* sum to one"),
+        (several * 2, "multilabel", "multilabel labels must be 0 or 1"),
+        (several, "several", "task must be one of .*given 'several'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.priors(labels, 3, task)
+
+
+# --- .npz --------------------------------------------------------------------------------------
+
+SIZES = {"train": 6, "val": 3, "test": 4}
+
+
+def arrays(channels=1, labels=1, classes=3):
+    found = {}
+    for name, size in SIZES.items():
+        shape = (size, 5, 5) if channels == 1 else (size, 5, 5, 3)
+        found[f"{name}_images"] = RNG.integers(0, 256, shape, dtype=np.uint8)
+        high = classes if labels == 1 else 2
+        found[f"{name}_labels"] = RNG.integers(0, high, (size, labels)).astype(np.uint8)
+    found["train_labels"][0] = classes - 1 if labels == 1 else 1
+    return found
+
+
+@pytest.mark.parametrize("channels, labels", [(1, 1), (3, 1), (1, 4), (3, 4)])
+def test_npz(tmp_path, channels, labels):
+    made = arrays(channels, labels)
+    np.savez_compressed(tmp_path / "x.npz", **made)
+    source = data.from_npz(tmp_path / "x.npz")
+    assert source.task == ("multiclass" if labels == 1 else "multilabel")
+    assert source.num_classes == (3 if labels == 1 else 5)
+    assert source.inputs.shape == (13, 5, 5, channels) and source.inputs.dtype == np.uint8
+    assert {k: len(v) for k, v in source.splits.items()} == SIZES
+    for name, rows in source.splits.items():
+        images = made[f"{name}_images"].reshape(-1, 5, 5, channels)
+        np.testing.assert_array_equal(source.inputs[rows], images)
+        expected = made[f"{name}_labels"]
+        np.testing.assert_array_equal(
+            source.labels[rows], expected[:, 0] if labels == 1 else expected
+        )
+    assert data.from_npz(tmp_path / "x.npz", task="ordinal").task == (
+        "ordinal" if labels == 1 else "multilabel"
+    )
+
+
+def test_npz_errors(tmp_path):
+    path, made = tmp_path / "x.npz", arrays()
+    without = {k: v for k, v in made.items() if k != "val_labels"}
+    for content, message in (
+        (without, "val_labels"),
+        (made | {"test_labels": made["test_labels"][:2]}, "labels .* of equal length in test"),
+        (made | {"val_images": made["val_images"] / 255}, "must hold uint8 images"),
+    ):
+        np.savez(path, **content)
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} .*{message}"):
+            data.from_npz(path)
+    np.savez(path, **made)
+    path.write_bytes(path.read_bytes()[:-100])  # truncated
+    with pytest.raises(ValueError, match=r"x\.npz must be an \.npz file"):
+        data.from_npz(path)
+    with pytest.raises(FileNotFoundError):
+        data.from_npz(tmp_path / "y.npz")
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def save(path, seed, shape=(4, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_folder_with_splits(tmp_path):
+    names = ["train/cat/1.png", "train/dog/0.png", "train/dog/2.bmp", "test/cat/0.png"]
+    pixels = [save(tmp_path / name, seed) for seed, name in enumerate(names)]
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
+    source = data.from_folder(tmp_path)
+    assert source.class_names == ("cat", "dog") and source.num_classes == 2
+    np.testing.assert_array_equal(source.labels, [0, 1, 1, 0])
+    assert source.splits["train"].tolist() == [0, 1, 2] and source.splits["test"].tolist() == [3]
+    np.testing.assert_array_equal(np.asarray(source.inputs)[..., 0], pixels)
+    small = data.from_folder(tmp_path, size=(2, 3), channels=3).inputs
+    assert small.shape == (4, 2, 3, 3)
+    np.testing.assert_array_equal(small[1][..., 0], small[1][..., 2])
+
+
+def test_folder_without_splits_is_read_when_asked_for(tmp_path):
+    pixels = [save(tmp_path / c / f"{n}.png", n, (3, 3, 3)) for n, c in enumerate("abb")]
+    source = data.from_folder(tmp_path)
+    assert not source.splits and source.labels.tolist() == [0, 1, 1]
+    (tmp_path / "b" / "2.png").write_bytes(b"no image")
+    np.testing.assert_array_equal(source.inputs[:2], pixels[:2])
+    with pytest.raises(ValueError, match=r"b/2.png does not decode"):
+        source.inputs[2]
+    save(tmp_path / "b" / "2.png", 0, (4, 3, 3))
+    message = r"b/2.png must have shape \(3, 3, 3\), as .*a/0.png has; given \(4, 3, 3\); `size`"
+    with pytest.raises(ValueError, match=message):
+        source.inputs[[0, 2]]
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold images \[SPLIT/\]CLASS/FILE; given none"):
+        data.from_folder(tmp_path)
+    save(tmp_path / "a" / "0.png", 0)
+    with pytest.raises(ValueError, match=r"at least two classes; given \['a'\]"):
+        data.from_folder(tmp_path)
+    save(tmp_path / "b" / "0.png", 0)
+    for options, message in (
+        ({"size": (0, 3)}, r"size must be \(H, W\), both >= 1; given \(0, 3\)"),
+        ({"channels": 2}, "channels must be 1 or 3; given 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.from_folder(tmp_path, **options)
+
+
+# --- prepared ----------------------------------------------------------------------------------
+
+
+def prepared(folder, **changes):
+    about = {
+        **{"format": 1, "name": "x", "kind": "arrays", "task": "multiclass", "num_classes": 2},
+        **{
+            "class_names": ["no", "yes"],
+            "columns": None,
+            "splits": {"train": [0, 3], "test": [3, 5]},
+        },
+        **changes,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_prepared_arrays(tmp_path):
+    folder = prepared(tmp_path / "x")
+    inputs, labels = RNG.integers(0, 256, (5, 2, 2, 1), dtype=np.uint8), np.array([0, 1, 1, 0, 1])
+    for name, array in {"inputs": inputs, "labels": labels, "extra_worst": 1 - labels}.items():
+        np.save(folder / f"{name}.npy", array)
+    source = data.from_prepared(folder)
+    assert isinstance(source.inputs, np.memmap) and source.class_names == ("no", "yes")
+    np.testing.assert_array_equal(source.inputs, inputs)
+    np.testing.assert_array_equal(source.extra["worst"], 1 - labels)
+    assert {k: v.tolist() for k, v in source.splits.items()} == {"train": [0, 1, 2], "test": [3, 4]}
+
+
+def test_prepared_tables_folders_and_files(tmp_path):
+    columns = [{"name": "age", "categories": None}, {"name": "job", "categories": ["a", "b"]}]
+    folder = prepared(tmp_path / "x", columns=columns, splits={})
+    np.save(folder / "inputs.npy", np.array([[1.5, np.nan], [2, 1]]))
+    np.save(folder / "labels.npy", np.array([0, 1]))
+    assert data.from_prepared(folder).columns == (
+        data.Column("age", None),
+        data.Column("job", ("a", "b")),
+    )
+    folder = prepared(tmp_path / "y", kind="folder")
+    save(folder / "a" / "0.png", 0), save(folder / "b" / "0.png", 1)
+    assert data.from_prepared(folder, size=(2, 2)).inputs.shape == (2, 2, 2, 1)
+    folder = prepared(tmp_path / "z", kind="npz", name="retina", task="ordinal")
+    np.savez(folder / "retina.npz", **arrays(3))
+    assert data.from_prepared(folder).task == "ordinal"
+
+
+def test_what_is_not_prepared_says_how(tmp_path):
+    command = f"python -m experiments.prepare x --out {tmp_path}"
+    with pytest.raises(ValueError, match=re.escape(command)):
+        data.from_prepared(tmp_path / "x")
+    with pytest.raises(ValueError, match="its format must be 1; given 2"):
+        data.from_prepared(prepared(tmp_path / "x", format=2))
+
+
+# --- TFDS --------------------------------------------------------------------------------------
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    """Images as plain tensors, which TFDS prepares without TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # TFDS would look for a checksum file beside this one
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(4, 4, 1), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {
+            "train": self._generate_examples(range(20)),
+            "test": self._generate_examples(range(20, 29)),
+        }
+
+    def _generate_examples(self, numbers):
+        for number in numbers:  # the image names the example
+            yield number, {"image": np.full((4, 4, 1), number, np.uint8), "label": number % 3}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds_without_tensorflow(tiny):
+    source = data.from_tfds("tiny", data_dir=tiny)
+    assert source.inputs.shape == (29, 4, 4, 1) and source.inputs.dtype == np.uint8
+    assert source.num_classes == 3 and source.class_names == ("a", "b", "c")
+    numbers = np.asarray(source.inputs)[:, 0, 0, 0]
+    np.testing.assert_array_equal(source.labels, numbers % 3)
+    assert sorted(numbers[source.splits["train"]]) == list(range(20))
+    assert sorted(numbers[source.splits["test"]]) == list(range(20, 29))
+    places = np.array([28, 0, 19, 20, 3])  # of both splits, in any order
+    np.testing.assert_array_equal(source.inputs[places][:, 0, 0, 0], numbers[places])
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_errors(tiny, tmp_path):
+    with pytest.raises(ValueError, match="the features 'picture' and 'label'; given"):
+        data.from_tfds("tiny", data_dir=tiny, image="picture")
+    for name in ("tiny", "mnist"):
+        with pytest.raises(ValueError, match=f"{name} must be prepared as ArrayRecord in"):
+            data.from_tfds(name, data_dir=tmp_path)
+
+
+NO_TENSORFLOW = """
+import sys
+tried = set()
+sys.addaudithook(lambda event, args: tried.add(args[0]) if event == "import" else None)
+import numpy as np
+from experiments import prepare, task
+from saflex_jax import data
+tiny, npz, folder, table = sys.argv[1:]
+sources = data.from_tfds("tiny", data_dir=tiny), data.from_npz(npz), data.from_folder(folder)
+for source in sources:
+    pool = data.priors(source.labels, source.num_classes, source.task)
+    rows = np.arange(len(pool), dtype=np.int32)
+    from saflex_jax import Batch, Streams
+    batch = Batch(source.inputs, pool, np.ones(len(pool), bool), rows)
+    stream = data.Prefetched(data.ArrayStream(Streams(batch), batch_size=2, seed=0))
+    assert next(stream).candidates.inputs.dtype == np.float32
+read = data.from_table(table)
+data.fit_encoder(read.inputs, read.columns)(read.inputs)
+assert not {name for name in tried if name.split(".")[0] == "tensorflow"}
+"""
+
+
+def test_no_path_imports_tensorflow(tiny, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays())
+    for number, name in enumerate(("a", "b", "b")):
+        save(tmp_path / "images" / name / f"{number}.png", number)
+    (tmp_path / "x.csv").write_text("a,b\n1,x\n2,y\n3,x\n")
+    paths = [tiny, tmp_path / "x.npz", tmp_path / "images", tmp_path / "x.csv"]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TENSORFLOW, *map(str, paths)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
