@@ -20,8 +20,9 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, figures
-from saflex_jax import parallel, train
+from experiments import build, figures, task
+from saflex_jax import parallel
+from saflex_jax.batches import take
 from saflex_jax.types import Streams, Targets, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py")
@@ -52,13 +53,15 @@ def arm_config(config: ConfigDict, arm: str, seed: int) -> ConfigDict:
     return config
 
 
-def make_probe(targets: Callable[[TrainState, Streams], Targets], data: build.Data):
+def make_probe(targets: Callable[[TrainState, Streams], Targets], data: task.Data):
     """state -> learned targets of the first training samples, un-augmented; never trains."""
-    candidates = jax.tree.map(lambda x: x[:PROBED], data.pools.candidates)
-    wrong = np.argmax(candidates.labels, -1) != data.clean_labels[:PROBED]
+    pools = data.pools
+    rows = Streams(*(np.arange(len(p.labels)) for p in (pools.candidates, pools.val)))
+    shown = take(pools, rows._replace(candidates=rows.candidates[:PROBED]))
+    wrong = np.argmax(shown.candidates.labels, -1) != data.clean_labels[:PROBED]
 
     def probe(state):
-        learned = targets(state, Streams(candidates, data.pools.val))
+        learned = targets(state, shown)
         weights = np.asarray(learned.weights)
         means = {"right": weights[~wrong], "wrong": weights[wrong]}
         return learned, {f"weight_{k}": float(v.mean()) for k, v in means.items() if len(v)}
@@ -71,10 +74,10 @@ def run(config: ConfigDict, compiled: dict, description: str) -> dict | None:
 
     `compiled` keeps an arm's method and runner, so that further seeds do not compile again.
     """
-    data = build.make_data(config)
+    data = task.make_data(config)
     key = (config.method.name, config.data.train_on_val)
     if key not in compiled or config.method.name == "implicit":  # which holds the seed's labels
-        method = build.make_method(config, data.pools)
+        method = build.make_method(config, data.pools, data.source.columns)
         step = build.with_upstream(config, method).step
         runner = parallel.RUNNERS[config.runner](step)
         compiled[key] = method, runner, jax.jit(method.targets)
@@ -94,9 +97,9 @@ def run(config: ConfigDict, compiled: dict, description: str) -> dict | None:
         return None
     learned, _ = probe(result.state)
     shown = figures.pick(data, learned)
-    test = train.make_evaluator(method, data.test.inputs, data.test.labels)(result.state)
+    test = task.test_scores(method, result.state, data)
     return {
-        "test_accuracy": test["accuracy"],
+        **{f"test_{name}": value for name, value in test.items()},
         # The first record holds the compilation.
         "seconds_per_step": float(np.median([r["seconds_per_step"] for r in result.history[1:]])),
         "history": result.history,
@@ -148,27 +151,29 @@ def main(argv: list[str]) -> None:
         runs, title=f"{config.data.name}, {config.data.noise:.0%} wrong labels"
     )
     figure.savefig(workdir / "compare.png", dpi=150)
+    measure = figures.measure(runs)
     summary = {
         arm: {
-            "test_accuracy": [r["test_accuracy"] for r in records],
+            measure: [r[measure] for r in records],
             "seconds_per_step": float(np.median([r["seconds_per_step"] for r in records])),
         }
         for arm, records in runs.items()
     }
-    print(json.dumps(summary) if _JSON.value else table(summary))
+    print(json.dumps(summary) if _JSON.value else table(summary, measure))
     print(f"figure: {workdir / 'compare.png'}", file=sys.stderr)
 
 
-def table(summary: dict[str, dict]) -> str:
+def table(summary: dict[str, dict], measure: str) -> str:
     """The summary as aligned text: mean, spread over seeds, and what a step costs."""
     base = summary["upstream"]["seconds_per_step"]
-    lines = [f"{'':20} test accuracy (mean +- sd over seeds)    ms/step   step cost"]
+    name = measure.replace("_", " ")
+    lines = [f"{'':20} {f'{name} (mean +- sd over seeds)':40} ms/step   step cost"]
     for arm, values in summary.items():
-        accuracy = np.array(values["test_accuracy"])
-        spread = accuracy.std(ddof=1) if len(accuracy) > 1 else float("nan")
+        scores = np.array(values[measure])
+        spread = scores.std(ddof=1) if len(scores) > 1 else float("nan")
         seconds = values["seconds_per_step"]
         lines.append(
-            f"{arm:20} {accuracy.mean():.4f} +- {spread:.4f}  (n = {len(accuracy)})"
+            f"{arm:20} {scores.mean():.4f} +- {spread:.4f}  (n = {len(scores)})"
             f"{'':13}{1e3 * seconds:8.2f} {seconds / base:9.2f}x"
         )
     return "\n".join(lines)

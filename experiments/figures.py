@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -21,7 +22,7 @@ def pick(data, learned: Targets) -> list[dict]:
     chosen = np.concatenate([np.flatnonzero(~wrong)[:COLUMNS], np.flatnonzero(wrong)[:COLUMNS]])
     return [
         {
-            "input": data.pools.candidates.inputs[i].tolist(),
+            "input": jax.tree.map(lambda x, i=i: x[i].tolist(), data.pools.candidates.inputs),
             "clean": int(data.clean_labels[i]),
             "prior": int(given[i]),
             "label": int(labels[i].argmax()),
@@ -32,6 +33,12 @@ def pick(data, learned: Targets) -> list[dict]:
     ]
 
 
+def measure(runs: dict[str, list[dict]]) -> str:
+    """What the runs are compared by."""
+    (first, *_), *_ = runs.values()
+    return "test_auc" if "test_auc" in first else "test_accuracy"
+
+
 def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
     """Accuracy of every arm; learned weights over time; samples with prior, learned label, weight.
 
@@ -39,7 +46,7 @@ def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
       runs: arm -> one record a seed, as `experiments.compare.run` returns them.
       title: of the figure.
     """
-    samples = runs["saflex"][0]["samples"]
+    name, samples = measure(runs), runs["saflex"][0]["samples"]
     images = np.ndim(samples[0]["input"]) == 3
     figure = Figure(figsize=(11, 7.2 if images else 4), layout="constrained")
     figure.suptitle(title)
@@ -47,7 +54,7 @@ def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
     accuracy, weight = top.subplots(1, 2)
 
     for place, (arm, records) in enumerate(runs.items()):
-        values = [r["test_accuracy"] for r in records]
+        values = [r[name] for r in records]
         mean = np.mean(values)
         accuracy.hlines(mean, place - 0.3, place + 0.3, color=COLOURS[arm], lw=3)
         accuracy.plot(np.full(len(values), place), values, "o", color=COLOURS[arm], ms=5, alpha=0.7)
@@ -55,7 +62,7 @@ def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
                           textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
     accuracy.margins(x=0.1, y=0.15)
     accuracy.set_xticks(range(len(runs)), [arm.replace("_", "\n", 1) for arm in runs], fontsize=9)
-    accuracy.set_ylabel("test accuracy (line: mean, dot: seed)")
+    accuracy.set_ylabel(f"{name.replace('_', ' ')} (line: mean, dot: seed)")
 
     for name, colour in (("right", RIGHT), ("wrong", WRONG)):
         if f"eval/weight_{name}" not in runs["saflex"][0]["history"][0]:

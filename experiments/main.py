@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import build
+from experiments import build, task
 from saflex_jax import parallel, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py")
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
         parallel.initialize()
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     build.check(config)
-    data = build.make_data(config)
-    method = build.with_upstream(config, build.make_method(config, data.pools))
+    data = task.make_data(config)
+    method = build.with_upstream(config, build.make_method(config, data.pools, data.source.columns))
     runner = parallel.RUNNERS[config.runner](method.step)
     checkpoints = train.Checkpoints(
         workdir / "checkpoints",
@@ -64,9 +64,10 @@ def main(argv: list[str]) -> None:
         step = int(result.state.step)
         print(f"stopped at step {step}; the same command resumes from there", file=sys.stderr)
         sys.exit(128 + result.stopped_by)
-    scores = train.make_evaluator(method, data.test.inputs, data.test.labels)(result.state)
-    summary = {"test_accuracy": scores["accuracy"], "test_loss": scores["loss"],
-               "steps": config.train.steps, "config": json.loads(config.to_json())}  # fmt: skip
+    scores = task.test_scores(method, result.state, data)
+    summary = {f"test_{name}": value for name, value in scores.items()}
+    summary |= {"steps": config.train.steps, "removed_copies": data.removed,
+                "config": json.loads(config.to_json())}  # fmt: skip
     if jax.process_index() == 0:
         (workdir / "result.json").write_text(json.dumps(summary, indent=1))
         print(json.dumps({k: v for k, v in summary.items() if k != "config"}))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments import build
+from experiments import build, task
 from experiments.configs import digits, wdbc
 from saflex_jax import parallel
 from saflex_jax.methods import METHODS
@@ -34,11 +34,12 @@ def small(**overrides):
 def steps(config, count=2, *, devices=1):
     """State and metrics (sums and counts) after some steps, all built from a config."""
     build.check(config)
-    pools = build.make_data(config).pools
-    method = build.with_upstream(config, build.make_method(config, pools))
+    data = task.make_data(config)
+    made = build.make_method(config, data.pools, data.source.columns)
+    method = build.with_upstream(config, made)
     runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:devices])
-    state = runner.put_state(build.init_state(config, method, pools))
-    stream = build.make_stream(config, pools)
+    state = runner.put_state(build.init_state(config, method, data.pools))
+    runner, stream = build.make_input(config, data, runner)
     for _ in range(count):
         state, metrics = runner.step(state, runner.put_batch(next(stream)))
     return state, jax.device_get(metrics)
@@ -94,8 +95,8 @@ def test_pmap_and_jit_agree_by_config():
 
 def test_data_of_a_seed():
     config = wdbc.get_config()
-    one, same = build.make_data(config), build.make_data(config)
-    other = build.make_data(changed(wdbc.get_config(), seed=1))
+    one, same = task.make_data(config), task.make_data(config)
+    other = task.make_data(changed(wdbc.get_config(), seed=1))
     assert (one.pools.candidates.inputs == same.pools.candidates.inputs).all()
     assert not (one.pools.candidates.inputs == other.pools.candidates.inputs).all()
     # Standardised by the training split alone, which is therefore exact there.
@@ -108,7 +109,7 @@ def test_data_of_a_seed():
     assert (given != one.clean_labels).sum() == round(0.3 * sizes[0])
 
     # With train_on_val the validation samples join the candidates, rightly labelled.
-    both = build.make_data(changed(wdbc.get_config(), **{"data.train_on_val": True}))
+    both = task.make_data(changed(wdbc.get_config(), **{"data.train_on_val": True}))
     joined = both.pools.candidates
     assert (joined.index == np.arange(sizes[0] + 60)).all()
     np.testing.assert_array_equal(joined.inputs[sizes[0] :], both.pools.val.inputs)
@@ -188,12 +189,13 @@ def compiled():
 )
 def test_a_bad_option_is_refused_before_compilation(compiled, option, value, message):
     config = small(**{f"method.saflex.{option}": value})
-    pools = build.make_data(config).pools
+    data = task.make_data(config)
     with pytest.raises(ValueError, match=message):
-        method = build.make_method(config, pools)
+        method = build.make_method(config, data.pools)
         runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:1])
-        state = build.init_state(config, method, pools)
-        batch = runner.put_batch(next(build.make_stream(config, pools)))
+        state = build.init_state(config, method, data.pools)
+        runner, stream = build.make_input(config, data, runner)
+        batch = runner.put_batch(next(stream))
         compiled.clear()  # the operations of the initialisation
         runner.step(state, batch)
     assert not compiled

@@ -7,7 +7,7 @@ Expected:  see the table in README.md, which that command printed.
 
 from ml_collections import ConfigDict
 
-from experiments.configs import methods
+from experiments.configs import methods, sources
 
 
 def get_config() -> ConfigDict:
@@ -18,8 +18,7 @@ def get_config() -> ConfigDict:
             "runner": "jit",
             # The upstream pipeline is a noisy generator: this share of its labels is wrong. The
             # validation split is small and trusted.
-            "data": {"name": "digits", "val": 150, "test": 697, "noise": 0.4,
-                     "train_on_val": False},
+            "data": sources.section("digits", val=150, test=697, noise=0.4),
             "augment": "shift(1) | affine(degrees=10, scale=0.1) | mixup(0.4, probability=0.25)",
             "model": {"name": "small_cnn", "widths": (16, 32), "norm": "group"},
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 1e-4},

@@ -6,25 +6,40 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from saflex_jax.models.norm import Norm
+from saflex_jax.types import PyTree
 
 
 class MLP(nn.Module):
-    """Features of f32[B, ...] inputs (flattened).
+    """Features of f32[B, ...] inputs (flattened), or of a table's two kinds of columns.
+
+    A table with categories is {"numeric": f32[B, D], "categorical": codes i32[B, E]}; codes enter
+    one-hot, and one that is out of range, as a missing value's, as zeros.
 
     Attributes:
       widths: hidden widths; the last is the number of features.
+      categories: how many each categorical column has; () for inputs that are one array.
       norm: "none", "group" or "batch" before each activation.
       axis_name: see `Norm`.
     """
 
     widths: Sequence[int] = (64, 64)
+    categories: Sequence[int] = ()
     norm: str = "none"
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: PyTree, *, train: bool) -> jax.Array:
+        if self.categories:
+            codes = x["categorical"]
+            if codes.shape[1] != len(self.categories):
+                raise ValueError(
+                    f"categories must name {codes.shape[1]} columns; given {len(self.categories)}"
+                )
+            coded = [jax.nn.one_hot(codes[:, n], size) for n, size in enumerate(self.categories)]
+            x = jnp.concatenate([x["numeric"], *coded], axis=1)
         x = x.reshape(x.shape[0], -1)
         for width in self.widths:
             x = nn.Dense(width)(x)

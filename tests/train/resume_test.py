@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from experiments import build
+from experiments import build, task
 from saflex_jax.train import Checkpoints
 from tests.train import process_
 from tests.train.process_ import CHECKPOINT_EVERY, LOG_EVERY, STEPS
@@ -32,7 +32,7 @@ def whole(tmp_path_factory, cache):
 @pytest.fixture(scope="module")
 def like():
     config = process_.config()
-    pools = build.make_data(config).pools
+    pools = task.make_data(config).pools
     method = build.with_upstream(config, build.make_method(config, pools))
     return build.init_state(config, method, pools)
 

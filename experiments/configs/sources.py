@@ -1,0 +1,29 @@
+"""The `data` section of a config: which samples train, validate and test, and with which labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DEFAULTS = {
+    "dir": "data",  # where `python -m experiments.prepare` put data sets
+    "size": 0,  # pixels that images are resized to; 0 = as they are
+    "task": "",  # "ordinal" says so of an .npz file given by its path
+    "test_on": "",  # another data set, or the rows of a group: "cell=1"
+    "val": 0,  # samples held out of training; 0 = the official split
+    "test": 0,
+    "per_class": 0,  # few-shot: training samples of each class; 0 = all
+    "train_on_val": False,
+    "labels": "",  # another label set to train on: "worst" of cifar10n
+    "noise": 0.0,  # share of wrong training labels
+    "noise_kind": "symmetric",  # or "pairwise", "instance"
+    "outside": 0.0,  # share of training inputs replaced by those of the data set `outside_from`
+    "outside_from": "",
+    "pool": "",  # a folder or ArrayRecord file of generated candidates
+    "corrupt": "",  # of the test inputs: "fog:3"
+    "on_device": True,  # the whole set on every device; False = read ahead from the host
+}
+
+
+def section(name: str, **changes: Any) -> dict[str, Any]:
+    """The section of a data set: its name, or the path of an .npz file, a table or a folder."""
+    return {"name": name, **DEFAULTS, **changes}

@@ -1,0 +1,182 @@
+"""Looks at a data set before anybody trains on it: counts, ranges, copies, a contact sheet.
+
+    python -m experiments.inspect NAME... [--data_dir=data] [--size=0] [--out=runs/inspect]
+
+NAME as in `config.data.name`. Splits are those that a run would get: the official ones; what they
+lack is held out of training, a fifth by class, seed 0. A copy is an input that equals another one,
+bit for bit; a run leaves out of training what val or test hold too. Exits with 1 if any is left.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from experiments import task
+from experiments.configs import sources
+from saflex_jax import data
+
+_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets are.")
+_SIZE = flags.DEFINE_integer("size", 0, "Pixels that images are resized to; 0 = as they are.")
+_OUT = flags.DEFINE_string("out", "runs/inspect", "Contact sheets go here.")
+ROWS, COLUMNS = 12, 8  # at most so many classes (or columns of a table), and samples of each
+PARTS = 5  # one in so many training samples is held out where there is no official split
+
+
+def default_split(source: data.Source, name: str) -> data.Split:
+    """The official split; what it lacks is held out by class, seed 0."""
+    size = len(source.splits.get("train", source.labels)) // PARTS
+    held = {part: 0 if part in source.splits else size for part in ("val", "test")}
+    return task.make_split(ConfigDict(sources.section(name, **held)), source, seed=0)
+
+
+def copies(split: data.Split, prints: np.ndarray) -> dict[str, int]:
+    """How many rows of each split equal another row of it, or one of another split."""
+    parts = {name: prints[rows] for name, rows in split._asdict().items()}
+    names = list(parts)
+    found = {f"within {name}": len(p) - len(np.unique(p)) for name, p in parts.items()}
+    for n, first in enumerate(names):
+        for second in names[n + 1 :]:
+            found[f"{first} in {second}"] = int(np.isin(parts[first], parts[second]).sum())
+    return found
+
+
+def by_class(source: data.Source) -> np.ndarray:
+    """bool[N, K]: which classes a sample has, by its prior."""
+    return data.priors(source.labels, source.num_classes, source.task) > 0
+
+
+def class_names(source: data.Source) -> tuple[str, ...]:
+    """K names."""
+    several = source.task == "multilabel"
+    names = source.class_names or tuple(map(str, range(source.num_classes - several)))
+    return (*names, "none") if several else names
+
+
+def value_range(inputs: Any) -> str:
+    """Least, greatest and mean value, read in chunks."""
+    low, high, total, count = np.inf, -np.inf, 0.0, 0
+    for begin in range(0, len(inputs), task.CHUNK):
+        part = np.asarray(inputs[begin : begin + task.CHUNK])
+        low, high = min(low, part.min()), max(high, part.max())
+        total, count = total + part.sum(dtype=np.float64), count + part.size
+    return f"{low:g} to {high:g}, mean {total / count:.5g}"
+
+
+def describe_columns(source: data.Source) -> list[str]:
+    """One line a column: its range or categories, and the share that is missing."""
+    lines = []
+    for column, values in zip(source.columns, np.asarray(source.inputs).T):
+        known = values[~np.isnan(values)]
+        what = f"{known.min():g} to {known.max():g}, mean {known.mean():.5g}"
+        if column.categories is not None:
+            counts = np.bincount(known.astype(int), minlength=len(column.categories))
+            what = ", ".join(f"{c} {n}" for c, n in zip(column.categories, counts))
+        missing = 1 - len(known) / len(values)
+        lines.append(f"  {column.name:24} {what}" + (f"; {missing:.1%} missing" if missing else ""))
+    return lines
+
+
+def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str], int]:
+    """(lines to print, copies left between splits)."""
+    split = default_split(source, name)
+    kept, removed = data.without_copies(split, prints)
+    found, left = copies(split, prints), copies(kept, prints)
+    shape = "x".join(map(str, source.inputs.shape[1:]))
+    has = by_class(source)
+    lines = [
+        f"{name}: {len(source.labels)} samples {source.inputs.dtype}[{shape}], "
+        f"{source.num_classes} classes, {source.task}"
+    ]
+    for part, rows in kept._asdict().items():
+        counts = ", ".join(f"{c} {n}" for c, n in zip(class_names(source), has[rows].sum(0)))
+        origin = "official" if part in source.splits else "held out here"
+        if part == "train" and "train" not in source.splits:
+            origin = "the rest"
+        lines.append(f"{part} ({origin}): {len(rows)} samples; {counts}")
+    if source.columns is None:
+        lines.append(f"values: {value_range(source.inputs)}")
+    else:
+        lines += ["columns:", *describe_columns(source)]
+    for extra, values in source.extra.items():
+        there, counts = np.unique(values, return_counts=True)
+        lines.append(f"{extra}: " + ", ".join(f"{v} {n}" for v, n in zip(there, counts)))
+    lines.append("copies: " + ", ".join(f"{n} {what}" for what, n in found.items()))
+    lines.append(f"taken out: {removed['train']} of train, {removed['val']} of val")
+    leak = sum(n for what, n in left.items() if not what.startswith("within"))
+    lines.append(f"left between splits: {leak}" + ("" if leak else ", no leak"))
+    return lines, leak
+
+
+def sheet(name: str, source: data.Source, rows: np.ndarray) -> Figure:
+    """Samples of each class, or a histogram of each column by class; of the training rows."""
+    present, names = by_class(source)[rows], class_names(source)
+    if source.columns is None:
+        figure = _samples(source.inputs, [rows[has] for has in present.T[:ROWS]], names)
+    else:
+        values = np.asarray(source.inputs)[rows].T
+        figure = _histograms(source.columns[:ROWS], values, present, names)
+    figure.suptitle(f"{name}: training samples by class", fontsize=10)
+    return figure
+
+
+def _samples(inputs: Any, places: list[np.ndarray], names: tuple[str, ...]) -> Figure:
+    rng = np.random.default_rng(0)
+    figure = Figure(figsize=(COLUMNS * 1.1, len(places) * 1.2), layout="constrained")
+    lines = figure.subplots(len(places), COLUMNS, squeeze=False)
+    for name, rows, axes in zip(names, places, lines):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, place in zip(axes, rng.permutation(rows)):
+            axis.imshow(np.squeeze(inputs[place]), cmap="gray")
+        axes[0].set_title(name, loc="left", fontsize=8)
+    return figure
+
+
+def _histograms(columns, values: np.ndarray, present: np.ndarray, names) -> Figure:
+    lines = -(-len(columns) // 4)
+    figure = Figure(figsize=(12, 2 * lines), layout="constrained")
+    axes = figure.subplots(lines, 4, squeeze=False).flatten()
+    for axis in axes[len(columns) :]:
+        axis.set_axis_off()
+    for axis, column, x in zip(axes, columns, values):
+        groups = [x[has & ~np.isnan(x)] for has in present.T]
+        codes = None if column.categories is None else np.arange(len(column.categories))
+        bins = 20 if codes is None else np.append(codes, len(codes)) - 0.5
+        axis.hist(groups, bins=bins, stacked=True, label=names)
+        axis.set_title(column.name, fontsize=8)
+        axis.tick_params(labelsize=6)
+        if codes is not None and len(codes) <= 8:
+            axis.set_xticks(codes, [c[:10] for c in column.categories])
+    axes[0].legend(fontsize=6)
+    return figure
+
+
+def main(argv: list[str]) -> None:
+    """Prints a report of each data set and draws its contact sheet."""
+    if len(argv) < 2:
+        raise app.UsageError("name at least one data set")
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    leaks = 0
+    for name in argv[1:]:
+        task.check(ConfigDict(sources.section(name)))
+        source, prints = task.task_source("", name, _DIR.value, _SIZE.value, "", False)
+        lines, leak = report(name, source, prints)
+        leaks += leak
+        print("\n".join(lines))
+        path = out / f"{pathlib.Path(name).stem}.png"
+        sheet(name, source, default_split(source, name).train).savefig(path, dpi=110)
+        print(f"contact sheet: {path}\n", file=sys.stderr)
+    sys.exit(1 if leaks else 0)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)

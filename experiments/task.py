@@ -1,0 +1,283 @@
+"""From `config.data` to the arrays of one seed: source, splits, labels, noise, all checked."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from sklearn import metrics
+
+from experiments.datasets import DATASETS
+from saflex_jax import checks, data, train
+from saflex_jax.augment import corruptions
+from saflex_jax.batches import floats
+from saflex_jax.types import Batch, Method, Streams, TrainState
+
+FIELDS = (
+    *("name", "dir", "size", "task", "test_on", "val", "test", "per_class", "train_on_val"),
+    *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "on_device"),
+)
+TABLES = (".csv", ".arff", ".dat", ".data")
+NOISE = {
+    "symmetric": lambda inputs, *given, **options: data.symmetric_noise(*given, **options),
+    "pairwise": lambda inputs, *given, **options: data.pairwise_noise(*given, **options),
+    "instance": data.instance_noise,
+}
+CHUNK = 256  # images in memory at once where a set is gone through
+
+
+class Data(NamedTuple):
+    """One seed's data.
+
+    Attributes:
+      pools: candidates (labels partly wrong), val (trusted).
+      test: read once, at the end.
+      clean_labels: i[N] of the candidates, the largest entry of the right prior; for diagnosis
+        only, training never sees it.
+      source: what all were taken from.
+      removed: split -> rows left out because val or test hold the same input.
+      generated: candidates of a generator, or None.
+    """
+
+    pools: Streams
+    test: Batch
+    clean_labels: np.ndarray
+    source: data.Source
+    removed: dict[str, int]
+    generated: data.Pool | None
+
+
+def check(section: ConfigDict) -> None:
+    """Raises ValueError on an unknown field or a value out of range, before anything is read."""
+    checks.fields("config.data", section, FIELDS)
+    if not pathlib.Path(section.name).exists():
+        checks.choice("config.data.name", section.name, {*data.SOURCES, *DATASETS})
+    checks.choice("config.data.noise_kind", section.noise_kind, NOISE)
+    for name in ("noise", "outside"):
+        checks.fraction(f"config.data.{name}", section[name])
+    for name in ("size", "val", "test", "per_class"):
+        checks.whole(f"config.data.{name}", section[name])
+    if section.pool and section.on_device:
+        raise ValueError("config.data.on_device must be False with a pool; given True")
+    if bool(section.outside) != bool(section.outside_from):
+        raise ValueError(
+            "config.data.outside and outside_from must be given together; given "
+            f"{section.outside} and {section.outside_from!r}"
+        )
+    if section.corrupt:
+        kind, _, severity = section.corrupt.partition(":")
+        checks.choice("config.data.corrupt", kind, corruptions.CORRUPTIONS)
+        if severity not in ("1", "2", "3", "4", "5"):
+            raise ValueError(
+                f"config.data.corrupt must be KIND:1 to KIND:5; given {section.corrupt!r}"
+            )
+
+
+@functools.lru_cache(maxsize=2)  # several seeds and arms read the same files
+def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> data.Source:
+    """The data set of that name: embedded, prepared in `folder`, or the file or folder `name`.
+
+    Args:
+      name: one of `data.SOURCES` or `datasets.DATASETS`, or a path.
+      folder: where `experiments.prepare` put data sets.
+      size: pixels that images are resized to; 0 = as they are.
+      task: of an .npz file at a path.
+      on_device: read all rows now.
+
+    Raises:
+      ValueError: not prepared (says how), or malformed.
+    """
+    shape, path = (size, size) if size else None, pathlib.Path(name)
+    if name in data.SOURCES:
+        source = data.SOURCES[name]()
+    elif not path.exists():
+        source = data.from_prepared(pathlib.Path(folder) / name, size=shape)
+    elif path.is_dir():
+        source = data.from_folder(path, size=shape)
+    elif path.suffix in TABLES:
+        source = data.from_table(path)
+    else:
+        source = data.from_npz(path, task=task or None)
+    if shape and source.columns is None:
+        source = source._replace(inputs=data.resized(source.inputs, shape))
+    return source._replace(inputs=np.asarray(source.inputs)) if on_device else source
+
+
+def beside(source: data.Source, other: data.Source) -> data.Source:
+    """Both in one, the other as the test split: another distribution of the same classes.
+
+    Raises:
+      ValueError: they differ in classes or in the shape of an input.
+    """
+    for what, mine, its in (
+        ("classes", source.num_classes, other.num_classes),
+        ("inputs", source.inputs.shape[1:], other.inputs.shape[1:]),
+    ):
+        if mine != its:
+            raise ValueError(
+                f"config.data.test_on must have {what} {mine}, as the training set; given {its}; "
+                "config.data.size resizes the images of both"
+            )
+    size = len(source.labels)
+    return source._replace(
+        inputs=data.joined(source.inputs, other.inputs),
+        labels=np.concatenate([source.labels, other.labels]),
+        splits={"train": np.arange(size), **source.splits}
+        | {"test": size + np.arange(len(other.labels))},
+        extra={},
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def task_source(test_on: str, name: str, *key) -> tuple[data.Source, np.ndarray]:
+    """The data set, with another one as its test split if `test_on` names one; and its prints."""
+    source = opened(name, *key)
+    if test_on and "=" not in test_on:
+        source = beside(source, opened(test_on, *key))
+    return source, data.fingerprints(source.inputs, chunk=CHUNK)
+
+
+def strata(source: data.Source) -> np.ndarray:
+    """i[N] classes to keep in proportion: the label, or what comes nearest where it is no class."""
+    if source.labels.ndim == 1:
+        return source.labels
+    if source.task == "multilabel":
+        return source.labels.any(1).astype(np.int64)
+    return source.labels.argmax(1)
+
+
+def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Split:
+    """The rows that train, validate and test.
+
+    A number of samples is held out of the rows that would train; zero is the official split.
+    `test_on="cell=1"` tests on the rows whose `extra["cell"]` is 1 and trains on the others.
+
+    Raises:
+      ValueError: no such group; no official split where none is held out; as `data.hold_out`.
+    """
+    groups, official = strata(source), dict(source.splits)
+    rest = official.pop("train", np.arange(len(groups)))
+    if "=" in section.test_on:
+        name, _, value = section.test_on.partition("=")
+        checks.choice("config.data.test_on", name, source.extra)
+        values = source.extra[name].astype(str)
+        checks.choice(f"config.data.test_on: {name}", value, set(values.tolist()))
+        rest, official["test"] = np.flatnonzero(values != value), np.flatnonzero(values == value)
+    for name in ("test", "val"):  # in the order of `data.stratified_split`
+        if section[name]:
+            rest, official[name] = data.hold_out(rest, groups, size=section[name], seed=seed)
+        elif name not in official:
+            raise ValueError(
+                f"config.data.{name} must be a number of samples, since {section.name} has no "
+                f"official {name} split; given 0"
+            )
+    return data.Split(rest, official["val"], official["test"])
+
+
+def given_labels(
+    section: ConfigDict, source: data.Source, rows: np.ndarray, seed: int
+) -> np.ndarray:
+    """The labels that training is given for these rows: another set's, or with noise.
+
+    Raises:
+      ValueError: no such set; noise where labels are no classes.
+    """
+    if section.labels:
+        checks.choice("config.data.labels", section.labels, source.extra)
+        return source.extra[section.labels][rows]
+    labels = source.labels[rows]
+    if not section.noise:
+        return labels
+    if labels.ndim > 1:
+        raise ValueError(
+            f"config.data.noise must be 0 where labels are no classes, as in {section.name}; "
+            f"given {section.noise}"
+        )
+    make = NOISE[section.noise_kind]
+    inputs = data.subset(source.inputs, rows)
+    return make(inputs, labels, source.num_classes, share=section.noise, seed=seed)
+
+
+def make_data(config: ConfigDict) -> Data:
+    """Opens, splits, corrupts and standardises, all by `config.seed`."""
+    section, seed = config.data, config.seed
+    key = section.dir, section.size, section.task, section.on_device
+    source, prints = task_source(section.test_on, section.name, *key)
+    split, removed = data.without_copies(make_split(section, source, seed), prints)
+    if section.per_class:
+        few = data.few_shot(strata(source)[split.train], per_class=section.per_class, seed=seed)
+        split = split._replace(train=split.train[few])
+    data.check_split(split, source.labels, source.num_classes)
+
+    inputs = source.inputs
+    if source.columns is not None:  # the scale of its columns, from the training split alone
+        inputs = data.fit_encoder(inputs[split.train], source.columns)(inputs)
+    candidates = data.subset(inputs, split.train)
+    given, clean = given_labels(section, source, split.train, seed), source.labels[split.train]
+    if section.outside:
+        other = np.asarray(opened(section.outside_from, *key).inputs)
+        candidates, _ = data.outside_candidates(
+            np.asarray(candidates), other, share=section.outside, seed=seed
+        )
+    val, val_labels = data.subset(inputs, split.val), source.labels[split.val]
+    if section.train_on_val:
+        candidates = data.joined(candidates, val)
+        given, clean = (np.concatenate([labels, val_labels]) for labels in (given, clean))
+    test = data.subset(inputs, split.test)
+    if section.corrupt:
+        test = corrupted(test, section.corrupt, seed)
+
+    def pool(inputs, labels):
+        labels = data.priors(labels, source.num_classes, source.task)
+        rows = np.arange(len(labels), dtype=np.int32)
+        return Batch(inputs, labels, np.ones(len(rows), bool), rows)
+
+    generated = None
+    if section.pool:
+        make = data.Pool.from_folder
+        if pathlib.Path(section.pool).is_file():
+            make = data.Pool.from_array_record
+        rows = np.concatenate([split.train, split.val]) if section.train_on_val else split.train
+        known = {"num_classes": source.num_classes, "num_sources": len(source.labels)}
+        generated = make(section.pool, **known).of(rows)
+    pools = Streams(candidates=pool(candidates, given), val=pool(val, val_labels))
+    return Data(pools, pool(test, source.labels[split.test]), clean, source, removed, generated)
+
+
+def corrupted(images: Any, corruption: str, seed: int) -> np.ndarray:
+    """The images f32[N, H, W, C] under "fog:3", made on the device."""
+    name, _, severity = corruption.partition(":")
+    corrupt = functools.partial(corruptions.corrupt, name=name, severity=int(severity))
+    compiled = jax.jit(lambda key, x, index: corrupt(key, x, index=index))
+    found = np.empty(images.shape, np.float32)
+    for begin in range(0, len(images), CHUNK):
+        # The last chunk takes rows of the one before, so that all have one shape.
+        rows = np.arange(CHUNK) + max(0, min(begin, len(images) - CHUNK))
+        rows = rows[rows < len(images)]
+        found[rows] = compiled(jax.random.key(seed), floats(images[rows]), rows)
+    return found
+
+
+def test_scores(method: Method, state: TrainState, task: Data) -> dict[str, float]:
+    """What is reported of the test split, which this reads.
+
+    accuracy (share) and loss (nats); for classes in order also the quadratically weighted kappa;
+    for several labels at once, in the place of accuracy, the mean over labels of the area under the
+    ROC curve.
+    """
+    scores = train.make_evaluator(method, task.test.inputs, task.test.labels)(state)
+    if task.source.task == "multiclass":
+        return scores
+    found = train.probabilities(method, state, task.test.inputs)
+    if task.source.task == "ordinal":
+        truth = task.test.labels.argmax(1)
+        kappa = metrics.cohen_kappa_score(truth, found.argmax(1), weights="quadratic")
+        return scores | {"kappa": float(kappa)}
+    present = task.test.labels > 0
+    both = present.any(0) & ~present.all(0)
+    auc = metrics.roc_auc_score(present[:, both], found[:, both], average="macro")
+    return {"auc": float(auc), "loss": scores["loss"]}

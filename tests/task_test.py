@@ -1,0 +1,395 @@
+"""What a config's `data` section makes, and that every kind of it trains."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from experiments import build, inspect, task
+from experiments.configs import digits, sources
+from saflex_jax import data, parallel
+from saflex_jax.data import Rows, write_array_record
+from tests.data_sources_test import prepared, save
+
+SIDE = 12
+
+
+def config(name, *, steps=60, **section):
+    found = digits.get_config()
+    found.data = sources.section(str(name), **section)
+    found.update_from_flattened_dict(
+        {
+            "augment": "flip(0.5)",
+            "optimizer.learning_rate": 0.04,
+            "model.widths": (16,),
+            "train.steps": steps,
+            "train.log_every": steps // 2,
+            "train.batch_size": 32,
+        }
+    )
+    return found
+
+
+def trained(config):
+    """(the data, the last state's scores on the test split, the first and last training loss)."""
+    build.check(config)
+    made = task.make_data(config)
+    method = build.make_method(config, made.pools, made.source.columns)
+    step = build.with_upstream(config, method).step
+    runner = parallel.RUNNERS[config.runner](step, devices=jax.devices()[:1])
+    result = build.fit(config, made, method, runner, progress=False)
+    losses = [record["loss"] for record in result.history]
+    return made, task.test_scores(method, result.state, made), losses
+
+
+# --- MedMNIST's format -----------------------------------------------------------------------
+
+SIZES = {"train": 160, "val": 32, "test": 64}
+
+
+def striped(where, rng, channels):
+    """Noise, and in a quarter of its own one of four patterns for every entry of where: bool[n, 4].
+
+    A network that averages over places tells the patterns apart, not the quarters.
+    """
+    images = rng.integers(0, 60, (len(where), SIDE, SIDE, channels))
+    half = SIDE // 2
+    row, column = np.indices((half, half))
+    patterns = row % 2, column % 2, (row + column) % 2, np.ones((half, half), int)
+    corners = (0, 0), (0, half), (half, 0), (half, half)
+    for kind, ((top, left), pattern) in enumerate(zip(corners, patterns)):
+        shown = 180 * pattern[..., None]
+        images[where[:, kind], top : top + half, left : left + half] += shown
+    return images.astype(np.uint8)
+
+
+def medmnist(path, kind, channels):
+    rng, arrays = np.random.default_rng(0), {}
+    for split, size in SIZES.items():
+        if kind == "multilabel":
+            labels = rng.random((size, 4)) < 0.4
+            where = labels
+        elif kind == "multiclass":
+            labels = rng.integers(0, 4, (size, 1))
+            where = labels == np.arange(4)
+        else:  # ordinal: the more patterns, the higher the grade
+            labels = rng.integers(0, 5, (size, 1))
+            where = np.arange(4) < labels
+        images = striped(where, rng, channels)
+        arrays[f"{split}_images"] = images[..., 0] if channels == 1 else images
+        arrays[f"{split}_labels"] = labels.astype(np.uint8)
+    np.savez(path, **arrays)
+    return arrays
+
+
+@pytest.mark.parametrize(
+    "kind, channels, on_device",
+    [
+        ("multiclass", 3, True),
+        ("multiclass", 1, False),
+        ("multilabel", 1, True),
+        ("ordinal", 3, False),
+    ],
+)
+def test_every_kind_of_medmnist_file_trains_end_to_end(tmp_path, kind, channels, on_device):
+    arrays = medmnist(tmp_path / "x.npz", kind, channels)
+    options = {"task": "ordinal" if kind == "ordinal" else "", "on_device": on_device}
+    made, scores, losses = trained(config(tmp_path / "x.npz", **options))
+    assert made.pools.candidates.inputs.shape == (160, SIDE, SIDE, channels)
+    np.testing.assert_array_equal(
+        made.test.inputs, arrays["test_images"].reshape(64, SIDE, SIDE, channels)
+    )
+    print(scores, losses)
+    if kind == "multilabel":
+        assert scores.keys() == {"auc", "loss"} and scores["auc"] > 0.8
+        assert made.pools.val.labels.shape == (32, 5)
+    elif kind == "ordinal":
+        assert scores["kappa"] > 0.7
+    else:
+        assert scores.keys() == {"accuracy", "loss"} and scores["accuracy"] > 0.8
+
+
+def test_measures_are_those_of_the_raw_labels(tmp_path):
+    # The area under the curve and kappa, from probabilities worked out apart.
+    arrays = medmnist(tmp_path / "x.npz", "multilabel", 1)
+    section = config(tmp_path / "x.npz", steps=2)
+    made = task.make_data(section)
+    method = build.make_method(section, made.pools)
+    state = build.init_state(section, method, made.pools)
+    logits = np.asarray(method.predict(state, made.test.inputs / np.float32(255)))
+    truth = np.column_stack([arrays["test_labels"], ~arrays["test_labels"].any(1)])
+    odds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = np.mean([metrics.roc_auc_score(truth[:, k], odds[:, k]) for k in range(5)])
+    assert task.test_scores(method, state, made)["auc"] == pytest.approx(expected, abs=1e-6)
+    graded = made._replace(source=made.source._replace(task="ordinal"))
+    kappa = metrics.cohen_kappa_score(
+        made.test.labels.argmax(1), odds.argmax(1), weights="quadratic"
+    )
+    assert task.test_scores(method, state, graded)["kappa"] == pytest.approx(kappa)
+
+
+# --- splits ----------------------------------------------------------------------------------
+
+
+def images(folder, size=60, classes=3, side=4, seed=0, **arrays):
+    """A prepared data set whose images name their row, the official test split at its end."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (size, side, side, 1), dtype=np.uint8)
+    labels = np.arange(size) % classes
+    about = {
+        "num_classes": classes,
+        "class_names": [],
+        "splits": {"train": [0, 45], "test": [45, size]},
+    }
+    prepared(folder, name=folder.name, **about)
+    arrays = {"inputs": pixels, "labels": labels} | {f"extra_{k}": v for k, v in arrays.items()}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return pixels, labels
+
+
+def test_official_splits_and_what_is_held_out(tmp_path):
+    pixels, labels = images(tmp_path / "mnist")
+    made = task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    np.testing.assert_array_equal(made.test.inputs, pixels[45:])
+    np.testing.assert_array_equal(made.test.labels.argmax(1), labels[45:])
+    assert np.bincount(made.pools.val.labels.argmax(1)).tolist() == [3, 3, 3]
+    both = np.concatenate([made.pools.candidates.inputs, made.pools.val.inputs])
+    assert {x.tobytes() for x in both} == {x.tobytes() for x in pixels[:45]}
+    again = task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    np.testing.assert_array_equal(again.pools.val.inputs, made.pools.val.inputs)
+    own = task.make_data(config("mnist", dir=str(tmp_path), val=9, test=6))
+    assert len(own.test.labels) == 6 and len(own.pools.candidates.labels) == 30
+
+
+def test_copies_of_test_samples_do_not_train(tmp_path):
+    pixels, _ = images(tmp_path / "mnist")
+    pixels[[3, 4, 5]] = pixels[[50, 50, 51]]
+    np.save(tmp_path / "mnist" / "inputs.npy", pixels)
+    made = task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    used = np.concatenate([made.pools.candidates.inputs, made.pools.val.inputs])
+    assert len(used) == 42 and sum(made.removed.values()) == 3
+    assert not {x.tobytes() for x in used} & {x.tobytes() for x in made.test.inputs}
+
+
+def test_few_shot(tmp_path):
+    images(tmp_path / "mnist")
+    section = {"dir": str(tmp_path), "val": 9, "per_class": 4}
+    made = task.make_data(config("mnist", **section))
+    assert np.bincount(made.pools.candidates.labels.argmax(1)).tolist() == [4, 4, 4]
+    assert made.pools.candidates.index.tolist() == list(range(12))
+
+
+def test_another_data_set_as_test(tmp_path):
+    pixels, _ = images(tmp_path / "mnist")
+    others, labels = images(tmp_path / "usps", size=50, side=6, seed=1)
+    section = {"dir": str(tmp_path), "val": 9, "test_on": "usps", "size": 4, "on_device": False}
+    made = task.make_data(config("mnist", **section))
+    assert isinstance(made.test.inputs, Rows)
+    np.testing.assert_array_equal(made.test.inputs[:], data.resized(others, (4, 4))[:])
+    np.testing.assert_array_equal(made.test.labels.argmax(1), labels)
+    kept = {x.tobytes() for x in made.pools.candidates.inputs[:]}
+    assert len(kept) == 36 and kept <= {x.tobytes() for x in pixels[:45]}
+    with pytest.raises(ValueError, match=r"inputs \(4, 4, 1\), as the training set; given \(6, 6"):
+        task.make_data(config("mnist", **{**section, "size": 0}))
+
+
+def test_a_group_as_test(tmp_path):
+    group = np.arange(60) // 3 % 2
+    pixels, _ = images(tmp_path / "mnist", cell=group)
+    section = {"dir": str(tmp_path), "val": 6}
+    made = task.make_data(config("mnist", test_on="cell=1", **section))
+    np.testing.assert_array_equal(made.test.inputs, pixels[group == 1])
+    assert len(made.pools.candidates.labels) + len(made.pools.val.labels) == (group == 0).sum()
+    for test_on, message in (
+        ("cell=2", r"test_on: cell must be one of \['0', '1'\]; given '2'"),
+        ("sell=1", r"test_on must be one of \['cell'\]; given 'sell'; did you mean 'cell'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task.make_data(config("mnist", test_on=test_on, **section))
+
+
+def test_corrupted_test_images(tmp_path):
+    pixels, _ = images(tmp_path / "mnist")
+    clean = task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    made = task.make_data(config("mnist", dir=str(tmp_path), val=9, corrupt="contrast:3"))
+    assert (
+        made.test.inputs.shape == clean.test.inputs.shape and made.test.inputs.dtype == np.float32
+    )
+    unit = pixels[45:].astype(np.float64) / 255
+    mean = unit.mean((1, 2), keepdims=True)
+    np.testing.assert_allclose(made.test.inputs, (unit - mean) * 0.4 + mean, atol=1e-5)
+    np.testing.assert_array_equal(made.pools.candidates.inputs, clean.pools.candidates.inputs)
+
+
+def test_chunks_of_corrupted_images_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "CHUNK", 4)
+    unit = np.random.default_rng(0).random((10, 4, 4, 1)).astype(np.float32)
+    parts = task.corrupted(unit, "gaussian_noise:5", seed=0)
+    monkeypatch.setattr(task, "CHUNK", 256)
+    np.testing.assert_array_equal(parts, task.corrupted(unit, "gaussian_noise:5", seed=0))
+
+
+# --- labels ----------------------------------------------------------------------------------
+
+
+def test_other_labels_are_given_and_the_clean_ones_kept_aside(tmp_path):
+    worst = (np.arange(60) % 3 + (np.arange(60) % 5 == 0)) % 3
+    images(tmp_path / "mnist", worst=worst)
+    made = task.make_data(config("mnist", dir=str(tmp_path), val=9, labels="worst"))
+    clean = task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    np.testing.assert_array_equal(made.clean_labels, clean.pools.candidates.labels.argmax(1))
+    wrong = made.pools.candidates.labels.argmax(1) != made.clean_labels
+    assert 0 < wrong.sum() < len(wrong)
+    np.testing.assert_array_equal(made.pools.val.labels, clean.pools.val.labels)
+    with pytest.raises(ValueError, match=r"config.data.labels must be one of \['worst'\]"):
+        task.make_data(config("mnist", dir=str(tmp_path), val=9, labels="best"))
+
+
+@pytest.mark.parametrize("kind", task.NOISE)
+def test_every_kind_of_noise(tmp_path, kind):
+    images(tmp_path / "mnist")
+    section = {"dir": str(tmp_path), "val": 9, "noise": 0.5, "noise_kind": kind}
+    made = task.make_data(config("mnist", **section))
+    given = made.pools.candidates.labels.argmax(1)
+    assert (given != made.clean_labels).sum() == 18  # of 36
+    if kind == "pairwise":
+        assert set((given - made.clean_labels) % 3) == {0, 1}
+
+
+def test_candidates_from_outside(tmp_path):
+    pixels, _ = images(tmp_path / "mnist")
+    others, _ = images(tmp_path / "usps", seed=1)
+    section = {"dir": str(tmp_path), "val": 9, "outside": 0.25, "outside_from": "usps"}
+    for train_on_val in (False, True):
+        made = task.make_data(config("mnist", train_on_val=train_on_val, **section))
+        foreign = {x.tobytes() for x in others}
+        found = [x.tobytes() in foreign for x in made.pools.candidates.inputs]
+        assert sum(found[:36]) == 9 and not any(found[36:])
+    assert pixels.shape == (60, 4, 4, 1)
+
+
+def test_a_pool_of_candidates_by_config(tmp_path):
+    pixels, labels = images(tmp_path / "mnist")
+    floats = np.float32(pixels) / 255
+    generated = 1 - floats[:45]  # of every official training row, by its place in the data set
+    write_array_record(tmp_path / "pool", generated, labels[:45], np.arange(45))
+    section = {"dir": str(tmp_path), "val": 9, "pool": str(tmp_path / "pool"), "on_device": False}
+    made_config = config("mnist", **section)
+    made = task.make_data(made_config)
+    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    _, stream = build.make_input(made_config, made, runner)
+    batch = next(stream).candidates
+    own = np.float32(made.pools.candidates.inputs[np.asarray(batch.index)]) / 255
+    np.testing.assert_allclose(batch.inputs, 1 - own, atol=1e-6)
+
+
+# --- tables, folders, graded labels ----------------------------------------------------------
+
+
+def test_a_table_with_categories_trains(tmp_path):
+    rng = np.random.default_rng(0)
+    kind, x = rng.integers(0, 3, 200), rng.normal(size=200)
+    lines = [f"{a:.3f},{'abc'[k]},{'yes' if (k == 1) ^ (a > 1) else 'no'}" for a, k in zip(x, kind)]
+    lines[7] = f"?,a,{lines[7].split(',')[2]}"
+    (tmp_path / "x.csv").write_text("x,kind,label\n" + "\n".join(lines))
+    section = config(tmp_path / "x.csv", val=30, test=50)
+    section.augment = "feature_noise(0.05) | tabular_cutmix(0.2)"
+    section.model = {"name": "mlp", "widths": (16,), "norm": "none"}
+    made, scores, _ = trained(section)
+    assert set(made.pools.candidates.inputs) == {"numeric", "categorical"}
+    assert scores["accuracy"] > 0.8
+
+
+def test_graded_labels_and_folders(tmp_path):
+    graded = np.linspace(0, 1, 60)
+    images(tmp_path / "mnist", classes=2)
+    np.save(tmp_path / "mnist" / "labels.npy", np.column_stack([1 - graded, graded]))
+    made = task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    assert made.pools.candidates.labels.shape == (36, 2)
+    np.testing.assert_allclose(made.test.labels[:, 1], graded[45:], rtol=1e-6)
+    with pytest.raises(ValueError, match="noise must be 0 where labels are no classes"):
+        task.make_data(config("mnist", dir=str(tmp_path), val=9, noise=0.1))
+
+    for number in range(24):
+        save(tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png", number)
+    section = config(tmp_path / "pictures", val=4, test=4, on_device=False, size=4)
+    made = task.make_data(section)
+    assert isinstance(made.pools.candidates.inputs, Rows)
+    assert made.pools.candidates.inputs.shape == (16, 4, 4, 1)
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"nois": 0.1}, "config.data has no field 'nois'; did you mean 'noise'"),
+        ({"name": "cifar"}, "config.data.name must be one of .*did you mean 'cifar10'"),
+        ({"noise": 1.5}, r"config.data.noise must lie in \[0, 1\]; given 1.5"),
+        ({"noise_kind": "pair"}, "config.data.noise_kind must be one of .*did you mean 'pairwise'"),
+        ({"per_class": -1}, "config.data.per_class must be a whole number >= 0; given -1"),
+        ({"outside": 0.1}, "config.data.outside and outside_from must be given together"),
+        ({"pool": "p"}, "config.data.on_device must be False with a pool; given True"),
+        ({"corrupt": "fogg:3"}, "config.data.corrupt must be one of .*did you mean 'fog'"),
+        ({"corrupt": "fog:6"}, "config.data.corrupt must be KIND:1 to KIND:5; given 'fog:6'"),
+        ({"corrupt": "fog"}, "config.data.corrupt must be KIND:1 to KIND:5; given 'fog'"),
+    ],
+)
+def test_a_bad_section_is_refused_before_anything_is_read(section, message):
+    found = config("digits")
+    with found.unlocked():
+        found.data.update(section)
+    with pytest.raises(ValueError, match=message):
+        build.check(found)
+
+
+def test_splits_that_cannot_be(tmp_path):
+    _, labels = images(tmp_path / "mnist")
+    with pytest.raises(ValueError, match="val must be a number of samples, since mnist has no"):
+        task.make_data(config("mnist", dir=str(tmp_path)))
+    np.save(tmp_path / "mnist" / "labels.npy", np.where(np.arange(60) == 50, 2, labels % 2))
+    with pytest.raises(ValueError, match=r"test.*2.*train"):  # a class that only test has
+        task.opened.cache_clear(), task.task_source.cache_clear()
+        task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    with pytest.raises(ValueError, match=r"python -m experiments\.prepare usps"):
+        task.make_data(config("usps", dir=str(tmp_path), val=9))
+
+
+# --- the look at a data set ------------------------------------------------------------------
+
+
+def test_inspection_counts_and_finds_copies(tmp_path):
+    pixels, labels = images(tmp_path / "mnist")
+    pixels[[3, 4]] = pixels[50]
+    pixels[10] = pixels[11]
+    np.save(tmp_path / "mnist" / "inputs.npy", pixels)
+    source, prints = task.task_source("", "mnist", str(tmp_path), 0, "", False)
+    lines, leak = inspect.report("mnist", source, prints)
+    text = "\n".join(lines)
+    assert leak == 0 and "left between splits: 0, no leak" in text
+    split = inspect.default_split(source, "mnist")
+    found = inspect.copies(split, prints)
+    assert found["train in test"] + found["val in test"] == 2
+    assert f"test (official): 15 samples; 0 {(labels[45:] == 0).sum()}, " in text
+    assert f"values: {pixels.min()} to {pixels.max()}, mean {pixels.mean():.5g}" in text
+    # What is left is counted from the split that a run would get.
+    assert inspect.copies(data.without_copies(split, prints)[0], prints)["train in test"] == 0
+
+
+def test_inspection_command(tmp_path, capsys):
+    images(tmp_path / "mnist")
+    (tmp_path / "x.csv").write_text(
+        "a,b,y\n" + "\n".join(f"{n},{'uv'[n % 2]},{n % 3}" for n in range(60))
+    )
+    for name in ("mnist", str(tmp_path / "x.csv")):
+        source, prints = task.task_source("", name, str(tmp_path), 0, "", False)
+        lines, _ = inspect.report(name, source, prints)
+        figure = inspect.sheet(name, source, inspect.default_split(source, name).train)
+        figure.savefig(tmp_path / "sheet.png")
+        assert (tmp_path / "sheet.png").stat().st_size > 5000
+        assert json.dumps(lines)
+    assert any("b" in line and "u 30, v 30" in line for line in lines)
