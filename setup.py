@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 DATA = [
     "array_record>=0.5,<1",
     "grain>=0.2.10,<0.3",
+    "importlib_resources>=6",  # TFDS needs it to prepare a set, and does not say so
     "pillow>=11,<14",
     "scikit-learn>=1.4,<2",
     "tensorflow-datasets>=4.9.7,<5",

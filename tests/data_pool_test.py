@@ -191,7 +191,7 @@ def rewrite(path, old, new):
         (lambda p: (p / "0/3.png").write_bytes(b"no image"), "0/3.png does not decode"),
         (
             lambda p: Image.new("RGBA", (2, 3)).save(p / "0/3.png"),
-            "0/3.png does not decode: its mode must be one of .* given RGBA",
+            "0/3.png does not decode: its mode must be one of .* given 'RGBA'",
         ),
         (
             lambda p: Image.new("L", (5, 5)).save(p / "0/100.png"),

@@ -178,6 +178,12 @@ def test_folder_with_splits(tmp_path):
     small = data.from_folder(tmp_path, size=(2, 3), channels=3).inputs
     assert small.shape == (4, 2, 3, 3)
     np.testing.assert_array_equal(small[1][..., 0], small[1][..., 2])
+    clear = RNG.integers(0, 256, (4, 6, 4), dtype=np.uint8)
+    Image.fromarray(clear).save(tmp_path / "train" / "dog" / "0.png")  # with an alpha channel
+    with pytest.raises(ValueError, match="dog/0.png does not decode: its mode must be one of"):
+        source.inputs[1]
+    colours = data.from_folder(tmp_path, channels=3).inputs
+    np.testing.assert_array_equal(colours[1], clear[..., :3])
 
 
 def test_folder_without_splits_is_read_when_asked_for(tmp_path):
@@ -217,6 +223,7 @@ def prepared(folder, **changes):
         **{"format": 1, "name": "x", "kind": "arrays", "task": "multiclass", "num_classes": 2},
         **{
             "class_names": ["no", "yes"],
+            "channels": None,
             "columns": None,
             "splits": {"train": [0, 3], "test": [3, 5]},
         },
@@ -251,9 +258,13 @@ def test_prepared_tables_folders_and_files(tmp_path):
     folder = prepared(tmp_path / "y", kind="folder")
     save(folder / "a" / "0.png", 0), save(folder / "b" / "0.png", 1)
     assert data.from_prepared(folder, size=(2, 2)).inputs.shape == (2, 2, 2, 1)
-    folder = prepared(tmp_path / "z", kind="npz", name="retina", task="ordinal")
+    prepared(folder, kind="folder", channels=3)
+    assert data.from_prepared(folder).inputs.shape == (2, 4, 6, 3)
+    names = ["mild", "bad", "worse"]
+    folder = prepared(tmp_path / "z", kind="npz", name="retina", task="ordinal", class_names=names)
     np.savez(folder / "retina.npz", **arrays(3))
-    assert data.from_prepared(folder).task == "ordinal"
+    source = data.from_prepared(folder)
+    assert source.task == "ordinal" and source.class_names == tuple(names)
 
 
 def test_what_is_not_prepared_says_how(tmp_path):

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from saflex_jax import checks
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-# What a file's own mode becomes where no number of channels is asked for; other modes would lose
-# bits or an alpha channel.
+# What a file's own mode becomes where no number of channels is asked for, and the 8-bit modes that
+# lose an alpha channel or a colour space where one is; the others would lose bits.
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
+CONVERTED = (*MODES, "RGBA", "LA", "CMYK", "YCbCr")
 
 
 class Rows:
@@ -110,7 +113,8 @@ def image_rows(
     Args:
       files: at least one.
       size: (H, W) that all are resized to (bilinear); None = they have one size.
-      channels: 1 (luma) or 3; None = what the files have, which must be the same for all.
+      channels: 1 (luma) or 3, an alpha channel is left out; None = what the files have, which must
+        be the same for all.
 
     Raises:
       ImportError: Pillow is not installed.
@@ -158,9 +162,8 @@ def _decoder(
     def decode(file):
         try:
             with Image.open(file) as image:
-                if image.mode not in MODES:
-                    raise ValueError(f"its mode must be one of {list(MODES)}; given {image.mode}")
-                image = image.convert(wanted.get(channels, MODES[image.mode]))
+                checks.choice("its mode", image.mode, MODES if channels is None else CONVERTED)
+                image = image.convert(wanted[channels] if channels else MODES[image.mode])
                 if size is not None:
                     image = image.resize(size[::-1], Image.Resampling.BILINEAR)
         except Exception as error:  # Pillow raises many kinds

@@ -269,19 +269,17 @@ def from_table(path: str | os.PathLike, **options) -> Source:
     )
 
 
-def from_prepared(
-    path: str | os.PathLike, *, size: tuple[int, int] | None = None, channels: int | None = None
-) -> Source:
+def from_prepared(path: str | os.PathLike, *, size: tuple[int, int] | None = None) -> Source:
     """A data set that `python -m experiments.prepare` made: a folder with a dataset.json.
 
     Arrays are mapped into memory, not read.
 
     Args:
       path: the folder.
-      size, channels: of images in files, as for `from_folder`.
+      size: (H, W) of images in files, as for `from_folder`.
 
     Raises:
-      ValueError: no such folder, or one of another format.
+      ValueError: no such folder, or one of another format; as the file's own reader.
     """
     root = pathlib.Path(path)
     try:
@@ -293,10 +291,12 @@ def from_prepared(
             f"{root} must be a prepared data set: python -m experiments.prepare {root.name} "
             f"--out {root.parent}; {error}"
         ) from error
+    names = tuple(about["class_names"])
     if about["kind"] == "npz":
-        return from_npz(root / f"{about['name']}.npz", task=about["task"])
+        source = from_npz(root / f"{about['name']}.npz", task=about["task"])
+        return source._replace(class_names=names)
     if about["kind"] == "folder":
-        return from_folder(root, size=size, channels=channels)
+        return from_folder(root, size=size, channels=about["channels"])
     columns = about["columns"] and tuple(
         Column(c["name"], c["categories"] and tuple(c["categories"])) for c in about["columns"]
     )
@@ -309,7 +309,7 @@ def from_prepared(
         {name: np.arange(*ends) for name, ends in about["splits"].items()},
         {p.stem.removeprefix("extra_"): np.load(p) for p in extra},
         columns or None,
-        tuple(about["class_names"]),
+        names,
     )
 
 

