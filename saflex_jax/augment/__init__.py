@@ -15,6 +15,7 @@ from saflex_jax.augment.base import (
     upstream,
     views,
 )
+from saflex_jax.augment.corruptions import corrupt
 from saflex_jax.augment.fields import random_field
 from saflex_jax.augment.mixing import (
     cutmix,
@@ -49,6 +50,7 @@ __all__ = [
     "by_operation",
     "chain",
     "choice",
+    "corrupt",
     "cutmix",
     "cutout",
     "drawn",

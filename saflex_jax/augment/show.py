@@ -1,6 +1,6 @@
-"""A contact sheet of every image operation and policy, on real photographs.
+"""A contact sheet of every image operation and policy, or of every corruption, on photographs.
 
-python -m saflex_jax.augment.show [--out FILE] [--images FILE FILE ...] [--seed N]
+python -m saflex_jax.augment.show [--corruptions] [--out FILE] [--images FILE FILE ...] [--seed N]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saflex_jax.augment import OPERATIONS, parse, policies
+from saflex_jax.augment import OPERATIONS, corruptions, parse, policies
 from saflex_jax.types import Batch
 
 SIDE, COLUMNS = 96, 6
@@ -93,6 +93,18 @@ def rows_of_pipelines(images: np.ndarray, seed: int) -> dict[str, tuple[np.ndarr
     return found
 
 
+def rows_of_corruptions(images: np.ndarray, seed: int) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """name -> (f32[columns, H, W, 3], captions): the first photograph, clean and at 1 to 5."""
+    apply = jax.jit(corruptions.corrupt, static_argnames=("name", "severity"))
+    key, clean = jax.random.key(seed), jnp.asarray(images[:1])
+    severities = range(1, corruptions.SEVERITIES + 1)
+    found = {}
+    for name in corruptions.NAMES:
+        made = [clean, *(apply(key, clean, name=name, severity=n) for n in severities)]
+        found[name] = np.concatenate(made), ["clean", *map(str, severities)]
+    return found
+
+
 def _caption(made: Batch, row: int) -> str:
     """Operations with their magnitudes; the prior's own share where the label is mixed."""
     columns = zip(*(np.asarray(x[row]) for x in made.trace))
@@ -133,13 +145,20 @@ def draw(sheet: dict[str, tuple[np.ndarray, list[str]]], out: pathlib.Path) -> N
 def main(argv: Sequence[str] | None = None, *, log: Callable[[str], None] = print) -> None:
     """Draws the sheet."""
     parser = argparse.ArgumentParser(prog="python -m saflex_jax.augment.show", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/augmentations.png"))
+    parser.add_argument("--corruptions", action="store_true", help="at all severities, instead")
+    parser.add_argument("--out", type=pathlib.Path, help="default: in runs/")
     parser.add_argument("--images", nargs="+", default=(), help="image files; default: bundled")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     images = photographs(options.images)
-    draw(rows_of_operations(images) | rows_of_pipelines(images, options.seed), options.out)
-    log(f"wrote {options.out}")
+    if options.corruptions:
+        name, sheet = "corruptions", rows_of_corruptions(images, options.seed)
+    else:
+        sheet = rows_of_operations(images) | rows_of_pipelines(images, options.seed)
+        name = "augmentations"
+    out = options.out or pathlib.Path(f"runs/{name}.png")
+    draw(sheet, out)
+    log(f"wrote {out}")
 
 
 if __name__ == "__main__":
