@@ -15,12 +15,9 @@ Needs `pip install -e ".[bench]"`. About 4 minutes on 2 CPU cores, most of them 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import json
 import math
 import os
-import pathlib
 import random
 import sys
 from collections.abc import Callable
@@ -34,7 +31,7 @@ from sklearn.datasets import load_sample_images
 from benchmarks import timing
 from experiments import build
 from experiments.configs import digits
-from saflex_jax import augment, checks, parallel
+from saflex_jax import augment, parallel
 from saflex_jax.augment import policies
 from saflex_jax.types import Batch, Streams
 
@@ -388,13 +385,8 @@ def report(throughput: Runs, operations: Runs, steps: Runs, *, rounds: int) -> d
 
 def table(made: dict) -> str:
     """The report for people."""
-    machine = made["machine"]
     show = lambda value, digits=0: "null" if value is None else f"{value:,.{digits}f}"
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores; device {machine['device']}; "
-        f"{machine['date']}; {machine['rounds']} rounds and their interquartile range",
-        ", ".join(f"{p} {v}" for p, v in machine["versions"].items() if v is not None),
-    ]
+    lines = timing.header(made["machine"])
     for side, speeds in made["images_per_second"].items():
         ours = speeds["saflex_jax"]
         lines += ["", f"{side}x{side}x3, RandAugment({OPERATIONS}, {MAGNITUDE})",
@@ -434,33 +426,27 @@ def sizes(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints, and returns the exit status: 0, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--out", type=pathlib.Path, help="write the JSON to this file as well")
     parser.add_argument("--sizes", default="32,224", help="sides of the images")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args(argv)
-    checks.positive("rounds", options.rounds)
-    throughput = {str(side): timing.Run({}, {}) for side in sizes(options.sizes)}
-    operations = {side: timing.Run({}, {}) for side in throughput}
-    steps = {str(size): timing.Run({}, {}) for size in STEP_BATCH_SIZES}
+    throughput, operations, steps = {}, {}, {}
 
-    status = 0
-    total = (len(PEERS) + len(policies.STANDARD)) * len(throughput) * (options.rounds + 1)
-    total += 2 * len(steps) * (STEP_PAIRS * options.rounds + 1)
-    # Whatever a library prints goes to stderr, beside the progress bar.
-    with contextlib.redirect_stdout(sys.stderr), tqdm.tqdm(total=total, leave=False) as bar:
-        try:
-            measure(throughput, operations, steps, rounds=options.rounds, bar=bar)
-        except KeyboardInterrupt:
-            status = 130
-    if status:
-        print("interrupted; what was measured:", file=sys.stderr)
-    made = report(throughput, operations, steps, rounds=options.rounds)
-    text = json.dumps(made, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text if options.json else table(made))
-    return status
+    def start(options):
+        for side in sizes(options.sizes):
+            throughput[str(side)] = timing.Run({}, {})
+            operations[str(side)] = timing.Run({}, {})
+        steps.update({str(size): timing.Run({}, {}) for size in STEP_BATCH_SIZES})
+        total = (len(PEERS) + len(policies.STANDARD)) * len(throughput) * (options.rounds + 1)
+        total += 2 * len(steps) * (STEP_PAIRS * options.rounds + 1)
+        return total, lambda bar: measure(
+            throughput, operations, steps, rounds=options.rounds, bar=bar
+        )
+
+    return timing.command(
+        parser,
+        argv,
+        start=start,
+        report=lambda options: report(throughput, operations, steps, rounds=options.rounds),
+        table=table,
+    )
 
 
 if __name__ == "__main__":

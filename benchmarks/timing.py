@@ -1,12 +1,16 @@
-"""Interleaved timing of jobs in one process, and the machine that it was done on."""
+"""Interleaved timing of jobs in one process, the machine it was done on, and the command."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -14,6 +18,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tqdm
+
+from saflex_jax import checks
 
 Job = Callable[[], object]  # returns when its work is done: asynchronous libraries block inside
 
@@ -94,6 +100,55 @@ def interleaved(
     for _ in range(rounds):
         for name in setups:
             attempt(name, measure)
+
+
+def command(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    *,
+    start: Callable[[argparse.Namespace], tuple[int, Callable[[tqdm.tqdm], None]]],
+    report: Callable[[argparse.Namespace], dict],
+    table: Callable[[dict], str],
+) -> int:
+    """Measures, prints a table or JSON, and gives the exit status: 0, or 130 after Ctrl-C.
+
+    Args:
+      parser: the benchmark's own options; --json, --out and --rounds are added.
+      argv: None = the process's.
+      start: options -> (length of the bar, what measures).
+      report: options -> the JSON, of whatever was measured.
+      table: the JSON for people.
+    """
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--out", type=pathlib.Path, help="write the JSON to this file as well")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(argv)
+    checks.positive("rounds", options.rounds)
+    total, measure = start(options)
+    status = 0
+    # Whatever a library prints goes to stderr, beside the progress bar.
+    with contextlib.redirect_stdout(sys.stderr), tqdm.tqdm(total=total, leave=False) as bar:
+        try:
+            measure(bar)
+        except KeyboardInterrupt:
+            status = 130
+    if status:
+        print("interrupted; what was measured:", file=sys.stderr)
+    made = report(options)
+    text = json.dumps(made, indent=1)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    print(text if options.json else table(made))
+    return status
+
+
+def header(machine: dict) -> list[str]:
+    """The first lines of a table."""
+    return [
+        f"{machine['cpu']}, {machine['cores']} cores; device {machine['device']}; "
+        f"{machine['date']}; {machine['rounds']} rounds and their interquartile range",
+        ", ".join(f"{p} {v}" for p, v in machine["versions"].items() if v is not None),
+    ]
 
 
 def spread(values: Iterable[float]) -> float:

@@ -180,7 +180,7 @@ def test_folder_with_splits(tmp_path):
     np.testing.assert_array_equal(small[1][..., 0], small[1][..., 2])
     clear = RNG.integers(0, 256, (4, 6, 4), dtype=np.uint8)
     Image.fromarray(clear).save(tmp_path / "train" / "dog" / "0.png")  # with an alpha channel
-    with pytest.raises(ValueError, match="dog/0.png does not decode: its mode must be one of"):
+    with pytest.raises(ValueError, match=r"dog/0\.png does not decode: its mode must be one of"):
         source.inputs[1]
     colours = data.from_folder(tmp_path, channels=3).inputs
     np.testing.assert_array_equal(colours[1], clear[..., :3])

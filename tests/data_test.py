@@ -175,10 +175,13 @@ def test_a_grain_iterator_is_a_stream(tmp_path):
 # --- sources, splits, noise ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, size, shape", [("digits", 1797, (8, 8, 1)), ("wdbc", 569, (30,))])
-def test_sources(name, size, shape):
+@pytest.mark.parametrize(
+    "name, size, shape, dtype",
+    [("digits", 1797, (8, 8, 1), np.float32), ("wdbc", 569, (30,), np.float64)],
+)
+def test_sources(name, size, shape, dtype):
     data = SOURCES[name]()
-    assert data.inputs.shape == (size, *shape) and data.inputs.dtype == np.float32
+    assert data.inputs.shape == (size, *shape) and data.inputs.dtype == dtype
     assert data.labels.shape == (size,)
     assert sorted(set(data.labels.tolist())) == list(range(data.num_classes))
     assert np.isfinite(data.inputs).all()
