@@ -167,7 +167,10 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
         values = source.extra[name].astype(str)
         checks.choice(f"config.data.test_on: {name}", value, set(values.tolist()))
         rest, official["test"] = np.flatnonzero(values != value), np.flatnonzero(values == value)
-    for name in ("test", "val"):  # in the order of `data.stratified_split`
+    if section.val and section.test:
+        found = data.stratified_split(groups[rest], val=section.val, test=section.test, seed=seed)
+        return data.Split(*(rest[rows] for rows in found))
+    for name in ("val", "test"):
         if section[name]:
             rest, official[name] = data.hold_out(rest, groups, size=section[name], seed=seed)
         elif name not in official:
