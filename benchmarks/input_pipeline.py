@@ -94,7 +94,7 @@ def paths(
         return runner, data.Prefetched(stream, place=runner.put_batch)
 
     def on_device():
-        rows = data.IndexStream(Streams(len(pixels)), **options)
+        rows = data.IndexStream(data.sizes(whole), **options)
         return runner.hold(whole), (runner.put_batch(batch) for batch in rows)
 
     def grain_samples():

@@ -22,6 +22,7 @@ from saflex_jax.data import (
     IndexStream,
     Prefetched,
     category_sizes,
+    sizes,
     subset,
 )
 from saflex_jax.methods import METHODS, implicit, saflex
@@ -76,8 +77,7 @@ def make_input(
         "process_count": jax.process_count(),
     }
     if config.data.on_device:
-        sizes = Streams(*(pool and len(pool.labels) for pool in data.pools))
-        return runner.hold(data.pools), IndexStream(sizes, **options)
+        return runner.hold(data.pools), IndexStream(sizes(data.pools), **options)
     stream = ArrayStream(data.pools, generated=data.generated, **options)
     return runner, Prefetched(stream, place=runner.put_batch)
 

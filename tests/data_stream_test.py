@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saflex_jax import Batch, Streams
 from saflex_jax._compat import auto_mesh
 from saflex_jax.batches import floats, take
-from saflex_jax.data import ArrayStream, IndexStream, Prefetched, Rows
+from saflex_jax.data import ArrayStream, IndexStream, Prefetched, Rows, sizes
 from saflex_jax.methods import saflex
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import RUNNERS, jit_runner
@@ -36,10 +36,6 @@ def images(size, seed, dtype=np.uint8, classes=3):
 
 def pools(dtype=np.uint8):
     return Streams(images(21, 0, dtype), images(8, 1, dtype), images(13, 2, dtype))
-
-
-def sizes(pools):
-    return Streams(*(len(p.labels) for p in pools))
 
 
 # --- 8-bit levels ----------------------------------------------------------------------------

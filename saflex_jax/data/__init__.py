@@ -31,7 +31,7 @@ from saflex_jax.data.splits import (
     stratified_split,
     without_copies,
 )
-from saflex_jax.data.stream import ArrayStream, IndexStream, Prefetched
+from saflex_jax.data.stream import ArrayStream, IndexStream, Prefetched, sizes
 from saflex_jax.data.tables import Column, Table, category_sizes, fit_encoder, read_table
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "priors",
     "read_table",
     "resized",
+    "sizes",
     "stratified_split",
     "subset",
     "symmetric_noise",

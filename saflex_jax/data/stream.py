@@ -20,6 +20,11 @@ from saflex_jax.data.pool import Pool
 from saflex_jax.types import Batch, Streams
 
 
+def sizes(pools: Streams) -> Streams:
+    """The number of rows of each data set, None where there is none."""
+    return Streams(*(None if pool is None else len(pool.labels) for pool in pools))
+
+
 class IndexStream:
     """Which rows the next global batch takes: `next(stream)` is Streams of i64[B / processes].
 
@@ -28,7 +33,7 @@ class IndexStream:
     once an epoch, no remainder is dropped, and all batches have one shape.
 
     Args:
-      sizes: Streams of the numbers of rows; all are shuffled separately.
+      sizes: of the data sets, as `sizes` gives them; all are shuffled separately.
       batch_size: global rows of candidates (and of clean samples).
       val_batch_size: global rows of validation samples; None = all of them.
       seed: of the order.
@@ -130,7 +135,7 @@ class ArrayStream(IndexStream):
 
     def __init__(self, pools: Streams, *, generated: Pool | None = None, **options):
         checks.streams(pools)
-        super().__init__(Streams(*(None if p is None else len(p.labels) for p in pools)), **options)
+        super().__init__(sizes(pools), **options)
         if generated is not None:
             _fits(generated, pools.candidates)
         self._pools, self._generated = pools, generated

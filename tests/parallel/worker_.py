@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from saflex_jax import Streams
-from saflex_jax.data import ArrayStream
+from saflex_jax.data import ArrayStream, IndexStream, sizes
 from saflex_jax.parallel import initialize, jit_runner, pmap_runner
 from saflex_jax.train import Checkpoints, fit, make_evaluator
 from tests.parallel import setup_
@@ -35,19 +35,28 @@ class SignalledStream(ArrayStream):
         return super().__next__()
 
 
+POOLS = Streams(setup_.POOL, setup_.POOL)
+
+
+def options() -> dict[str, int]:
+    return {
+        "batch_size": setup_.ROWS,
+        "val_batch_size": setup_.ROWS,
+        "seed": 0,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
 def make_stream() -> SignalledStream:
-    return SignalledStream(
-        Streams(setup_.POOL, setup_.POOL),
-        batch_size=setup_.ROWS,
-        val_batch_size=setup_.ROWS,
-        seed=0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    return SignalledStream(POOLS, **options())
 
 
 def interrupted_fit(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """A run of 200 steps, and the same run with process 1 told to stop, then resumed by both."""
+    """A run, and the same run with process 1 told to stop, then resumed by both.
+
+    The resumed one holds the data on the devices, which must make no difference.
+    """
     method = setup_.make_method("cg_head_memory_padding")
     runner = jit_runner(method.step)
     evaluate = make_evaluator(method, setup_.POOL.inputs, setup_.POOL.labels, batch_size=10)
@@ -62,7 +71,8 @@ def interrupted_fit(folder: pathlib.Path) -> dict[str, np.ndarray]:
     saved = checkpoints.latest
     checkpoints.close()
     checkpoints = Checkpoints(folder / "checkpoints", every=1000)
-    resumed = fit(runner, state, make_stream(), checkpoints=checkpoints, **common)
+    rows = IndexStream(sizes(POOLS), **options())
+    resumed = fit(runner.hold(POOLS), state, rows, checkpoints=checkpoints, **common)
     checkpoints.close()
     return {
         **setup_.flatten({"whole": whole.state, "resumed": resumed.state}),
