@@ -1,13 +1,15 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tqdm
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks import augment_throughput, timing
+from benchmarks import augment_throughput, input_pipeline, timing
+from saflex_jax import parallel
 from saflex_jax.augment import policies
 
 MISSING = ("albumentations", "kornia", "keras", "augmax")
@@ -100,6 +102,48 @@ def test_bad_arguments_are_refused_before_anything_runs(arguments):
     name, given = arguments[0].strip("-"), arguments[1].split(",")[-1]
     with pytest.raises(ValueError, match=f"{name} must .*given {given}"):
         augment_throughput.main(arguments)
+
+
+# --- the input paths
+
+
+def test_the_paths_report_holds_every_number(monkeypatch, capsys):
+    for name, value in {
+        "SIZE": 64,
+        "FILES": 16,
+        "BATCH_SIZES": (8,),
+        "STEPS": 2,
+        "SECONDS": 0.0,
+    }.items():
+        monkeypatch.setattr(input_pipeline, name, value)
+    assert input_pipeline.main(["--json", "--rounds", "1"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    speeds, steps = made["samples_per_second"]["8"], made["step"]["8"]
+    assert set(speeds) == {"demand", *input_pipeline.PATHS} and min(speeds.values()) > 0
+    assert made["why_null"] == {"8": {"alone": {}, "steps": {}}}
+    for name in input_pipeline.PATHS:
+        assert steps[name]["share_alone"] == speeds["demand"] / speeds[name]
+        assert steps[name]["ratio"] > 0
+    assert len(input_pipeline.table(made).splitlines()) > 8
+
+
+def test_every_path_gives_the_samples_of_its_source(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    files = input_pipeline.write_files(tmp_path, pixels)
+    for name, make in input_pipeline.paths(pixels, files, 8, runner).items():
+        _, batches = make()
+        seen = []
+        for _ in range(3):  # an epoch
+            batch = next(batches)
+            if name == "on_device":
+                seen += np.asarray(batch.candidates).tolist()
+                continue
+            rows = np.asarray(batch.candidates.index)
+            expected = pixels[rows] * np.float32(1 / 255)
+            np.testing.assert_array_equal(np.asarray(batch.candidates.inputs), expected, name)
+            seen += rows.tolist()
+        assert sorted(seen) == list(range(24)), name
 
 
 # --- Pillow's operations do what their names say, at torchvision's magnitude 9 of 30
