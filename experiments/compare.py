@@ -147,9 +147,7 @@ def main(argv: list[str]) -> None:
             file.write(json.dumps(done[arm, seed]) + "\n")
 
     runs = {arm: [done[arm, seed] for seed in seeds] for arm in ARMS}
-    figure = figures.compare(
-        runs, title=f"{config.data.name}, {config.data.noise:.0%} wrong labels"
-    )
+    figure = figures.compare(runs, title=task.title(config.data))
     figure.savefig(workdir / "compare.png", dpi=150)
     measure = figures.measure(runs)
     summary = {

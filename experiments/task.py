@@ -77,6 +77,22 @@ def check(section: ConfigDict) -> None:
             )
 
 
+def title(section: ConfigDict) -> str:
+    """The task in a few words."""
+    kind = "" if section.noise_kind == "symmetric" else f"{section.noise_kind} "
+    said = {
+        "labels": f"{section.labels} labels",
+        "noise": f"{section.noise:.0%} {kind}wrong labels",
+        "outside": f"{section.outside:.0%} from {section.outside_from}",
+        "per_class": f"{section.per_class} a class",
+        "test_on": f"tested on {section.test_on}",
+        "corrupt": f"tested under {section.corrupt}",
+    }
+    if section.labels:
+        del said["noise"]  # it takes the place of the noise
+    return ", ".join([pathlib.Path(section.name).stem, *(said[k] for k in said if section[k])])
+
+
 @functools.lru_cache(maxsize=2)  # several seeds and arms read the same files
 def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> data.Source:
     """The data set of that name: embedded, prepared in `folder`, or the file or folder `name`.
@@ -247,6 +263,7 @@ def make_data(config: ConfigDict) -> Data:
         rows = np.concatenate([split.train, split.val]) if section.train_on_val else split.train
         known = {"num_classes": source.num_classes, "num_sources": len(source.labels)}
         generated = make(section.pool, **known).of(rows)
+    clean = pool(None, clean).labels.argmax(1)
     pools = Streams(candidates=pool(candidates, given), val=pool(val, val_labels))
     return Data(pools, pool(test, source.labels[split.test]), clean, source, removed, generated)
 

@@ -271,6 +271,28 @@ def test_candidates_from_outside(tmp_path):
     assert pixels.shape == (60, 4, 4, 1)
 
 
+def test_what_is_drawn_for_different_purposes_is_independent(tmp_path):
+    # Equal shares of wrong labels and of outside inputs from one seed: half of each are both.
+    size = 4000
+    images(tmp_path / "mnist", size=size, side=2)
+    images(tmp_path / "usps", size=size, side=2, seed=1)
+    splits = {"train": [0, size - 100], "test": [size - 100, size]}
+    prepared(tmp_path / "mnist", name="mnist", num_classes=3, splits=splits)
+    section = {"dir": str(tmp_path), "val": 300, "noise": 0.5, "outside": 0.5}
+    made = task.make_data(config("mnist", **section, outside_from="usps"))
+    candidates = made.pools.candidates
+    wrong = candidates.labels.argmax(1) != made.clean_labels
+    others = {x.tobytes() for x in np.load(tmp_path / "usps" / "inputs.npy")}
+    outside = np.array([x.tobytes() in others for x in candidates.inputs])
+    first = np.empty(len(wrong), bool)  # the first half of the first epoch
+    order = next(data.IndexStream(data.sizes(made.pools), batch_size=len(wrong), seed=0)).candidates
+    first[order] = np.arange(len(wrong)) < len(wrong) // 2
+    for a, b in ((wrong, outside), (wrong, first), (outside, first)):
+        # Of n rows, half of which are a and half b: hypergeometric, sd = sqrt(n) / 4.
+        n = len(wrong)
+        assert abs((a & b).sum() - n / 4) < 5 * np.sqrt(n) / 4
+
+
 def test_a_pool_of_candidates_by_config(tmp_path):
     pixels, labels = images(tmp_path / "mnist")
     floats = np.float32(pixels) / 255
@@ -310,6 +332,7 @@ def test_graded_labels_and_folders(tmp_path):
     made = task.make_data(config("mnist", dir=str(tmp_path), val=9))
     assert made.pools.candidates.labels.shape == (36, 2)
     np.testing.assert_allclose(made.test.labels[:, 1], graded[45:], rtol=1e-6)
+    np.testing.assert_array_equal(made.clean_labels, made.pools.candidates.labels.argmax(1))
     with pytest.raises(ValueError, match="noise must be 0 where labels are no classes"):
         task.make_data(config("mnist", dir=str(tmp_path), val=9, noise=0.1))
 

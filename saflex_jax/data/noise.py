@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.preprocessing import StandardScaler
 
 from saflex_jax import checks
+from saflex_jax.data.seeds import generator
 from saflex_jax.data.splits import chunks
 
 CHUNK = 256  # inputs in memory at once
@@ -28,7 +29,7 @@ def symmetric_noise(labels: np.ndarray, num_classes: int, *, share: float, seed:
     Raises:
       ValueError: share outside [0, 1], labels out of range, or fewer than two classes.
     """
-    rng = np.random.default_rng(seed)
+    rng = generator("noise", seed)
     wrong = _wrong(labels, num_classes, share=share, rng=rng)
     return _moved(labels, wrong, rng.integers(1, num_classes, size=len(wrong)), num_classes)
 
@@ -50,7 +51,7 @@ def pairwise_noise(labels: np.ndarray, num_classes: int, *, share: float, seed: 
 
     Source: Han et al., "Co-teaching", NeurIPS 2018 ("pair flipping").
     """
-    wrong = _wrong(labels, num_classes, share=share, rng=np.random.default_rng(seed))
+    wrong = _wrong(labels, num_classes, share=share, rng=generator("noise", seed))
     return _moved(labels, wrong, np.ones(len(wrong), np.int64), num_classes)
 
 
@@ -86,7 +87,7 @@ def instance_noise(
 
     Source: Xia et al., "Part-dependent Label Noise", NeurIPS 2020, Algorithm 2.
     """
-    choices, weights, draws = np.random.default_rng(seed).spawn(3)
+    choices, weights, draws = generator("noise", seed).spawn(3)
     wrong = np.sort(_wrong(labels, num_classes, share=share, rng=choices))
     if len(inputs) != len(labels):
         raise ValueError(f"inputs must have {len(labels)} rows, as labels; given {len(inputs)}")
@@ -133,7 +134,7 @@ def outside_candidates(
         )
     if not len(other):
         raise ValueError("other must hold at least one row; given 0")
-    rng = np.random.default_rng(seed)
+    rng = generator("outside", seed)
     replaced = _chosen(len(inputs), share=share, rng=rng)
     count = len(replaced)
     mixed, outside = np.array(inputs), np.zeros(len(inputs), bool)

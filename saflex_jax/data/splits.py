@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from saflex_jax import checks
+from saflex_jax.data.seeds import generator
 
 
 class Split(NamedTuple):
@@ -126,7 +127,7 @@ def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
     labels = np.asarray(labels)
     checks.rows(len(labels), labels=labels)
     checks.whole("per_class", per_class, 1)
-    rng, drawn = np.random.default_rng(seed), []
+    rng, drawn = generator("few_shot", seed), []
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
         if len(places) < per_class:

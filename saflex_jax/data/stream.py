@@ -8,6 +8,7 @@ permutation per epoch, since a per-sample pipeline costs more than the step of a
 
 from __future__ import annotations
 
+import abc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from saflex_jax import checks
 from saflex_jax.batches import take
 from saflex_jax.data.pool import Pool
+from saflex_jax.data.seeds import generator
 from saflex_jax.types import Batch, Streams
 
 
@@ -25,11 +27,37 @@ def sizes(pools: Streams) -> Streams:
     return Streams(*(None if pool is None else len(pool.labels) for pool in pools))
 
 
-class IndexStream:
+class _Stream(abc.ABC):
+    """An endless iterator whose position is the number of batches it gave."""
+
+    _step = 0
+
+    @abc.abstractmethod
+    def _next(self) -> Streams:
+        """The batch at the position."""
+
+    def __iter__(self) -> _Stream:
+        return self
+
+    def __next__(self) -> Streams:
+        batch = self._next()
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position."""
+        self._step = int(state["step"])
+
+
+class IndexStream(_Stream):
     """Which rows the next global batch takes: `next(stream)` is Streams of i64[B / processes].
 
-    With a runner that keeps the data on its devices (`parallel.jit_runner(step, resident=pools)`)
-    this is the whole input pipeline. Epochs follow one another without a gap, so every sample comes
+    With a runner that keeps the data on its devices (`parallel.jit_runner(step).hold(pools)`) this
+    is the whole input pipeline. Epochs follow one another without a gap, so every sample comes
     once an epoch, no remainder is dropped, and all batches have one shape.
 
     Args:
@@ -68,13 +96,12 @@ class IndexStream:
                 )
         self._sizes, self._rows, self._seed = sizes, rows, seed
         self._process = process_index, process_count
-        self._step = 0
         self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the last epoch's permutation
 
-    def _order(self, name: str, number: int, epoch: int, size: int) -> np.ndarray:
+    def _order(self, name: str, epoch: int, size: int) -> np.ndarray:
         found = self._orders.get(name)
         if found is None or found[0] != epoch:
-            rng = np.random.default_rng((self._seed, number, epoch))
+            rng = generator(f"order of {name}", self._seed, epoch)
             self._orders[name] = found = epoch, rng.permutation(size)
         return found[1]
 
@@ -82,40 +109,24 @@ class IndexStream:
         """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
         index, count = self._process
 
-        def of_stream(number, name):
-            size, share = getattr(self._sizes, name), self._rows[name] // count
+        def of_stream(name, size):
+            if size is None:
+                return None
+            share = self._rows[name] // count
             first = step * share * count + index * share
             epochs, places = np.divmod(first + np.arange(share), size)
             rows = np.empty(share, np.int64)
             for epoch in np.unique(epochs):  # an epoch may end inside a batch
                 here = epochs == epoch
-                rows[here] = self._order(name, number, int(epoch), size)[places[here]]
+                rows[here] = self._order(name, int(epoch), size)[places[here]]
             return rows
 
-        return Streams(
-            *(
-                None if size is None else of_stream(number, name)
-                for number, (name, size) in enumerate(self._sizes._asdict().items())
-            )
-        )
+        return Streams(*(of_stream(*item) for item in self._sizes._asdict().items()))
 
     batch = rows  # what `next` gives; a stream of samples gives more
 
-    def __iter__(self) -> IndexStream:
-        return self
-
-    def __next__(self) -> Streams:
-        batch = self.batch(self._step)
-        self._step += 1
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, JSON-able."""
-        return {"step": self._step}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a position."""
-        self._step = int(state["step"])
+    def _next(self) -> Streams:
+        return self.batch(self._step)
 
 
 class ArrayStream(IndexStream):
@@ -151,7 +162,7 @@ class ArrayStream(IndexStream):
         """The rows, those whose source has generated candidates replaced by one of them."""
         counts = self._generated.draws(rows.index)
         # One number for every source, so that no row depends on which others are here.
-        rng = np.random.default_rng((self._seed, len(Streams._fields), step))
+        rng = generator("generated", self._seed, step)
         draws = (rng.random(len(self._generated))[rows.index] * counts).astype(np.int64)
         has = np.flatnonzero(counts)
         inputs, labels = np.array(rows.inputs), np.array(rows.labels)
@@ -159,7 +170,7 @@ class ArrayStream(IndexStream):
         return rows._replace(inputs=inputs, labels=labels)
 
 
-class Prefetched:
+class Prefetched(_Stream):
     """A stream whose batches are made ahead by grain's threads, and placed on devices if need be.
 
     Gives the very batches of `stream`, and its position is theirs: a checkpoint of one continues
@@ -199,21 +210,12 @@ class Prefetched:
         self._batches_from = batches_from
         self.set_state(stream.get_state())
 
-    def __iter__(self) -> Prefetched:
-        return self
-
-    def __next__(self) -> Streams:
-        batch = next(self._batches)
-        self._step += 1
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, JSON-able."""
-        return {"step": self._step}
+    def _next(self) -> Streams:
+        return next(self._batches)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a position."""
-        self._step = int(state["step"])
+        super().set_state(state)
         self._batches = self._batches_from(self._step)
 
 
