@@ -27,6 +27,7 @@ NOISE = {
     "pairwise": lambda inputs, *given, **options: data.pairwise_noise(*given, **options),
     "instance": data.instance_noise,
 }
+TFDS = "tfds:"  # before the name of a data set that TFDS prepared
 CHUNK = 256  # images in memory at once where a set is gone through
 
 
@@ -54,7 +55,7 @@ class Data(NamedTuple):
 def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
     checks.fields("config.data", section, FIELDS)
-    if not pathlib.Path(section.name).exists():
+    if not section.name.startswith(TFDS) and not pathlib.Path(section.name).exists():
         checks.choice("config.data.name", section.name, {*data.SOURCES, *DATASETS})
     checks.choice("config.data.noise_kind", section.noise_kind, NOISE)
     for name in ("noise", "outside"):
@@ -98,8 +99,8 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
     """The data set of that name: embedded, prepared in `folder`, or the file or folder `name`.
 
     Args:
-      name: one of `data.SOURCES` or `datasets.DATASETS`, or a path.
-      folder: where `experiments.prepare` put data sets.
+      name: one of `data.SOURCES` or `datasets.DATASETS`, a path, or "tfds:cifar10".
+      folder: where `experiments.prepare` (or TFDS) put data sets.
       size: pixels that images are resized to; 0 = as they are.
       task: of an .npz file at a path.
       on_device: read all rows now.
@@ -110,6 +111,8 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
     shape, path = (size, size) if size else None, pathlib.Path(name)
     if name in data.SOURCES:
         source = data.SOURCES[name]()
+    elif name.startswith(TFDS):
+        source = data.from_tfds(name.removeprefix(TFDS), data_dir=folder)
     elif not path.exists():
         source = data.from_prepared(pathlib.Path(folder) / name, size=shape)
     elif path.is_dir():

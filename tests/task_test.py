@@ -11,7 +11,7 @@ from experiments import build, inspect, task
 from experiments.configs import digits, sources
 from saflex_jax import data, parallel
 from saflex_jax.data import Rows, write_array_record
-from tests.data_sources_test import prepared, save
+from tests.data_sources_test import Tiny, prepared, save
 
 SIDE = 12
 
@@ -162,6 +162,16 @@ def test_official_splits_and_what_is_held_out(tmp_path):
     np.testing.assert_array_equal(again.pools.val.inputs, made.pools.val.inputs)
     own = task.make_data(config("mnist", dir=str(tmp_path), val=9, test=6))
     assert len(own.test.labels) == 6 and len(own.pools.candidates.labels) == 30
+
+
+def test_a_set_that_tfds_prepared(tmp_path):
+    Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    section = config("tfds:tiny", dir=str(tmp_path), val=4)
+    task.check(section.data)
+    made = task.make_data(section)
+    assert len(made.test.labels) == 9 and len(made.pools.candidates.labels) == 16
+    numbers = made.test.inputs[:, 0, 0, 0]
+    np.testing.assert_array_equal(made.test.labels.argmax(1), numbers % 3)
 
 
 def test_copies_of_test_samples_do_not_train(tmp_path):

@@ -25,5 +25,5 @@ DEFAULTS = {
 
 
 def section(name: str, **changes: Any) -> dict[str, Any]:
-    """The section of a data set: its name, or the path of an .npz file, a table or a folder."""
+    """The section of a data set: its name, "tfds:NAME", or the path of a file or a folder."""
     return {"name": name, **DEFAULTS, **changes}
