@@ -181,6 +181,18 @@ def test_held_data_are_gathered_where_they_are():
     assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)
 
 
+@pytest.mark.parametrize("holds", [False, True])
+def test_the_wrong_kind_of_batch_is_named(holds):
+    runner, state = make_run()
+    whole = Streams(pool(21), pool(8, seed=1))
+    stream = ArrayStream if holds else lambda pools, **options: IndexStream(sizes(pools), **options)
+    runner = runner.hold(whole) if holds else runner
+    kinds = ["rows of its data .*IndexStream.", "samples .*ArrayStream."]
+    message = f"batches must be {kinds[not holds]}; given {kinds[holds]}"
+    with pytest.raises(ValueError, match=message):
+        fit(runner, state, stream(whole, batch_size=8, seed=0), num_steps=1, progress=False)
+
+
 def test_held_data_are_checked():
     bad = pools()._replace(val=images(8, 1)._replace(labels=np.ones((8, 3), np.float32)))
     with pytest.raises(ValueError, match=r"val.labels must have rows .* sum to one"):

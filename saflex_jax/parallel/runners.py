@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saflex_jax import _compat, checks
 from saflex_jax.batches import take
 from saflex_jax.core.tree import identity
-from saflex_jax.types import Metrics, PyTree, Streams, TrainState
+from saflex_jax.types import Batch, Metrics, PyTree, Streams, TrainState
 
 AXIS = "data"
 
@@ -72,9 +72,14 @@ def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
-    """The step, given rows of the data sets that are held; given none, samples as they are."""
+    """The step, given rows of the data sets that are held; where none are, samples."""
 
     def run(state, streams, held, *, reduce):
+        if isinstance(streams.candidates, Batch) != (held is None):
+            wanted, given = "rows of its data (data.IndexStream)", "samples (data.ArrayStream)"
+            if held is None:
+                wanted, given = given, wanted
+            raise ValueError(f"this runner's batches must be {wanted}; given {given}")
         return step(state, streams if held is None else take(held, streams), reduce=reduce)
 
     return run

@@ -170,8 +170,8 @@ def fit(
             batch = next(stream)
             if signature is None:
                 # Rows of data that a runner holds, and what was read ahead, were checked there.
-                first_rows = batch.candidates
-                if isinstance(first_rows, Batch) and not getattr(first_rows.mask, "committed", 0):
+                found = batch.candidates
+                if isinstance(found, Batch) and not getattr(found.mask, "committed", False):
                     checks.streams(batch)
                 signature = _signature(batch)
             elif _signature(batch) != signature:
