@@ -58,7 +58,7 @@ def make_probe(targets: Callable[[TrainState, Streams], Targets], data: task.Dat
     pools = data.pools
     rows = Streams(*(np.arange(len(p.labels)) for p in (pools.candidates, pools.val)))
     shown = take(pools, rows._replace(candidates=rows.candidates[:PROBED]))
-    wrong = np.argmax(shown.candidates.labels, -1) != data.clean_labels[:PROBED]
+    wrong = data.wrong[:PROBED]
 
     def probe(state):
         learned = targets(state, shown)
@@ -75,7 +75,8 @@ def run(config: ConfigDict, compiled: dict, description: str) -> dict | None:
     `compiled` keeps an arm's method and runner, so that further seeds do not compile again.
     """
     data = task.make_data(config)
-    key = (config.method.name, config.data.train_on_val)
+    # Copies that are left out may differ by seed, and with them the size of a score memory.
+    key = (config.method.name, config.data.train_on_val, len(data.pools.candidates.labels))
     if key not in compiled or config.method.name == "implicit":  # which holds the seed's labels
         method = build.make_method(config, data.pools, data.source.columns)
         step = build.with_upstream(config, method).step

@@ -18,12 +18,13 @@ def pick(data, learned: Targets) -> list[dict]:
     """The first training samples with a right and with a wrong label, as plain lists."""
     given = np.argmax(data.pools.candidates.labels, -1)
     weights, labels = np.asarray(learned.weights), np.asarray(learned.labels)
-    wrong = given[: len(weights)] != data.clean_labels[: len(weights)]
+    wrong = data.wrong[: len(weights)]
     chosen = np.concatenate([np.flatnonzero(~wrong)[:COLUMNS], np.flatnonzero(wrong)[:COLUMNS]])
     return [
         {
             "input": jax.tree.map(lambda x, i=i: x[i].tolist(), data.pools.candidates.inputs),
             "clean": int(data.clean_labels[i]),
+            "wrong": bool(wrong[i]),
             "prior": int(given[i]),
             "label": int(labels[i].argmax()),
             "confidence": float(labels[i].max()),
@@ -65,12 +66,12 @@ def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
     accuracy.set_ylabel(f"{name.replace('_', ' ')} (line: mean, dot: seed)")
 
     for name, colour in (("right", RIGHT), ("wrong", WRONG)):
-        if f"eval/weight_{name}" not in runs["saflex"][0]["history"][0]:
-            continue  # no wrong label in the data
-        curves = np.array(
-            [[h[f"eval/weight_{name}"] for h in r["history"]] for r in runs["saflex"]]
-        )
-        steps = [h["step"] for h in runs["saflex"][0]["history"]]
+        key = f"eval/weight_{name}"
+        histories = [r["history"] for r in runs["saflex"] if key in r["history"][0]]
+        if not histories:
+            continue  # no seed has such a label among the samples looked at
+        curves = np.array([[h[key] for h in history] for history in histories])
+        steps = [h["step"] for h in histories[0]]
         weight.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
         weight.plot(steps, curves.mean(0), color=colour, label=f"{name} prior label")
     weight.set_xlabel("step")
@@ -84,10 +85,12 @@ def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
             f"Above: right priors, below: wrong priors; seed {runs['saflex'][0]['seed']}.",
             fontsize=10,
         )
-        for axis, s in zip(bottom[0].subplots(ROWS, COLUMNS).flat, samples):
+        lines = [[s for s in samples if s["wrong"] == wrong] for wrong in (False, True)]
+        axes = bottom[0].subplots(ROWS, COLUMNS)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for axis, s in ((axis, s) for row, line in zip(axes, lines) for axis, s in zip(row, line)):
             axis.imshow(np.squeeze(s["input"]), cmap="gray_r")
-            axis.set_xticks([])
-            axis.set_yticks([])
             axis.set_title(
                 f"{s['prior']} → {s['label']} ({s['confidence']:.2f})\nw = {s['weight']:.2f}",
                 fontsize=9,

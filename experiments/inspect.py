@@ -116,13 +116,14 @@ def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str
 
 def sheet(name: str, source: data.Source, rows: np.ndarray) -> Figure:
     """Samples of each class, or a histogram of each column by class; of the training rows."""
-    present, names = by_class(source)[rows], class_names(source)
+    present = by_class(source)[rows]
+    names = tuple(name.replace("$", r"\$") for name in class_names(source))  # not mathematics
     if source.columns is None:
         figure = _samples(source.inputs, [rows[has] for has in present.T[:ROWS]], names)
     else:
         values = np.asarray(source.inputs)[rows].T
         figure = _histograms(source.columns[:ROWS], values, present, names)
-    figure.suptitle(f"{name}: training samples by class", fontsize=10)
+    figure.suptitle(f"{name}: training samples by class", fontsize=10, parse_math=False)
     return figure
 
 
@@ -150,7 +151,7 @@ def _histograms(columns, values: np.ndarray, present: np.ndarray, names) -> Figu
         codes = None if column.categories is None else np.arange(len(column.categories))
         bins = 20 if codes is None else np.append(codes, len(codes)) - 0.5
         axis.hist(groups, bins=bins, stacked=True, label=names)
-        axis.set_title(column.name, fontsize=8)
+        axis.set_title(column.name, fontsize=8, parse_math=False)
         axis.tick_params(labelsize=6)
         if codes is not None and len(codes) <= 8:
             axis.set_xticks(codes, [c[:10] for c in column.categories])

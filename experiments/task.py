@@ -39,6 +39,7 @@ class Data(NamedTuple):
       test: read once, at the end.
       clean_labels: i[N] of the candidates, the largest entry of the right prior; for diagnosis
         only, training never sees it.
+      wrong: bool[N] of the candidates: another label is right, or none is; for diagnosis only.
       source: what all were taken from.
       removed: split -> rows left out because val or test hold the same input.
       generated: candidates of a generator, or None.
@@ -47,6 +48,7 @@ class Data(NamedTuple):
     pools: Streams
     test: Batch
     clean_labels: np.ndarray
+    wrong: np.ndarray
     source: data.Source
     removed: dict[str, int]
     generated: data.Pool | None
@@ -55,7 +57,8 @@ class Data(NamedTuple):
 def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
     checks.fields("config.data", section, FIELDS)
-    if not section.name.startswith(TFDS) and not pathlib.Path(section.name).exists():
+    known = section.name.startswith(TFDS) or (section.name and pathlib.Path(section.name).exists())
+    if not known:
         checks.choice("config.data.name", section.name, {*data.SOURCES, *DATASETS})
     checks.choice("config.data.noise_kind", section.noise_kind, NOISE)
     for name in ("noise", "outside"):
@@ -64,6 +67,15 @@ def check(section: ConfigDict) -> None:
         checks.whole(f"config.data.{name}", section[name])
     if section.pool and section.on_device:
         raise ValueError("config.data.on_device must be False with a pool; given True")
+    if section.pool and not pathlib.Path(section.pool).exists():
+        raise ValueError(f"config.data.pool must be a folder or a file; given {section.pool!r}")
+    if section.test_on and section.test:
+        raise ValueError(f"config.data.test must be 0 with test_on; given {section.test}")
+    if section.labels and section.noise:
+        raise ValueError(
+            f"config.data.noise must be 0 with labels={section.labels!r}; given {section.noise}"
+        )
+    checks.choice("config.data.task", section.task, ("", "ordinal"))
     if bool(section.outside) != bool(section.outside_from):
         raise ValueError(
             "config.data.outside and outside_from must be given together; given "
@@ -89,8 +101,6 @@ def title(section: ConfigDict) -> str:
         "test_on": f"tested on {section.test_on}",
         "corrupt": f"tested under {section.corrupt}",
     }
-    if section.labels:
-        del said["noise"]  # it takes the place of the noise
     return ", ".join([pathlib.Path(section.name).stem, *(said[k] for k in said if section[k])])
 
 
@@ -102,7 +112,7 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
       name: one of `data.SOURCES` or `datasets.DATASETS`, a path, or "tfds:cifar10".
       folder: where `experiments.prepare` (or TFDS) put data sets.
       size: pixels that images are resized to; 0 = as they are.
-      task: of an .npz file at a path.
+      task: "ordinal" says so of classes; "" = as the data set has it.
       on_device: read all rows now.
 
     Raises:
@@ -120,21 +130,33 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
     elif path.suffix in TABLES:
         source = data.from_table(path)
     else:
-        source = data.from_npz(path, task=task or None)
-    if shape and source.columns is None:
+        source = data.from_npz(path)
+    if task and (source.labels.ndim > 1 or source.task not in ("multiclass", task)):
+        raise ValueError(
+            f"config.data.task must be '' for {name}, a {source.task} one; given {task!r}"
+        )
+    if shape and source.columns is not None:
+        raise ValueError(f"config.data.size must be 0 for {name}, a table; given {size}")
+    if shape:
         source = source._replace(inputs=data.resized(source.inputs, shape))
-    return source._replace(inputs=np.asarray(source.inputs)) if on_device else source
+    inputs = np.asarray(source.inputs) if on_device else source.inputs
+    return source._replace(inputs=inputs, task=task or source.task)
 
 
 def beside(source: data.Source, other: data.Source) -> data.Source:
     """Both in one, the other as the test split: another distribution of the same classes.
 
     Raises:
-      ValueError: they differ in classes or in the shape of an input.
+      ValueError: they differ in classes, labels or the kind of an input.
     """
+    kind = lambda x: f"{x.dtype}{list(x.shape[1:])}"
+    names = source.class_names and other.class_names  # as far as they have names
     for what, mine, its in (
         ("classes", source.num_classes, other.num_classes),
-        ("inputs", source.inputs.shape[1:], other.inputs.shape[1:]),
+        ("classes", names and source.class_names, names and other.class_names),
+        ("task", source.task, other.task),
+        ("labels", source.labels.ndim, other.labels.ndim),
+        ("inputs", kind(source.inputs), kind(other.inputs)),
     ):
         if mine != its:
             raise ValueError(
@@ -173,7 +195,7 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
     """The rows that train, validate and test.
 
     A number of samples is held out of the rows that would train; zero is the official split.
-    `test_on="cell=1"` tests on the rows whose `extra["cell"]` is 1 and trains on the others.
+    `test_on="cell=1"` tests on the rows whose `extra["cell"]` is 1, and none of these trains.
 
     Raises:
       ValueError: no such group; no official split where none is held out; as `data.hold_out`.
@@ -185,7 +207,7 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
         checks.choice("config.data.test_on", name, source.extra)
         values = source.extra[name].astype(str)
         checks.choice(f"config.data.test_on: {name}", value, set(values.tolist()))
-        rest, official["test"] = np.flatnonzero(values != value), np.flatnonzero(values == value)
+        rest, official["test"] = rest[values[rest] != value], np.flatnonzero(values == value)
     if section.val and section.test:
         found = data.stratified_split(groups[rest], val=section.val, test=section.test, seed=seed)
         return data.Split(*(rest[rows] for rows in found))
@@ -201,9 +223,9 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
 
 
 def given_labels(
-    section: ConfigDict, source: data.Source, rows: np.ndarray, seed: int
+    section: ConfigDict, source: data.Source, rows: np.ndarray, inputs: Any, seed: int
 ) -> np.ndarray:
-    """The labels that training is given for these rows: another set's, or with noise.
+    """The labels that training is given for rows with these inputs: another set's, or with noise.
 
     Raises:
       ValueError: no such set; noise where labels are no classes.
@@ -219,8 +241,9 @@ def given_labels(
             f"config.data.noise must be 0 where labels are no classes, as in {section.name}; "
             f"given {section.noise}"
         )
+    if isinstance(inputs, dict):  # a table with categories
+        inputs = inputs["numeric"]
     make = NOISE[section.noise_kind]
-    inputs = data.subset(source.inputs, rows)
     return make(inputs, labels, source.num_classes, share=section.noise, seed=seed)
 
 
@@ -236,19 +259,24 @@ def make_data(config: ConfigDict) -> Data:
     data.check_split(split, source.labels, source.num_classes)
 
     inputs = source.inputs
+    if source.columns is not None and (section.corrupt or section.outside):
+        raise ValueError(f"config.data.corrupt and outside need images; {section.name} is a table")
     if source.columns is not None:  # the scale of its columns, from the training split alone
         inputs = data.fit_encoder(inputs[split.train], source.columns)(inputs)
     candidates = data.subset(inputs, split.train)
-    given, clean = given_labels(section, source, split.train, seed), source.labels[split.train]
+    given = given_labels(section, source, split.train, candidates, seed)
+    clean, outside = source.labels[split.train], np.zeros(len(split.train), bool)
     if section.outside:
         other = np.asarray(opened(section.outside_from, *key).inputs)
-        candidates, _ = data.outside_candidates(
+        other = other[~np.isin(data.fingerprints(other, chunk=CHUNK), prints)]  # nothing of its own
+        candidates, outside = data.outside_candidates(
             np.asarray(candidates), other, share=section.outside, seed=seed
         )
     val, val_labels = data.subset(inputs, split.val), source.labels[split.val]
     if section.train_on_val:
         candidates = data.joined(candidates, val)
         given, clean = (np.concatenate([labels, val_labels]) for labels in (given, clean))
+        outside = np.append(outside, np.zeros(len(val_labels), bool))
     test = data.subset(inputs, split.test)
     if section.corrupt:
         test = corrupted(test, section.corrupt, seed)
@@ -266,9 +294,17 @@ def make_data(config: ConfigDict) -> Data:
         rows = np.concatenate([split.train, split.val]) if section.train_on_val else split.train
         known = {"num_classes": source.num_classes, "num_sources": len(source.labels)}
         generated = make(section.pool, **known).of(rows)
-    clean = pool(None, clean).labels.argmax(1)
     pools = Streams(candidates=pool(candidates, given), val=pool(val, val_labels))
-    return Data(pools, pool(test, source.labels[split.test]), clean, source, removed, generated)
+    clean = pool(None, clean).labels.argmax(1)
+    return Data(
+        pools,
+        pool(test, source.labels[split.test]),
+        clean,
+        (pools.candidates.labels.argmax(1) != clean) | outside,
+        source,
+        removed,
+        generated,
+    )
 
 
 def corrupted(images: Any, corruption: str, seed: int) -> np.ndarray:

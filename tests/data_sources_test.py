@@ -65,6 +65,14 @@ def test_subset_and_joined(lazy):
     np.testing.assert_array_equal(data.subset(table, np.array([2]))["categorical"], b[[2]])
 
 
+@pytest.mark.parametrize("second", [np.zeros((2, 3), np.float32), np.zeros((2, 4), np.uint8)])
+def test_what_does_not_join_is_refused(second):
+    first = np.zeros((2, 3), np.uint8)
+    for one in (first, counted(first)[0]):
+        with pytest.raises(ValueError, match=r"rows uint8\[3\], as first; given"):
+            data.joined(one, second)
+
+
 def test_resized_is_pillows():
     pixels = RNG.integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
     for channels in (1, 3):
@@ -87,6 +95,12 @@ def test_priors():
     graded = np.array([[0.25, 0.75], [1, 0]])
     np.testing.assert_array_equal(data.priors(graded, 2), graded)
     several = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    for labels, task in (
+        (np.array([1]), "multiclass"),
+        (graded, "ordinal"),
+        (several, "multilabel"),
+    ):
+        assert data.priors(labels, 2 + (task == "multilabel") * 2, task).dtype == np.float32
     np.testing.assert_array_equal(
         data.priors(several, 4, "multilabel"), [[0.5, 0, 0.5, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
     )
@@ -132,28 +146,44 @@ def test_npz(tmp_path, channels, labels):
         np.testing.assert_array_equal(
             source.labels[rows], expected[:, 0] if labels == 1 else expected
         )
-    assert data.from_npz(tmp_path / "x.npz", task="ordinal").task == (
-        "ordinal" if labels == 1 else "multilabel"
-    )
+    if labels == 1:
+        assert data.from_npz(tmp_path / "x.npz", task="ordinal").task == "ordinal"
 
 
 def test_npz_errors(tmp_path):
     path, made = tmp_path / "x.npz", arrays()
+    several, three = arrays(labels=3), arrays(channels=3)
     without = {k: v for k, v in made.items() if k != "val_labels"}
     for content, message in (
         (without, "val_labels"),
-        (made | {"test_labels": made["test_labels"][:2]}, "labels .* of equal length in test"),
-        (made | {"val_images": made["val_images"] / 255}, "must hold uint8 images"),
+        (made | {"test_labels": made["test_labels"][:2]}, r"given in test uint8\[4, 5, 5\] and"),
+        (made | {"val_images": made["val_images"] / 255}, r"given in val float64\[3, 5, 5\]"),
+        (made | {"val_labels": made["val_labels"] + 0.7}, r"uint8\[3, 5, 5\] and float64\[3, 1\]"),
+        (made | {"val_images": made["val_images"][..., None]}, r"given in val uint8\[3, 5, 5, 1\]"),
+        (made | {"test_images": three["test_images"]}, r"given in test uint8\[4, 5, 5, 3\]"),
+        (made | {"test_labels": several["test_labels"]}, r"and uint8\[4, 3\]"),
+        ({k: v[:0] for k, v in made.items()}, r"given in train uint8\[0, 5, 5\]"),
+        (made | {"val_labels": made["val_labels"].astype(int) - 1}, "labels >= 0 of two or more"),
+        (made | {f"{s}_labels": 0 * made[f"{s}_labels"] for s in SIZES}, "given 0 to 0"),
+        ({k: 2 * v if "labels" in k else v for k, v in several.items()}, "3 labels at once"),
     ):
         np.savez(path, **content)
         with pytest.raises(ValueError, match=f"{re.escape(str(path))} .*{message}"):
             data.from_npz(path)
+    np.savez(path, **several)
+    with pytest.raises(ValueError, match=r"3 labels at once, .* given .* and 'ordinal'"):
+        data.from_npz(path, task="ordinal")
+    with pytest.raises(ValueError, match=r"task must be one of .*given 'grades'"):
+        data.from_npz(path, task="grades")
     np.savez(path, **made)
-    path.write_bytes(path.read_bytes()[:-100])  # truncated
-    with pytest.raises(ValueError, match=r"x\.npz must be an \.npz file"):
-        data.from_npz(path)
+    whole = path.read_bytes()
+    np.save(tmp_path / "y.npy", made["val_images"])
+    for content in (whole[:-100], whole[: len(whole) // 2], (tmp_path / "y.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.npz must be an \.npz file"):
+            data.from_npz(path)
     with pytest.raises(FileNotFoundError):
-        data.from_npz(tmp_path / "y.npz")
+        data.from_npz(tmp_path / "z.npz")
 
 
 # --- folders -----------------------------------------------------------------------------------
@@ -195,9 +225,48 @@ def test_folder_without_splits_is_read_when_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"b/2.png does not decode"):
         source.inputs[2]
     save(tmp_path / "b" / "2.png", 0, (4, 3, 3))
-    message = r"b/2.png must have shape \(3, 3, 3\), as .*a/0.png has; given \(4, 3, 3\); `size`"
+    message = (
+        r"b/2.png must have shape \(3, 3, 3\), as .*a/0.png has; given \(4, 3, 3\); `size` and"
+    )
     with pytest.raises(ValueError, match=message):
         source.inputs[[0, 2]]
+
+
+def test_files_are_decoded_in_the_order_asked_for_whatever_the_case_of_their_suffix(tmp_path):
+    pixels = [save(tmp_path / c / f"{n}.{s}", n) for n, (c, s) in enumerate(zip("aab", SUFFIXES))]
+    places = [2, 0, 1, 0]
+    inputs = data.from_folder(tmp_path).inputs
+    np.testing.assert_array_equal(inputs[places][..., 0], np.array(pixels)[places])
+
+
+SUFFIXES = ("png", "PNG", "Bmp")
+
+
+def test_modes_of_images_become_grey_or_colour(tmp_path):
+    def read(image, name="0.png", **options):
+        for folder in "ab":
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image.save(tmp_path / folder / name, quality=100)
+        found = data.from_folder(tmp_path, **options).inputs[0]
+        for folder in "ab":
+            (tmp_path / folder / name).unlink()
+        return found
+
+    colours = RNG.integers(0, 256, (5, 3), dtype=np.uint8)
+    codes = RNG.integers(0, 5, (4, 6), dtype=np.uint8)
+    palette = Image.fromarray(codes)
+    palette.putpalette(colours.tobytes())
+    np.testing.assert_array_equal(read(palette), colours[codes])
+    bits = codes > 2
+    np.testing.assert_array_equal(read(Image.fromarray(bits))[..., 0], 255 * bits)
+    clear = Image.fromarray(np.stack([codes, 255 - codes], -1), "LA")
+    np.testing.assert_array_equal(read(clear, channels=1)[..., 0], codes)
+    inks = Image.new("CMYK", (8, 8), (255, 0, 255, 0))  # cyan and yellow: green
+    np.testing.assert_allclose(
+        read(inks, "0.jpg", channels=3), np.tile([0, 255, 0], (8, 8, 1)), atol=3
+    )
+    with pytest.raises(ValueError, match="its mode must be one of"):
+        read(Image.fromarray(codes.astype(np.uint16)))
 
 
 def test_folder_errors(tmp_path):
@@ -206,13 +275,27 @@ def test_folder_errors(tmp_path):
     save(tmp_path / "a" / "0.png", 0)
     with pytest.raises(ValueError, match=r"at least two classes; given \['a'\]"):
         data.from_folder(tmp_path)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match=r"b must hold images .*; given none"):
+        data.from_folder(tmp_path)
     save(tmp_path / "b" / "0.png", 0)
+    frames = [Image.new("L", (6, 4), level) for level in (0, 9)]
+    frames[0].save(tmp_path / "b" / "1.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(
+        ValueError, match=r"b/1\.webp does not decode: it must be one image; given 2"
+    ):
+        data.from_folder(tmp_path).inputs[2]
     for options, message in (
         ({"size": (0, 3)}, r"size must be \(H, W\), both >= 1; given \(0, 3\)"),
         ({"channels": 2}, "channels must be 1 or 3; given 2"),
     ):
         with pytest.raises(ValueError, match=message):
             data.from_folder(tmp_path, **options)
+    save(tmp_path / "train" / "a" / "0.png", 0)
+    with pytest.raises(
+        ValueError, match=r"splits .* or classes; given \['train'\] and \['a', 'b'\]"
+    ):
+        data.from_folder(tmp_path)
 
 
 # --- prepared ----------------------------------------------------------------------------------
@@ -265,6 +348,15 @@ def test_prepared_tables_folders_and_files(tmp_path):
     np.savez(folder / "retina.npz", **arrays(3))
     source = data.from_prepared(folder)
     assert source.task == "ordinal" and source.class_names == tuple(names)
+
+
+def test_prepared_arrays_are_what_the_file_says_of_them(tmp_path):
+    folder = prepared(tmp_path / "x", task="ordinal", num_classes=4, splits={"val": [1, 3]})
+    for name in ("inputs", "labels"):
+        np.save(folder / f"{name}.npy", np.arange(3))
+    source = data.from_prepared(folder)
+    assert (source.task, source.num_classes) == ("ordinal", 4)
+    assert {k: v.tolist() for k, v in source.splits.items()} == {"val": [1, 2]}
 
 
 def test_what_is_not_prepared_says_how(tmp_path):

@@ -13,12 +13,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saflex_jax import Batch, Streams
 from saflex_jax._compat import auto_mesh
 from saflex_jax.batches import floats, take
-from saflex_jax.data import ArrayStream, IndexStream, Prefetched, Rows, sizes
+from saflex_jax.data import ArrayStream, IndexStream, Pool, Prefetched, Rows, sizes
 from saflex_jax.methods import saflex
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import RUNNERS, jit_runner
 from saflex_jax.train import Checkpoints, fit
-from tests.train.setup_ import Tampered, assert_same_bits, make_method, make_run, pool
+from tests.train.setup_ import (
+    Tampered,
+    assert_same_bits,
+    make_method,
+    make_run,
+    pool,
+    summing_state,
+    summing_step,
+)
 
 STEPS = 12
 
@@ -94,6 +102,34 @@ def test_rows_name_the_samples_of_the_batch():
         assert_same_bits(take(pools(), next(index)), next(whole))
 
 
+# --- generated candidates --------------------------------------------------------------------
+
+
+def generated(size):
+    """Two candidates for each source, of zeros and of ones."""
+    inputs = np.tile(np.float32([0, 1]), size)[:, None]
+    return Pool.from_arrays(
+        inputs, np.zeros(2 * size, int), np.arange(2 * size) // 2, num_classes=3
+    )
+
+
+def test_sources_draw_independently_of_one_another():
+    size = 2000
+    whole = images(size, 0)._replace(inputs=np.full((size, 1), -1, np.float32))
+    batches = ArrayStream(Streams(whole), batch_size=size, seed=0, generated=generated(size))
+    ones = next(batches).candidates.inputs.sum()
+    assert abs(ones - size / 2) < 5 * np.sqrt(size) / 2  # binomial
+
+
+@pytest.mark.parametrize("shift, given", [(1, "1 to 4"), (-1, "-1 to 2")])
+def test_a_candidate_without_a_source_is_refused(shift, given):
+    whole = images(4, 0)._replace(inputs=np.zeros((4, 1), np.float32))
+    shifted = whole._replace(index=whole.index + np.int32(shift))
+    ArrayStream(Streams(whole), batch_size=4, seed=0, generated=generated(4))
+    with pytest.raises(ValueError, match=rf"index must lie in \[0, 4\).* given {given}$"):
+        ArrayStream(Streams(shifted), batch_size=4, seed=0, generated=generated(4))
+
+
 # --- reading ahead ---------------------------------------------------------------------------
 
 
@@ -110,6 +146,27 @@ def test_reading_ahead_gives_the_same_batches_from_every_position(threads, ahead
     for batch in batches[position:]:
         assert_same_bits(next(read), batch)
     assert read.get_state() == plain.get_state()
+
+
+def test_reading_ahead_begins_where_its_stream_is():
+    plain, started = (ArrayStream(pools(), batch_size=8, seed=0) for _ in range(2))
+    for stream in (plain, started):
+        next(stream), next(stream)
+    assert_same_bits(next(Prefetched(started)), next(plain))
+
+
+def test_no_more_threads_than_said():
+    seen = set()
+
+    def place(batch):
+        seen.add(threading.get_ident())
+        return batch
+
+    stream = IndexStream(sizes(pools()), batch_size=8, seed=0)
+    read = Prefetched(stream, threads=1, ahead=8, place=place)
+    for _ in range(20):
+        next(read)
+    assert len(seen) == 1 and threading.get_ident() not in seen
 
 
 def test_batches_are_made_before_they_are_asked_for_and_no_more_than_said():
@@ -135,10 +192,35 @@ def test_what_a_thread_raises_reaches_the_loop():
         next(Prefetched(ArrayStream(whole, batch_size=8, seed=0)))
 
 
+def test_a_batch_that_fails_is_not_passed_over():
+    calls = []
+
+    def place(batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise OSError("the disk was away")
+        return batch
+
+    stream = lambda: IndexStream(sizes(pools()), batch_size=8, seed=0)
+    read, plain = Prefetched(stream(), threads=1, ahead=1, place=place), stream()
+    for _ in range(2):
+        assert_same_bits(next(read), next(plain))
+    with pytest.raises(OSError, match="the disk was away"):
+        next(read)
+    for _ in range(3):
+        assert_same_bits(next(read), next(plain))
+    assert read.get_state() == plain.get_state()
+
+
 @pytest.mark.parametrize("name, value", [("threads", 0), ("ahead", 0), ("threads", 1.5)])
 def test_prefetch_errors(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number >= 1; given {value}"):
         Prefetched(IndexStream(sizes(pools()), batch_size=8, seed=0), **{name: value})
+
+
+def test_a_process_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"process_index must lie in \[0, 2\); given 2"):
+        IndexStream(Streams(4), batch_size=2, seed=0, process_index=2, process_count=2)
 
 
 def test_an_empty_pool_is_refused():
@@ -191,6 +273,34 @@ def test_the_wrong_kind_of_batch_is_named(holds):
     message = f"batches must be {kinds[not holds]}; given {kinds[holds]}"
     with pytest.raises(ValueError, match=message):
         fit(runner, state, stream(whole, batch_size=8, seed=0), num_steps=1, progress=False)
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_what_is_placed_stays_and_what_lies_elsewhere_moves(kind):
+    runner, batch = RUNNERS[kind](summing_step), Streams(pool(16))
+    placed = runner.put_batch(batch)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: x is y, runner.put_batch(placed), placed)))
+    moved = runner.put_batch(jax.device_put(batch, jax.devices()[3]))
+    assert_same_bits(moved, placed)
+    assert jax.tree.map(lambda x: x.sharding, moved) == jax.tree.map(lambda x: x.sharding, placed)
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_steps_on_held_data_transfer_nothing(kind):
+    held = RUNNERS[kind](summing_step).hold(Streams(pool(21)))
+    rows = np.arange(20, 4, -1)
+    state, placed = held.put_state(summing_state()), held.put_batch(Streams(rows))
+    with jax.transfer_guard("disallow"):
+        _, metrics = held.step(state, placed)
+    mean = pool(21).inputs[rows].sum(-1).mean()
+    assert float(np.divide(*metrics["loss"])) == pytest.approx(mean, rel=1e-5)
+
+
+def test_rows_past_the_end_of_held_data_are_refused():
+    runner, _ = make_run()
+    rows = Streams(np.arange(14, 22), np.arange(8))
+    with pytest.raises(ValueError, match=r"rows of candidates must lie in \[0, 21\); row 7 is 21"):
+        runner.hold(Streams(pool(21), pool(8, seed=1))).put_batch(rows)
 
 
 def test_held_data_are_checked():

@@ -121,6 +121,42 @@ def test_batch_norm_updates_its_running_statistics_in_training_mode_only():
     assert float(jnp.abs(before - after).max()) > 1e-3
 
 
+def test_mlp_of_a_table_is_the_formula():
+    # Codes enter one-hot, each column by its own number of categories; a missing one as zeros.
+    table = {"numeric": np.float32(TABLE), "categorical": np.array([2, 0, -1, 1, 2, 0])[:, None]}
+    table["categorical"] = np.hstack([table["categorical"], np.array([[1, 0, 1, -1, 0, 1]]).T])
+    module = MLP((5, 7), categories=(3, 2))
+    params = jax.jit(partial(module.init, train=False))(KEY, table)["params"]
+    coded = [table["categorical"][:, [n]] == np.arange(size) for n, size in enumerate((3, 2))]
+    expected = np.hstack([table["numeric"], *coded]).astype(np.float64)
+    for layer in ("Dense_0", "Dense_1"):
+        kernel, bias = (np.float64(params[layer][name]) for name in ("kernel", "bias"))
+        expected = np.maximum(expected @ kernel + bias, 0)
+    found = jax.jit(partial(module.apply, train=False))({"params": params}, table)
+    assert (expected == 0).any() and (expected > 0).any()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("categories", [(3,), (3, 2, 2)])
+def test_mlp_needs_the_categories_of_every_column(categories):
+    table = {"numeric": TABLE, "categorical": np.zeros((6, 2), np.int32)}
+    with pytest.raises(ValueError, match=f"name 2 columns; given {len(categories)}"):
+        MLP(categories=categories).init(KEY, table, train=False)
+
+
+def test_batch_norm_of_an_mlp_is_that_of_all_shares_by_its_axis_name():
+    whole, shared = (MLP((4,), norm="batch", axis_name=axis) for axis in (None, "data"))
+
+    @jax.jit
+    def both(x):
+        variables = whole.init(KEY, x, train=False)
+        apply = lambda module, x: module.apply(variables, x, train=True, mutable="batch_stats")
+        shares = jax.vmap(partial(apply, shared), axis_name="data")(x.reshape(2, 3, -1))
+        return apply(whole, x)[0], shares[0].reshape(6, -1)
+
+    np.testing.assert_allclose(*both(TABLE), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [

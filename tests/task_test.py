@@ -44,6 +44,11 @@ def trained(config):
     return made, task.test_scores(method, result.state, made), losses
 
 
+def forget():
+    """Files were changed since they were read."""
+    task.opened.cache_clear(), task.task_source.cache_clear()
+
+
 # --- MedMNIST's format -----------------------------------------------------------------------
 
 SIZES = {"train": 160, "val": 32, "test": 64}
@@ -202,8 +207,21 @@ def test_another_data_set_as_test(tmp_path):
     np.testing.assert_array_equal(made.test.labels.argmax(1), labels)
     kept = {x.tobytes() for x in made.pools.candidates.inputs[:]}
     assert len(kept) == 36 and kept <= {x.tobytes() for x in pixels[:45]}
-    with pytest.raises(ValueError, match=r"inputs \(4, 4, 1\), as the training set; given \(6, 6"):
+    message = r"inputs uint8\[4, 4, 1\], as the training set; given uint8\[6, 6"
+    with pytest.raises(ValueError, match=message):
         task.make_data(config("mnist", **{**section, "size": 0}))
+    prepared(tmp_path / "usps", name="usps", num_classes=3, class_names=["a", "b", "c"], splits={})
+    prepared(
+        tmp_path / "mnist", name="mnist", num_classes=3, class_names=["0", "1", "2"], splits={}
+    )
+    forget()
+    with pytest.raises(ValueError, match=r"test_on must have classes \('0', '1', '2'\)"):
+        task.make_data(config("mnist", **section))
+    with pytest.raises(ValueError, match=r"inputs float32.*; given uint8"):
+        both = {**section, "size": 8, "val": 150}
+        prepared(tmp_path / "usps", name="usps", num_classes=10, class_names=[], splits={})
+        forget()
+        task.make_data(config("digits", **both))
 
 
 def test_a_group_as_test(tmp_path):
@@ -212,7 +230,9 @@ def test_a_group_as_test(tmp_path):
     section = {"dir": str(tmp_path), "val": 6}
     made = task.make_data(config("mnist", test_on="cell=1", **section))
     np.testing.assert_array_equal(made.test.inputs, pixels[group == 1])
-    assert len(made.pools.candidates.labels) + len(made.pools.val.labels) == (group == 0).sum()
+    used = np.concatenate([made.pools.candidates.inputs, made.pools.val.inputs])
+    # Rows of the official test split do not train, whatever their group.
+    assert {x.tobytes() for x in used} == {x.tobytes() for x in pixels[:45][group[:45] == 0]}
     for test_on, message in (
         ("cell=2", r"test_on: cell must be one of \['0', '1'\]; given '2'"),
         ("sell=1", r"test_on must be one of \['cell'\]; given 'sell'; did you mean 'cell'"),
@@ -278,7 +298,15 @@ def test_candidates_from_outside(tmp_path):
         foreign = {x.tobytes() for x in others}
         found = [x.tobytes() in foreign for x in made.pools.candidates.inputs]
         assert sum(found[:36]) == 9 and not any(found[36:])
-    assert pixels.shape == (60, 4, 4, 1)
+        np.testing.assert_array_equal(made.wrong, found)
+    others[:30] = pixels[30:]  # nothing that is in the data set itself comes from outside
+    np.save(tmp_path / "usps" / "inputs.npy", others)
+    forget()
+    made = task.make_data(config("mnist", **{**section, "outside": 0.5}))
+    assert made.wrong.sum() == 18
+    used = {x.tobytes() for x in made.pools.candidates.inputs}
+    kept = [made.pools.val.inputs, made.test.inputs]
+    assert not used & {x.tobytes() for part in kept for x in part}
 
 
 def test_what_is_drawn_for_different_purposes_is_independent(tmp_path):
@@ -333,6 +361,9 @@ def test_a_table_with_categories_trains(tmp_path):
     made, scores, _ = trained(section)
     assert set(made.pools.candidates.inputs) == {"numeric", "categorical"}
     assert scores["accuracy"] > 0.8
+    noisy = {"noise": 0.25, "noise_kind": "instance"}  # which reads inputs, missing ones too
+    made = task.make_data(config(tmp_path / "x.csv", val=30, test=50, **noisy))
+    assert made.wrong.sum() == round(0.25 * len(made.wrong))
 
 
 def test_graded_labels_and_folders(tmp_path):
@@ -367,6 +398,14 @@ def test_graded_labels_and_folders(tmp_path):
         ({"per_class": -1}, "config.data.per_class must be a whole number >= 0; given -1"),
         ({"outside": 0.1}, "config.data.outside and outside_from must be given together"),
         ({"pool": "p"}, "config.data.on_device must be False with a pool; given True"),
+        (
+            {"pool": "p", "on_device": False},
+            "config.data.pool must be a folder or a file; given 'p'",
+        ),
+        ({"name": ""}, "config.data.name must be one of .*given ''"),
+        ({"task": "grades"}, "config.data.task must be one of .*given 'grades'"),
+        ({"test_on": "usps", "test": 9}, "config.data.test must be 0 with test_on; given 9"),
+        ({"labels": "worst", "noise": 0.1}, "config.data.noise must be 0 with labels='worst'"),
         ({"corrupt": "fogg:3"}, "config.data.corrupt must be one of .*did you mean 'fog'"),
         ({"corrupt": "fog:6"}, "config.data.corrupt must be KIND:1 to KIND:5; given 'fog:6'"),
         ({"corrupt": "fog"}, "config.data.corrupt must be KIND:1 to KIND:5; given 'fog'"),
@@ -380,13 +419,34 @@ def test_a_bad_section_is_refused_before_anything_is_read(section, message):
         build.check(found)
 
 
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"size": 8}, "config.data.size must be 0 for wdbc, a table; given 8"),
+        ({"corrupt": "fog:1"}, "config.data.corrupt and outside need images; wdbc is a table"),
+    ],
+)
+def test_what_tables_cannot_do(section, message):
+    with pytest.raises(ValueError, match=message):
+        task.make_data(config("wdbc", val=50, test=50, **section))
+
+
+def test_grades_of_any_source_can_be_in_order(tmp_path):
+    images(tmp_path / "mnist")
+    made = task.make_data(config("mnist", dir=str(tmp_path), val=9, task="ordinal"))
+    assert made.source.task == "ordinal"
+    medmnist(tmp_path / "x.npz", "multilabel", 1)
+    with pytest.raises(ValueError, match=r"config.data.task must be '' for .*a multilabel one"):
+        task.make_data(config(tmp_path / "x.npz", task="ordinal"))
+
+
 def test_splits_that_cannot_be(tmp_path):
     _, labels = images(tmp_path / "mnist")
     with pytest.raises(ValueError, match="val must be a number of samples, since mnist has no"):
         task.make_data(config("mnist", dir=str(tmp_path)))
     np.save(tmp_path / "mnist" / "labels.npy", np.where(np.arange(60) == 50, 2, labels % 2))
     with pytest.raises(ValueError, match=r"test.*2.*train"):  # a class that only test has
-        task.opened.cache_clear(), task.task_source.cache_clear()
+        forget()
         task.make_data(config("mnist", dir=str(tmp_path), val=9))
     with pytest.raises(ValueError, match=r"python -m experiments\.prepare usps"):
         task.make_data(config("usps", dir=str(tmp_path), val=9))

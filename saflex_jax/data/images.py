@@ -62,7 +62,15 @@ def subset(inputs: Any, rows: np.ndarray) -> Any:
 
 
 def joined(first: Any, second: Any) -> Any:
-    """The rows of both, one after the other; of pytrees of arrays, or of `Rows`, not read."""
+    """The rows of both, one after the other; of pytrees of arrays, or of `Rows`, not read.
+
+    Raises:
+      ValueError: rows of another shape or dtype.
+    """
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        kinds = [f"{x.dtype}{list(x.shape[1:])}" for x in (one, other)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"second must have rows {kinds[0]}, as first; given {kinds[1]}")
     if not isinstance(first, Rows) and not isinstance(second, Rows):
         return jax.tree.map(lambda *x: np.concatenate(x), first, second)
     size = len(first)
@@ -132,7 +140,7 @@ def image_rows(
                 if image.shape != first.shape:
                     raise ValueError(
                         f"{files[place]} must have shape {first.shape}, as {files[0]} has; given "
-                        f"{image.shape}; `size` resizes all"
+                        f"{image.shape}; `size` and `channels` make all alike"
                     )
                 pixels[row] = image
         return pixels
@@ -162,6 +170,8 @@ def _decoder(
     def decode(file):
         try:
             with Image.open(file) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ValueError(f"it must be one image; given {image.n_frames} frames")
                 checks.choice("its mode", image.mode, MODES if channels is None else CONVERTED)
                 image = image.convert(wanted[channels] if channels else MODES[image.mode])
                 if size is not None:

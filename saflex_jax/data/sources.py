@@ -18,7 +18,7 @@ import numpy as np
 from sklearn import datasets
 
 from saflex_jax import checks
-from saflex_jax.data.images import Rows, image_rows, images_in
+from saflex_jax.data.images import SUFFIXES, Rows, image_rows, images_in
 from saflex_jax.data.tables import Column, read_table
 
 TASKS = ("multiclass", "multilabel", "ordinal")
@@ -107,38 +107,51 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
       task: "ordinal" says so of classes; None = by the labels' width.
 
     Raises:
-      ValueError: not such a file, truncated, an array that is missing or does not fit the others.
+      ValueError: not such a file, truncated, an array that is missing or does not fit the others,
+        labels that are no classes.
 
     Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
     """
-    parts: dict[str, list[np.ndarray]] = {"images": [], "labels": []}
+    checks.choice("task", task or "multiclass", ("multiclass", "ordinal"))
+    images, labels = [], []
     try:
         with np.load(path) as file:
             for split in SPLITS:
-                for kind, found in parts.items():
-                    found.append(file[f"{split}_{kind}"])
-    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+                images.append(file[f"{split}_images"])
+                labels.append(file[f"{split}_labels"])
+    except FileNotFoundError:
+        raise
+    except (KeyError, OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} must be an .npz file with {{train,val,test}}_{{images,labels}}: {error}"
         ) from error
-    for split, images, labels in zip(SPLITS, *parts.values()):
-        if len(images) != len(labels) or images.dtype != np.uint8 or labels.ndim != 2:
+    pixels, width = images[0].shape[1:], labels[0].shape[1:]
+    for split, x, y in zip(SPLITS, images, labels):
+        good = x.dtype == np.uint8 and y.dtype.kind in "biu" and len(x) == len(y) > 0
+        image = x.shape[1:] == pixels and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3))
+        if not good or not image or y.ndim != 2 or y.shape[1:] != width:
             raise ValueError(
-                f"{path} must hold uint8 images and labels [n, C] of equal length in {split}; "
-                f"given {images.dtype}{list(images.shape)} and {labels.dtype}{list(labels.shape)}"
+                f"{path} must hold in each split images uint8[n, H, W] or [n, H, W, 3] and labels "
+                f"of integers [n, C], of one shape; given in {split} {x.dtype}{list(x.shape)} and "
+                f"{y.dtype}{list(y.shape)}"
             )
-    images, labels = (np.concatenate(found) for found in parts.values())
-    if images.ndim == 3:
-        images = images[..., None]
-    sizes = map(len, parts["labels"])
-    if labels.shape[1] == 1:
-        labels = labels[:, 0].astype(np.int64)
-        classes, task = int(labels.max()) + 1, task or "multiclass"
-    else:
-        classes, task = labels.shape[1] + 1, "multilabel"
-    return Source(images, labels, classes, task, ranges(dict(zip(SPLITS, sizes))))
+    splits = ranges(dict(zip(SPLITS, map(len, labels))))
+    images, labels = np.concatenate(images), np.concatenate(labels).astype(np.int64)
+    images = images[..., None] if images.ndim == 3 else images
+    if width[0] > 1:
+        if task or not np.isin(labels, (0, 1)).all():
+            raise ValueError(
+                f"{path} has {width[0]} labels at once, which must be 0 or 1, and task None; given "
+                f"{np.unique(labels)[:5].tolist()} and {task!r}"
+            )
+        return Source(images, labels, width[0] + 1, "multilabel", splits)
+    labels = labels[:, 0]
+    if labels.min() < 0 or labels.max() < 1:
+        raise ValueError(
+            f"{path} must have labels >= 0 of two or more classes; given {labels.min()} to "
+            f"{labels.max()}"
+        )
+    return Source(images, labels, int(labels.max()) + 1, task or "multiclass", splits)
 
 
 def from_folder(
@@ -155,15 +168,21 @@ def from_folder(
 
     Raises:
       ImportError: Pillow is not installed.
-      ValueError: a folder without images or with fewer than two classes; as `images.image_rows`.
+      ValueError: a class without images, fewer than two classes, other folders beside splits; as
+        `images.image_rows`.
     """
     root = pathlib.Path(path)
     named = [s for s in SPLITS if (root / s).is_dir()]
     files, folders, sizes = [], [], {}
+    others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in named)
+    if named and others:
+        raise ValueError(f"{root} must hold splits {SPLITS} or classes; given {named} and {others}")
     for top in [root / s for s in named] or [root]:
         before = len(files)
         for folder in sorted(p for p in top.iterdir() if p.is_dir()):
             found = images_in(folder)
+            if not found:
+                raise ValueError(f"{folder} must hold images {SUFFIXES}; given none")
             files += found
             folders += [folder.name] * len(found)
         sizes[top.name] = len(files) - before
@@ -293,7 +312,8 @@ def from_prepared(path: str | os.PathLike, *, size: tuple[int, int] | None = Non
         ) from error
     names = tuple(about["class_names"])
     if about["kind"] == "npz":
-        source = from_npz(root / f"{about['name']}.npz", task=about["task"])
+        task = "ordinal" if about["task"] == "ordinal" else None
+        source = from_npz(root / f"{about['name']}.npz", task=task)
         return source._replace(class_names=names)
     if about["kind"] == "folder":
         return from_folder(root, size=size, channels=about["channels"])

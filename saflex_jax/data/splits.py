@@ -41,6 +41,7 @@ def stratified_split(labels: np.ndarray, *, val: int, test: int, seed: int) -> S
         single sample.
     """
     labels = np.asarray(labels)
+    checks.whole("val", val), checks.whole("test", test)
     _enough(labels, train=len(labels) - val - test, val=val, test=test)
     rest, test_index = _hold_out(np.arange(len(labels)), labels, test, seed)
     train_index, val_index = _hold_out(rest, labels, val, seed)
@@ -63,6 +64,7 @@ def hold_out(
     """
     index, labels = np.asarray(index), np.asarray(labels)
     checks.class_labels("index", index, len(labels))
+    checks.whole("size", size)
     _enough(labels[index], rest=len(index) - size, held=size)
     rest, held = _hold_out(index, labels, size, seed)
     return np.sort(rest), np.sort(held)
@@ -127,6 +129,8 @@ def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
     labels = np.asarray(labels)
     checks.rows(len(labels), labels=labels)
     checks.whole("per_class", per_class, 1)
+    if not labels.size:
+        raise ValueError("labels must hold at least one sample; given 0")
     rng, drawn = generator("few_shot", seed), []
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)

@@ -68,7 +68,8 @@ class IndexStream(_Stream):
       process_index, process_count: which block of each global batch is this process's.
 
     Raises:
-      ValueError: an empty pool; a batch size that the processes do not divide.
+      ValueError: an empty pool; a batch size that the processes do not divide; a process_index out
+        of range.
     """
 
     def __init__(
@@ -84,6 +85,11 @@ class IndexStream(_Stream):
         checks.positive("batch_size", batch_size)
         if val_batch_size is not None:
             checks.positive("val_batch_size", val_batch_size)
+        checks.whole("process_count", process_count, 1)
+        if process_index not in range(process_count):
+            raise ValueError(
+                f"process_index must lie in [0, {process_count}); given {process_index}"
+            )
         rows = {"candidates": batch_size, "val": val_batch_size or sizes.val, "clean": batch_size}
         for name, size in sizes._asdict().items():
             if size is None:
@@ -211,7 +217,11 @@ class Prefetched(_Stream):
         self.set_state(stream.get_state())
 
     def _next(self) -> Streams:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except Exception:
+            self.set_state(self.get_state())  # else grain would go on after the batch that failed
+            raise
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a position."""

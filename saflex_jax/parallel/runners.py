@@ -93,14 +93,21 @@ def _runner(
 ) -> Runner:
     """The Runner of a compiled `_on_rows`."""
 
-    def holding(held):
-        return Runner(lambda state, batch: compiled(state, batch, held), put_state, put_batch, hold)
+    def holding(held, put):
+        return Runner(lambda state, batch: compiled(state, batch, held), put_state, put, hold)
 
     def hold(pools):
         checks.streams(pools)
-        return holding(_put(pools, replicated))
 
-    return holding(None)
+        def put_rows(rows):
+            for name, pool, found in zip(Streams._fields, pools, rows):
+                if isinstance(found, np.ndarray):
+                    checks.class_labels(f"rows of {name}", found, len(pool.labels))
+            return put_batch(rows)
+
+        return holding(_put(pools, replicated), put_rows)
+
+    return holding(None, put_batch)
 
 
 def jit_runner(

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from saflex_jax.train import make_evaluator
-from tests.train.setup_ import CLASSES, make_method, pool
+from saflex_jax.train import make_evaluator, probabilities
+from tests.train.setup_ import CLASSES, FEATURES, make_method, pool
 
 
 def reference(kernel, data):
@@ -41,6 +41,45 @@ def test_soft_labels():
     data, method = data._replace(labels=soft), make_method()
     state = method.init(jax.random.key(0), data.inputs[:1])
     scores = make_evaluator(method, data.inputs, data.labels, batch_size=4)(state)
+    assert scores == pytest.approx(reference(state.params["head"], data), rel=1e-5)
+
+
+def counted(method):
+    """(The method, the shapes that its `predict` was traced with)."""
+    traced = []
+
+    def predict(state, inputs):
+        traced.append(inputs.shape)
+        return method.predict(state, inputs)
+
+    return method._replace(predict=predict), traced
+
+
+def test_sets_of_one_method_share_a_compilation():
+    method, traced = counted(make_method())
+    for seed in (0, 1):
+        data = pool(9, seed=seed)
+        state = method.init(jax.random.key(seed), data.inputs[:1])
+        make_evaluator(method, data.inputs, data.labels, batch_size=4)(state)
+    assert traced == [(4, FEATURES)]
+
+
+@pytest.mark.parametrize("size, batch_size", [(23, 5), (20, 5), (3, 8)])
+def test_probabilities_of_every_row_with_one_compilation(size, batch_size):
+    (method, traced), data = counted(make_method()), pool(size, seed=5)
+    state = method.init(jax.random.key(0), data.inputs[:1])
+    odds = np.exp(data.inputs.astype(np.float64) @ np.float64(state.params["head"]))
+    found = probabilities(method, state, data.inputs, batch_size=batch_size)
+    assert found.shape == (size, CLASSES)
+    np.testing.assert_allclose(found, odds / odds.sum(1, keepdims=True), atol=1e-6)
+    assert len(traced) == 1
+
+
+def test_8_bit_inputs_are_scored_as_floats():
+    levels = np.random.default_rng(0).integers(0, 256, (9, FEATURES), dtype=np.uint8)
+    data, method = pool(9)._replace(inputs=levels / np.float32(255)), make_method()
+    state = method.init(jax.random.key(0), data.inputs[:1])
+    scores = make_evaluator(method, levels, data.labels, batch_size=4)(state)
     assert scores == pytest.approx(reference(state.params["head"], data), rel=1e-5)
 
 
