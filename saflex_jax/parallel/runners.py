@@ -75,7 +75,8 @@ def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
     """The step, given rows of the data sets that are held; where none are, samples."""
 
     def run(state, streams, held, *, reduce):
-        if isinstance(streams.candidates, Batch) != (held is None):
+        samples = not isinstance(streams, Streams) or isinstance(streams.candidates, Batch)
+        if samples != (held is None):
             wanted, given = "rows of its data (data.IndexStream)", "samples (data.ArrayStream)"
             if held is None:
                 wanted, given = given, wanted
