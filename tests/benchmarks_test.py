@@ -146,6 +146,29 @@ def test_every_path_gives_the_samples_of_its_source(tmp_path):
         assert sorted(seen) == list(range(24)), name
 
 
+def test_the_report_is_the_arithmetic_of_the_times():
+    steps = {"demand": [2.0, 4.0, 3.0]} | {name: [4.0, 4.0, 9.0] for name in input_pipeline.PATHS}
+    alone = {name: [0.5, 0.25, 1.0] for name in input_pipeline.PATHS}
+    runs = {"8": {"alone": timing.Run(alone, {}), "steps": timing.Run(steps, {})}}
+    made = input_pipeline.report(runs, rounds=1)
+    assert made["samples_per_second"]["8"]["demand"] == 8 * input_pipeline.STEPS / 3
+    for name in input_pipeline.PATHS:
+        assert made["samples_per_second"]["8"][name] == 16
+        assert made["step"]["8"][name]["ratio"] == 2
+
+
+def test_a_path_alone_gives_shuffled_samples_from_where_its_name_says(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    files = input_pipeline.write_files(tmp_path, 255 - pixels)
+    for name, make in input_pipeline.paths(pixels, files, 8, runner).items():
+        batch = input_pipeline.alone(pixels, make)().candidates
+        rows = np.asarray(batch.index)
+        expected = (255 - pixels if name == "files" else pixels)[rows] * np.float32(1 / 255)
+        np.testing.assert_array_equal(np.asarray(batch.inputs), expected, name)
+        assert rows.tolist() != list(range(8)), name
+
+
 # --- Pillow's operations do what their names say, at torchvision's magnitude 9 of 30
 
 

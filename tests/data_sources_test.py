@@ -186,6 +186,17 @@ def test_npz_errors(tmp_path):
         data.from_npz(tmp_path / "z.npz")
 
 
+def test_npz_counts_classes_up_to_the_greatest_in_any_split(tmp_path):
+    made = arrays()
+    for name in SIZES:
+        made[f"{name}_labels"][:] = 0
+    made["test_labels"][1] = 4
+    np.savez(tmp_path / "x.npz", **made)
+    source = data.from_npz(tmp_path / "x.npz")
+    assert source.num_classes == 5
+    assert (source.labels - 1).min() == -1  # signed, where the file's are not
+
+
 # --- folders -----------------------------------------------------------------------------------
 
 

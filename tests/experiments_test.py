@@ -78,7 +78,7 @@ def test_pmap_and_jit_agree_by_config():
     # Mixup pairs within a device's share under pmap. The damping keeps conjugate gradients from
     # magnifying the rounding by which already jit on 1 and on 8 devices differ.
     overrides = {
-        "augment": "feature_noise(0.1)", "train.val_batch_size": 56, "method.saflex.damping": 0.3
+        "augment": "feature_noise(0.1)", "train.val_batch_size": 56, "method.saflex.damping": 0.3,
     }  # fmt: skip
     found = {
         runner: steps(small(**overrides, runner=runner), 3, devices=8) for runner in ("jit", "pmap")
@@ -91,6 +91,17 @@ def test_pmap_and_jit_agree_by_config():
         np.testing.assert_allclose(
             np.divide(*pmap_metrics[name]), total / count, rtol=1e-5, atol=1e-6, err_msg=name
         )
+
+
+def test_batch_statistics_are_the_global_batchs_by_config():
+    overrides = {"augment": "feature_noise(0.1)", "model.norm": "batch", "train.val_batch_size": 56}
+    found = [
+        arrays(steps(small(**overrides, runner=runner), 1, devices=8)[0].model_state)
+        for runner in ("jit", "pmap")
+    ]
+    assert found[0]
+    for name, expected in found[0].items():
+        np.testing.assert_allclose(found[1][name], expected, atol=1e-6, err_msg=name)
 
 
 def test_data_of_a_seed():

@@ -1,13 +1,12 @@
 """What a config's `data` section makes, and that every kind of it trains."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from sklearn import metrics
 
-from experiments import build, inspect, task
+from experiments import build, task
 from experiments.configs import digits, sources
 from saflex_jax import data, parallel
 from saflex_jax.data import Rows, write_array_record
@@ -135,6 +134,18 @@ def test_measures_are_those_of_the_raw_labels(tmp_path):
     assert task.test_scores(method, state, graded)["kappa"] == pytest.approx(kappa)
 
 
+def test_a_label_that_all_or_none_has_has_no_area_under_the_curve(tmp_path):
+    medmnist(tmp_path / "x.npz", "multilabel", 1)
+    found = config(tmp_path / "x.npz", steps=2)
+    made = task.make_data(found)
+    method = build.make_method(found, made.pools)
+    state = build.init_state(found, method, made.pools)
+    first = made.test.labels[:, 0] > 0
+    for rows in (first, ~first):  # all have the first label, or nobody
+        test = made.test._replace(inputs=made.test.inputs[rows], labels=made.test.labels[rows])
+        assert 0 <= task.test_scores(method, state, made._replace(test=test))["auc"] <= 1
+
+
 # --- splits ----------------------------------------------------------------------------------
 
 
@@ -177,6 +188,22 @@ def test_a_set_that_tfds_prepared(tmp_path):
     assert len(made.test.labels) == 9 and len(made.pools.candidates.labels) == 16
     numbers = made.test.inputs[:, 0, 0, 0]
     np.testing.assert_array_equal(made.test.labels.argmax(1), numbers % 3)
+
+
+def test_strata_of_labels_that_are_no_classes():
+    several = data.Source(None, np.array([[0, 0], [1, 0], [1, 1]]), 3, "multilabel")
+    assert task.strata(several).tolist() == [0, 1, 1]
+    graded = data.Source(None, np.array([[0.2, 0.1, 0.7], [0.1, 0.6, 0.3]]), 3)
+    assert task.strata(graded).tolist() == [2, 1]
+
+
+def test_val_and_test_come_from_the_rows_that_would_train():
+    labels = np.arange(60) % 3
+    source = data.Source(None, labels, 3, splits={"train": np.arange(15, 60)})
+    section = ConfigDict(sources.section("x", val=9, test=12))
+    parts = task.make_split(section, source, seed=0)
+    assert [len(rows) for rows in parts] == [24, 9, 12]
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(15, 60))
 
 
 def test_copies_of_test_samples_do_not_train(tmp_path):
@@ -346,6 +373,69 @@ def test_a_pool_of_candidates_by_config(tmp_path):
     np.testing.assert_allclose(batch.inputs, 1 - own, atol=1e-6)
 
 
+def test_what_is_drawn_goes_by_the_seed(tmp_path):
+    images(tmp_path / "mnist")
+    found = config("mnist", dir=str(tmp_path), val=9, corrupt="gaussian_noise:5")
+    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    drawn = []
+    for seed in (0, 1, 0):
+        found.seed = seed
+        made = task.make_data(found)
+        _, stream = build.make_input(found, made, runner)
+        drawn.append((made.pools.val.inputs, made.test.inputs, next(stream).candidates))
+    for first, other, again in zip(*drawn):
+        np.testing.assert_array_equal(first, again)
+        assert (first != other).any()
+
+
+def test_validation_rows_are_as_many_as_asked_for(tmp_path):
+    images(tmp_path / "mnist")
+    found = config("mnist", dir=str(tmp_path), val=9)
+    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    for given, size in ((0, 9), (5, 5)):
+        found.train.val_batch_size = given
+        _, stream = build.make_input(found, task.make_data(found), runner)
+        assert len(next(stream).val) == size
+
+
+def test_weight_decay_is_the_configs(tmp_path):
+    images(tmp_path / "mnist")
+    found = config("mnist", dir=str(tmp_path), val=9, steps=2)
+    found.method.name, found.augment = "erm", ""
+    made, after = task.make_data(found), []
+    for decay in (0.0, 0.5):
+        found.optimizer.weight_decay = decay
+        method = build.make_method(found, made.pools)
+        runner = parallel.jit_runner(method.step, devices=jax.devices()[:1])
+        before = build.init_state(found, method, made.pools)
+        runner, stream = build.make_input(found, made, runner)
+        state, _ = runner.step(runner.put_state(before), runner.put_batch(next(stream)))
+        after.append(jax.device_get(state.params))
+    rate = found.optimizer.learning_rate
+    jax.tree.map(
+        lambda p, plain, decayed: np.testing.assert_allclose(
+            plain - decayed, rate * 0.5 * np.asarray(p), atol=1e-6
+        ),
+        before.params,
+        *after,
+    )
+
+
+def test_a_pool_serves_the_validation_samples_that_train(tmp_path):
+    pixels, labels = images(tmp_path / "mnist")
+    floats = np.float32(pixels) / 255
+    write_array_record(tmp_path / "pool", 1 - floats[:45], labels[:45], np.arange(45))
+    section = {"dir": str(tmp_path), "val": 9, "pool": str(tmp_path / "pool"), "on_device": False}
+    found = config("mnist", train_on_val=True, **section)
+    made = task.make_data(found)
+    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    _, stream = build.make_input(found, made, runner)
+    for _ in range(2):  # an epoch of 45
+        batch = next(stream).candidates
+        own = np.float32(made.pools.candidates.inputs[np.asarray(batch.index)]) / 255
+        np.testing.assert_allclose(batch.inputs, 1 - own, atol=1e-6)
+
+
 # --- tables, folders, graded labels ----------------------------------------------------------
 
 
@@ -450,39 +540,3 @@ def test_splits_that_cannot_be(tmp_path):
         task.make_data(config("mnist", dir=str(tmp_path), val=9))
     with pytest.raises(ValueError, match=r"python -m experiments\.prepare usps"):
         task.make_data(config("usps", dir=str(tmp_path), val=9))
-
-
-# --- the look at a data set ------------------------------------------------------------------
-
-
-def test_inspection_counts_and_finds_copies(tmp_path):
-    pixels, labels = images(tmp_path / "mnist")
-    pixels[[3, 4]] = pixels[50]
-    pixels[10] = pixels[11]
-    np.save(tmp_path / "mnist" / "inputs.npy", pixels)
-    source, prints = task.task_source("", "mnist", str(tmp_path), 0, "", False)
-    lines, leak = inspect.report("mnist", source, prints)
-    text = "\n".join(lines)
-    assert leak == 0 and "left between splits: 0, no leak" in text
-    split = inspect.default_split(source, "mnist")
-    found = inspect.copies(split, prints)
-    assert found["train in test"] + found["val in test"] == 2
-    assert f"test (official): 15 samples; 0 {(labels[45:] == 0).sum()}, " in text
-    assert f"values: {pixels.min()} to {pixels.max()}, mean {pixels.mean():.5g}" in text
-    # What is left is counted from the split that a run would get.
-    assert inspect.copies(data.without_copies(split, prints)[0], prints)["train in test"] == 0
-
-
-def test_inspection_command(tmp_path, capsys):
-    images(tmp_path / "mnist")
-    (tmp_path / "x.csv").write_text(
-        "a,b,y\n" + "\n".join(f"{n},{'uv'[n % 2]},{n % 3}" for n in range(60))
-    )
-    for name in ("mnist", str(tmp_path / "x.csv")):
-        source, prints = task.task_source("", name, str(tmp_path), 0, "", False)
-        lines, _ = inspect.report(name, source, prints)
-        figure = inspect.sheet(name, source, inspect.default_split(source, name).train)
-        figure.savefig(tmp_path / "sheet.png")
-        assert (tmp_path / "sheet.png").stat().st_size > 5000
-        assert json.dumps(lines)
-    assert any("b" in line and "u 30, v 30" in line for line in lines)

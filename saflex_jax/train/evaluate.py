@@ -51,6 +51,7 @@ def make_evaluator(
             raise ValueError(f"inputs must have {size} rows, as labels have; given {len(leaf)}")
     checks.finite("inputs", inputs)
     checks.simplex("labels", labels)
+    checks.whole("batch_size", batch_size, 1)
     batch_size = min(batch_size, size)
 
     sums = _compiled(method.predict)
