@@ -1,6 +1,6 @@
 """Looks at a data set before anybody trains on it: counts, ranges, copies, a contact sheet.
 
-    python -m experiments.inspect NAME... [--data_dir=data] [--size=0] [--out=runs/inspect]
+    python -m experiments.inspect NAME... [--data_dir=data] [--size=0] [--sheets=runs/inspect]
 
 NAME as in `config.data.name`. Splits are those that a run would get: the official ones; what they
 lack is held out of training, a fifth by class, seed 0. A copy is an input that equals another one,
@@ -24,7 +24,7 @@ from saflex_jax import data
 
 _DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets are.")
 _SIZE = flags.DEFINE_integer("size", 0, "Pixels that images are resized to; 0 = as they are.")
-_OUT = flags.DEFINE_string("out", "runs/inspect", "Contact sheets go here.")
+_SHEETS = flags.DEFINE_string("sheets", "runs/inspect", "Contact sheets go here.")
 ROWS, COLUMNS = 12, 8  # at most so many classes (or columns of a table), and samples of each
 PARTS = 5  # one in so many training samples is held out where there is no official split
 
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> None:
     """Prints a report of each data set and draws its contact sheet."""
     if len(argv) < 2:
         raise app.UsageError("name at least one data set")
-    out = pathlib.Path(_OUT.value)
+    out = pathlib.Path(_SHEETS.value)
     out.mkdir(parents=True, exist_ok=True)
     leaks = 0
     for name in argv[1:]:

@@ -123,7 +123,7 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
         source = data.SOURCES[name]()
     elif name.startswith(TFDS):
         source = data.from_tfds(name.removeprefix(TFDS), data_dir=folder)
-    elif not path.exists():
+    elif name in DATASETS or not path.exists():
         source = data.from_prepared(pathlib.Path(folder) / name, size=shape)
     elif path.is_dir():
         source = data.from_folder(path, size=shape)

@@ -92,7 +92,7 @@ def test_what_is_left_between_splits_is_a_leak_and_counts_are_of_what_trains(tmp
 def test_the_exit_status_says_whether_copies_are_left(tmp_path, monkeypatch, capsys, leak):
     monkeypatch.setattr(inspect, "report", lambda *a: (["lines"], leak))
     flags.FLAGS.unparse_flags()
-    flags.FLAGS(["inspect", f"--out={tmp_path}"])
+    flags.FLAGS(["inspect", f"--sheets={tmp_path}"])
     with pytest.raises(SystemExit) as stopped:
         inspect.main(["inspect", "digits"])
     assert stopped.value.code == bool(leak) and (tmp_path / "digits.png").exists()
