@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from experiments import task
 from experiments.configs import sources
 from saflex_jax import data
+from saflex_jax.data.splits import chunks
 
 _DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets are.")
 _SIZE = flags.DEFINE_integer("size", 0, "Pixels that images are resized to; 0 = as they are.")
@@ -62,8 +63,7 @@ def class_names(source: data.Source) -> tuple[str, ...]:
 def value_range(inputs: Any) -> str:
     """Least, greatest and mean value, read in chunks."""
     low, high, total, count = np.inf, -np.inf, 0.0, 0
-    for begin in range(0, len(inputs), task.CHUNK):
-        part = np.asarray(inputs[begin : begin + task.CHUNK])
+    for part in chunks(inputs, task.CHUNK):
         low, high = min(low, part.min()), max(high, part.max())
         total, count = total + part.sum(dtype=np.float64), count + part.size
     return f"{low:g} to {high:g}, mean {total / count:.5g}"

@@ -6,6 +6,7 @@ index alike. 8-bit images stay 8-bit until a batch is made (`batches.floats`).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import numpy as np
 from sklearn import datasets
 
 from saflex_jax import checks
-from saflex_jax.data.images import SUFFIXES, Rows, image_rows, images_in
+from saflex_jax.data.images import SUFFIXES, Rows, image_rows, images_in, joined
 from saflex_jax.data.tables import Column, read_table
 
 TASKS = ("multiclass", "multilabel", "ordinal")
@@ -238,40 +239,28 @@ def from_tfds(
         raise ValueError(
             f"{name} must have the features {image!r} and {label!r}; given {sorted(features)}"
         )
-    sizes = {split: len(table) for split, table in tables.items()}
-    splits = ranges(sizes)
-    ends = np.cumsum(list(sizes.values()))
-    names = list(tables)
+    first = np.asarray(next(iter(tables.values()))[0][image])
 
-    def records(places):
-        """The records, in the order asked for; one look-up a split."""
-        found: list[Any] = [None] * len(places)
-        which = np.searchsorted(ends, places, side="right")
-        for number in np.unique(which):
-            rows = np.flatnonzero(which == number)
-            start = splits[names[number]][0]
-            for row, record in zip(
-                rows, tables[names[number]].__getitems__((places[rows] - start).tolist())
-            ):
-                found[row] = record
-        return found
+    def rows(table):
+        def read(places):
+            made = np.empty((len(places), *first.shape), first.dtype)
+            for row, record in enumerate(table.__getitems__(places.tolist())):
+                made[row] = record[image]
+            return made
 
-    def read(places):
-        return np.stack([record[image] for record in records(places)])
+        return Rows(read, len(table), first.shape, first.dtype)
 
-    first = read(np.zeros(1, int))
     undecoded = {image: tfds.decode.SkipDecoding()}
     labels = [
         record[label]
-        for split in names
+        for split in tables
         for record in builder.as_data_source(split=split, decoders=undecoded)
     ]
-    labels = np.array(labels).astype(np.int64)
     return Source(
-        Rows(read, len(labels), first.shape[1:], first.dtype),
-        labels,
+        functools.reduce(joined, map(rows, tables.values())),
+        np.array(labels).astype(np.int64),
         features[label].num_classes,
-        splits=splits,
+        splits=ranges({split: len(table) for split, table in tables.items()}),
         class_names=tuple(features[label].names or ()),
     )
 

@@ -60,11 +60,16 @@ def _shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedShard
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
 
+def _is_placed(x: np.ndarray | jax.Array, sharding: NamedSharding) -> bool:
+    """Whether an array is where it should be, such as what was read ahead."""
+    return isinstance(x, jax.Array) and x.sharding == sharding
+
+
 def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Places host arrays; what is placed so already stays, such as what was read ahead."""
+    """Places host arrays; what is placed already stays."""
 
     def put(x):
-        if isinstance(x, jax.Array) and x.sharding == sharding:
+        if _is_placed(x, sharding):
             return x
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
@@ -88,11 +93,15 @@ def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
 
 def _runner(
     compiled: Callable[..., tuple[TrainState, Metrics]],
-    put_state: Callable[[TrainState], TrainState],
     put_batch: Callable[[PyTree], PyTree],
     replicated: NamedSharding,
 ) -> Runner:
     """The Runner of a compiled `_on_rows`."""
+
+    def put_state(state):
+        if replicated.is_fully_addressable:  # from other devices, which jit would refuse
+            state = jax.device_put(state, replicated)  # may alias; jit's result never does
+        return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=replicated)(state)
 
     def holding(held, put):
         return Runner(lambda state, batch: compiled(state, batch, held), put_state, put, hold)
@@ -125,11 +134,6 @@ def jit_runner(
     replicated, split = _shardings(jax.devices() if devices is None else devices)
     local = len(split.mesh.local_devices)
 
-    def put_state(state):
-        if replicated.is_fully_addressable:  # from other devices, which jit would refuse
-            state = jax.device_put(state, replicated)  # may alias; jit's result never does
-        return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=replicated)(state)
-
     def put_batch(batch):
         check_divisible(batch, local)
         return _put(batch, split)
@@ -140,7 +144,7 @@ def jit_runner(
         out_shardings=(replicated, replicated),
         donate_argnums=0,
     )
-    return _runner(compiled, put_state, put_batch, replicated)
+    return _runner(compiled, put_batch, replicated)
 
 
 def pmap_runner(
@@ -167,7 +171,6 @@ def pmap_runner(
         )
     devices = jax.local_devices() if devices is None else devices
     replicated, split = _shardings(devices)
-    put_state = jit_runner(step, devices=devices).put_state  # it is placed alike
 
     reduced = jax.pmap(
         partial(_on_rows(step), reduce=partial(jax.lax.pmean, axis_name=AXIS)),
@@ -179,7 +182,7 @@ def pmap_runner(
     )
 
     def shares(x):
-        if isinstance(x, jax.Array) and x.sharding == split:
+        if _is_placed(x, split):
             return x
         return np.asarray(x).reshape(len(devices), -1, *np.shape(x)[1:])
 
@@ -187,4 +190,4 @@ def pmap_runner(
         check_divisible(batch, len(devices))
         return _put(jax.tree.map(shares, batch), split)
 
-    return _runner(reduced, put_state, put_batch, replicated)
+    return _runner(reduced, put_batch, replicated)
