@@ -243,10 +243,8 @@ def from_tfds(
 
     def rows(table):
         def read(places):
-            made = np.empty((len(places), *first.shape), first.dtype)
-            for row, record in enumerate(table.__getitems__(places.tolist())):
-                made[row] = record[image]
-            return made
+            # With the first, so that no rows have a shape too, and another shape is refused.
+            return np.stack([first, *(r[image] for r in table.__getitems__(places.tolist()))])[1:]
 
         return Rows(read, len(table), first.shape, first.dtype)
 
