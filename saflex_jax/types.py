@@ -20,7 +20,7 @@ LogitsFn = Callable[[Params, PyTree], jax.Array]
 # (params, model_state, inputs, key) -> (logits f32[B, K], new model_state). Training mode.
 TrainFn = Callable[[Params, ModelState, PyTree, jax.Array], tuple[jax.Array, ModelState]]
 # Mean over the data-parallel axis: the identity under jit (arrays are global there),
-# `partial(jax.lax.pmean, axis_name="data")` under pmap.
+# `core.tree.Mean("data")` under pmap.
 Reduce = Callable[[PyTree], PyTree]
 # path of a parameter, joined by "/", e.g. "head/kernel" -> whether it is selected
 PathPredicate = Callable[[str], bool]
@@ -78,7 +78,8 @@ class Targets(NamedTuple):
     """What the inner step trains on.
 
     Attributes:
-      weights: f32[B], >= 0, global mean one over unmasked rows unless all are zero.
+      weights: f32[B], >= 0, global mean one over unmasked rows unless all are zero (or a method
+        says otherwise).
       labels: f32[B, K], rows in the simplex.
       utility: f32[B], <labels, scores> in the scale's units; negative = harmful.
     """
@@ -140,11 +141,11 @@ class Refiner(NamedTuple):
     """The rule that turns candidates into targets, with arrays of its own between steps.
 
     Attributes:
-      init: () -> arrays (a score memory, for instance), () when it keeps none.
+      init: params -> arrays (a score memory, for instance), () when it keeps none.
       apply: (own arrays, state, logits_fn, streams, *, reduce) -> (targets, own arrays, metrics).
     """
 
-    init: Callable[[], PyTree]
+    init: Callable[[Params], PyTree]
     apply: Callable[..., tuple[Targets, PyTree, Metrics]]
 
 

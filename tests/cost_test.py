@@ -1,6 +1,7 @@
 """What a step costs in floating-point operations, as XLA counts them: exact, unlike a clock."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -28,9 +29,15 @@ def flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
-def step_flops(method):
+def step_flops(method, number=None):
+    """Of the step with this number, known to the compiler; None: of the dearest branches."""
     state = method.init(jax.random.key(0), STREAMS.candidates.inputs)
-    return flops(lambda s, x: method.step(s, x, reduce=identity), state, STREAMS)
+
+    def step(state, streams):
+        known = state if number is None else state._replace(step=jnp.asarray(number))
+        return method.step(known, streams, reduce=identity)
+
+    return flops(step, state, STREAMS)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,26 @@ def test_full_scores_cost_the_validation_gradient_and_one_forward_product(plain)
     step, forward = plain
     found = step_flops(saflex.make(MODEL, TX, direction="identity", predicate=None))
     assert found <= step + step * VAL / BATCH + 2 * forward + 0.03 * step
+
+
+def test_a_validation_gradient_is_computed_in_its_turn_only(plain):
+    method = saflex.make(MODEL, TX, direction="identity", val_every=4, start=2)
+    step, forward = plain
+    cost = [step_flops(method, number) for number in range(1, 8)]
+    fresh = step + forward * VAL / BATCH
+    expected = np.array([step, fresh, step, step, step, fresh, step])
+    np.testing.assert_array_less(np.abs(cost - expected), 0.03 * step)
+    assert max(cost) > min(cost) + 0.9 * forward * VAL / BATCH
+
+
+@pytest.mark.parametrize("mode, passes", [("jvp", 2), ("finite_difference", 1)])
+def test_scores_in_a_branch_share_the_candidates_forward_pass(plain, mode, passes):
+    memory = dict(memory_decay=0.9, num_samples=BATCH, num_classes=CLASSES)
+    options = dict(direction="identity", predicate=None, every=2, mode=mode, **memory)
+    step, forward = plain
+    found = step_flops(saflex.make(MODEL, TX, **options))
+    assert found <= step + step * VAL / BATCH + passes * forward + 0.03 * step
+    assert step_flops(saflex.make(MODEL, TX, **options), 1) <= 1.01 * step
 
 
 def test_erm_does_not_compute_with_the_validation_samples(plain):

@@ -36,36 +36,46 @@ def hessian(
     return lambda u: reduce(push(u))
 
 
+def linear_logits(
+    logits_fn: LogitsFn, params: Params, inputs: PyTree, *, predicate: PathPredicate | None = None
+) -> tuple[jax.Array, Callable[[Params], jax.Array]]:
+    """The logits f32[B, K] and their linear part, u -> J u, in the selected parameters.
+
+    The network runs here, once: neither a solver's loop nor a branch runs it again, and where the
+    same candidates are trained on, XLA shares this pass with the training gradient's.
+
+    Args:
+      logits_fn: (params, inputs) -> f32[B, K].
+      params: pytree.
+      inputs: leading axis B.
+      predicate: the parameters that u holds; None = all.
+    """
+    selected = select(params, predicate)
+    return jax.linearize(lambda part: logits_fn(merge(part, params), inputs), selected)
+
+
 def gauss_newton(
-    logits_fn: LogitsFn,
+    logits: jax.Array,
+    push: Callable[[Params], jax.Array],
     params: Params,
-    inputs: PyTree,
     *,
     mask: jax.Array | None = None,
-    predicate: PathPredicate | None = None,
     reduce: Reduce = identity,
 ) -> Matvec:
     """u -> G u with G the Gauss-Newton matrix of the mean cross-entropy.
 
         G = mean_i J_i^T (diag p_i - p_i p_i^T) J_i ,   J_i = d logits_i / d theta
 
-    Positive semi-definite, and free of the labels. The network runs and is linearised once; where
-    the selected parameters are the head, what remains inside a product is one multiplication with
-    the features and one with their transpose.
+    Positive semi-definite, and free of the labels. Where the selected parameters are the head, what
+    a product does is one multiplication with the features and one with their transpose.
 
     Args:
-      logits_fn: (params, inputs) -> f32[B, K].
-      params: pytree.
-      inputs: leading axis B.
+      logits, push: see `linear_logits`.
+      params: whatever has the structure of u.
       mask: bool[B]; False rows do not count.
-      predicate: the parameters that u holds; None = all.
       reduce: mean over the data-parallel axis.
     """
-    selected = select(params, predicate)
-    # Linearised here and not inside `matvec`: a solver's loop must not run the network again.
-    # Where no product is asked for (the greedy direction), jit drops all of it.
-    logits, push = jax.linearize(lambda p: logits_fn(merge(p, params), inputs), selected)
-    pull = jax.linear_transpose(push, selected)
+    pull = jax.linear_transpose(push, params)
     probs = jax.nn.softmax(logits)
     share = jax.grad(lambda ones: masked_mean(ones, mask, reduce=reduce))(jnp.ones(len(probs)))
 

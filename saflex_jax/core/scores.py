@@ -9,6 +9,7 @@ product gives all K labels of all B samples; no per-example gradient is formed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from saflex_jax import checks
 from saflex_jax.core import curvature as curvatures
 from saflex_jax.core.linear_solve import identity_solve
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
-from saflex_jax.core.tree import axpy, identity, merge, restrict, select
+from saflex_jax.core.tree import axpy, cast_floats, identity, merge, restrict, select
 from saflex_jax.types import LinearSolve, LogitsFn, Params, PathPredicate, PyTree, Reduce, SolveInfo
 
 Mode = Literal["jvp", "finite_difference"]
@@ -38,6 +39,32 @@ class Scores(NamedTuple):
     log_probs: jax.Array
     val_loss: jax.Array
     info: SolveInfo
+
+
+# gradient of the validation loss -> (scores f32[B, K], log_probs f32[B, K], SolveInfo)
+Scorer = Callable[[Params], tuple[jax.Array, jax.Array, SolveInfo]]
+
+
+def in_dtype(logits_fn: LogitsFn, dtype: str | None) -> LogitsFn:
+    """The network computed in another precision, its logits in f32; None = as it is.
+
+    Args:
+      logits_fn: (params, inputs) -> logits [B, K].
+      dtype: of parameters and floating-point inputs, "bfloat16" for instance.
+
+    Raises:
+      ValueError: a dtype that is not floating point.
+    """
+    if dtype is None:
+        return logits_fn
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"compute_dtype must be a floating-point dtype; given {dtype!r}")
+
+    def logits(params, inputs):
+        out = logits_fn(cast_floats(params, dtype), cast_floats(inputs, dtype))
+        return out.astype(jnp.float32)
+
+    return logits
 
 
 def validation_gradient(
@@ -67,7 +94,12 @@ def validation_gradient(
 
     Returns:
       (f32[] in nats, gradient tree).
+
+    Raises:
+      ValueError: shapes disagree, or no sample.
     """
+    if jax.tree.leaves(inputs)[0].shape[0] == 0:
+        raise ValueError("val_inputs must hold at least one sample; given 0")
     selected = select(params, predicate)
 
     def loss(part):
@@ -127,16 +159,82 @@ def label_scores(
 
     start = restrict(params, direction)
 
-    def log_probs(part):
-        return jax.nn.log_softmax(logits_fn(merge(part, params), inputs))
+    def logits(part):
+        return logits_fn(merge(part, params), inputs)
 
     if mode == "jvp":
-        base, change = jax.jvp(log_probs, (start,), (direction,))
-        return base, -change
+        out, change = jax.jvp(logits, (start,), (direction,))
+        log_probs = jax.nn.log_softmax(out)
+        return log_probs, _along(change, log_probs)
+    log_probs = jax.nn.log_softmax(logits(start))
+    return log_probs, _difference(logits, log_probs, start, direction, epsilon)
+
+
+def _along(change: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """Scores from the change of the logits along v: S_ik = <p_i, dz_i> - dz_ik, f32[B, K]."""
+    return jnp.sum(jnp.exp(log_probs) * change, axis=-1, keepdims=True) - change
+
+
+def _difference(logits, log_probs, start, direction, epsilon) -> jax.Array:
+    """Scores f32[B, K] from the network at start + e v and its log_probs at start."""
     norm = jnp.sqrt(curvatures.dot(direction, direction))
     step = epsilon / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
-    base, moved = log_probs(start), log_probs(axpy(step, direction, start))
-    return base, (base - moved) / step
+    moved = jax.nn.log_softmax(logits(axpy(step, direction, start)))
+    return (log_probs - moved) / step
+
+
+def scorer(
+    logits_fn: LogitsFn,
+    params: Params,
+    inputs: PyTree,
+    *,
+    mask: jax.Array | None = None,
+    predicate: PathPredicate | None = None,
+    solve: LinearSolve = identity_solve(),
+    mode: Mode = "jvp",
+    epsilon: float = 1e-2,
+    chunk: int | None = None,
+    reduce: Reduce = identity,
+) -> Scorer:
+    """What turns a validation gradient into scores of these candidates.
+
+        g -> v = solve(G + damping I, g) -> S_ik = -(J_i v)_k
+
+    The candidates' forward pass happens here and not in the returned function, so that the latter
+    may stand in a branch (`lax.cond`): the pass is the training step's own and XLA shares it only
+    outside. By finite differences or in chunks the network runs again inside.
+
+    Args:
+      logits_fn: (params, inputs) -> f32[B, K], evaluation mode.
+      params: pytree.
+      inputs: candidates, leading axis B.
+      mask: bool[B]; False rows do not count in the curvature.
+      predicate: path -> bool, the parameters that the gradient holds; None = all.
+      solve: a LinearSolve.
+      mode, epsilon, chunk: see `label_scores`.
+      reduce: mean over the data-parallel axis.
+    """
+
+    checks.choice("mode", mode, ("jvp", "finite_difference"))
+    checks.positive("epsilon", epsilon)
+    # Where nothing asks for a product, or for these logits, jit drops them.
+    logits, push = curvatures.linear_logits(logits_fn, params, inputs, predicate=predicate)
+    log_probs = jax.nn.log_softmax(logits)
+
+    def along(gradient):
+        matvec = curvatures.gauss_newton(logits, push, gradient, mask=mask, reduce=reduce)
+        direction, info = solve(matvec, gradient)
+        if chunk is not None:
+            options = dict(mode=mode, epsilon=epsilon, chunk=chunk)
+            again, scores = label_scores(logits_fn, params, inputs, direction, **options)
+            return scores, again, info
+        if mode == "jvp":
+            return _along(push(direction), log_probs), log_probs, info
+        start = restrict(params, direction)
+        moved = lambda part: logits_fn(merge(part, params), inputs)
+        return _difference(moved, log_probs, start, direction, epsilon), log_probs, info
+
+    return along
 
 
 def score(
@@ -153,6 +251,7 @@ def score(
     mode: Mode = "jvp",
     epsilon: float = 1e-2,
     chunk: int | None = None,
+    compute_dtype: str | None = None,
     reduce: Reduce = identity,
 ) -> Scores:
     """Validation gradient -> direction -> label scores: the first half of SAFLEX.
@@ -175,6 +274,8 @@ def score(
       predicate: path -> bool, the parameters that scores see; None = all.
       solve: a LinearSolve.
       mode, epsilon, chunk: see `label_scores`.
+      compute_dtype: of both passes, see `in_dtype`. Where the training step computes in another
+        precision, the candidates' pass is no longer shared with it.
       reduce: mean over the data-parallel axis.
 
     Returns:
@@ -183,16 +284,20 @@ def score(
     Raises:
       ValueError: shapes disagree, or no validation sample.
     """
-    if jax.tree.leaves(val_inputs)[0].shape[0] == 0:
-        raise ValueError("val_inputs must hold at least one sample; given 0")
+    logits_fn = in_dtype(logits_fn, compute_dtype)
     val_loss, gradient = validation_gradient(
         logits_fn, params, val_inputs, val_labels, mask=val_mask, predicate=predicate, reduce=reduce
     )
-    matvec = curvatures.gauss_newton(
-        logits_fn, params, inputs, mask=mask, predicate=predicate, reduce=reduce
-    )
-    direction, info = solve(matvec, gradient)
-    log_probs, scores = label_scores(
-        logits_fn, params, inputs, direction, mode=mode, epsilon=epsilon, chunk=chunk
-    )
+    scores, log_probs, info = scorer(
+        logits_fn,
+        params,
+        inputs,
+        mask=mask,
+        predicate=predicate,
+        solve=solve,
+        mode=mode,
+        epsilon=epsilon,
+        chunk=chunk,
+        reduce=reduce,
+    )(gradient)
     return jax.lax.stop_gradient(Scores(scores, log_probs, val_loss, info))

@@ -5,12 +5,41 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from saflex_jax.types import Params, PathPredicate, PyTree
+from saflex_jax.types import Params, PathPredicate, PyTree, Reduce
 
 
 def identity(tree: PyTree) -> PyTree:
     """The `reduce` of single-device and jit code, where every array is already global."""
     return tree
+
+
+class Mean:
+    """The `reduce` of mapped code (pmap, vmap with an axis): the mean over that axis."""
+
+    def __init__(self, axis_name: str):
+        self.axis_name = axis_name
+
+    def __call__(self, tree: PyTree) -> PyTree:
+        return jax.lax.pmean(tree, self.axis_name)
+
+    def gather(self, tree: PyTree) -> PyTree:
+        """The rows [B, ...] of all devices, one after the other."""
+        return jax.lax.all_gather(tree, self.axis_name, tiled=True)
+
+
+def gather(tree: PyTree, reduce: Reduce) -> PyTree:
+    """Rows of all devices; under jit they are all there already.
+
+    Raises:
+      ValueError: a reduce that can only average.
+    """
+    if reduce is identity:
+        return tree
+    if not hasattr(reduce, "gather"):
+        raise ValueError(
+            f"reduce must be `identity` or have `gather`, as `Mean` has; given {reduce}"
+        )
+    return reduce.gather(tree)
 
 
 def under(*prefixes: str) -> PathPredicate:
@@ -73,6 +102,13 @@ def merge(selected: PyTree, full: PyTree) -> PyTree:
 def axpy(scale: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
     """scale * x + y, leaf by leaf, in y's dtypes."""
     return jax.tree.map(lambda a, b: (scale * a + b).astype(b.dtype), x, y)
+
+
+def cast_floats(tree: PyTree, dtype: str) -> PyTree:
+    """The floating-point leaves in another precision; integers and keys as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 def mean_floats(tree: PyTree, reduce) -> PyTree:

@@ -24,7 +24,7 @@ def supervised(
 
     def init(key, inputs):
         params, model_state = model.init(key, inputs)
-        return steps.init_state(key, params, model_state, tx, refiner.init())
+        return steps.init_state(key, params, model_state, tx, refiner.init(params))
 
     def targets(state, streams):
         def logits_fn(params, inputs):
@@ -54,4 +54,4 @@ def prior_refiner() -> Refiner:
         del state, logits_fn, reduce
         return prior_targets(streams.candidates.labels, streams.candidates.mask), arrays, {}
 
-    return Refiner(lambda: (), apply)
+    return Refiner(lambda params: (), apply)

@@ -7,6 +7,8 @@ on [0, max_weight]); the inner step then trains on them.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ from saflex_jax.core.losses import (
     weighted_soft_cross_entropy,
 )
 from saflex_jax.core.targets import rescale
-from saflex_jax.core.tree import merge, select, under
+from saflex_jax.core.tree import gather, merge, select, under
 from saflex_jax.methods.base import supervised
 from saflex_jax.types import LinearSolve, Method, Model, PathPredicate, Refiner, Targets
 
@@ -51,6 +53,8 @@ def refiner(
 
         phi = (weights f32[N], labels f32[N, K]) <- project(phi + meta_tx(d L_val / d phi))
 
+    Rows are projected when they are trained on (an optimiser with momentum moves others, too).
+
     Args:
       prior: f32[N, K], the pool's labels: where phi starts, with weights one.
       meta_tx: optax transformation for phi; a number is SGD's learning rate. A sample's own
@@ -73,15 +77,20 @@ def refiner(
         checks.positive("meta_tx", meta_tx)
         meta_tx = optax.sgd(meta_tx)
 
-    def project(meta):
-        weights = jnp.clip(meta["weights"], 0.0, max_weight)
-        labels = jax.vmap(optax.projections.projection_simplex)(meta["labels"])
+    def project(meta, rows):  # those that are trained on: a projection of the pool would cost O(N)
+        weights = jnp.clip(meta["weights"][rows], 0.0, max_weight)
+        labels = jax.vmap(optax.projections.projection_simplex)(meta["labels"][rows])
+        if learn == "labels":
+            weights = jnp.ones_like(weights)
+        if learn == "weights":
+            labels = jnp.asarray(prior)[rows]
         return {
-            "weights": jnp.ones_like(weights) if learn == "labels" else weights,
-            "labels": prior if learn == "weights" else labels,
+            "weights": meta["weights"].at[rows].set(weights),
+            "labels": meta["labels"].at[rows].set(labels),
         }
 
-    def init():
+    def init(params):
+        del params
         meta = {"weights": jnp.ones(len(prior)), "labels": jnp.asarray(prior)}
         return meta, meta_tx.init(meta)
 
@@ -116,7 +125,7 @@ def refiner(
             outer_loss=outer_loss,
             meta_tx=meta_tx,
             solve=solve,
-            project=project,
+            project=partial(project, rows=gather(candidates.index, reduce)),
             reduce=reduce,
         )
         started = state.step >= start

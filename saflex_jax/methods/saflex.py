@@ -9,6 +9,8 @@ The paper's rule is `direction="identity", predicate=None, tolerance=0, memory_d
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,10 +18,24 @@ import optax
 from saflex_jax import checks
 from saflex_jax.core import linear_solve, memory, scores, targets
 from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
+from saflex_jax.core.memory import Memory
 from saflex_jax.core.steps import total
 from saflex_jax.core.tree import restrict, select, under
 from saflex_jax.methods.base import supervised
-from saflex_jax.types import LinearSolve, Method, Model, PathPredicate, Refiner
+from saflex_jax.types import LinearSolve, Method, Model, Params, PathPredicate, Refiner
+
+
+class Kept(NamedTuple):
+    """What the rule keeps between steps; None where it needs nothing.
+
+    Attributes:
+      memory: of scores.
+      gradient: of the validation loss, like the selected parameters.
+    """
+
+    memory: Memory | None
+    gradient: Params | None
+
 
 DIRECTIONS = ("identity", "adam", "neumann", "cg")
 
@@ -44,6 +60,7 @@ def refiner(
     predicate: PathPredicate | None = under("head"),
     mode: scores.Mode = "jvp",
     chunk: int | None = None,
+    compute_dtype: str | None = None,
     prior_strength: float = 3.0,
     temperature: float = 0.3,
     tolerance: float = 0.25,
@@ -51,10 +68,13 @@ def refiner(
     learn: targets.Learn = "both",
     anchor: targets.Anchor = "linear",
     memory_decay: float | None = None,
+    memory_dtype: str = "float32",
     num_samples: int = 0,
     num_classes: int = 0,
     start: int = 0,
     every: int = 1,
+    val_every: int = 1,
+    val_decay: float = 0.0,
 ) -> Refiner:
     """The SAFLEX rule.
 
@@ -67,14 +87,19 @@ def refiner(
       predicate: the parameters that scores see; None = all. The default, the head, costs one more
         forward pass (the validation samples') and products with features.
       mode, chunk: see `core.scores.label_scores`.
+      compute_dtype: see `core.scores.score`.
       prior_strength, temperature, tolerance, scale, learn, anchor: see
         `core.targets.solve_targets`.
       memory_decay: averages a source sample's scores over its visits (`core.memory`), keyed by
         `Batch.index`; None = no memory. Needs num_samples and num_classes.
+      memory_dtype: "float32" or "bfloat16".
       num_samples, num_classes: size of the memory.
       start: first step on which targets are learned; the prior before it.
       every: scores are computed every so many steps; on the others the memory's are used, or,
         without a memory, the prior.
+      val_every: every so many-th scoring takes a fresh validation gradient, the others the last.
+      val_decay: in [0, 1); validation gradients are averaged, first plainly and then exponentially;
+        0 = the last one alone.
 
     Raises:
       ValueError: an unknown option, or a value out of range.
@@ -82,11 +107,18 @@ def refiner(
     checks.choice("direction", direction, DIRECTIONS)
     checks.at_least_zero("start", start)
     checks.positive("every", every)
-    if memory_decay is not None:
-        checks.positive("num_classes", num_classes)
+    checks.positive("val_every", val_every)
+    if not 0 <= val_decay < 1:
+        raise ValueError(f"val_decay must lie in [0, 1); given {val_decay}")
+    keeps_gradient = val_every > 1 or val_decay > 0
 
-    def init():
-        return () if memory_decay is None else memory.init(num_samples, num_classes)
+    def init(params):
+        remembered, gradient = None, None
+        if memory_decay is not None:
+            remembered = memory.init(num_samples, num_classes, dtype=memory_dtype)
+        if keeps_gradient:
+            gradient = jax.tree.map(jnp.zeros_like, select(params, predicate))
+        return Kept(remembered, gradient)
 
     def solver(state) -> LinearSolve:
         if direction == "identity":
@@ -120,62 +152,86 @@ def refiner(
         candidates, val = streams.candidates, streams.val
         if val is None:
             raise ValueError("saflex needs validation samples; given streams.val = None")
+        network = scores.in_dtype(logits_fn, compute_dtype)
+        along = scores.scorer(
+            network,
+            state.params,
+            candidates.inputs,
+            mask=candidates.mask,
+            predicate=predicate,
+            solve=solver(state),
+            mode=mode,
+            chunk=chunk,
+            reduce=reduce,
+        )
+        nothing = jnp.zeros(()), jnp.zeros(())  # a metric that no step contributed to
+        turn = (state.step - start) // every  # scorings so far
 
-        def scored(arrays):
-            found = scores.score(
-                logits_fn,
+        def fresh(kept):
+            val_loss, gradient = scores.validation_gradient(
+                network,
                 state.params,
-                candidates.inputs,
                 val.inputs,
                 val.labels,
-                mask=candidates.mask,
-                val_mask=val.mask,
+                mask=val.mask,
                 predicate=predicate,
-                solve=solver(state),
-                mode=mode,
-                chunk=chunk,
                 reduce=reduce,
             )
-            label_scores = found.scores
+            if val_decay > 0:
+                rate = jnp.maximum(1 - val_decay, 1 / (turn // val_every + 1))
+                gradient = jax.tree.map(lambda g, k: k + rate * (g - k), gradient, kept)
+            return gradient, (val_loss, jnp.ones(()))
+
+        def scored(arrays):
+            if val_every == 1:
+                gradient, val_loss = fresh(arrays.gradient)
+            else:
+                gradient, val_loss = jax.lax.cond(
+                    turn % val_every == 0, fresh, lambda kept: (kept, nothing), arrays.gradient
+                )
+            label_scores, _, info = jax.lax.stop_gradient(along(gradient))
+            if keeps_gradient:
+                arrays = arrays._replace(gradient=gradient)
             if memory_decay is not None:
                 sigma = targets.score_scale(label_scores, candidates.mask, reduce=reduce)
-                arrays, label_scores = memory.update(
-                    arrays,
+                remembered, label_scores = memory.update(
+                    arrays.memory,
                     candidates.index,
                     label_scores / sigma,
                     candidates.mask,
                     decay=memory_decay,
                     reduce=reduce,
                 )
+                arrays = arrays._replace(memory=remembered)
             learned = solve_targets(label_scores, candidates, reduce)
-            return learned, arrays, found.val_loss, found.info.residual, jnp.ones(())
+            return learned, arrays, val_loss, (info.residual, jnp.ones(()))
 
         def unscored(arrays):
             learned = targets.prior_targets(candidates.labels, candidates.mask)
             if memory_decay is not None:
-                remembered = arrays.mean[candidates.index]
+                remembered = memory.recall(arrays.memory, candidates.index)
                 learned = jax.lax.cond(
                     state.step >= start,
                     lambda: solve_targets(remembered, candidates, reduce),
                     lambda: learned,
                 )
-            return learned, arrays, jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+            return learned, arrays, nothing, nothing
 
         if start == 0 and every == 1:
-            learned, arrays, val_loss, residual, count = scored(arrays)
+            learned, arrays, val_loss, residual = scored(arrays)
         else:
             due = (state.step >= start) & ((state.step - start) % every == 0)
-            learned, arrays, val_loss, residual, count = jax.lax.cond(due, scored, unscored, arrays)
+            learned, arrays, val_loss, residual = jax.lax.cond(due, scored, unscored, arrays)
 
         moved = jnp.argmax(learned.labels, -1) != jnp.argmax(candidates.labels, -1)
         metrics = {
-            "val_loss": (val_loss, count),
+            "val_loss": val_loss,
             "kept": total(learned.weights > 0, candidates.mask, reduce),
             "relabelled": total(moved, candidates.mask, reduce),
         }
         # Of the other directions, reading the residual would cost a product with the curvature.
         if direction in ("neumann", "cg"):
-            metrics["solve_residual"] = (residual, count)
+            metrics["solve_residual"] = residual
         return learned, arrays, metrics
 
     return Refiner(init, apply)

@@ -8,6 +8,7 @@ combined with pmean, without an error (docs/sharp_edges.md).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from saflex_jax import _compat, checks
 from saflex_jax.batches import take
-from saflex_jax.core.tree import identity
+from saflex_jax.core.memory import Memory
+from saflex_jax.core.tree import Mean, identity
 from saflex_jax.types import Batch, Metrics, PyTree, Streams, TrainState
 
 AXIS = "data"
@@ -29,7 +31,8 @@ class Runner(NamedTuple):
 
     Attributes:
       step: compiled (state, streams) -> (state, metrics); donates the state.
-      put_state: places a state, the same on every device; always a copy, so donating it is safe.
+      put_state: places a state, the same on every device (under jit the rows of a score memory are
+        split among them where they divide); always a copy, so donating it is safe.
       put_batch: places the rows that this process holds, if they are not placed already; raises
         ValueError unless they divide.
       hold: whole data sets -> a Runner that keeps a copy of them on every device, and whose batches
@@ -91,17 +94,30 @@ def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
     return run
 
 
+def _state_shardings(state: TrainState, replicated, split) -> PyTree:
+    """A state is the same on every device, but for what has a row for each source sample."""
+
+    def of(part):
+        if isinstance(part, Memory) and len(part.visits) % split.mesh.size == 0:
+            return jax.tree.map(lambda _: split, part)
+        return jax.tree.map(lambda _: replicated, part)
+
+    return jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, Memory))
+
+
 def _runner(
     compiled: Callable[..., tuple[TrainState, Metrics]],
     put_batch: Callable[[PyTree], PyTree],
     replicated: NamedSharding,
+    shardings: Callable[[TrainState], PyTree],
 ) -> Runner:
-    """The Runner of a compiled `_on_rows`."""
+    """The Runner of a compiled `_on_rows`; `shardings` says where the arrays of a state go."""
 
     def put_state(state):
+        places = shardings(state)
         if replicated.is_fully_addressable:  # from other devices, which jit would refuse
-            state = jax.device_put(state, replicated)  # may alias; jit's result never does
-        return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=replicated)(state)
+            state = jax.device_put(state, places)  # may alias; jit's result never does
+        return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=places)(state)
 
     def holding(held, put):
         return Runner(lambda state, batch: compiled(state, batch, held), put_state, put, hold)
@@ -138,13 +154,23 @@ def jit_runner(
         check_divisible(batch, local)
         return _put(batch, split)
 
-    compiled = jax.jit(
-        partial(_on_rows(step), reduce=identity),
-        in_shardings=(replicated, split, replicated),
-        out_shardings=(replicated, replicated),
-        donate_argnums=0,
-    )
-    return _runner(compiled, put_batch, replicated)
+    shardings = partial(_state_shardings, replicated=replicated, split=split)
+
+    @functools.cache
+    def compiled_for(structure, shapes):
+        state = structure.unflatten([np.broadcast_to(0, shape) for shape in shapes])
+        return jax.jit(
+            partial(_on_rows(step), reduce=identity),
+            in_shardings=(shardings(state), split, replicated),
+            out_shardings=(shardings(state), replicated),
+            donate_argnums=0,
+        )
+
+    def compiled(state, streams, held):
+        leaves, structure = jax.tree.flatten(state)
+        return compiled_for(structure, tuple(x.shape for x in leaves))(state, streams, held)
+
+    return _runner(compiled, put_batch, replicated, shardings)
 
 
 def pmap_runner(
@@ -173,7 +199,7 @@ def pmap_runner(
     replicated, split = _shardings(devices)
 
     reduced = jax.pmap(
-        partial(_on_rows(step), reduce=partial(jax.lax.pmean, axis_name=AXIS)),
+        partial(_on_rows(step), reduce=Mean(AXIS)),
         axis_name=AXIS,
         in_axes=(None, 0, None),
         out_axes=(None, None),
@@ -190,4 +216,5 @@ def pmap_runner(
         check_divisible(batch, len(devices))
         return _put(jax.tree.map(shares, batch), split)
 
-    return _runner(reduced, put_batch, replicated)
+    everywhere = lambda state: jax.tree.map(lambda _: replicated, state)
+    return _runner(reduced, put_batch, replicated, everywhere)

@@ -343,7 +343,7 @@ def test_saflex_remembers_a_sample_by_all_its_views():
     state = method.init(KEY, streams.candidates.inputs)
     after, metrics = jax.jit(partial(method.step, reduce=reduce_nothing))(state, streams)
     assert metrics["kept"][1] == 2 * streams.candidates.mask.sum()
-    memory = after.extra
+    memory = after.extra.memory
     seen = np.asarray(streams.candidates.index[streams.candidates.mask])
     visits = np.zeros(samples)
     visits[seen] = 1

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from saflex_jax.core.curvature import dot, gauss_newton, hessian
+from saflex_jax.core.curvature import dot, gauss_newton, hessian, linear_logits
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.tree import merge, select, under
 from tests import problems
@@ -23,7 +23,8 @@ def test_gauss_newton_is_the_mean_of_jacobian_sandwiches(predicate):
     batch = p.streams.candidates
     selected = select(p.params, predicate)
     flat, unravel = ravel_pytree(selected)
-    matvec = gauss_newton(p.logits_fn, p.params, batch.inputs, mask=batch.mask, predicate=predicate)
+    linear = linear_logits(p.logits_fn, p.params, batch.inputs, predicate=predicate)
+    matvec = gauss_newton(*linear, selected, mask=batch.mask)
 
     rows = batch.inputs[batch.mask]
     logits = lambda flat: p.logits_fn(merge(unravel(flat), p.params), rows)
@@ -45,9 +46,8 @@ def test_gauss_newton_of_a_linear_head_is_the_hessian_whatever_the_labels():
         logits = p.logits_fn(merge(part, p.params), batch.inputs)
         return masked_mean(weighted_cross_entropy(logits, batch.labels), batch.mask)
 
-    gauss = gauss_newton(
-        p.logits_fn, p.params, batch.inputs, mask=batch.mask, predicate=under("head")
-    )
+    linear = linear_logits(p.logits_fn, p.params, batch.inputs, predicate=under("head"))
+    gauss = gauss_newton(*linear, head, mask=batch.mask)
     dense = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
     assert_close(materialise(gauss, head), dense)
     assert_close(materialise(hessian(loss, head), head), dense)

@@ -66,6 +66,44 @@ def test_decay_out_of_range(decay):
         )
 
 
-def test_memory_of_no_samples():
-    with pytest.raises(ValueError, match="num_samples must be positive"):
-        memory.init(0, K)
+def test_half_precision_comes_to_rest_near_the_mean():
+    rng = np.random.default_rng(0)
+    update = jax.jit(lambda *args: memory.update(*args, decay=0.9)[0])
+    exact, rounded = memory.init(N, K), memory.init(N, K, dtype="bfloat16")
+    assert rounded.mean.nbytes * 2 == exact.mean.nbytes
+    for visit in range(60):
+        scores = rng.normal(1.0, 0.5 if visit < 30 else 0.0, size=(N, K)).astype(np.float32)
+        rows = np.arange(N, dtype=np.int32), scores, np.ones(N, bool)
+        exact, rounded = update(exact, *rows), update(rounded, *rows)
+    found, expected = np.asarray(rounded.mean[:N], np.float32), np.asarray(exact.mean[:N])
+    error = np.abs(found / expected - 1).max()
+    assert 0 < error < 2**-8 / (1 - 0.9)
+    np.testing.assert_array_equal(exact.visits, rounded.visits)
+
+
+def test_rows_divide_among_devices_and_the_surplus_stays_empty():
+    found = memory.init(1025, K)
+    assert found.mean.shape == (2048, K)
+    index = np.array([1024, 0], np.int32)
+    found, _ = memory.update(found, index, np.ones((2, K), np.float32), np.ones(2, bool))
+    assert np.flatnonzero(found.visits).tolist() == [0, 1024]
+    np.testing.assert_array_equal(memory.recall(found, np.array([1024, 7])), [[1] * K, [0] * K])
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype, message",
+    [
+        ((0, K), "float32", "num_samples must be positive"),
+        ((N, 0), "float32", "num_classes must be positive"),
+        ((N, K), "float16", "dtype must be one of"),
+    ],
+)
+def test_malformed_memories(sizes, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        memory.init(*sizes, dtype=dtype)
+
+
+def test_a_reduce_that_only_averages_cannot_see_the_rows_of_others():
+    rows = np.zeros(B, np.int32), np.zeros((B, K)), np.ones(B, bool)
+    with pytest.raises(ValueError, match="reduce must be `identity` or have `gather`"):
+        memory.update(memory.init(N, K), *rows, reduce=lambda tree: tree)

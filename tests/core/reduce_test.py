@@ -16,13 +16,13 @@ from saflex_jax.core.hypergrad import implicit_hypergradient
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.scores import score
 from saflex_jax.core.targets import solve_targets
-from saflex_jax.core.tree import select, under
+from saflex_jax.core.tree import Mean, identity, select, under
 from tests import problems
 from tests.problems import assert_close
 
 SHARDS, SIZE = 2, 6
 MASK = np.array([True, True, True, True, False, False])  # three real rows, and one
-MEAN = partial(jax.lax.pmean, axis_name="data")
+MEAN = Mean("data")
 
 
 def sharded(f):
@@ -72,7 +72,7 @@ def test_scores(solve):
 
     args = (candidates.inputs, MASK, val.inputs, val.labels, MASK[::-1])
     found = sharded(partial(run, reduce=MEAN))(*args)
-    whole = jax.jit(partial(run, reduce=lambda x: x))(*args)
+    whole = jax.jit(partial(run, reduce=identity))(*args)
     assert_close(rows(found.scores), whole.scores)
     assert_close(same_everywhere((found.val_loss, found.info)), (whole.val_loss, whole.info))
 
@@ -131,7 +131,7 @@ def test_hypergradient_and_hessian():
     candidates, val = p.streams.candidates, p.streams.val
     args = (candidates.inputs, candidates.labels, MASK, val.inputs, val.labels)
     found = sharded(partial(run, reduce=MEAN))(*args)
-    assert_close(same_everywhere(found), jax.jit(partial(run, reduce=lambda x: x))(*args))
+    assert_close(same_everywhere(found), jax.jit(partial(run, reduce=identity))(*args))
 
 
 def test_inner_step_and_its_metrics():
@@ -150,7 +150,7 @@ def test_inner_step_and_its_metrics():
 
     args = (batch, targets, clean)
     params, metrics = same_everywhere(sharded(partial(run, reduce=MEAN))(*args))
-    expected, whole = jax.jit(partial(run, reduce=lambda x: x))(*args)
+    expected, whole = jax.jit(partial(run, reduce=identity))(*args)
     assert_close(params, expected, 1e-6)
     for name, (total, count) in whole.items():
         np.testing.assert_allclose(np.divide(*metrics[name]), total / count, rtol=1e-5)

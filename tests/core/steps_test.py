@@ -242,8 +242,8 @@ def test_start_and_every(remember):
         state, metrics = run(state, 1)
         assert metrics["val_loss"][1] == due
         if remember:
-            assert_close(state.extra.mean, arrays.mean)
-            np.testing.assert_array_equal(state.extra.visits, arrays.visits)
+            assert_close(state.extra.memory.mean, arrays.mean)
+            np.testing.assert_array_equal(state.extra.memory.visits, arrays.visits)
     assert np.abs(expected.labels - candidates.labels).max() > 0.01  # learning did happen
 
 

@@ -1,10 +1,13 @@
 import functools
+import math
+import re
 import warnings
 
 import jax
 import numpy as np
 import pytest
 
+from saflex_jax.core.tree import identity
 from saflex_jax.parallel import RUNNERS, jit_runner, pmap_runner
 from tests.parallel import setup_
 
@@ -77,8 +80,8 @@ def test_twenty_steps_compile_once_donate_and_transfer_nothing(runner, caplog):
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_state_moves_between_runners(runner):
-    method = setup_.make_method("cg_head")
-    eight = jit_runner(method.step).put_state(setup_.make_state("cg_head"))
+    method = setup_.make_method("cg_head_memory_padding")
+    eight = jit_runner(method.step).put_state(setup_.make_state("cg_head_memory_padding"))
     one = jit_runner(method.step, devices=jax.devices()[3:4]).put_state(eight)
     assert {d for x in jax.tree.leaves(one) for d in x.devices()} == {jax.devices()[3]}
     back = RUNNERS[runner](method.step).put_state(one)
@@ -86,6 +89,26 @@ def test_a_state_moves_between_runners(runner):
     for x, y, z in zip(leaves(eight), leaves(one), leaves(back)):
         np.testing.assert_array_equal(x, y)
         np.testing.assert_array_equal(x, z)
+
+
+def test_the_memory_is_split_among_devices_and_only_rows_of_the_batch_travel():
+    method = setup_.make_method("cg_head_memory_padding")
+    run = jit_runner(method.step)
+    state = run.put_state(setup_.make_state("cg_head_memory_padding"))
+    batch = run.put_batch(setup_.make_batches("cg_head_memory_padding")[0])
+    step = jax.jit(functools.partial(method.step, reduce=identity))
+    program = step.lower(state, batch).compile().as_text()
+    sizes = [
+        math.prod(map(int, filter(None, shape.split(","))))
+        for line in program.splitlines()
+        if re.search(r"= .* (all-gather|all-reduce|collective-permute|all-to-all)\(", line)
+        for shape in re.findall(r"[a-z]+[0-9]+\[([0-9,]*)\]", line.split("(%")[0])
+    ]
+    memory = run.step(state, batch)[0].extra["rule"].memory
+    rows = len(memory.visits)
+    assert rows == 1024 and max(sizes) < rows
+    assert {x.data.shape[0] for x in memory.mean.addressable_shards} == {rows // 8}
+    assert {x.data.shape[0] for x in memory.visits.addressable_shards} == {rows // 8}
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

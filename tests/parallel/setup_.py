@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from saflex_jax import Batch, Method, Model, Refiner, Streams, TrainState, cg_solve
 from saflex_jax.augment import shift, upstream
@@ -41,6 +42,11 @@ VARIANTS = {
     "cg_head_memory_padding": (saflex.refiner(**_CG, **_MEMORY), PADDING, False),
     "identity_all_augmented_padding": (saflex.refiner(**_IDENTITY), PADDING, True),
     "identity_all_memory": (saflex.refiner(**_IDENTITY, **_MEMORY), 0, False),
+    "cg_head_stale_gradient_memory": (
+        saflex.refiner(**_CG, **_MEMORY, val_every=2, val_decay=0.5),
+        0,
+        False,
+    ),
     "implicit_padding": (
         implicit.refiner(prior=POOL.labels, meta_tx=optax.sgd(30.0), solve=cg_solve(damping=0.1)),
         PADDING,
@@ -55,8 +61,8 @@ def recording(refiner: Refiner) -> Refiner:
     A step does not return its targets, and under pmap no device sees all of them.
     """
 
-    def init():
-        return {"rule": refiner.init(), "targets": jnp.zeros((STEPS, SAMPLES, 1 + CLASSES))}
+    def init(params):
+        return {"rule": refiner.init(params), "targets": jnp.zeros((STEPS, SAMPLES, 1 + CLASSES))}
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         targets, rule, metrics = refiner.apply(
@@ -107,7 +113,7 @@ def make_variables():
 def make_state(variant: str) -> TrainState:
     """What `make_method(variant).init` gives."""
     rule = recording(VARIANTS[variant][0])
-    return init_state(jax.random.key(0), *make_variables(), TX, rule.init())
+    return init_state(jax.random.key(0), *make_variables(), TX, rule.init(make_variables()[0]))
 
 
 def share(batch: Streams) -> Streams:
@@ -122,7 +128,10 @@ def flatten(tree) -> dict[str, np.ndarray]:
 
     def host(x):
         is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
+        x = jax.random.key_data(x) if is_key else x
+        if not getattr(x, "is_fully_replicated", True):  # a share of the rows on each process
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
 
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(p, simple=True, separator="/"): host(x) for p, x in leaves}

@@ -1,0 +1,89 @@
+"""Nothing is compiled twice or moved behind one's back while a method trains in the loop."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from saflex_jax import parallel, train
+from saflex_jax.core.tree import under
+from saflex_jax.data import ArrayStream, IndexStream, sizes
+from saflex_jax.methods import METHODS
+from saflex_jax.models import MLP, Classifier, from_linen
+from saflex_jax.types import Batch, Streams
+
+SAMPLES, CLASSES, STEPS = 64, 3, 200
+_rng = np.random.default_rng(0)
+
+
+def pool(size):
+    return Batch(
+        _rng.normal(size=(size, 5)).astype(np.float32),
+        np.eye(CLASSES, dtype=np.float32)[_rng.integers(CLASSES, size=size)],
+        np.ones(size, bool),
+        np.arange(size, dtype=np.int32),
+    )
+
+
+POOLS = Streams(pool(SAMPLES), pool(24))
+MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
+# Every method of the package, and every branch of saflex.
+OPTIONS = {
+    "erm": [{}],
+    "saflex": [
+        {},
+        {"direction": "identity", "predicate": None, **MEMORY},
+        {"every": 3, "start": 20, "val_every": 2, "val_decay": 0.5, **MEMORY},
+        {"mode": "finite_difference", "val_every": 4},
+        {"chunk": 8, "compute_dtype": "bfloat16", "memory_dtype": "bfloat16", **MEMORY},
+    ],
+    "implicit": [{"prior": POOLS.candidates.labels}],
+}
+CASES = [
+    pytest.param(name, options, id=f"{name}-{place}")
+    for name in METHODS
+    for place, options in enumerate(OPTIONS.get(name, [{}, {"predicate": under("head")}]))
+]
+
+
+@pytest.fixture
+def compilations():
+    """Names of what JAX compiles, as it does."""
+    names = []
+
+    def listen(event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(details["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["host", "held"])
+@pytest.mark.parametrize("name, options", CASES)
+def test_a_run_compiles_once_and_moves_nothing_implicitly(name, options, held, compilations):
+    model = from_linen(Classifier(MLP((8,)), CLASSES))
+    method = METHODS[name](model, optax.adam(1e-2), **options)
+    runner = parallel.jit_runner(method.step)
+    state = method.init(jax.random.key(0), POOLS.candidates.inputs[:1])
+    options = dict(batch_size=16, val_batch_size=8, seed=0)
+    if held:
+        runner, stream = runner.hold(POOLS), IndexStream(sizes(POOLS), **options)
+    else:
+        stream = ArrayStream(POOLS, **options)
+
+    compiled = []  # names, after each step
+
+    def step(state, streams, step=runner.step):
+        after = step(state, streams)
+        compiled.append(tuple(compilations))
+        return after
+
+    with jax.transfer_guard("disallow"):
+        state = train.fit(
+            runner._replace(step=step), state, stream, num_steps=STEPS, log_every=50, progress=False
+        ).state
+    assert state.step == STEPS == len(compiled)
+    assert compiled[0].count("jit(run)") == 1
+    assert compiled[-1] == compiled[0]
