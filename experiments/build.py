@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import task
-from experiments.configs.methods import BY_DATA
+from experiments.configs.methods import BY_DATA, REFINERS
 from experiments.task import Data
 from saflex_jax import augment, checks, models, parallel, train
 from saflex_jax.batches import floats
@@ -25,7 +25,7 @@ from saflex_jax.data import (
     sizes,
     subset,
 )
-from saflex_jax.methods import METHODS, implicit, saflex
+from saflex_jax.methods import METHODS
 from saflex_jax.types import Method, Streams
 
 LOSSES = {
@@ -33,7 +33,12 @@ LOSSES = {
     "augmix": losses.augmix_loss,
     "decoupled_mixup": losses.decoupled_mixup_loss,
 }
-BACKBONES = {"mlp": models.MLP, "small_cnn": models.SmallCNN, "resnet18": models.ResNet18}
+BACKBONES = {
+    "mlp": models.MLP,
+    "small_cnn": models.SmallCNN,
+    "resnet18": models.ResNet18,
+    "vit": models.ViT,
+}
 SCHEMA = {
     "data": task.FIELDS,
     "optimizer": ("learning_rate", "weight_decay"),
@@ -57,7 +62,7 @@ def check(config: ConfigDict) -> None:
     checks.fields(
         "config.model", config.model, {"name", *backbone} - {"parent", "axis_name", "categories"}
     )
-    for name, refiner in {"saflex": saflex.refiner, "implicit": implicit.refiner}.items():
+    for name, refiner in REFINERS.items():
         given = config.method.get(name, {})
         accepted = set(inspect.signature(refiner).parameters) - BY_DATA
         checks.fields(f"config.method.{name}", given, accepted)
@@ -91,10 +96,10 @@ def make_method(
     kwargs = {k: v for k, v in config.model.items() if k != "name"}
     if isinstance(pools.candidates.inputs, dict):  # a table with categorical columns
         kwargs["categories"] = category_sizes(columns)
-    if config.runner == "pmap":
+    backbone = BACKBONES[config.model.name]
+    if config.runner == "pmap" and hasattr(backbone, "axis_name"):  # it may have BatchNorm
         kwargs["axis_name"] = parallel.runners.AXIS
-    backbone = BACKBONES[config.model.name](**kwargs)
-    model = models.from_linen(models.Classifier(backbone, num_classes))
+    model = models.from_linen(models.Classifier(backbone(**kwargs), num_classes))
     schedule = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.train.steps)
     tx = optax.adamw(schedule, weight_decay=config.optimizer.weight_decay)
     options = dict(config.method.get(config.method.name, {}))

@@ -74,6 +74,29 @@ def test_options_reach_the_rule():
         np.testing.assert_allclose(arrays(anchored.params)[name], expected, atol=1e-6)
 
 
+REWEIGHTING = {
+    "l2rw": {"predicate": "head", "mode": "finite_difference", "chunk": 8},
+    "meta_weight_net": {"predicate": "head", "hidden": 7, "inner_learning_rate": 0.2,
+                        "meta_tx": 0.1, "seed": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", REWEIGHTING)
+def test_every_option_of_reweighting_by_config(method):
+    options = {"start": 2, **REWEIGHTING[method]}
+    config = small(**{f"method.{method}.{name}": value for name, value in options.items()})
+    config.method.name = method
+    assert set(options) == set(config.method[method])
+    state, metrics = steps(config, 3)
+    assert metrics["val_loss"][1] == 1
+    assert all(np.isfinite(total) for total, _ in metrics.values())
+    if method == "meta_weight_net":
+        net, _ = state.extra
+        assert net["out"]["kernel"].shape == (7, 1)
+    with pytest.raises(ValueError, match="start must be >= 0; given -1"):
+        steps(changed(config, **{f"method.{method}.start": -1}))
+
+
 def test_pmap_and_jit_agree_by_config():
     # Mixup pairs within a device's share under pmap. The damping keeps conjugate gradients from
     # magnifying the rounding by which already jit on 1 and on 8 devices differ.
@@ -153,6 +176,8 @@ def test_data_of_a_seed():
         ("method", "options", {}, r"config.method has no field 'options'; known fields: "),
         ("method.saflex", "temprature", 1, r"did you mean 'temperature'\?"),
         ("method.implicit", "max_wight", 1, r"method.implicit .*did you mean 'max_weight'\?"),
+        ("method.l2rw", "chunck", 4, r"method.l2rw has no field 'chunck'; did you mean 'chunk'\?"),
+        ("method.meta_weight_net", "hiden", 9, r"did you mean 'hidden'\?"),
         ("", "runner", "jitt", r"config.runner must be one of .*'jitt'; did you mean 'jit'\?"),
         ("data", "name", "digit", r"config.data.name .*did you mean 'digits'\?"),
         ("model", "name", "small_cn", r"config.model.name .*did you mean 'small_cnn'\?"),

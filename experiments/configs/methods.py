@@ -8,8 +8,15 @@ from typing import get_type_hints
 
 from ml_collections import config_dict
 
-from saflex_jax.methods import implicit, saflex
+from saflex_jax.methods import implicit, l2rw, meta_weight_net, saflex
 
+# The rules that have options, by the name of their method.
+REFINERS = {
+    "saflex": saflex.refiner,
+    "implicit": implicit.refiner,
+    "l2rw": l2rw.refiner,
+    "meta_weight_net": meta_weight_net.refiner,
+}
 BY_DATA = {"num_samples", "num_classes", "prior"}  # set by the data set, not by a config
 
 
@@ -26,7 +33,7 @@ def options(refiner: Callable) -> dict:
         if name in BY_DATA:
             continue
         if name == "predicate":
-            found[name] = "head"
+            found[name] = "" if default is None else "head"
         elif default is None:
             (kind,) = set(hints[name].__args__) - {type(None)}
             found[name] = config_dict.placeholder(kind)
@@ -37,7 +44,7 @@ def options(refiner: Callable) -> dict:
 
 def all_methods(name: str, **changes: dict) -> dict:
     """The `method` section: the chosen name, and the options of every method with the changes."""
-    section = {"saflex": options(saflex.refiner), "implicit": options(implicit.refiner)}
+    section = {method: options(refiner) for method, refiner in REFINERS.items()}
     for method, values in changes.items():
         section[method] |= values
     return {"name": name, "loss": "cross_entropy", **section}

@@ -5,12 +5,14 @@ from saflex_jax.models.classifier import Classifier, mix_hidden
 from saflex_jax.models.mlp import MLP
 from saflex_jax.models.resnet import ResNet18
 from saflex_jax.models.small_cnn import SmallCNN
+from saflex_jax.models.vit import ViT
 
 __all__ = [
     "MLP",
     "Classifier",
     "ResNet18",
     "SmallCNN",
+    "ViT",
     "from_function",
     "from_linen",
     "from_nnx",

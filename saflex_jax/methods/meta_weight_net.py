@@ -1,0 +1,262 @@
+"""Meta-Weight-Net: a small network, learned on validation samples, turns a loss into a weight.
+
+Source: Shu et al., "Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting",
+NeurIPS 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax import checks
+from saflex_jax.core.losses import (
+    CandidateLoss,
+    masked_mean,
+    weighted_cross_entropy,
+    weighted_soft_cross_entropy,
+)
+from saflex_jax.core.scores import validation_gradient
+from saflex_jax.core.steps import total
+from saflex_jax.core.targets import prior_targets
+from saflex_jax.core.tree import axpy, identity, merge, select
+from saflex_jax.methods.base import supervised
+from saflex_jax.types import (
+    Batch,
+    LogitsFn,
+    Method,
+    Model,
+    Params,
+    PathPredicate,
+    Reduce,
+    Refiner,
+    Streams,
+    Targets,
+)
+
+Push = Callable[[Params], jax.Array]
+
+_L2 = 1e-4  # of V's parameters, in the paper's code
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    **options,
+) -> Method:
+    """Meta-Weight-Net as a method of the loop; `options` are those of `refiner`."""
+    return supervised(model, tx, refiner(**options), loss=loss)
+
+
+def init_net(key: jax.Array, hidden: int) -> Params:
+    """Parameters of V, uniform in +-1/sqrt(fan-in) with the biases, as in the paper's code.
+
+    Args:
+      key: PRNG key.
+      hidden: H, the width.
+
+    Returns:
+      {"hidden": {"kernel" f32[1, H], "bias" f32[H]}, "out": {"kernel" f32[H, 1], "bias" f32[1]}}.
+    """
+
+    def layer(key, fan_in, width):
+        bound = fan_in**-0.5
+        draw = lambda key, *shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        of_kernel, of_bias = jax.random.split(key)
+        return {"kernel": draw(of_kernel, fan_in, width), "bias": draw(of_bias, width)}
+
+    first, second = jax.random.split(key)
+    return {"hidden": layer(first, 1, hidden), "out": layer(second, hidden, 1)}
+
+
+def apply_net(net: Params, losses: jax.Array) -> jax.Array:
+    """Weights of samples by their losses, V: one hidden layer, ReLU, sigmoid.
+
+        V(l) = sigmoid(relu(l W_1 + b_1) W_2 + b_2)
+
+    Args:
+      net: see `init_net`.
+      losses: l, f32[B], nats.
+
+    Returns:
+      f32[B], in (0, 1).
+    """
+    dense = lambda layer, x: x @ layer["kernel"] + layer["bias"][None]
+    hidden = jax.nn.relu(dense(net["hidden"], losses[:, None]))
+    return jax.nn.sigmoid(dense(net["out"], hidden))[:, 0]
+
+
+def linear_losses(
+    logits_fn: LogitsFn,
+    params: Params,
+    candidates: Batch,
+    *,
+    predicate: PathPredicate | None = None,
+) -> tuple[jax.Array, Push]:
+    """Losses l of the candidates, and u -> <grad l_i, u>, both f32[B]; 0 on padding.
+
+    The network runs here, once, and XLA shares this pass with the training gradient's: it must stay
+    outside of branches.
+
+    Args:
+      logits_fn: (params, inputs) -> f32[B, K], evaluation mode.
+      params: pytree.
+      candidates: Batch of B; l_i is the cross-entropy against its prior label, nats.
+      predicate: the parameters that u holds; None = all.
+    """
+
+    def losses(part):
+        logits = logits_fn(merge(part, params), candidates.inputs)
+        return weighted_cross_entropy(logits, candidates.labels, mask=candidates.mask)
+
+    return jax.linearize(losses, select(params, predicate))
+
+
+def meta_gradient(
+    net: Params,
+    losses: jax.Array,
+    push: Push,
+    logits_fn: LogitsFn,
+    params: Params,
+    streams: Streams,
+    *,
+    inner_learning_rate: float,
+    predicate: PathPredicate | None = None,
+    reduce: Reduce = identity,
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Gradient for V of the validation loss after a gradient step on V's weights.
+
+        theta^ = theta - lr grad mean_i V(l_i) l_i                        (l_i constant inside V)
+        u_i = <grad L_val(theta^), grad l_i(theta)>
+        d L_val(theta^) / d V = - lr d/dV mean_i V(l_i) u_i
+
+    Exact, and without a backward pass through a backward pass: one backward pass at theta, the
+    validation gradient at theta^, one forward-mode product at theta, and V's own gradient.
+
+    Args:
+      net: V, see `init_net`.
+      losses, push: see `linear_losses`.
+      logits_fn: (params, inputs) -> f32[B, K], evaluation mode.
+      params: theta.
+      streams: candidates and val.
+      inner_learning_rate: lr.
+      predicate: the parameters that the step moves; None = all.
+      reduce: mean over the data-parallel axis.
+
+    Returns:
+      (gradient like net, u f32[B], L_val(theta^) f32[] in nats).
+    """
+    mask, val = streams.candidates.mask, streams.val
+    selected = select(params, predicate)
+
+    def weighted_mean(net, losses, values):
+        return masked_mean(apply_net(net, losses) * values, mask, reduce=reduce)
+
+    (step,) = jax.linear_transpose(push, selected)(jax.grad(weighted_mean, 2)(net, losses, losses))
+    ahead = axpy(-inner_learning_rate, reduce(step), selected)
+    val_loss, gradient = validation_gradient(
+        logits_fn,
+        merge(ahead, params),
+        val.inputs,
+        val.labels,
+        mask=val.mask,
+        predicate=predicate,
+        reduce=reduce,
+    )
+    utility = push(gradient)
+    descent = reduce(jax.grad(weighted_mean)(net, losses, utility))
+    return jax.tree.map(lambda d: -inner_learning_rate * d, descent), utility, val_loss
+
+
+def refiner(
+    *,
+    hidden: int = 100,
+    inner_learning_rate: float = 0.1,
+    meta_tx: optax.GradientTransformation | float = 1e-3,
+    predicate: PathPredicate | None = None,
+    start: int = 0,
+    seed: int = 0,
+) -> Refiner:
+    """The rule of Meta-Weight-Net.
+
+        V <- V + meta_tx(d L_val(theta^) / d V) ,   w_i = V(l_i)              (see `meta_gradient`)
+
+    The weights lie in (0, 1) and are not rescaled to mean one, unlike those of other methods: where
+    V shrinks, so does the step. Labels stay the prior. The utility is <grad L_val(theta^), grad
+    l_i(theta)>: > 0 = more weight lowers the validation loss. The metric "val_loss" is that of the
+    look-ahead theta^, "weight" the mean of the weights.
+
+    Args:
+      hidden: width of V.
+      inner_learning_rate: lr of the look-ahead, plain gradient descent whatever the training
+        optimiser is; the default is the paper's initial rate.
+      meta_tx: optax transformation for V; a number is the learning rate of the paper's Adam, with
+        1e-4 times V's parameters added to the gradient (L2, not decoupled). Where too large a rate
+        takes all weights to one early, they stay: the sigmoid has no gradient there.
+      predicate: the parameters that the look-ahead moves; None = all, as in the paper.
+      start: first step on which V learns and weighs; the prior, weight one, before it.
+      seed: of V's initial parameters.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+    checks.whole("hidden", hidden, 1)
+    checks.positive("inner_learning_rate", inner_learning_rate)
+    checks.at_least_zero("start", start)
+    if isinstance(meta_tx, int | float):
+        checks.positive("meta_tx", meta_tx)
+        meta_tx = optax.chain(optax.add_decayed_weights(_L2), optax.adam(meta_tx))
+
+    def init(params):
+        del params
+        net = init_net(jax.random.key(seed), hidden)
+        return net, meta_tx.init(net)
+
+    def apply(arrays, state, logits_fn, streams, *, reduce):
+        candidates, val = streams.candidates, streams.val
+        if val is None:
+            raise ValueError("meta_weight_net needs validation samples; given streams.val = None")
+        mask = candidates.mask
+        losses, push = linear_losses(logits_fn, state.params, candidates, predicate=predicate)
+
+        def learned(net, opt_state):
+            grads, utility, val_loss = meta_gradient(
+                net,
+                losses,
+                push,
+                logits_fn,
+                state.params,
+                streams,
+                inner_learning_rate=inner_learning_rate,
+                predicate=predicate,
+                reduce=reduce,
+            )
+            updates, opt_state = meta_tx.update(grads, opt_state, net)
+            net = optax.apply_updates(net, updates)
+            weights = jnp.where(mask, apply_net(net, losses), 0.0)
+            targets = Targets(weights, candidates.labels, utility)
+            return targets, (net, opt_state), val_loss, jnp.ones(())
+
+        def prior(*arrays):
+            targets = prior_targets(candidates.labels, mask)
+            return targets, arrays, jnp.zeros(()), jnp.zeros(())
+
+        if start == 0:
+            targets, arrays, val_loss, count = learned(*arrays)
+        else:
+            targets, arrays, val_loss, count = jax.lax.cond(
+                state.step >= start, learned, prior, *arrays
+            )
+        metrics = {
+            "val_loss": (val_loss, count),
+            "kept": total(targets.weights > 0, mask, reduce),
+            "weight": total(targets.weights, mask, reduce),
+        }
+        return jax.lax.stop_gradient(targets), arrays, metrics
+
+    return Refiner(init, apply)

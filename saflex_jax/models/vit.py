@@ -1,0 +1,82 @@
+"""Vision transformer (Dosovitskiy et al., ICLR 2021), pre-norm, mean of tokens."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+from saflex_jax.models.norm import GroupNorm
+
+
+def _layer_norm(x: jax.Array, name: str) -> jax.Array:
+    """Layer normalisation of each token of f32[B, T, D]: one group, one row a token.
+
+    Not flax.linen.LayerNorm, for the reason that `GroupNorm` gives.
+    """
+    return GroupNorm(groups=1, name=name)(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """Attention and a two-layer perceptron, f32[B, T, D] -> f32[B, T, D], each added to its input.
+
+    Attributes:
+      heads: of the attention.
+      mlp_width: hidden width of the perceptron.
+    """
+
+    heads: int
+    mlp_width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(
+            _layer_norm(x, "attention_norm")
+        )
+        hidden = nn.gelu(nn.Dense(self.mlp_width, name="mlp_in")(_layer_norm(x, "mlp_norm")))
+        return x + nn.Dense(x.shape[-1], name="mlp_out")(hidden)
+
+
+class ViT(nn.Module):
+    """Vision transformer, f32[B, H, W, C] -> f32[B, width]; ViT-S, 21 M parameters, by default.
+
+    Tokens are patches with learned positions; features are the mean of the tokens after the last
+    normalisation (no class token). No dropout, so training and evaluation mode are the same.
+
+    Attributes:
+      patch: side of a patch in pixels; must divide H and W.
+      width: D, of a token; a multiple of heads.
+      depth: blocks.
+      heads: of each attention.
+      mlp_width: hidden width of each block's perceptron.
+
+    Raises:
+      ValueError: a size that does not divide.
+    """
+
+    patch: int = 4
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_width: int = 1536
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        del train
+        checks.images("inputs", x)
+        if x.shape[1] % self.patch or x.shape[2] % self.patch:
+            raise ValueError(
+                f"inputs must have sides that are multiples of patch = {self.patch}; "
+                f"given {x.shape[1]}x{x.shape[2]}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of {self.heads} heads; given {self.width}")
+        side = (self.patch, self.patch)
+        x = nn.Conv(self.width, side, side, padding="VALID", name="patches")(x)
+        x = x.reshape(len(x), -1, self.width)
+        positions = self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
+        x = x + jax.lax.broadcast_in_dim(positions, x.shape, (1, 2))
+        for number in range(self.depth):
+            x = Block(self.heads, self.mlp_width, name=f"block_{number}")(x)
+        return jnp.mean(_layer_norm(x, "norm"), axis=1)
