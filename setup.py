@@ -16,12 +16,16 @@ EXPERIMENTS = ["matplotlib>=3.8,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.
 # What the benchmarks compare with; a missing one is reported. On a CPU machine first install the
 # CPU build of exactly this torch, or pip fetches gigabytes of CUDA:
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+# betty-ml is left out: pip 24.1 and later refuse its own requirements (benchmarks/peers.py).
 BENCH = [
     "albumentations>=2.0.8,<3",
     "augmax>=0.4.1,<0.5",
     "keras>=3.15,<4",
     "kornia>=0.9,<0.10",
+    "lineax>=0.1.1,<0.2",
+    "optimistix>=0.1,<0.2",
     "torch==2.13.0",
+    "torchopt>=0.7.3,<0.8",
 ]
 
 setup(

@@ -30,6 +30,13 @@ class Memory(NamedTuple):
     visits: jax.Array
 
 
+def check(num_samples: int, num_classes: int, dtype: str) -> None:
+    """Raises ValueError on what `init` does not take."""
+    checks.positive("num_samples", num_samples)
+    checks.positive("num_classes", num_classes)
+    checks.choice("memory_dtype", dtype, ("float32", "bfloat16"))
+
+
 def init(num_samples: int, num_classes: int, *, dtype: str = "float32") -> Memory:
     """An empty memory.
 
@@ -41,9 +48,7 @@ def init(num_samples: int, num_classes: int, *, dtype: str = "float32") -> Memor
     Raises:
       ValueError: sizes < 1, another dtype.
     """
-    checks.positive("num_samples", num_samples)
-    checks.positive("num_classes", num_classes)
-    checks.choice("dtype", dtype, ("float32", "bfloat16"))
+    check(num_samples, num_classes, dtype)
     rows = -(-num_samples // ROWS) * ROWS
     return Memory(jnp.zeros((rows, num_classes), dtype), jnp.zeros(rows, jnp.int32))
 

@@ -110,15 +110,16 @@ def refiner(
     checks.positive("val_every", val_every)
     if not 0 <= val_decay < 1:
         raise ValueError(f"val_decay must lie in [0, 1); given {val_decay}")
-    keeps_gradient = val_every > 1 or val_decay > 0
+    remembers, keeps_gradient = memory_decay is not None, val_every > 1 or val_decay > 0
+    size = dict(num_samples=num_samples, num_classes=num_classes, dtype=memory_dtype)
+    if remembers:
+        memory.check(**size)
 
     def init(params):
-        remembered, gradient = None, None
-        if memory_decay is not None:
-            remembered = memory.init(num_samples, num_classes, dtype=memory_dtype)
-        if keeps_gradient:
-            gradient = jax.tree.map(jnp.zeros_like, select(params, predicate))
-        return Kept(remembered, gradient)
+        gradient = jax.tree.map(jnp.zeros_like, select(params, predicate))
+        return Kept(
+            memory.init(**size) if remembers else None, gradient if keeps_gradient else None
+        )
 
     def solver(state) -> LinearSolve:
         if direction == "identity":
@@ -184,7 +185,7 @@ def refiner(
 
         def scored(arrays):
             if val_every == 1:
-                gradient, val_loss = fresh(arrays.gradient)
+                gradient, val_loss = fresh(arrays.gradient if keeps_gradient else None)
             else:
                 gradient, val_loss = jax.lax.cond(
                     turn % val_every == 0, fresh, lambda kept: (kept, nothing), arrays.gradient
@@ -192,7 +193,7 @@ def refiner(
             label_scores, _, info = jax.lax.stop_gradient(along(gradient))
             if keeps_gradient:
                 arrays = arrays._replace(gradient=gradient)
-            if memory_decay is not None:
+            if remembers:
                 sigma = targets.score_scale(label_scores, candidates.mask, reduce=reduce)
                 remembered, label_scores = memory.update(
                     arrays.memory,
@@ -208,7 +209,7 @@ def refiner(
 
         def unscored(arrays):
             learned = targets.prior_targets(candidates.labels, candidates.mask)
-            if memory_decay is not None:
+            if remembers:
                 remembered = memory.recall(arrays.memory, candidates.index)
                 learned = jax.lax.cond(
                     state.step >= start,

@@ -95,7 +95,7 @@ def test_rows_divide_among_devices_and_the_surplus_stays_empty():
     [
         ((0, K), "float32", "num_samples must be positive"),
         ((N, 0), "float32", "num_classes must be positive"),
-        ((N, K), "float16", "dtype must be one of"),
+        ((N, K), "float16", "memory_dtype must be one of"),
     ],
 )
 def test_malformed_memories(sizes, dtype, message):

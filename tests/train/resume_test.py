@@ -52,7 +52,8 @@ def assert_same_run(workdir, whole, like, resumed_at):
             checkpoints.close()
         assert_same_bits(states[0][0], states[1][0])
         assert states[0][1] == states[1][1] == {"step": step}
-    assert states[0][0].extra.memory.visits.sum() > 0  # the score memory is part of what is compared
+    memory = states[0][0].extra.memory  # is part of what is compared
+    assert memory.visits.sum() > 0
 
     expected = process_.records(whole)
     assert list(expected) == [*range(LOG_EVERY, STEPS, LOG_EVERY), STEPS]
