@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import tqdm
 
+from benchmarks import fidelity_figures as figures
 from benchmarks import fidelity_problems as problems
 from benchmarks import truths
 from benchmarks.fidelity_problems import Problem
@@ -282,6 +283,13 @@ class Comparison(NamedTuple):
     measures: dict[str, float]
 
 
+def against(found: dict, scores: list, prior: np.ndarray, where: tuple) -> Iterator[Comparison]:
+    """Named scores beside every truth found; a truth itself may be among the scores."""
+    for (direction, values), (truth, true) in itertools.product(scores, found.items()):
+        if direction != truth:
+            yield Comparison(*where, truth, direction, compare(values, true, prior))
+
+
 def compare_run(name: str, seed: int, optimiser: str, residuals: list) -> Iterator[Comparison]:
     """All comparisons of one run; the truths that no optimiser is part of, in Adam's run alone.
 
@@ -328,10 +336,10 @@ def compare_run(name: str, seed: int, optimiser: str, residuals: list) -> Iterat
             if not defined(direction, optimiser, moment):
                 continue
             keys = jax.random.split(view.key, RANDOM if direction == "random" else 1)
-            for made in [np.asarray(scores(view._replace(key=key))) for key in keys]:
-                for truth, values in found.items():
-                    measures = compare(made, values, batch.labels)
-                    yield Comparison(name, seed, moment, truth, direction, measures)
+            made = [(direction, np.asarray(scores(view._replace(key=key)))) for key in keys]
+            yield from against(found, made, batch.labels, (name, seed, moment))
+        solved = [(truth, found[truth]) for truth in DAMPINGS if truth in found]
+        yield from against(found, solved, batch.labels, (name, seed, moment))
 
 
 class Found(NamedTuple):
@@ -367,7 +375,7 @@ def summary(found: Found) -> dict:
         for measure, value in c.measures.items():
             key = c.problem, c.truth, c.direction
             groups.setdefault((*key, measure), []).append(value)
-            if measure in ("rank", "utility_rank"):
+            if measure in ("rank", "utility_rank") and c.direction in figures.COURSE:
                 courses.setdefault((*key, measure), {}).setdefault(c.moment, []).append(value)
     nested, course = {}, {}
     for (problem, truth, direction, measure), values in groups.items():

@@ -16,6 +16,7 @@ COURSE = {
     "head": "#2a9d5c",
     "head cg .01": "#1b6ca8",
     "head cg .1": "#56b4e9",
+    "implicit": "#000000",  # a truth, beside the others
 }
 COURSE_TRUTHS = ("exact adam", "unrolled", "implicit .1", "leave one out")
 KIND_COLOURS = {"none": "#8a8a8a", ".5": "#e9c46a", ".9": "#1b6ca8", ".99": "#d1495b"}
@@ -103,6 +104,7 @@ def memory(made: dict) -> Figure:
                               label=f"{kind}: {measure}")  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_title(f"{problem}, {direction}: {setting}", fontsize=8)
+            axis.set_xticks(visits, visits, fontsize=8)
             axis.set_ylim(0, 1.02)
             axis.axhline(0.5, color="k", lw=0.5)
     for axis in axes[-1]:

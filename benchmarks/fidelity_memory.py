@@ -48,12 +48,13 @@ MEASURES = {
 }
 # Accuracy after training, with the rule of experiments/configs/digits.py.
 RULE = {"anchor": "log", "prior_strength": 0.5, "temperature": 0.5}
-STEPS, TRAIN_TX = 500, optax.adamw(optax.cosine_decay_schedule(1e-2, 500), weight_decay=1e-4)
+STEPS = 1000
+TRAIN_TX = optax.adamw(optax.cosine_decay_schedule(1e-2, STEPS), weight_decay=1e-4)
 ACCURACY_ON = "cnn"
 ACCURACY_SETTINGS = ("pool", "augmented", "augmented, val 16")
 ARMS = {
     "upstream": None,
-    **{f"head cg .01, {kind}": ("cg", kind) for kind in ("none", ".5", ".9", ".99", ".9 bf16")},
+    **{f"head cg .01, {kind}": ("cg", kind) for kind in ("none", ".9", ".99", ".9 bf16")},
     **{f"identity, {kind}": ("identity", kind) for kind in ("none", ".9")},
 }
 
