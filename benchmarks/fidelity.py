@@ -84,19 +84,29 @@ def report(options: argparse.Namespace, found: Found) -> dict:
     }
 
 
-def show(value: float | None, width: int = 8) -> str:
-    """Two digits, or "-"."""
-    return f"{'-' if value is None else format(value, '.2f'):>{width}}"
+def show(value: float | None, width: int = 8, digits: int = 2) -> str:
+    """So many digits, or "-"."""
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+
+
+def mean_and_sd(found: dict) -> str:
+    """Of seeds, and how many of them count."""
+    return f"{show(found['mean'], 7, 4)} ± {show(found['sd'], 6, 4)} (n = {found['n']})"
 
 
 def agreement_table(made: dict) -> list[str]:
     """Spearman's correlation of each direction with each truth."""
-    lines = ["rank correlation with each truth (leave one out: of prior labels), mean over all"]
+    lines = [
+        "rank correlation with each truth (leave one out: of prior labels), mean over seeds and",
+        "over the moments that all rows of a table have, named with its problem",
+    ]
     for problem, by_truth in made["over_all"].items():
         names = list(by_truth)
+        moments = ", ".join(map(str, made["over_all_moments"][problem]))
         lines += [
             "",
-            f"{problem:32}" + "".join(f"{name.replace('exact ', ''):>14}" for name in names),
+            f"{f'{problem} ({moments})':32}"
+            + "".join(f"{name.replace('exact ', ''):>14}" for name in names),
         ]
         for direction in dict.fromkeys(d for found in by_truth.values() for d in found):
             cells = [figures.rank(by_truth[name].get(direction, {})) for name in names]
@@ -117,9 +127,7 @@ def memory_table(made: dict) -> list[str]:
                 lines.append(f"  {name:42}" + "".join(show(value, 10) for value in last))
     lines += ["", "test accuracy, mean and sd over seeds"]
     for setting, arms in made["accuracy"].items():
-        lines += [
-            f"  {setting:20} {arm:22} {a['mean']:.4f}  {a['sd']:.4f}" for arm, a in arms.items()
-        ]
+        lines += [f"  {setting:20} {arm:22} {mean_and_sd(a)}" for arm, a in arms.items()]
     return lines
 
 
@@ -128,9 +136,12 @@ def end_to_end_table(made: dict) -> list[str]:
     lines = ["test accuracy at equal wall time: last parameters, those of least validation loss"]
     for problem, arms in made["accuracy"].items():
         for arm, found in arms.items():
-            cells = [f"{found[at]['mean']:.4f} ± {found[at]['sd']:.4f}" for at in ("last", "best")]
+            cells = [mean_and_sd(found[at]) for at in ("last", "best")]
             count = sum(found["by_seed"]["steps"]) / len(found["by_seed"]["steps"])
-            lines.append(f"  {problem:6}{arm:26}{cells[0]:>18}{cells[1]:>18}{count:>10,.0f} steps")
+            lines.append(f"  {problem:6}{arm:30}{cells[0]:>26}{cells[1]:>26}{count:>10,.0f} steps")
+    rules = {name: rule for name, rule in made["settings"].items() if name.startswith("saflex")}
+    for name, rule in rules.items():
+        lines.append(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in rule.items()))
     return lines
 
 

@@ -34,15 +34,17 @@ MOMENTS = (0, 20, 100, 400)  # steps of plain training
 CONVEX, OPTIMUM = "logistic", "optimum"  # its optimum, where the implicit truth is exact
 BATCH = 32  # of training, and samples whose scores are looked at
 L2 = 1e-3
+RATES, MOMENTUM = {"sgd": 0.1, "momentum": 0.02, "adam": 5e-3, "retrain": 0.1}, 0.9
 TX = {
-    "sgd": optax.sgd(0.1),
-    "momentum": optax.sgd(0.02, momentum=0.9),
-    "adam": optax.adam(5e-3),
+    "sgd": optax.sgd(RATES["sgd"]),
+    "momentum": optax.sgd(RATES["momentum"], momentum=MOMENTUM),
+    "adam": optax.adam(RATES["adam"]),
 }
-RETRAIN = {"tx": optax.sgd(0.1), "steps": 10}  # of `unrolled`, and of `leave_one_out` on networks
+# Of `unrolled`, and of `leave_one_out` on networks.
+RETRAIN = {"tx": optax.sgd(RATES["retrain"]), "steps": 10}
 NEUMANN = range(1, 9)
 DAMPINGS = {"implicit": L2, "implicit .1": 0.1}  # of the implicit truths
-NEUMANN_SCALE = 0.1
+NEUMANN_OPTIONS = {"scale": 0.1, "damping": 0.01}
 VAL = 16  # rows of a small validation batch
 PAST, BETWEEN, AVERAGED = 80, 10, 16  # steps looked back on, between two visits, in an average
 DECAY = 0.9
@@ -130,7 +132,7 @@ class Scorers:
             solve = {
                 "identity": lambda: identity_solve(),
                 "diagonal": lambda: preconditioned_solve(number),
-                "neumann": lambda: neumann_solve(steps=number, scale=NEUMANN_SCALE, damping=1e-2),
+                "neumann": lambda: neumann_solve(steps=number, **NEUMANN_OPTIONS),
                 "cg": lambda: cg_solve(maxiter=10, damping=number),
             }[kind]()
             solve = along(gradient, solve) if gradient is not None else solve
@@ -368,13 +370,26 @@ def measure(into: Found, *, seeds: int, bar: tqdm.tqdm) -> None:
         bar.update()
 
 
+def shared_moments(comparisons: list[Comparison]) -> dict[str, list[int | str]]:
+    """problem -> the moments at which each of its directions was read, whatever the truth."""
+    found = {}
+    for c in comparisons:
+        found.setdefault(c.problem, {}).setdefault(c.direction, {})[c.moment] = None
+    moments = (*MOMENTS, OPTIMUM)
+    return {
+        problem: [m for m in moments if all(m in read for read in by_direction.values())]
+        for problem, by_direction in found.items()
+    }
+
+
 def summary(found: Found) -> dict:
-    """problem -> truth -> direction -> measure -> mean and sd over seeds and moments."""
-    groups, courses = {}, {}
+    """problem -> truth -> direction -> measure -> mean and sd over seeds and shared moments."""
+    groups, courses, shared = {}, {}, shared_moments(found.comparisons)
     for c in found.comparisons:
         for measure, value in c.measures.items():
             key = c.problem, c.truth, c.direction
-            groups.setdefault((*key, measure), []).append(value)
+            if c.moment in shared[c.problem]:
+                groups.setdefault((*key, measure), []).append(value)
             if measure in ("rank", "utility_rank") and c.direction in figures.COURSE:
                 courses.setdefault((*key, measure), {}).setdefault(c.moment, []).append(value)
     nested, course = {}, {}
@@ -386,11 +401,12 @@ def summary(found: Found) -> dict:
         at[measure] = {str(m): problems.mean_sd(v)["mean"] for m, v in moments.items()}
     return {
         "over_all": nested,
+        "over_all_moments": shared,
         "by_moment": course,
         "implicit_residual_max": {name: max(r) for name, r in found.residuals.items() if r},
         "settings": {
             "moments": MOMENTS, "batch": BATCH, "l2": L2, "truths": TRUTHS, "measures": MEASURES,
-            "optimisers": {"sgd": "lr .1", "momentum": "lr .02, .9", "adam": "lr .005"},
-            "retrain": "SGD, lr .1, 10 steps", "neumann": {"scale": NEUMANN_SCALE, "damping": 0.01},
+            "learning_rates": RATES, "momentum": MOMENTUM,
+            "retrain": f"SGD, {RETRAIN['steps']} steps", "neumann": NEUMANN_OPTIONS,
         },
     }  # fmt: skip

@@ -48,7 +48,12 @@ def agreement(made: dict) -> Figure:
         axis.set_title(name)
         axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=9)
         axis.set_yticks(range(len(rows)), rows if axis is axes[0] else [], fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.5, label="Spearman's correlation, mean")
+    figure.colorbar(
+        image,
+        ax=axes,
+        shrink=0.5,
+        label="Spearman's correlation, mean over moments that all rows have",
+    )
     figure.suptitle("Scores (rows) beside truths (columns); leave one out: prior labels only")
     return figure
 
@@ -90,7 +95,9 @@ def memory(made: dict) -> Figure:
     figure = Figure(figsize=(11, 2.2 * len(rows) + 3.2), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[2.2 * len(rows), 3.2])
     axes = (
-        above.subplots(len(rows), max(len(settings), 1), squeeze=False, sharex=True) if rows else []
+        above.subplots(len(rows), max(len(settings), 1), squeeze=False, sharex=True, sharey=True)
+        if rows
+        else []
     )
     for line, (problem, direction) in zip(axes, rows):
         for axis, setting in zip(line, settings):
@@ -105,7 +112,6 @@ def memory(made: dict) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set_title(f"{problem}, {direction}: {setting}", fontsize=8)
             axis.set_xticks(visits, visits, fontsize=8)
-            axis.set_ylim(0, 1.02)
             axis.axhline(0.5, color="k", lw=0.5)
     for axis in axes[-1]:
         axis.set_xlabel("visits", fontsize=8)

@@ -26,11 +26,13 @@ from saflex_jax.data.seeds import generator
 from saflex_jax.methods import erm, saflex
 
 NAMES = ("mlp", "cnn")
-VISITS = (1, 2, 4, 8, 16, 32)  # of every sample, when fidelity is read
-BATCH, VAL, L2, TX = 64, 16, 1e-3, optax.adam(5e-3)
+VISITS = (1, 2, 4, 8, 16, 32)  # epochs, of full batches alone, after which fidelity is read
+BATCH, VAL, L2, LEARNING_RATE = 64, 16, 1e-3, 5e-3
+TX = optax.adam(LEARNING_RATE)
 STEP, DAMPING = optax.sgd(0.1), 0.1  # of the exact and of the implicit truth
 ROWS, FRESH = 32, 2  # samples that have truths; fresh augmentations that these average over
-DIRECTIONS = {"identity": {}, "head cg .01": {"predicate": under("head"), "solve": cg_solve()}}
+CG = cg_solve(damping=0.01)
+DIRECTIONS = {"identity": {}, "head cg .01": {"predicate": under("head"), "solve": CG}}
 KINDS = {
     "none": (0.0, "float32"),
     ".5": (0.5, "float32"),
@@ -41,15 +43,15 @@ KINDS = {
 }
 POOLS = {"pool": False, "augmented": True}
 SETTINGS = ("pool", "pool, val 16", "augmented", "augmented, val 16")
-MEASURES = {
+MEASURES = {  # of the samples visited so far
     "auc": "area under the ROC curve: the prior label's remembered utility tells right from wrong",
     "exact": "Spearman's correlation with one SGD step, taken and measured, at present parameters",
     "implicit": "the same with the implicit truth, damping .1, at present parameters",
 }
 # Accuracy after training, with the rule of experiments/configs/digits.py.
-RULE = {"anchor": "log", "prior_strength": 0.5, "temperature": 0.5}
-STEPS = 1000
-TRAIN_TX = optax.adamw(optax.cosine_decay_schedule(1e-2, STEPS), weight_decay=1e-4)
+RULE = {"damping": 0.01, "anchor": "log", "prior_strength": 0.5, "temperature": 0.5}
+STEPS, TRAIN_RATE = 1000, 1e-2
+TRAIN_TX = optax.adamw(optax.cosine_decay_schedule(TRAIN_RATE, STEPS), weight_decay=1e-4)
 ACCURACY_ON = "cnn"
 ACCURACY_SETTINGS = ("pool", "augmented", "augmented, val 16")
 ARMS = {
@@ -162,8 +164,9 @@ def follow(name: str, pool: str, seed: int, into: Found) -> None:
             mean = np.asarray(memory.recall(kept, np.arange(size)))
             seen = np.asarray(kept.visits[:size]) > 0
             utility = truths.utility(mean, prior)
+            known = seen[rows]
             values = {"auc": roc_auc_score(~wrong[seen], utility[seen])} | {
-                which: truths.agreement(mean[rows], scores)["rank"]
+                which: truths.agreement(mean[rows[known]], scores[known])["rank"]
                 for which, scores in truth.items()
             }
             for measure, value in values.items():
@@ -243,9 +246,9 @@ def summary(found: Found) -> dict:
         "accuracy": accuracies,
         "settings": {
             "visits": VISITS, "batch": BATCH, "val_batch": VAL, "l2": L2, "rule": RULE,
-            "optimiser": "Adam, lr .005", "samples_with_truth": ROWS,
+            "optimiser": f"Adam, lr {LEARNING_RATE}", "samples_with_truth": ROWS,
             "fresh_augmentations": FRESH, "measures": MEASURES, "accuracy_on": ACCURACY_ON,
-            "accuracy_steps": STEPS, "accuracy_optimiser": "AdamW, lr .01, cosine",
+            "accuracy_steps": STEPS, "accuracy_optimiser": f"AdamW, lr {TRAIN_RATE}, cosine",
             "upstream": problems.UPSTREAM,
         },
     }  # fmt: skip

@@ -174,9 +174,13 @@ class Training:
         self.state, _ = self.runner.step(self.state, next(self.stream))
         self.steps += 1
 
+    def wait(self) -> None:
+        """Until the steps dispatched are done."""
+        jax.block_until_ready(self.state)
+
     def params(self) -> Params:
-        """A copy of the present parameters, when they are there."""
-        return jax.block_until_ready(jax.tree.map(jnp.copy, self.state.params))
+        """A copy of the present parameters: the next step takes over their buffers."""
+        return jax.tree.map(jnp.copy, self.state.params)
 
 
 def on_one_device(method: Method) -> parallel.Runner:
@@ -202,7 +206,12 @@ def evaluate(problem: Problem, params: Params, batch: Batch) -> tuple[float, flo
     return tuple(map(float, _evaluator(problem.name)(params, batch)))
 
 
-def mean_sd(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation to four digits; None where they are not finite."""
-    found = {"mean": np.mean(values), "sd": np.std(values)}
-    return {k: round(float(v), 4) if np.isfinite(v) else None for k, v in found.items()}
+def mean_sd(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean and sample standard deviation to four digits, and n, how many values count.
+
+    Values that are not finite are left out; no mean of none, no deviation of fewer than two.
+    """
+    kept = [value for value in values if np.isfinite(value)]
+    mean = round(float(np.mean(kept)), 4) if kept else None
+    sd = round(float(np.std(kept, ddof=1)), 4) if len(kept) > 1 else None
+    return {"mean": mean, "sd": sd, "n": len(kept)}

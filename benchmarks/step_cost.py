@@ -30,7 +30,8 @@ import optax
 import tqdm
 
 from benchmarks import timing
-from saflex_jax import models
+from saflex_jax import models, types
+from saflex_jax.core.losses import weighted_cross_entropy
 from saflex_jax.core.tree import identity, under
 from saflex_jax.methods import METHODS
 from saflex_jax.types import Batch, Method, PyTree, Streams
@@ -71,6 +72,10 @@ IMAGE = (32, 32, 3)
 MODELS = {
     "mlp": Model(models.MLP, (30,), ("Dense_1",), batch=256),
     "small_cnn": Model(partial(models.SmallCNN, (16, 32, 64, 64)), IMAGE, ("Conv_3", "Norm_3")),
+    # Trained on batch statistics and scored on running ones: two forward passes, not one.
+    "small_cnn_batch_norm": Model(
+        partial(models.SmallCNN, (16, 32, 64, 64), norm="batch"), IMAGE, ("Conv_3", "Norm_3")
+    ),
     "resnet18": Model(
         models.ResNet18,
         IMAGE,
@@ -109,6 +114,7 @@ class Variant(NamedTuple):
       period: steps after which it does the same again.
       iterations: trips, at most, of a loop whose end depends on the data.
       dear: only counted on slow models.
+      timed: False = only counted on every model.
     """
 
     method: str
@@ -117,6 +123,7 @@ class Variant(NamedTuple):
     period: int = 1
     iterations: int | None = None
     dear: bool = False
+    timed: bool = True
 
 
 def _options(**given) -> Callable[[Model], dict]:
@@ -199,12 +206,13 @@ VARIANTS = {
     "saflex_full_chunked": Variant(
         "saflex", _options(**FULL, chunk=CHUNK), lambda h: 1 + R + 3 * F, dear=True
     ),
+    # Gradients of convolutions in a loop are some 20 times slower on a CPU (docs/sharp_edges.md).
     "saflex_full_cg": Variant(
         "saflex",
         _options(**CG, predicate=None),
         lambda h: 1 + R + 2 * F + SOLVES * 2 * F,
         iterations=ITERATIONS,
-        dear=True,
+        timed=False,
     ),
     "l2rw": Variant("l2rw", floor=lambda h: 1 + R + 2 * F, dear=True),
     # A backward pass for the look-ahead beside the validation gradient and the JVP.
@@ -219,11 +227,53 @@ VARIANTS = {
 }
 
 
+def make_network(model: Model) -> types.Model:
+    """The classifier."""
+    return models.from_linen(models.Classifier(model.backbone(), model.classes))
+
+
 def make_method(model: Model, variant: Variant) -> Method:
     """The variant on the model, trained by SGD with momentum."""
-    network = models.from_linen(models.Classifier(model.backbone(), model.classes))
     tx = optax.sgd(0.1, momentum=0.9)
-    return METHODS[variant.method](network, tx, **variant.options(model))
+    return METHODS[variant.method](make_network(model), tx, **variant.options(model))
+
+
+# --- the parts of a step, alone: what explains a ratio of times that is not that of operations
+
+# Network (params, batch) -> logits, params, streams -> the part's results. In a branch: one that is
+# always taken, which the compiler does not know.
+PARTS = {
+    "forward": lambda net, params, of: net(params, of.candidates),
+    "gradient": lambda net, params, of: _gradient(net, params, of.candidates),
+    "jvp": lambda net, params, of: jax.jvp(lambda p: net(p, of.candidates), (params,), (params,)),
+    "validation_forward": lambda net, params, of: net(params, of.val),
+    "validation_gradient": lambda net, params, of: _gradient(net, params, of.val),
+}
+BRANCHED = ("validation_forward", "validation_gradient")
+
+
+def _gradient(net, params, batch):
+    return jax.grad(lambda p: jnp.mean(weighted_cross_entropy(net(p, batch), batch.labels)))(params)
+
+
+def part_job(model: Model, name: str, streams: Streams, *, branch: bool) -> timing.Job:
+    """Runs one part of the step, and waits for it."""
+    network = make_network(model)
+    params, model_state = jax.jit(network.init)(jax.random.key(0), streams.candidates.inputs[:1])
+
+    def alone(params, streams):
+        net = lambda params, batch: network.logits(params, model_state, batch.inputs)
+        return PARTS[name](net, params, streams)
+
+    def run(params, streams):
+        if not branch:
+            return alone(params, streams)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(alone, params, streams))
+        taken = streams.candidates.mask[0]
+        return jax.lax.cond(taken, alone, lambda params, streams: nothing, params, streams)
+
+    compiled = jax.jit(run)
+    return lambda: jax.block_until_ready(compiled(params, streams))
 
 
 # --- counting
@@ -327,6 +377,7 @@ class Point(NamedTuple):
       model: see `Model`.
       variants: their names; "plain" is one.
       timed: False = counted only.
+      parts: whether those of a step are timed, too.
       steps: name -> what was compiled.
       run: seconds of one step and reasons for what is missing.
     """
@@ -334,19 +385,38 @@ class Point(NamedTuple):
     model: Model
     variants: tuple[str, ...]
     timed: bool
+    parts: bool
     steps: dict[str, Step]
     run: timing.Run
 
 
-def point(model: Model, variants: tuple[str, ...] = tuple(VARIANTS), timed: bool = True) -> Point:
+def point(
+    model: Model,
+    variants: tuple[str, ...] = tuple(VARIANTS),
+    timed: bool = True,
+    parts: bool = False,
+) -> Point:
     """A point of which nothing is known yet."""
-    return Point(model, variants, timed, {}, timing.Run({}, {}))
+    return Point(model, variants, timed, parts, {}, timing.Run({}, {}))
 
 
 def timed(at: Point) -> list[str]:
     """The variants of a point that are timed."""
-    names = at.variants if at.timed else ()
-    return [name for name in names if not (at.model.slow and VARIANTS[name].dear)]
+    if not at.timed:
+        return []
+    cheap = lambda variant: variant.timed and not (at.model.slow and variant.dear)
+    return [name for name in at.variants if cheap(VARIANTS[name])]
+
+
+def part_setups(at: Point, streams: Streams | None = None) -> dict[str, Callable]:
+    """Name -> what makes the job, for the parts that are timed."""
+    if not at.parts:
+        return {}
+    made = {name: partial(part_job, at.model, name, streams, branch=False) for name in PARTS}
+    return made | {
+        f"{name}_in_branch": partial(part_job, at.model, name, streams, branch=True)
+        for name in BRANCHED
+    }
 
 
 def rounds_of(model: Model, rounds: int) -> int:
@@ -390,6 +460,7 @@ def measure(at: Point, *, rounds: int, bar: tqdm.tqdm) -> None:
         for name in timed(at)
         if name in at.steps
     }
+    setups |= part_setups(at, streams)
     seconds = 0.0 if at.model.slow else SECONDS
     rounds = rounds_of(at.model, rounds)
     timing.interleaved(setups, at.run, rounds=rounds, seconds=seconds, bar=bar)
@@ -397,7 +468,8 @@ def measure(at: Point, *, rounds: int, bar: tqdm.tqdm) -> None:
 
 def length(at: Point, rounds: int) -> int:
     """By how much `measure` advances the bar."""
-    return len(at.variants) + len(timed(at)) * (rounds_of(at.model, rounds) + 1)
+    jobs = len(timed(at)) + len(part_setups(at))
+    return len(at.variants) + jobs * (rounds_of(at.model, rounds) + 1)
 
 
 # --- reporting
@@ -410,19 +482,31 @@ def head_flops(at: Point) -> float:
     return 3 * 2 * at.model.batch * features * classes
 
 
+def step_seconds(at: Point, name: str) -> list[float]:
+    """Of one step of a variant, a number a round."""
+    count = steps_in_job(at.model, VARIANTS[name])
+    return [value / count for value in at.run.seconds.get(name, [])]
+
+
+def to_plain(at: Point, times: list[float]) -> list[float]:
+    """Ratios, round by round: a slow moment of the machine is in both members of a pair."""
+    return [a / b for a, b in zip(times, step_seconds(at, "plain"))]
+
+
+def parts(at: Point) -> dict[str, float | None]:
+    """part -> its seconds alone, in plain steps."""
+    found = {name: to_plain(at, at.run.seconds.get(name, [])) for name in part_setups(at)}
+    return {name: float(np.median(ratios)) if ratios else None for name, ratios in found.items()}
+
+
 def rows(at: Point) -> dict[str, dict]:
     """variant -> its numbers, None where there is none."""
     plain = at.steps.get("plain")
     head = None if plain is None else head_flops(at)
 
-    def seconds(name):
-        count = steps_in_job(at.model, VARIANTS[name])
-        return [value / count for value in at.run.seconds.get(name, [])]
-
     def row(name):
-        step, floor, times = at.steps.get(name), VARIANTS[name].floor, seconds(name)
-        # Round by round: a slow moment of the machine is in both members of a pair.
-        ratios = [a / b for a, b in zip(times, seconds("plain"))]
+        step, floor, times = at.steps.get(name), VARIANTS[name].floor, step_seconds(at, name)
+        ratios = to_plain(at, times)
         counted = step is not None and plain is not None
         extra = step.flops - plain.flops if counted else None
         return {
@@ -448,7 +532,7 @@ def missing(at: Point) -> dict[str, str]:
         if name not in at.steps:
             why[name] = "interrupted before it was measured"
         elif at.timed and name not in timed(at):
-            why[name] = "seconds: counted only, on a model as slow as this one"
+            why[name] = "seconds: counted only"
         elif at.timed and not at.run.seconds.get(name):
             why[name] = "seconds: interrupted before it was timed"
         if VARIANTS[name].floor is None:
@@ -505,6 +589,7 @@ def report(points: dict[str, Point], scaling: dict, *, rounds: int) -> dict:
     """The JSON."""
     made = mapped(rows, points)
     made["shared_forward"] = {name: shared_forward(made[name]) for name in points}
+    made["parts"] = mapped(parts, points)
     made["scaling"] = mapped(rows, scaling)
     made["why_null"] = mapped(missing, points) | {"scaling": mapped(missing, scaling)}
     made["machine"] = timing.machine(PACKAGES) | {
@@ -549,6 +634,8 @@ def table(made: dict) -> str:
             f"{name}, batch {model.batch}; one forward pass for scores and step: {shared}",
         ]
         lines += _table(made[name])
+        alone = (f"{part} {_show(ratio, 3)}" for part, ratio in made["parts"][name].items())
+        lines.append(f"  seconds of the parts alone, in plain steps: {', '.join(alone)}")
     for kind, by_model in made["scaling"].items():
         for name, values in by_model.items():
             lines += ["", f"{kind} of {name}: what is added, in GFLOP (in trainings of the head)"]
@@ -645,7 +732,7 @@ def main(argv: list[str] | None = None) -> int:
     def start(options):
         if jax.default_backend() != "cpu":  # elsewhere products are library calls, not counted
             raise ValueError(f"JAX_PLATFORMS must be cpu to count; given {jax.default_backend()}")
-        points.update({name: point(MODELS[name]) for name in options.model or MODELS})
+        points.update({name: point(MODELS[name], parts=True) for name in options.model or MODELS})
         if options.scaling if options.scaling is not None else not options.model:
             scaling.update(scaling_points())
         work = list(leaves(points)) + list(leaves(scaling))

@@ -21,13 +21,14 @@ from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.scores import Scores, label_scores, score, validation_gradient
 from saflex_jax.core.steps import bilevel_step, inner_step, outer_step
 from saflex_jax.core.targets import solve_targets
-from saflex_jax.core.tree import under
+from saflex_jax.core.tree import Mean, under
 from saflex_jax.types import Batch, Method, Model, Refiner, Streams, Targets, TrainState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Mean",
     "Method",
     "Model",
     "Refiner",

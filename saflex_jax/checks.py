@@ -72,6 +72,12 @@ def whole(name: str, value: int, least: int = 0) -> None:
         raise ValueError(f"{name} must be a whole number >= {least}; given {value}")
 
 
+def decay(name: str, value: float) -> None:
+    """Raises unless value lies in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1); given {value}")
+
+
 def fraction(name: str, value: float) -> None:
     """Raises unless value lies in [0, 1] (a traced value passes)."""
     if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:

@@ -119,6 +119,7 @@ def test_the_last_stage_is_the_last_stage():
     expected = {
         "mlp": 64 * 64 + 64,
         "small_cnn": 9 * 64 * 64 + 2 * 64,
+        "small_cnn_batch_norm": 9 * 64 * 64 + 2 * 64,
         "resnet18": 9 * 256 * 512 + 3 * 9 * 512 * 512 + 256 * 512 + 5 * 2 * 512,
         "vit_s": 3 * block + 2 * 384,
     }
@@ -207,7 +208,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         step_cost,
         "point",
-        lambda model, names=tuple(variants), timed=True: point(model, names, timed),
+        lambda model, names=tuple(variants), timed=True, parts=False: point(
+            model, names, timed, parts
+        ),
     )
 
 
@@ -226,6 +229,9 @@ def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_p
     assert "widht" in made["why_null"]["tiny"]["broken"]
     assert rows["broken"]["flops"] is rows["broken"]["seconds"] is None
     assert made["shared_forward"]["tiny"] in (True, False)
+    in_branch = {f"{name}_in_branch" for name in step_cost.BRANCHED}
+    assert set(made["parts"]["tiny"]) == set(step_cost.PARTS) | in_branch
+    assert min(made["parts"]["tiny"].values()) > 0
     scaled = made["scaling"]["classes"]["tiny"]["3"]
     assert scaled["saflex_full"]["extra_flops"] == rows["saflex_full"]["extra_flops"]
     assert scaled["saflex_full"]["seconds"] is None

@@ -105,7 +105,7 @@ def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSo
     return solve
 
 
-def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 1e-2) -> LinearSolve:
+def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> LinearSolve:
     """(A + damping I) x = b by at most `maxiter` conjugate-gradient iterations.
 
     A must be symmetric positive semi-definite (Gauss-Newton always is; a Hessian only at a

@@ -13,6 +13,7 @@ from saflex_jax.types import Reduce
 
 # Rows are a multiple of this, so that they divide among devices; the surplus is never visited.
 ROWS = 1024
+DTYPES = ("float32", "bfloat16")
 
 
 class Memory(NamedTuple):
@@ -32,9 +33,9 @@ class Memory(NamedTuple):
 
 def check(num_samples: int, num_classes: int, dtype: str) -> None:
     """Raises ValueError on what `init` does not take."""
-    checks.positive("num_samples", num_samples)
-    checks.positive("num_classes", num_classes)
-    checks.choice("memory_dtype", dtype, ("float32", "bfloat16"))
+    checks.whole("num_samples", num_samples, 1)
+    checks.whole("num_classes", num_classes, 1)
+    checks.choice("memory_dtype", dtype, DTYPES)
 
 
 def init(num_samples: int, num_classes: int, *, dtype: str = "float32") -> Memory:
@@ -80,10 +81,9 @@ def update(
       (memory, f32[B, K] the updated means of the rows, 0 where masked).
 
     Raises:
-      ValueError: decay outside [0, 1).
+      ValueError: decay outside [0, 1); a reduce that can only average.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must lie in [0, 1); given {decay}")
+    checks.decay("decay", decay)
     absent = memory.visits.shape[0]  # out of range: dropped by the scatter, filled by the gather
     index = jnp.where(mask, index, absent)
     everyone, scores = gather((index, scores), reduce)

@@ -45,20 +45,33 @@ class Scores(NamedTuple):
 Scorer = Callable[[Params], tuple[jax.Array, jax.Array, SolveInfo]]
 
 
+def check(mode: str, compute_dtype: str | None) -> None:
+    """Raises ValueError on what `score` does not take."""
+    checks.choice("mode", mode, ("jvp", "finite_difference"))
+    if compute_dtype is None:
+        return
+    try:
+        floating = jnp.issubdtype(jnp.dtype(compute_dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"compute_dtype must be a floating-point dtype; given {compute_dtype!r}")
+    if mode == "finite_difference":
+        raise ValueError(
+            f"compute_dtype must be None where mode is 'finite_difference', whose differences need "
+            f"f32; given {compute_dtype!r}"
+        )
+
+
 def in_dtype(logits_fn: LogitsFn, dtype: str | None) -> LogitsFn:
     """The network computed in another precision, its logits in f32; None = as it is.
 
     Args:
       logits_fn: (params, inputs) -> logits [B, K].
       dtype: of parameters and floating-point inputs, "bfloat16" for instance.
-
-    Raises:
-      ValueError: a dtype that is not floating point.
     """
     if dtype is None:
         return logits_fn
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"compute_dtype must be a floating-point dtype; given {dtype!r}")
 
     def logits(params, inputs):
         out = logits_fn(cast_floats(params, dtype), cast_floats(inputs, dtype))
@@ -134,7 +147,7 @@ def label_scores(
       inputs: pytree with leading axis B.
       direction: v, like params or with None leaves.
       mode: "jvp" (exact) or "finite_difference": -(log p(theta + e v) - log p(theta)) / e with
-        e = epsilon / ||v||; one more forward pass, no forward-mode rules needed, f32 only.
+        e = epsilon / ||v||; one more forward pass in the place of a product, f32 only.
       epsilon: length of the finite-difference step in parameter space.
       chunk: rows scored at a time, to bound memory; must divide B. None = all at once.
 
@@ -284,6 +297,7 @@ def score(
     Raises:
       ValueError: shapes disagree, or no validation sample.
     """
+    check(mode, compute_dtype)
     logits_fn = in_dtype(logits_fn, compute_dtype)
     val_loss, gradient = validation_gradient(
         logits_fn, params, val_inputs, val_labels, mask=val_mask, predicate=predicate, reduce=reduce

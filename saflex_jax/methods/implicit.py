@@ -53,7 +53,8 @@ def refiner(
 
         phi = (weights f32[N], labels f32[N, K]) <- project(phi + meta_tx(d L_val / d phi))
 
-    Rows are projected when they are trained on (an optimiser with momentum moves others, too).
+    Rows are projected when they are read and when they have moved; an optimiser with momentum moves
+    others, too, which stay as they are until they are read.
 
     Args:
       prior: f32[N, K], the pool's labels: where phi starts, with weights one.
@@ -71,13 +72,13 @@ def refiner(
     checks.simplex("prior", prior)
     checks.positive("max_weight", max_weight)
     checks.choice("learn", learn, ("both", "weights", "labels"))
-    checks.at_least_zero("start", start)
+    checks.whole("start", start)
     prior = np.asarray(prior)  # on the host: a refiner may be built before JAX starts
     if isinstance(meta_tx, int | float):
         checks.positive("meta_tx", meta_tx)
         meta_tx = optax.sgd(meta_tx)
 
-    def project(meta, rows):  # those that are trained on: a projection of the pool would cost O(N)
+    def project(meta, rows):  # of the pool it would cost a sort of each of its N rows
         weights = jnp.clip(meta["weights"][rows], 0.0, max_weight)
         labels = jax.vmap(optax.projections.projection_simplex)(meta["labels"][rows])
         if learn == "labels":
@@ -116,16 +117,17 @@ def refiner(
             losses = weighted_cross_entropy(logits(part, val), val.labels, mask=val.mask)
             return masked_mean(losses, val.mask, reduce=reduce)
 
+        feasible = partial(project, rows=gather(candidates.index, reduce))
         old_meta, old_opt = arrays
         meta, opt, metrics = steps.outer_step(
-            old_meta,
+            feasible(old_meta),
             old_opt,
             select(state.params, predicate),
             inner_loss=inner_loss,
             outer_loss=outer_loss,
             meta_tx=meta_tx,
             solve=solve,
-            project=partial(project, rows=gather(candidates.index, reduce)),
+            project=feasible,
             reduce=reduce,
         )
         started = state.step >= start

@@ -85,7 +85,7 @@ def refiner(
     Raises:
       ValueError: a value out of range.
     """
-    checks.at_least_zero("start", start)
+    checks.whole("start", start)
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val

@@ -207,7 +207,7 @@ def refiner(
     """
     checks.whole("hidden", hidden, 1)
     checks.positive("inner_learning_rate", inner_learning_rate)
-    checks.at_least_zero("start", start)
+    checks.whole("start", start)
     if isinstance(meta_tx, int | float):
         checks.positive("meta_tx", meta_tx)
         meta_tx = optax.chain(optax.add_decayed_weights(_L2), optax.adam(meta_tx))

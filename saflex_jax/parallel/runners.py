@@ -1,7 +1,8 @@
 """jit and pmap around the same step body; both give the same parameters.
 
-The state is replicated, the batch is split along its leading axis. jit sees global arrays, so its
-`reduce` is the identity; pmap sees a device's rows, so its `reduce` is a pmean. Not compiled with
+The state is replicated (but for score memories, under jit), the batch is split along its leading
+axis. jit sees global arrays, so its `reduce` is the identity; pmap sees a device's rows, so its
+`reduce` is a `Mean`. Not compiled with
 shard_map: its default gradient semantics give gradients too large by the number of devices when
 combined with pmean, without an error (docs/sharp_edges.md).
 """
@@ -95,7 +96,7 @@ def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
 
 
 def _state_shardings(state: TrainState, replicated, split) -> PyTree:
-    """A state is the same on every device, but for what has a row for each source sample."""
+    """A state is the same on every device, but for the rows of score memories."""
 
     def of(part):
         if isinstance(part, Memory) and len(part.visits) % split.mesh.size == 0:
@@ -168,7 +169,7 @@ def jit_runner(
 
     def compiled(state, streams, held):
         leaves, structure = jax.tree.flatten(state)
-        return compiled_for(structure, tuple(x.shape for x in leaves))(state, streams, held)
+        return compiled_for(structure, tuple(map(np.shape, leaves)))(state, streams, held)
 
     return _runner(compiled, put_batch, replicated, shardings)
 

@@ -93,8 +93,8 @@ def test_rows_divide_among_devices_and_the_surplus_stays_empty():
 @pytest.mark.parametrize(
     "sizes, dtype, message",
     [
-        ((0, K), "float32", "num_samples must be positive"),
-        ((N, 0), "float32", "num_classes must be positive"),
+        ((0, K), "float32", "num_samples must be a whole number >= 1"),
+        ((N, 0), "float32", "num_classes must be a whole number >= 1"),
         ((N, K), "float16", "memory_dtype must be one of"),
     ],
 )

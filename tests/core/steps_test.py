@@ -332,13 +332,17 @@ def test_methods_that_need_validation_samples_say_so(make):
     ("make", "options", "message"),
     [
         (saflex.refiner, {"direction": "newman"}, "direction must be .* did you mean 'neumann'"),
-        (saflex.refiner, {"start": -1}, "start must be >= 0"),
-        (saflex.refiner, {"every": 0}, "every must be positive"),
-        (saflex.refiner, {"memory_decay": 0.9, "num_samples": 5}, "num_classes must be positive"),
+        (saflex.refiner, {"start": -1}, "start must be a whole number >= 0"),
+        (saflex.refiner, {"every": 0}, "every must be a whole number >= 1"),
+        (
+            saflex.refiner,
+            {"memory_decay": 0.9, "num_samples": 5},
+            "num_classes must be a whole number >= 1",
+        ),
         (implicit.refiner, {"prior": np.full((2, 3), 0.5)}, "prior must have rows .* sum to one"),
         (implicit.refiner, {"prior": np.eye(3), "max_weight": 0.0}, "max_weight must be positive"),
         (implicit.refiner, {"prior": np.eye(3), "learn": "weight"}, "did you mean 'weights'"),
-        (implicit.refiner, {"prior": np.eye(3), "start": -1}, "start must be >= 0"),
+        (implicit.refiner, {"prior": np.eye(3), "start": -1}, "start must be a whole number >= 0"),
     ],
 )
 def test_bad_options_of_the_rules(make, options, message):
