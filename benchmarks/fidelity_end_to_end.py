@@ -36,7 +36,7 @@ PAPER = GREEDY | {
     "temperature": 0.3,
     "tolerance": 0.0,
 }
-# That of experiments/configs/digits.py.
+# That of experiments/configs/digits.py; arms name their damping.
 RULE = {
     "memory_decay": 0.9,
     "anchor": "log",
@@ -217,6 +217,7 @@ def started(problem: Problem, arm: str, seed: int) -> Training | FullBilevel:
     training.advance()
     problems.evaluate(problem, training.params(), problem.pools.val)
     training.restart()
+    training.wait()
     return training
 
 
@@ -279,7 +280,8 @@ def summary(found: Found) -> dict:
         "accuracy": made,
         "settings": {
             "seconds": SECONDS, "batch": BATCH, "optimiser": f"AdamW, lr {LEARNING_RATE}",
-            "saflex, the paper's rule": PAPER, "saflex, ..., memory": RULE, "upstream": problems.UPSTREAM,
+            "saflex, the paper's rule": PAPER, "saflex, ..., memory": RULE,
+            "upstream": problems.UPSTREAM,
             "full_bilevel": {
                 "inner_steps": INNER, "l2": L2, "outer": f"Adam, lr {META_RATE}", "cg": CG,
             },

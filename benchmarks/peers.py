@@ -49,8 +49,8 @@ RATE, MOMENTUM, SEED = 0.01, 0.9, 0
 ITERATIONS = 10  # of conjugate gradients
 HIDDEN, META_RATE = 100, 1e-3  # of Meta-Weight-Net
 SECONDS = 1.0  # of one job in one round
-LAYOUT_CALLS = 5  # to tell which memory layout is faster
-LOOPS = "conjugate gradients around the whole network: minutes a step on a residual network on a CPU"
+LAYOUT_CALLS = 3  # to tell which memory layout is faster
+LOOPS = "conjugate gradients around the whole network: minutes a step on a residual one on a CPU"
 PACKAGES = ("saflex_jax", "jax", "jaxlib", "flax", "numpy", "torch", "torchopt", "betty-ml",
             "optimistix", "lineax")  # fmt: skip
 
@@ -590,8 +590,6 @@ def faster_layout(works: dict[str, timing.Job]) -> str:
 
 def fastest_job(entry: Entry, name: str, work: Work, layouts: dict[str, str]) -> timing.Job:
     """The entry's job in its faster layout, after a step that must give finite numbers."""
-    if entry.loops and work.network.residual:
-        raise NotImplementedError(LOOPS)
     works, error = {}, None
     for layout, job in entry.jobs(work).items():
         try:
@@ -613,6 +611,9 @@ def measure(runs: dict[str, Run], *, rounds: int, bar: tqdm.tqdm) -> None:
             bar.set_description(name)
             work = make_work(NETWORKS[name])
             run.parameters["count"] = sum(p.size for p in jax.tree.leaves(work.params))
+            if work.network.residual:
+                left_out = [entry for entry, made in entries().items() if made.loops]
+                run.times.failed.update(dict.fromkeys(left_out, LOOPS))
             setups = {
                 entry: partial(fastest_job, made, entry, work, run.layouts)
                 for entry, made in entries().items()
@@ -756,7 +757,8 @@ def draw(made: dict, file: pathlib.Path) -> None:
         panel.set_xlabel("time of a step, in plain steps of its framework")
         panel.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colours[own]) for own in (True, False)]
-    panels[-1].legend(handles, ["this project", "peers"], frameon=False)
+    labels = ["this project", "peers (jax_*: what a JAX user would write)"]
+    panels[-1].legend(handles, labels, frameon=False)
     figure.savefig(file, dpi=130)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +227,55 @@ def test_utility_is_of_the_prior_label():
     assert found == pytest.approx({"utility_rank": 1.0, "utility_sign": 1.0})
 
 
+def test_mean_and_sd_leave_out_what_is_not_finite_and_say_how_many_count():
+    assert problems.mean_sd([1.0, np.nan, 4.0]) == {"mean": 2.5, "sd": 2.1213, "n": 2}
+    assert problems.mean_sd([1.0]) == {"mean": 1.0, "sd": None, "n": 1}
+    assert problems.mean_sd([np.inf]) == {"mean": None, "sd": None, "n": 0}
+
+
+def test_directions_are_averaged_over_the_moments_that_all_of_them_have():
+    values = {"identity": {0: 9.0, 20: 1.0, 100: 2.0, "optimum": 9.0}, "stale 4": {20: 3, 100: 5}}
+    comparisons = [
+        agreement.Comparison("logistic", 0, moment, "implicit", direction, {"rank": float(value)})
+        for direction, by_moment in values.items()
+        for moment, value in by_moment.items()
+    ]
+    found = agreement.summary(agreement.Found(comparisons, {}))
+    assert found["over_all_moments"] == {"logistic": [20, 100]}
+    over_all = found["over_all"]["logistic"]["implicit"]
+    assert {name: m["rank"]["mean"] for name, m in over_all.items()} == {
+        "identity": 1.5, "stale 4": 4.0,
+    }  # fmt: skip
+    complete = found["by_moment"]["logistic"]["implicit"]["identity"]["rank"]
+    assert complete == {"0": 9.0, "20": 1.0, "100": 2.0, "optimum": 9.0}
+
+
+def test_a_turn_that_took_too_long_is_made_up_for_and_copies_are_free(monkeypatch):
+    clock = [0.0]
+
+    class Slow:
+        steps = 0
+
+        def advance(self):
+            self.steps += 1
+
+        def wait(self):  # a burst takes .3 s, a turn .2 s
+            clock[0] += 0.3
+
+        def params(self):
+            clock[0] += 100.0
+
+    monkeypatch.setattr(end_to_end, "SECONDS", {"logistic": 1.0})
+    monkeypatch.setattr(end_to_end, "ARMS", ("a", "b"))
+    monkeypatch.setattr(end_to_end, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(end_to_end, "started", lambda *_: Slow())
+    monkeypatch.setattr(problems, "evaluate", lambda *_: (0.0, 0.0))
+    found = {}
+    end_to_end.compete("logistic", 0, found, rounds=5, bar=types.SimpleNamespace(update=int))
+    for (run,) in found.values():  # four bursts of .3 s, not five
+        assert run.steps == 4 * end_to_end.TOGETHER and run.seconds == pytest.approx(1.2)
+
+
 # --- the command
 
 
@@ -255,6 +305,24 @@ def tiny(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def test_the_command_reports_the_parts_asked_for(tiny, capsys):
+    parts = ["memory", "end_to_end"]
+    arguments = ["--json", f"--part={','.join(parts)}", "--seeds=1", "--accuracy-seeds=1"]
+    assert fidelity.main([*arguments, "--rounds=1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == {} and [part for part in fidelity.PARTS if part in found] == parts
+    pool = found["memory"]["fidelity"]["logistic"]["pool"]["identity"]
+    assert set(pool) == set(memory.KINDS) and set(pool["none"]["auc"]) == {"1", "2"}
+    assert pool["none"]["auc"]["1"] == pool[".9"]["auc"]["1"]  # one visit: nothing to average
+    arms = found["end_to_end"]["accuracy"]["logistic"]
+    assert set(arms) == set(end_to_end.ARMS)
+    assert all(0 < arm["last"]["mean"] and arm["last"]["n"] == 1 for arm in arms.values())
+    assert arms["full bilevel"]["by_seed"]["steps"][0] > 0
+    shown = fidelity.table(found)
+    assert all(rule in shown for rule in ("full bilevel", "tolerance 0.25", "tolerance 0.0"))
+
+
+@pytest.mark.slow
 def test_the_command_reports_every_part_and_draws_it(tiny, capsys, tmp_path):
     arguments = ["--json", "--seeds=1", "--accuracy-seeds=1", "--rounds=1"]
     files = ["--out", str(tmp_path / "out.json"), "--figure", str(tmp_path / "figure.png")]
@@ -262,6 +330,7 @@ def test_the_command_reports_every_part_and_draws_it(tiny, capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out.json").read_text())
     assert found["failed"] == {}
+    assert found["agreement"]["over_all_moments"] == {"logistic": [12]}  # no past at 0
     by_truth = found["agreement"]["over_all"]["logistic"]
     expected = {"exact adam", "implicit", "implicit .1", "unrolled", "leave one out", "relabelling"}
     assert set(by_truth) == expected
@@ -273,15 +342,11 @@ def test_the_command_reports_every_part_and_draws_it(tiny, capsys, tmp_path):
     course = found["agreement"]["by_moment"]["logistic"]["leave one out"]["implicit"]
     assert course["utility_rank"]["optimum"] > 0.9
     assert found["agreement"]["implicit_residual_max"]["logistic"] < 1e-8
-    pool = found["memory"]["fidelity"]["logistic"]["pool"]["identity"]
-    assert set(pool) == set(memory.KINDS) and set(pool["none"]["auc"]) == {"1", "2"}
-    assert pool["none"]["auc"]["1"] == pool[".9"]["auc"]["1"]  # one visit: nothing to average
-    arms = found["end_to_end"]["accuracy"]["logistic"]
-    assert arms["full bilevel"]["by_seed"]["steps"][0] > 0 and 0 < arms["upstream"]["last"]["mean"]
     assert found["machine"]["versions"]["jax"]
     made = {"figure.png", *(f"figure_{n}.png" for n in ("course", "memory", "end_to_end"))}
     assert {file.name for file in tmp_path.glob("*.png")} == made
-    assert "full bilevel" in fidelity.table(found)
+    shown = fidelity.table(found)
+    assert "logistic (12)" in shown and "full bilevel" in shown
 
 
 def test_ctrl_c_and_a_part_that_fails_keep_the_rest(monkeypatch, capsys):
