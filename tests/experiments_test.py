@@ -93,7 +93,7 @@ def test_every_option_of_reweighting_by_config(method):
     if method == "meta_weight_net":
         net, _ = state.extra
         assert net["out"]["kernel"].shape == (7, 1)
-    with pytest.raises(ValueError, match="start must be >= 0; given -1"):
+    with pytest.raises(ValueError, match="start must be a whole number >= 0; given -1"):
         steps(changed(config, **{f"method.{method}.start": -1}))
 
 
