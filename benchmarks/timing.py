@@ -68,6 +68,8 @@ def interleaved(
 ) -> None:
     """Times every job in turn, A B C A B C ..., so that a slow moment of the machine hits all.
 
+    A job is called once before it is timed: the threads of the one before may still spin.
+
     Args:
       setups: name -> function that makes the job; it and the job's first calls are not timed.
       into: receives the times, and the reason of a job that failed.
@@ -93,6 +95,7 @@ def interleaved(
 
     def measure(name):
         times = into.seconds.setdefault(name, [])
+        jobs[name]()
         times.append(seconds_a_call(jobs[name], calls[name]))
 
     for name in setups:
