@@ -6,6 +6,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", False)  # the package must report NaN itself
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_caches():
+    """Compiled programs of one file do not pile up: a process may hold 65,530 memory maps."""
+    yield
+    jax.clear_caches()
