@@ -55,6 +55,7 @@ def weights_of(make, work):
 # --- the work is the same
 
 
+@pytest.mark.slow
 def test_a_backward_pass_through_the_backward_pass_gives_the_weights_of_l2rw():
     work = peers.make_work(peers.Network(SmallCNN((8,)), residual=False))
     found = weights_of(peers.by_hypergradient(peers.unrolled), work)
