@@ -327,13 +327,13 @@ class Step(NamedTuple):
     """A compiled step.
 
     Attributes:
-      run: (state, streams) -> (state, metrics); the state is donated.
+      run: (state, streams) -> (state, metrics); the state is donated. None once it is measured.
       new_state: makes one.
       flops: of a step, the mean over a period.
       temp_bytes: beyond arguments and results.
     """
 
-    run: Callable[[PyTree, Streams], tuple[PyTree, dict]]
+    run: Callable[[PyTree, Streams], tuple[PyTree, dict]] | None
     new_state: Callable[[], PyTree]
     flops: float
     temp_bytes: int
@@ -464,6 +464,9 @@ def measure(at: Point, *, rounds: int, bar: tqdm.tqdm) -> None:
     seconds = 0.0 if at.model.slow else SECONDS
     rounds = rounds_of(at.model, rounds)
     timing.interleaved(setups, at.run, rounds=rounds, seconds=seconds, bar=bar)
+    # The programs of all models together are more memory maps than a process may hold.
+    at.steps.update({name: step._replace(run=None) for name, step in at.steps.items()})
+    jax.clear_caches()
 
 
 def length(at: Point, rounds: int) -> int:
