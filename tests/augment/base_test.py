@@ -23,7 +23,7 @@ from saflex_jax.augment.base import (
     views,
 )
 from saflex_jax.augment.spatial import affine, cutout, flip, shift
-from saflex_jax.core.tree import identity
+from saflex_jax.core import tree
 from saflex_jax.methods import erm, saflex
 from saflex_jax.models import from_function
 from saflex_jax.types import Batch, Method, Streams, Trace
@@ -342,7 +342,7 @@ def test_saflex_remembers_a_sample_by_all_its_views():
     method = upstream(method, augment)
     streams = Streams(images(size), images(8, seed=1))
     state = method.init(KEY, streams.candidates.inputs)
-    after, metrics = jax.jit(partial(method.step, reduce=identity))(state, streams)
+    after, metrics = jax.jit(partial(method.step, reduce=tree.identity))(state, streams)
     assert metrics["kept"][1] == 2 * streams.candidates.mask.sum()
     memory = after.extra.memory
     seen = np.asarray(streams.candidates.index[streams.candidates.mask])
