@@ -19,7 +19,6 @@ from benchmarks.fidelity_problems import Problem
 from saflex_jax import augment
 from saflex_jax.core import memory, targets
 from saflex_jax.core.linear_solve import cg_solve
-from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.scores import score
 from saflex_jax.core.tree import under
 from saflex_jax.data.seeds import generator
@@ -80,8 +79,7 @@ def step_of(name: str, augmented: bool) -> Callable:
     logits = lambda params, inputs: model.logits(params, {}, inputs)
 
     def loss(params, batch):
-        losses = weighted_cross_entropy(logits(params, batch.inputs), batch.labels)
-        return masked_mean(losses) + L2 / 2 * optax.tree.norm(params, squared=True)
+        return truths.training_loss(logits, batch.inputs, l2=L2)(params, (None, batch.labels))
 
     @jax.jit
     def step(params, opt_state, memories, pools, rows, small, key):

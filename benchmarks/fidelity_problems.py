@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import truths
 from experiments import task
 from experiments.configs import digits, wdbc
 from saflex_jax import augment, data, models, parallel
@@ -94,10 +95,10 @@ class History(NamedTuple):
 def _step(name: str, tx: optax.GradientTransformation, l2: float) -> Callable:
     """(params, opt_state, pool, rows i[B]) -> (params, opt_state), compiled."""
     model, _ = network(name)
+    logits = lambda params, inputs: model.logits(params, {}, inputs)
 
     def loss(params, batch):
-        losses = weighted_cross_entropy(model.logits(params, {}, batch.inputs), batch.labels)
-        return masked_mean(losses) + l2 / 2 * optax.tree.norm(params, squared=True)
+        return truths.training_loss(logits, batch.inputs, l2=l2)(params, (None, batch.labels))
 
     @jax.jit
     def step(params, opt_state, pool, rows):

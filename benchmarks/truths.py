@@ -26,8 +26,8 @@ from saflex_jax.core.hypergrad import unrolled_argmin
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.types import Batch, LogitsFn, Params, PyTree
 
-# (params, (weights f[N], labels f[N, K])) -> f[]
-TrainingLoss = Callable[[Params, tuple[jax.Array, jax.Array]], jax.Array]
+# (params, (weights f[N] or None, one each, labels f[N, K])) -> f[]
+TrainingLoss = Callable[[Params, tuple[jax.Array | None, jax.Array]], jax.Array]
 # (weights f[N], labels f[N, K]) -> params
 Retrain = Callable[[jax.Array, jax.Array], Params]
 

@@ -181,6 +181,12 @@ def streams(s: Streams) -> None:
         raise ValueError(f"all streams must have the same number of classes; given {classes}")
 
 
+def validation(method: str, val: Batch | None) -> None:
+    """There are validation samples, for a method that learns from them."""
+    if val is None:
+        raise ValueError(f"{method} needs validation samples; given streams.val = None")
+
+
 def fields(name: str, given: Iterable[str], accepted: Iterable[str]) -> None:
     """Raises on a config field that nobody reads; names the nearest known one."""
     accepted = sorted(accepted)

@@ -97,8 +97,7 @@ def refiner(
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        if val is None:
-            raise ValueError("implicit needs validation samples; given streams.val = None")
+        checks.validation("implicit", val)
 
         def logits(part, batch):
             return logits_fn(merge(part, state.params), batch.inputs)

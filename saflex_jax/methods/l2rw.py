@@ -89,8 +89,7 @@ def refiner(
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        if val is None:
-            raise ValueError("l2rw needs validation samples; given streams.val = None")
+        checks.validation("l2rw", val)
 
         # The candidates' forward pass, outside of the branch (see `scorer`).
         along = scorer(

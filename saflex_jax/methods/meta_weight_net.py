@@ -219,8 +219,7 @@ def refiner(
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        if val is None:
-            raise ValueError("meta_weight_net needs validation samples; given streams.val = None")
+        checks.validation("meta_weight_net", val)
         mask = candidates.mask
         losses, push = linear_losses(logits_fn, state.params, candidates, predicate=predicate)
 

@@ -120,9 +120,9 @@ def refiner(
         memory.check(**size)
 
     def init(params):
-        gradient = jax.tree.map(jnp.zeros_like, select(params, predicate))
         return Kept(
-            memory.init(**size) if remembers else None, gradient if keeps_gradient else None
+            memory.init(**size) if remembers else None,
+            jax.tree.map(jnp.zeros_like, select(params, predicate)) if keeps_gradient else None,
         )
 
     def solver(state) -> LinearSolve:
@@ -155,8 +155,7 @@ def refiner(
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        if val is None:
-            raise ValueError("saflex needs validation samples; given streams.val = None")
+        checks.validation("saflex", val)
         network = scores.in_dtype(logits_fn, compute_dtype)
         along = scores.scorer(
             network,
