@@ -16,6 +16,8 @@ the same at every step is counted with the step's number as a constant, over a w
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -196,6 +198,7 @@ VARIANTS = {
         lambda model: FULL | _memory(model) | {"every": EVERY},
         lambda h: 1 + (R + 2 * F) / EVERY,
         period=EVERY,
+        dear=True,  # of convolutions in a branch, see below
     ),
     "saflex_full_bf16": Variant(
         "saflex",
@@ -206,7 +209,8 @@ VARIANTS = {
     "saflex_full_chunked": Variant(
         "saflex", _options(**FULL, chunk=CHUNK), lambda h: 1 + R + 3 * F, dear=True
     ),
-    # Gradients of convolutions in a loop are some 20 times slower on a CPU (docs/sharp_edges.md).
+    # Gradients of convolutions in a loop or branch are some 20 times slower on a CPU
+    # (docs/sharp_edges.md).
     "saflex_full_cg": Variant(
         "saflex",
         _options(**CG, predicate=None),
@@ -413,6 +417,8 @@ def part_setups(at: Point, streams: Streams | None = None) -> dict[str, Callable
     if not at.parts:
         return {}
     made = {name: partial(part_job, at.model, name, streams, branch=False) for name in PARTS}
+    if at.model.slow:
+        return made
     return made | {
         f"{name}_in_branch": partial(part_job, at.model, name, streams, branch=True)
         for name in BRANCHED
@@ -447,14 +453,22 @@ def steps_in_job(model: Model, variant: Variant) -> int:
 def measure(at: Point, *, rounds: int, bar: tqdm.tqdm) -> None:
     """Compiles, counts and times the variants of a point."""
     streams = jax.device_put(data(at.model))
-    for name in at.variants:
-        bar.set_postfix_str(f"compiles {name}")
-        try:
-            method = make_method(at.model, VARIANTS[name])
-            at.steps[name] = compile_step(method, streams, VARIANTS[name])
-        except Exception as error:  # the others go on
-            at.run.failed[name] = f"{type(error).__name__}: {error}"
-        bar.update()
+
+    def compiled(name):
+        return compile_step(make_method(at.model, VARIANTS[name]), streams, VARIANTS[name])
+
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    try:
+        waiting = {name: pool.submit(compiled, name) for name in at.variants}
+        for name, step in waiting.items():
+            bar.set_postfix_str(f"compiles {name}")
+            try:
+                at.steps[name] = step.result()
+            except Exception as error:  # the others go on
+                at.run.failed[name] = f"{type(error).__name__}: {error}"
+            bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
     setups = {
         name: partial(job, at.steps[name], streams, steps_in_job(at.model, VARIANTS[name]))
         for name in timed(at)

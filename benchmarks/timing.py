@@ -59,16 +59,17 @@ def fastest(*jobs: Job) -> Job:
 
 
 def interleaved(
-    setups: Mapping[str, Callable[[], Job]],
+    setups: dict[str, Callable[[], Job]],
     into: Run,
     *,
     rounds: int,
     seconds: float,
     bar: tqdm.tqdm,
 ) -> None:
-    """Times every job in turn, A B C A B C ..., so that a slow moment of the machine hits all.
+    """Times every job in turn, A B C, C B A, ..., so that a slow moment of the machine hits all.
 
-    A job is called once before it is timed: the threads of the one before may still spin.
+    A job is called once before it is timed: the threads of the one before may still spin. There and
+    back, so that what the one before leaves behind is not always the same job's.
 
     Args:
       setups: name -> function that makes the job; it and the job's first calls are not timed.
@@ -100,8 +101,8 @@ def interleaved(
 
     for name in setups:
         attempt(name, warm_up)
-    for _ in range(rounds):
-        for name in setups:
+    for number in range(rounds):
+        for name in reversed(setups) if number % 2 else setups:
             attempt(name, measure)
 
 

@@ -92,7 +92,7 @@ def test_jobs_take_turns_and_one_that_fails_stops_no_other():
     }
     with tqdm.tqdm(total=16, disable=True) as bar:
         timing.interleaved(setups, run, rounds=3, seconds=0.0, bar=bar)
-    assert "".join(calls) == "aabbcc" + "aabcc" + "aacc" + "aacc"
+    assert "".join(calls) == "aabbcc" + "aabcc" + "ccaa" + "aacc"
     assert run.failed == {"b": "RuntimeError: no more", "d": "ZeroDivisionError: division by zero"}
     assert {name: len(times) for name, times in run.seconds.items()} == {"a": 3, "b": 0, "c": 3}
 
