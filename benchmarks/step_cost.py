@@ -1,7 +1,7 @@
 """What a training step costs: operations, seconds and memory, as a ratio to the plain step.
 
     python -m benchmarks.step_cost [--json] [--out FILE] [--model NAME ...] [--rounds=5]
-                                   [--scaling | --no-scaling] [--figure FILE.png]
+                                   [--[no-]scaling] [--[no-]parts] [--figure FILE.png]
 
 Every method of the package on four models, next to the least that its algorithm must do (`floor`).
 A step is compiled once, ahead; operations, memory and time are those of that executable, run as
@@ -16,8 +16,6 @@ the same at every step is counted with the step's number as a constant, over a w
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -179,14 +177,6 @@ VARIANTS = {
         lambda h: 1 + R * F + (R + 1 + SOLVES) * h / 3,
         iterations=ITERATIONS,
     ),
-    "saflex_head_cg_every4": Variant(
-        "saflex",
-        _options(**CG, val_every=EVERY),
-        lambda h: 1 + (R * F + R * h / 3) / EVERY + (1 + SOLVES) * h / 3,
-        period=EVERY,
-        iterations=ITERATIONS,
-        dear=True,
-    ),
     "saflex_head_cg_memory": Variant(
         "saflex",
         lambda model: CG | _memory(model),
@@ -343,8 +333,12 @@ class Step(NamedTuple):
     temp_bytes: int
 
 
-def compile_step(method: Method, streams: Streams, variant: Variant) -> Step:
-    """Compiles and counts."""
+# Machine code that nobody times: same operations, same buffers, two thirds of the time to compile.
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+def compile_step(method: Method, streams: Streams, variant: Variant, *, fast: bool = True) -> Step:
+    """Compiles and counts; without `fast` machine code that is not to be timed."""
     init = partial(method.init, jax.random.key(0), streams.candidates.inputs[:1])
     state = jax.eval_shape(init)
 
@@ -357,14 +351,15 @@ def compile_step(method: Method, streams: Streams, variant: Variant) -> Step:
 
         return jax.jit(step, donate_argnums=0).lower(state, streams)
 
-    executable = lowered(None).compile()
+    executable = lowered(None).compile({} if fast else QUICKLY)
     if variant.period == 1:
         flops = operations(executable, variant.iterations)
     else:
         steps = [lowered(number) for number in range(variant.period, 2 * variant.period)]
         programs = {step.as_text(): step for step in steps}  # the same one is compiled once
         counts = {
-            text: operations(step.compile(), variant.iterations) for text, step in programs.items()
+            text: operations(step.compile(QUICKLY), variant.iterations)
+            for text, step in programs.items()
         }
         flops = float(np.mean([counts[step.as_text()] for step in steps]))
     temp_bytes = executable.memory_analysis().temp_size_in_bytes
@@ -453,22 +448,15 @@ def steps_in_job(model: Model, variant: Variant) -> int:
 def measure(at: Point, *, rounds: int, bar: tqdm.tqdm) -> None:
     """Compiles, counts and times the variants of a point."""
     streams = jax.device_put(data(at.model))
-
-    def compiled(name):
-        return compile_step(make_method(at.model, VARIANTS[name]), streams, VARIANTS[name])
-
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    try:
-        waiting = {name: pool.submit(compiled, name) for name in at.variants}
-        for name, step in waiting.items():
-            bar.set_postfix_str(f"compiles {name}")
-            try:
-                at.steps[name] = step.result()
-            except Exception as error:  # the others go on
-                at.run.failed[name] = f"{type(error).__name__}: {error}"
-            bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for name in at.variants:
+        bar.set_postfix_str(f"compiles {name}")
+        try:
+            method = make_method(at.model, VARIANTS[name])
+            fast = name in timed(at)
+            at.steps[name] = compile_step(method, streams, VARIANTS[name], fast=fast)
+        except Exception as error:  # the others go on
+            at.run.failed[name] = f"{type(error).__name__}: {error}"
+        bar.update()
     setups = {
         name: partial(job, at.steps[name], streams, steps_in_job(at.model, VARIANTS[name]))
         for name in timed(at)
@@ -651,8 +639,9 @@ def table(made: dict) -> str:
             f"{name}, batch {model.batch}; one forward pass for scores and step: {shared}",
         ]
         lines += _table(made[name])
-        alone = (f"{part} {_show(ratio, 3)}" for part, ratio in made["parts"][name].items())
-        lines.append(f"  seconds of the parts alone, in plain steps: {', '.join(alone)}")
+        alone = [f"{part} {_show(ratio, 3)}" for part, ratio in made["parts"][name].items()]
+        if alone:
+            lines.append(f"  seconds of the parts alone, in plain steps: {', '.join(alone)}")
     for kind, by_model in made["scaling"].items():
         for name, values in by_model.items():
             lines += ["", f"{kind} of {name}: what is added, in GFLOP (in trainings of the head)"]
@@ -743,14 +732,21 @@ def main(argv: list[str] | None = None) -> int:
         action=argparse.BooleanOptionalAction,
         help="vary classes, batch and width; default: where no model is named",
     )
+    parser.add_argument(
+        "--parts",
+        action=argparse.BooleanOptionalAction,
+        help="time the parts of a step alone; default: where no model is named",
+    )
     parser.add_argument("--figure", help="draw the report to this PNG file")
     points, scaling, found = {}, {}, {}
 
     def start(options):
         if jax.default_backend() != "cpu":  # elsewhere products are library calls, not counted
             raise ValueError(f"JAX_PLATFORMS must be cpu to count; given {jax.default_backend()}")
-        points.update({name: point(MODELS[name], parts=True) for name in options.model or MODELS})
-        if options.scaling if options.scaling is not None else not options.model:
+        wanted = lambda option: not options.model if option is None else option
+        parts = wanted(options.parts)
+        points.update({name: point(MODELS[name], parts=parts) for name in options.model or MODELS})
+        if wanted(options.scaling):
             scaling.update(scaling_points())
         work = list(leaves(points)) + list(leaves(scaling))
 

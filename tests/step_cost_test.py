@@ -83,7 +83,6 @@ def test_floors_are_the_sums_of_their_parts():
         "saflex_head": 13 / 12,
         "saflex_head_every4": 49 / 48,
         "saflex_head_cg": 13 / 12,
-        "saflex_head_cg_every4": 49 / 48,
         "saflex_head_cg_memory": 13 / 12,
         "saflex_full_scores_every4": 1 + 11 / 48,
         "saflex_full_bf16": 27 / 12,
@@ -98,9 +97,7 @@ def test_floors_are_the_sums_of_their_parts():
     # A head that is a tenth of the step: products of a thirtieth, the validation's of a quarter.
     assert floors["saflex_head"](0.1) == pytest.approx(13 / 12 + 1.25 / 30)
     assert floors["saflex_head_cg"](0.1) == pytest.approx(13 / 12 + (1.25 + 22) / 30)
-    assert floors["saflex_head_cg_every4"](0.1) == pytest.approx(
-        1 + (1 / 12 + 1 / 120) / 4 + 23 / 30
-    )
+    assert floors["saflex_head_every4"](0.1) == pytest.approx(1 + (1 / 12 + 1 / 120) / 4 + 1 / 30)
 
 
 def stage_size(name, model):
@@ -239,11 +236,13 @@ def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_p
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_scaling_where_a_model_is_named(tiny, monkeypatch, capsys):
+def test_neither_scaling_nor_parts_where_a_model_is_named(tiny, monkeypatch, capsys):
     monkeypatch.setattr(step_cost, "measure", lambda at, *, rounds, bar: None)
     for arguments, kinds in [([], {"classes"}), (["--model", "tiny"], set())]:
         assert step_cost.main(["--json", *arguments]) == 0
-        assert set(json.loads(capsys.readouterr().out)["scaling"]) == kinds
+        made = json.loads(capsys.readouterr().out)
+        assert set(made["scaling"]) == kinds
+        assert bool(made["parts"]["tiny"]) == bool(kinds)
     assert step_cost.main(["--json", "--model", "tiny", "--scaling"]) == 0
     assert set(json.loads(capsys.readouterr().out)["scaling"]) == {"classes"}
 
@@ -263,7 +262,7 @@ def test_ctrl_c_prints_what_was_measured(tiny, monkeypatch, capsys):
         return run
 
     known = step_cost.Step(None, None, 1.0, 0)
-    monkeypatch.setattr(step_cost, "compile_step", lambda method, streams, variant: known)
+    monkeypatch.setattr(step_cost, "compile_step", lambda *_, fast: known)
     monkeypatch.setattr(step_cost, "job", job)
     monkeypatch.setattr(step_cost, "head_flops", lambda at: 1.0)
     assert step_cost.main(["--no-scaling", "--rounds", "1"]) == 130
