@@ -6,6 +6,7 @@ One training step that weighs (or relabels) each of 32 candidates, 32x32x3, by t
 on it on the loss of 8 validation samples: by this project, by JAX and PyTorch as they come, and by
 libraries for it, all in one run and in turn. Each is a ratio to the plain step of its own
 framework, on the CPU, with as many threads: JAX compiled by jit, PyTorch eager (no torch.compile).
+All keep the memory that they free (`timing.keep_memory`).
 The networks are the same, weight for weight. What each entry does is in `ENTRIES`; what is missing
 or fails is null, with the reason.
 
@@ -767,6 +768,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help=f"only one of {', '.join(NETWORKS)}")
     parser.add_argument("--figure", type=pathlib.Path, help="draw the ratios to this file")
     runs: dict[str, Run] = {}
+    found = {}
 
     def start(options):
         if options.model is not None:
@@ -774,10 +776,12 @@ def main(argv: list[str] | None = None) -> int:
         for name in NETWORKS if options.model is None else [options.model]:
             runs[name] = Run(timing.Run({}, {}), {}, {})
         length = len(runs) * len(entries()) * (options.rounds + 1)
+        found["keeps_memory"] = timing.keep_memory()
         return length, lambda bar: measure(runs, rounds=options.rounds, bar=bar)
 
     def finish(options):
         made = report(runs, rounds=options.rounds)
+        made["machine"] |= found
         if options.figure is not None:
             draw(made, options.figure)
         return made
