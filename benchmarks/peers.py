@@ -742,15 +742,14 @@ def draw(made: dict, file: pathlib.Path) -> None:
         shown = {name: entry for name, entry in found.items() if entry["ratio"] is not None}
         names = sorted(shown, key=lambda name: shown[name]["ratio"], reverse=True)
         ratios = [shown[name]["ratio"] for name in names]
-        bars = panel.barh(
-            names,
-            [ratio - 1 for ratio in ratios],
-            left=1,
-            color=[colours[shown[name]["own"]] for name in names],
-        )
-        panel.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=8)
+        own = [colours[shown[name]["own"]] for name in names]
+        panel.barh(names, [ratio - 1 for ratio in ratios], left=1, color=own)
+        for place, ratio in enumerate(ratios):
+            at = max(ratio, 1.0), place
+            beside = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            panel.annotate(f"{ratio:.2f}", at, **beside)
         panel.set_xscale("log")
-        panel.set_xlim(0.95, 1.6 * max(ratios, default=1.0))
+        panel.set_xlim(0.8, 1.6 * max(ratios, default=1.0))
         panel.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         panel.minorticks_off()
         panel.set_title(network)
@@ -758,7 +757,7 @@ def draw(made: dict, file: pathlib.Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colours[own]) for own in (True, False)]
     labels = ["this project", "peers (jax_*: what a JAX user would write)"]
-    panels[-1].legend(handles, labels, frameon=False)
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=130)
 
 
