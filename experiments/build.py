@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import task
-from experiments.configs.methods import BY_DATA, REFINERS
+from experiments.configs.methods import option_names, parameters, taken
 from experiments.task import Data
 from saflex_jax import augment, checks, models, parallel, train
 from saflex_jax.batches import floats
@@ -25,7 +25,7 @@ from saflex_jax.data import (
     sizes,
     subset,
 )
-from saflex_jax.methods import METHODS
+from saflex_jax.methods import METHODS, NETWORKS, PRIORS, REFINERS
 from saflex_jax.types import Method, Streams
 
 LOSSES = {
@@ -42,7 +42,7 @@ BACKBONES = {
 SCHEMA = {
     "data": task.FIELDS,
     "optimizer": ("learning_rate", "weight_decay"),
-    "method": ("name", "loss", *METHODS),
+    "method": ("name", "refiner", "loss", *METHODS),
     "train": ("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),
 }  # fmt: skip
 
@@ -57,15 +57,19 @@ def check(config: ConfigDict) -> None:
     checks.choice("config.model.name", config.model.name, BACKBONES)
     checks.choice("config.method.name", config.method.name, METHODS)
     checks.choice("config.method.loss", config.method.loss, LOSSES)
+    if refiner := config.method.get("refiner", ""):
+        checks.choice("config.method.refiner", refiner, REFINERS)
+        if "refiner" not in parameters(METHODS[config.method.name]):
+            raise ValueError(
+                f"config.method.refiner must be '' with {config.method.name}; given {refiner!r}"
+            )
     augment.parse(config.augment)
     backbone = inspect.signature(BACKBONES[config.model.name]).parameters
     checks.fields(
         "config.model", config.model, {"name", *backbone} - {"parent", "axis_name", "categories"}
     )
-    for name, refiner in REFINERS.items():
-        given = config.method.get(name, {})
-        accepted = set(inspect.signature(refiner).parameters) - BY_DATA
-        checks.fields(f"config.method.{name}", given, accepted)
+    for name in METHODS:
+        checks.fields(f"config.method.{name}", config.method.get(name, {}), option_names(name))
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(f"config.train.{name}", config.train[name])
 
@@ -92,24 +96,41 @@ def make_method(
 ) -> Method:
     """The method alone; `with_upstream` puts the augmentation in front."""
     check(config)
-    size, num_classes = pools.candidates.labels.shape
+    name, rule = config.method.name, config.method.get("refiner", "")
+    labels, options = pools.candidates.labels, method_options(config, name)
     kwargs = {k: v for k, v in config.model.items() if k != "name"}
     if isinstance(pools.candidates.inputs, dict):  # a table with categorical columns
         kwargs["categories"] = category_sizes(columns)
+    # For BatchNorm.
+    mapped = {"axis_name": parallel.runners.AXIS} if config.runner == "pmap" else {}
     backbone = BACKBONES[config.model.name]
-    if config.runner == "pmap" and hasattr(backbone, "axis_name"):  # it may have BatchNorm
-        kwargs["axis_name"] = parallel.runners.AXIS
-    model = models.from_linen(models.Classifier(backbone(**kwargs), num_classes))
+    backbone = backbone(**kwargs, **taken(backbone, mapped))
+    network = NETWORKS.get(name, models.Classifier)
+    module = network(backbone, labels.shape[1], **taken(network, options))
     schedule = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.train.steps)
     tx = optax.adamw(schedule, weight_decay=config.optimizer.weight_decay)
-    options = dict(config.method.get(config.method.name, {}))
+
+    prior = PRIORS[name](labels, **taken(PRIORS[name], options)) if name in PRIORS else labels
+    by_run = mapped | {
+        "num_samples": len(prior),
+        "num_classes": prior.shape[1],
+        "prior": prior,
+        "num_steps": config.train.steps,
+    }
+    given = taken(REFINERS.get(name, METHODS[name]), options | by_run)
+    if rule:
+        made = REFINERS[rule]
+        given["refiner"] = made(**taken(made, method_options(config, rule) | by_run))
+    loss = LOSSES[config.method.loss]()
+    return METHODS[name](models.from_linen(module), tx, loss=loss, **given)
+
+
+def method_options(config: ConfigDict, name: str) -> dict:
+    """The config's options of a method or rule; parameters by predicate."""
+    options = dict(config.method.get(name, {}))
     if "predicate" in options:
         options["predicate"] = under(options["predicate"]) if options["predicate"] else None
-    if config.method.name == "saflex":
-        options |= {"num_samples": size, "num_classes": num_classes}
-    if config.method.name == "implicit":
-        options["prior"] = pools.candidates.labels
-    return METHODS[config.method.name](model, tx, loss=LOSSES[config.method.loss](), **options)
+    return options
 
 
 def with_upstream(config: ConfigDict, method: Method) -> Method:

@@ -187,6 +187,12 @@ def validation(method: str, val: Batch | None) -> None:
         raise ValueError(f"{method} needs validation samples; given streams.val = None")
 
 
+def no_clean(method: str, clean: Batch | None) -> None:
+    """There are no clean samples, for a method that would leave them out."""
+    if clean is not None:
+        raise ValueError(f"{method} trains on candidates alone; given streams.clean")
+
+
 def fields(name: str, given: Iterable[str], accepted: Iterable[str]) -> None:
     """Raises on a config field that nobody reads; names the nearest known one."""
     accepted = sorted(accepted)

@@ -130,6 +130,9 @@ class Model(NamedTuple):
       init: (key, inputs) -> (params, model_state).
       train: TrainFn; BatchNorm uses (and updates) batch statistics.
       logits: (params, model_state, inputs) -> f32[B, K]; BatchNorm uses running statistics.
+
+    For methods with several heads both give a dict of outputs (`models.Heads`) in the place of
+    f32[B, K].
     """
 
     init: Callable[[jax.Array, PyTree], tuple[Params, ModelState]]

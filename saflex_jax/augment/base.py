@@ -22,6 +22,7 @@ OPERATIONS = (
     "random_field",
     "augmix", "mixup", "cutmix", "resizemix", "fmix", "gridmix", "smoothmix",
     "feature_noise", "feature_mask", "tabular_cutmix", "smote",
+    "automix",
 )  # fmt: skip
 
 

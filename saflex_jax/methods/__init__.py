@@ -3,7 +3,7 @@
 To add one, write the file and name it here; loop, runners and checkpoints stay as they are.
 """
 
-from saflex_jax.methods import erm, implicit, l2rw, meta_weight_net, saflex
+from saflex_jax.methods import automix, erm, implicit, l2rw, meta_weight_net, saflex, sla
 
 METHODS = {
     "erm": erm.make,
@@ -11,4 +11,19 @@ METHODS = {
     "implicit": implicit.make,
     "l2rw": l2rw.make,
     "meta_weight_net": meta_weight_net.make,
+    "sla": sla.make,
+    "automix": automix.make,
 }
+# The rules for weights and labels. A method of the same name is plain training with that rule; sla
+# and automix take one as `refiner`.
+REFINERS = {
+    "saflex": saflex.refiner,
+    "implicit": implicit.refiner,
+    "l2rw": l2rw.refiner,
+    "meta_weight_net": meta_weight_net.refiner,
+}
+# (backbone, num_classes, **options) -> the module that a method trains; of the others a Classifier.
+NETWORKS = {"sla": sla.network, "automix": automix.network}
+# (labels f32[N, K], **options) -> priors of the samples that a method shows its refiner, where
+# these are not the samples themselves.
+PRIORS = {"sla": sla.priors}

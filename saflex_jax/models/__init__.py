@@ -1,7 +1,8 @@
 """Bundled Flax Linen networks and the adapters that turn any network into a `types.Model`."""
 
 from saflex_jax.models.adapters import from_function, from_linen, from_nnx
-from saflex_jax.models.classifier import Classifier, mix_hidden
+from saflex_jax.models.classifier import Classifier, Heads, mix_hidden
+from saflex_jax.models.mix_block import AdversarialMixBlock, MixBlock
 from saflex_jax.models.mlp import MLP
 from saflex_jax.models.resnet import ResNet18
 from saflex_jax.models.small_cnn import SmallCNN
@@ -9,7 +10,10 @@ from saflex_jax.models.vit import ViT
 
 __all__ = [
     "MLP",
+    "AdversarialMixBlock",
     "Classifier",
+    "Heads",
+    "MixBlock",
     "ResNet18",
     "SmallCNN",
     "ViT",

@@ -1,6 +1,8 @@
-"""A classifier is a backbone and a linear head; parameters at "backbone" and "head"."""
+"""A classifier is a backbone and linear heads; parameters at "backbone" and "head"."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -53,3 +55,38 @@ class Classifier(nn.Module):
         mixed = jax.tree.map(lambda x: mix_hidden(x, inputs, 0), inputs["inputs"])
         features = self.backbone(mixed, train=train)
         return self.head(mix_hidden(features, inputs, 1))
+
+
+class Linears(nn.Module):
+    """Linear maps of the same features, by name."""
+
+    widths: Mapping[str, int]
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
+        return {name: nn.Dense(width, name=name)(features) for name, width in self.widths.items()}
+
+
+class Heads(nn.Module):
+    """Several linear heads on any backbone, for the methods that need them; at "head/NAME".
+
+    Attributes:
+      backbone: as that of `Classifier`; with `stage` one that hands out a feature map, that is
+        __call__(inputs, *, train, stage) -> (features f32[B, D], map f32[B, h, w, C]).
+      widths: name -> outputs of that head.
+      stage: of the backbone whose feature map is handed out, -1 being the last; None = no map.
+    """
+
+    backbone: nn.Module
+    widths: Mapping[str, int]
+    stage: int | None = None
+
+    def setup(self):
+        self.head = Linears(self.widths)
+
+    def __call__(self, inputs: PyTree, *, train: bool) -> dict[str, jax.Array]:
+        """Name -> logits f32[B, width]; and "map", the feature map."""
+        if self.stage is None:
+            return self.head(self.backbone(inputs, train=train))
+        features, feature_map = self.backbone(inputs, train=train, stage=self.stage)
+        return {**self.head(features), "map": feature_map}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
+from saflex_jax.models.feature_map import with_map
 from saflex_jax.models.norm import Norm
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -16,6 +17,8 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 class ResNet18(nn.Module):
     """Basic-block ResNet, f32[B, H, W, C] -> f32[B, 8 * width]; 11.2 M parameters at width 64.
+
+    Called with `stage`, it returns the feature map of that stage as well.
 
     Attributes:
       stem: "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, max-pool).
@@ -32,7 +35,9 @@ class ResNet18(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, stage: int | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         checks.choice("stem", self.stem, ("cifar", "imagenet"))
 
         def conv(width, size, stride, name=None):
@@ -54,13 +59,15 @@ class ResNet18(nn.Module):
         else:
             x = nn.relu(norm(conv(self.width, 7, 2, name="stem")(x)))
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        for stage, count in enumerate(self.blocks):
-            width = self.width * 2**stage
+        maps = []
+        for number, count in enumerate(self.blocks):
+            width = self.width * 2**number
             for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
+                stride = 2 if number > 0 and block == 0 else 1
                 y = nn.relu(norm(conv(width, 3, stride)(x)))
                 y = norm(conv(width, 3, 1)(y))
                 if x.shape != y.shape:
                     x = norm(conv(width, 1, stride)(x))
                 x = nn.relu(x + y)
-        return jnp.mean(x, axis=(1, 2))
+            maps.append(x)
+        return with_map(jnp.mean(x, axis=(1, 2)), maps, stage)

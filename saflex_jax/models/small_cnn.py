@@ -8,11 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from saflex_jax.models.feature_map import with_map
 from saflex_jax.models.norm import Norm
 
 
 class SmallCNN(nn.Module):
     """3x3 convolutions, stride 2 between stages, global mean: f32[B, H, W, C] -> f32[B, D].
+
+    Called with `stage`, it returns the feature map of that stage as well.
 
     Attributes:
       widths: channels of the stages; the last is the number of features.
@@ -25,8 +28,12 @@ class SmallCNN(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        for stage, width in enumerate(self.widths):
-            x = nn.Conv(width, (3, 3), strides=1 if stage == 0 else 2, use_bias=False)(x)
+    def __call__(
+        self, x: jax.Array, *, train: bool, stage: int | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        maps = []
+        for number, width in enumerate(self.widths):
+            x = nn.Conv(width, (3, 3), strides=1 if number == 0 else 2, use_bias=False)(x)
             x = nn.relu(Norm(self.norm, self.axis_name)(x, train=train))
-        return jnp.mean(x, axis=(1, 2))
+            maps.append(x)
+        return with_map(jnp.mean(x, axis=(1, 2)), maps, stage)

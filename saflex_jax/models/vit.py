@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
+from saflex_jax.models.feature_map import with_map
 from saflex_jax.models.norm import GroupNorm
 
 
@@ -43,6 +44,8 @@ class ViT(nn.Module):
 
     Tokens are patches with learned positions; features are the mean of the tokens after the last
     normalisation (no class token). No dropout, so training and evaluation mode are the same.
+    Called with `stage`, it returns the tokens after that block as well, where they lie in the
+    image.
 
     Attributes:
       patch: side of a patch in pixels; must divide H and W.
@@ -62,7 +65,9 @@ class ViT(nn.Module):
     mlp_width: int = 1536
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, stage: int | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         del train
         checks.images("inputs", x)
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
@@ -74,9 +79,12 @@ class ViT(nn.Module):
             raise ValueError(f"width must be a multiple of {self.heads} heads; given {self.width}")
         side = (self.patch, self.patch)
         x = nn.Conv(self.width, side, side, padding="VALID", name="patches")(x)
+        grid = x.shape
         x = x.reshape(len(x), -1, self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
         x = x + jax.lax.broadcast_in_dim(positions, x.shape, (1, 2))
+        maps = []
         for number in range(self.depth):
             x = Block(self.heads, self.mlp_width, name=f"block_{number}")(x)
-        return jnp.mean(_layer_norm(x, "norm"), axis=1)
+            maps.append(x.reshape(grid))
+        return with_map(jnp.mean(_layer_norm(x, "norm"), axis=1), maps, stage)

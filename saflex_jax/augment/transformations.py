@@ -1,0 +1,71 @@
+"""Transformations that a network can be asked to tell apart: quarter turns, orders of channels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+
+
+class Transformation(NamedTuple):
+    """A rearrangement of an image's pixels.
+
+    Attributes:
+      turns: by 90 degrees, counter-clockwise.
+      channels: which channel comes where; None = as they are.
+    """
+
+    turns: int = 0
+    channels: tuple[int, ...] | None = None
+
+
+_TURNS, _HALF_TURNS = (0, 1, 2, 3), (0, 2)
+_CYCLIC = (None, (1, 2, 0), (2, 0, 1))  # RGB, GBR, BRG
+_ORDERS = (None, (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # also RBG, GRB, BGR
+
+
+def _composed(turns, orders) -> tuple[Transformation, ...]:
+    return tuple(Transformation(turn, order) for turn in turns for order in orders)
+
+
+# Sets of M transformations, the identity first; composed, the rotation counts slower. As in the
+# repository hankook/SLA, whose names these are.
+TRANSFORMATIONS = {
+    "none": _composed((0,), (None,)),
+    "rotation": _composed(_TURNS, (None,)),
+    "rotation2": _composed(_HALF_TURNS, (None,)),
+    "color_perm": _composed((0,), _ORDERS),
+    "color_perm3": _composed((0,), _CYCLIC),
+    "rot_color_perm6": _composed(_HALF_TURNS, _CYCLIC),
+    "rot_color_perm12": _composed(_TURNS, _CYCLIC),
+    "rot_color_perm24": _composed(_TURNS, _ORDERS),
+}
+
+
+def transformed(images: jax.Array, name: str) -> jax.Array:
+    """All views of all images, f[B, H, W, C] -> f[B M, H, W, C]; row i M + j is view j of image i.
+
+    Args:
+      images: floats.
+      name: of TRANSFORMATIONS.
+
+    Raises:
+      ValueError: an unknown name; quarter turns of images that are not square; orders of channels
+        where there are not three.
+    """
+    checks.choice("transformations", name, TRANSFORMATIONS)
+    checks.images("inputs", images)
+    found, (_, height, width, channels) = TRANSFORMATIONS[name], images.shape
+    if height != width and any(t.turns % 2 for t in found):
+        raise ValueError(f"inputs must be square for {name!r}; given {height}x{width}")
+    if channels != 3 and any(t.channels for t in found):
+        raise ValueError(f"inputs must have 3 channels for {name!r}; given {channels}")
+
+    def view(turns, channels):
+        turned = jnp.rot90(images, turns, axes=(1, 2))
+        return turned if channels is None else turned[..., jnp.array(channels)]
+
+    return jnp.stack([view(*t) for t in found], 1).reshape(-1, height, width, channels)
