@@ -33,13 +33,13 @@ from benchmarks import timing
 from saflex_jax import models, types
 from saflex_jax.core.losses import weighted_cross_entropy
 from saflex_jax.core.tree import identity, under
-from saflex_jax.methods import METHODS
+from saflex_jax.methods import METHODS, NETWORKS, automix
 from saflex_jax.types import Batch, Method, PyTree, Streams
 
 F = 1 / 3  # of a plain step: a forward pass; a backward pass and a JVP are two
 R = 1 / 4  # validation samples for each candidate
 POOL = 50_000  # source samples: rows of a score memory, and of learned targets
-EVERY, ITERATIONS, CHUNK = 4, 10, 8
+EVERY, ITERATIONS, CHUNK, VIEWS = 4, 10, 8, 4
 STEPS = 4  # timed together, as the loop dispatches them; on slow models as few as a period has
 SECONDS = 0.3  # of one variant in one round
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -115,6 +115,7 @@ class Variant(NamedTuple):
       iterations: trips, at most, of a loop whose end depends on the data.
       dear: only counted on slow models.
       timed: False = only counted on every model.
+      images: for models of images alone.
     """
 
     method: str
@@ -124,6 +125,7 @@ class Variant(NamedTuple):
     iterations: int | None = None
     dear: bool = False
     timed: bool = True
+    images: bool = False
 
 
 def _options(**given) -> Callable[[Model], dict]:
@@ -218,18 +220,32 @@ VARIANTS = {
         iterations=ITERATIONS,
         dear=True,
     ),
+    # All views of every candidate.
+    "sla_rotation": Variant("sla", _options(mode="sla"), lambda h: VIEWS, dear=True, images=True),
+    # The network twice, forward and back; its average on mixed images, forward and back to the
+    # images, and on the candidates up to the feature map.
+    "automix": Variant("automix", _options(num_steps=1000), dear=True, images=True),
+    # The same with the average's logits of the candidates, and the network a third time.
+    "adautomix": Variant(
+        "automix",
+        _options(num_steps=1000, **automix.ADAUTOMIX),
+        lambda h: 3 + 3 * F,
+        dear=True,
+        images=True,
+    ),
 }
 
 
-def make_network(model: Model) -> types.Model:
-    """The classifier."""
-    return models.from_linen(models.Classifier(model.backbone(), model.classes))
+def make_network(model: Model, method: str = "erm") -> types.Model:
+    """The classifier, or the network that a method needs."""
+    network = NETWORKS.get(method, models.Classifier)
+    return models.from_linen(network(model.backbone(), model.classes))
 
 
 def make_method(model: Model, variant: Variant) -> Method:
     """The variant on the model, trained by SGD with momentum."""
-    tx = optax.sgd(0.1, momentum=0.9)
-    return METHODS[variant.method](make_network(model), tx, **variant.options(model))
+    network, tx = make_network(model, variant.method), optax.sgd(0.1, momentum=0.9)
+    return METHODS[variant.method](network, tx, **variant.options(model))
 
 
 # --- the parts of a step, alone: what explains a ratio of times that is not that of operations
@@ -395,7 +411,9 @@ def point(
     timed: bool = True,
     parts: bool = False,
 ) -> Point:
-    """A point of which nothing is known yet."""
+    """A point of which nothing is known yet; without what needs images where there are none."""
+    images = len(model.shape) == 3
+    variants = tuple(name for name in variants if images or not VARIANTS[name].images)
     return Point(model, variants, timed, parts, {}, timing.Run({}, {}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import jax
 import numpy as np
@@ -26,12 +27,13 @@ from saflex_jax.data import (
     subset,
 )
 from saflex_jax.methods import METHODS, NETWORKS, PRIORS, REFINERS
-from saflex_jax.types import Method, Streams
+from saflex_jax.types import Method, Model, Streams
 
 LOSSES = {
     "cross_entropy": lambda: losses.weighted_soft_cross_entropy,
     "augmix": losses.augmix_loss,
     "decoupled_mixup": losses.decoupled_mixup_loss,
+    "ldam": losses.ldam_loss,
 }
 BACKBONES = {
     "mlp": models.MLP,
@@ -48,8 +50,11 @@ SCHEMA = {
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError on an unknown field (naming the nearest) or choice."""
-    checks.fields("config", config, ("seed", "runner", "augment", "model", *SCHEMA))
+    """Raises ValueError on an unknown field (naming the nearest) or choice.
+
+    `config.arms` is of a comparison, which looks at it (`experiments.arms`); a run does not.
+    """
+    checks.fields("config", config, ("seed", "runner", "augment", "model", "arms", *SCHEMA))
     for section, accepted in SCHEMA.items():
         checks.fields(f"config.{section}", config[section], accepted)
     checks.choice("config.runner", config.runner, parallel.RUNNERS)
@@ -74,6 +79,23 @@ def check(config: ConfigDict) -> None:
         checks.positive(f"config.train.{name}", config.train[name])
 
 
+def settings(config: ConfigDict) -> dict:
+    """What fixes a run, as JSON keeps it: the config without the arms of a comparison."""
+    return {name: value for name, value in json.loads(config.to_json()).items() if name != "arms"}
+
+
+def of_labels(config: ConfigDict) -> bool:
+    """Whether the method is made from the training labels, and so holds those of one seed."""
+    names = {config.method.name, config.method.get("refiner", "")} - {""}
+    takers = [REFINERS.get(name, METHODS[name]) for name in names] + [LOSSES[config.method.loss]]
+    return any({"prior", "counts"} & parameters(taker).keys() for taker in takers)
+
+
+def learns(config: ConfigDict) -> bool:
+    """Whether the method has a rule for weights and labels."""
+    return (config.method.get("refiner", "") or config.method.name) in REFINERS
+
+
 def make_input(
     config: ConfigDict, data: Data, runner: parallel.Runner
 ) -> tuple[parallel.Runner, train.loop.Stream]:
@@ -91,6 +113,21 @@ def make_input(
     return runner, Prefetched(stream, place=runner.put_batch)
 
 
+def make_model(
+    config: ConfigDict, pools: Streams, columns: tuple[Column, ...] | None = None
+) -> Model:
+    """The network that the method trains."""
+    name = config.method.name
+    kwargs = {k: v for k, v in config.model.items() if k != "name"}
+    if isinstance(pools.candidates.inputs, dict):  # a table with categorical columns
+        kwargs["categories"] = category_sizes(columns)
+    backbone = BACKBONES[config.model.name]
+    backbone = backbone(**kwargs, **taken(backbone, _mapped(config)))
+    network = NETWORKS.get(name, models.Classifier)
+    options = taken(network, method_options(config, name))
+    return models.from_linen(network(backbone, pools.candidates.labels.shape[1], **options))
+
+
 def make_method(
     config: ConfigDict, pools: Streams, columns: tuple[Column, ...] | None = None
 ) -> Method:
@@ -98,31 +135,30 @@ def make_method(
     check(config)
     name, rule = config.method.name, config.method.get("refiner", "")
     labels, options = pools.candidates.labels, method_options(config, name)
-    kwargs = {k: v for k, v in config.model.items() if k != "name"}
-    if isinstance(pools.candidates.inputs, dict):  # a table with categorical columns
-        kwargs["categories"] = category_sizes(columns)
-    # For BatchNorm.
-    mapped = {"axis_name": parallel.runners.AXIS} if config.runner == "pmap" else {}
-    backbone = BACKBONES[config.model.name]
-    backbone = backbone(**kwargs, **taken(backbone, mapped))
-    network = NETWORKS.get(name, models.Classifier)
-    module = network(backbone, labels.shape[1], **taken(network, options))
     schedule = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.train.steps)
     tx = optax.adamw(schedule, weight_decay=config.optimizer.weight_decay)
 
     prior = PRIORS[name](labels, **taken(PRIORS[name], options)) if name in PRIORS else labels
-    by_run = mapped | {
+    by_run = _mapped(config) | {
         "num_samples": len(prior),
         "num_classes": prior.shape[1],
         "prior": prior,
+        "counts": np.asarray(prior).sum(0),
         "num_steps": config.train.steps,
+        "steps_per_epoch": len(labels) / config.train.batch_size,
     }
     given = taken(REFINERS.get(name, METHODS[name]), options | by_run)
     if rule:
         made = REFINERS[rule]
         given["refiner"] = made(**taken(made, method_options(config, rule) | by_run))
-    loss = LOSSES[config.method.loss]()
-    return METHODS[name](models.from_linen(module), tx, loss=loss, **given)
+    loss = LOSSES[config.method.loss]
+    given["loss"] = loss(**taken(loss, by_run))
+    return METHODS[name](make_model(config, pools, columns), tx, **given)
+
+
+def _mapped(config: ConfigDict) -> dict[str, str]:
+    """The mapped axis, for batch statistics."""
+    return {"axis_name": parallel.runners.AXIS} if config.runner == "pmap" else {}
 
 
 def method_options(config: ConfigDict, name: str) -> dict:

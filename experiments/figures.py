@@ -40,60 +40,102 @@ def measure(runs: dict[str, list[dict]]) -> str:
     return "test_auc" if "test_auc" in first else "test_accuracy"
 
 
-def compare(runs: dict[str, list[dict]], *, title: str) -> Figure:
-    """Accuracy of every arm; learned weights over time; samples with prior, learned label, weight.
+def compare(
+    runs: dict[str, list[dict]], *, title: str, differences: dict[str, dict] | None = None
+) -> Figure:
+    """Accuracy of every arm; of the arm "saflex" also learned weights over time, and samples.
 
     Args:
-      runs: arm -> one record a seed, as `experiments.compare.run` returns them.
+      runs: arm -> one record a seed, as `experiments.arms.run` returns them.
       title: of the figure.
+      differences: arm -> `experiments.arms.paired_difference` to the first arm, to be drawn.
     """
-    name, samples = measure(runs), runs["saflex"][0]["samples"]
-    images = np.ndim(samples[0]["input"]) == 3
-    figure = Figure(figsize=(11, 7.2 if images else 4), layout="constrained")
+    saflex = runs.get("saflex", [{}])
+    samples = saflex[0].get("samples", [])
+    images = bool(samples) and np.ndim(samples[0]["input"]) == 3
+    panels = 1 + (differences is not None) + bool(samples)
+    figure = Figure(figsize=(max(5.5 * panels, 8), 7.2 if images else 4), layout="constrained")
     figure.suptitle(title)
     top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.05]) if images else [figure]
-    accuracy, weight = top.subplots(1, 2)
+    accuracy, *others = top.subplots(1, panels, squeeze=False)[0]
+    _draw_accuracy(accuracy, runs)
+    if differences is not None:
+        _draw_differences(others.pop(0), differences, measure(runs))
+    if samples:
+        _draw_weights(others.pop(), saflex)
+    if images:
+        _draw_samples(bottom[0], samples, saflex[0]["seed"])
+    return figure
 
+
+def _colour(arm: str, place: int) -> str:
+    return COLOURS.get(arm, f"C{place}")
+
+
+def _name_arms(axis, arms) -> None:
+    lines = [arm.replace("_", "\n", 1) for arm in arms]
+    axis.set_xticks(range(len(lines)), lines, fontsize=9)
+
+
+def _draw_accuracy(axis, runs: dict[str, list[dict]]) -> None:
+    name = measure(runs)
     for place, (arm, records) in enumerate(runs.items()):
-        values = [r[name] for r in records]
+        values, colour = [r[name] for r in records], _colour(arm, place)
         mean = np.mean(values)
-        accuracy.hlines(mean, place - 0.3, place + 0.3, color=COLOURS[arm], lw=3)
-        accuracy.plot(np.full(len(values), place), values, "o", color=COLOURS[arm], ms=5, alpha=0.7)
-        accuracy.annotate(f"{mean:.3f}", (place, max(values)), xytext=(0, 5),
-                          textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
-    accuracy.margins(x=0.1, y=0.15)
-    accuracy.set_xticks(range(len(runs)), [arm.replace("_", "\n", 1) for arm in runs], fontsize=9)
-    accuracy.set_ylabel(f"{name.replace('_', ' ')} (line: mean, dot: seed)")
+        axis.hlines(mean, place - 0.3, place + 0.3, color=colour, lw=3)
+        axis.plot(np.full(len(values), place), values, "o", color=colour, ms=5, alpha=0.7)
+        axis.annotate(f"{mean:.3f}", (place, max(values)), xytext=(0, 5),
+                      textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+    axis.margins(x=0.1, y=0.15)
+    _name_arms(axis, runs)
+    axis.set_ylabel(f"{name.replace('_', ' ')} (line: mean, dot: seed)")
 
+
+def _draw_differences(axis, differences: dict[str, dict], name: str) -> None:
+    base, *_ = differences
+    axis.axhline(0, color=COLOURS["upstream"], lw=1)
+    for place, (arm, found) in enumerate(differences.items()):
+        if found is None:
+            continue
+        colour = _colour(arm, place)
+        axis.plot(place, found["mean"], "o", color=colour)
+        if found["low"] is not None:
+            axis.vlines(place, found["low"], found["high"], color=colour, lw=2)
+    _name_arms(axis, differences)
+    axis.set_xlim(-0.5, len(differences) - 0.5)
+    axis.set_ylabel(f"{name.replace('_', ' ')} minus that of {base},\nseed by seed (95 % interval)")
+
+
+def _draw_weights(axis, records: list[dict]) -> None:
     for name, colour in (("right", RIGHT), ("wrong", WRONG)):
         key = f"eval/weight_{name}"
-        histories = [r["history"] for r in runs["saflex"] if key in r["history"][0]]
+        histories = [r["history"] for r in records if key in r["history"][0]]
         if not histories:
             continue  # no seed has such a label among the samples looked at
         curves = np.array([[h[key] for h in history] for history in histories])
         steps = [h["step"] for h in histories[0]]
-        weight.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
-        weight.plot(steps, curves.mean(0), color=colour, label=f"{name} prior label")
-    weight.set_xlabel("step")
-    weight.set_ylabel("mean learned weight (band: seeds)")
-    weight.set_ylim(bottom=0)
-    weight.legend(title="SAFLEX, training samples with a", fontsize=9)
+        axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
+        axis.plot(steps, curves.mean(0), color=colour, label=f"{name} prior label")
+    axis.set_xlabel("step")
+    axis.set_ylabel("mean learned weight (band: seeds)")
+    axis.set_ylim(bottom=0)
+    axis.legend(title="SAFLEX, training samples with a", fontsize=9)
 
-    if images:
-        bottom[0].suptitle(
-            "prior label → learned label (its probability), weight; green: learned label right.\n"
-            f"Above: right priors, below: wrong priors; seed {runs['saflex'][0]['seed']}.",
-            fontsize=10,
+
+def _draw_samples(figure, samples: list[dict], seed: int) -> None:
+    figure.suptitle(
+        "prior label → learned label (its probability), weight; green: learned label right.\n"
+        f"Above: right priors, below: wrong priors; seed {seed}.",
+        fontsize=10,
+    )
+    lines = [[s for s in samples if s["wrong"] == wrong] for wrong in (False, True)]
+    axes = figure.subplots(ROWS, COLUMNS)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, s in ((axis, s) for row, line in zip(axes, lines) for axis, s in zip(row, line)):
+        axis.imshow(np.squeeze(s["input"]), cmap="gray_r")
+        axis.set_title(
+            f"{s['prior']} → {s['label']} ({s['confidence']:.2f})\nw = {s['weight']:.2f}",
+            fontsize=9,
+            color=RIGHT if s["label"] == s["clean"] else WRONG,
         )
-        lines = [[s for s in samples if s["wrong"] == wrong] for wrong in (False, True)]
-        axes = bottom[0].subplots(ROWS, COLUMNS)
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for axis, s in ((axis, s) for row, line in zip(axes, lines) for axis, s in zip(row, line)):
-            axis.imshow(np.squeeze(s["input"]), cmap="gray_r")
-            axis.set_title(
-                f"{s['prior']} → {s['label']} ({s['confidence']:.2f})\nw = {s['weight']:.2f}",
-                fontsize=9,
-                color=RIGHT if s["label"] == s["clean"] else WRONG,
-            )
-    return figure

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     runner = parallel.RUNNERS[config.runner](method.step)
     checkpoints = train.Checkpoints(
         workdir / "checkpoints",
-        config=json.loads(config.to_json()),
+        config=build.settings(config),
         every=config.train.checkpoint_every,
     )
     writer = train.MetricsWriter(
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     scores = task.test_scores(method, result.state, data)
     summary = {f"test_{name}": value for name, value in scores.items()}
     summary |= {"steps": config.train.steps, "removed_copies": data.removed,
-                "config": json.loads(config.to_json())}  # fmt: skip
+                "config": build.settings(config)}  # fmt: skip
     if jax.process_index() == 0:
         (workdir / "result.json").write_text(json.dumps(summary, indent=1))
         print(json.dumps({k: v for k, v in summary.items() if k != "config"}))

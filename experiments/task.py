@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn import metrics
 
+from experiments.configs import sources
 from experiments.datasets import DATASETS
 from saflex_jax import checks, data, train
 from saflex_jax.augment import corruptions
@@ -18,8 +20,9 @@ from saflex_jax.batches import floats
 from saflex_jax.types import Batch, Method, Streams, TrainState
 
 FIELDS = (
-    *("name", "dir", "size", "task", "test_on", "val", "test", "per_class", "train_on_val"),
-    *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "on_device"),
+    *("name", "dir", "size", "task", "test_on", "val", "test", "per_class", "imbalance"),
+    *("train_on_val", "labels", "noise", "noise_kind", "outside", "outside_from", "pool"),
+    *("corrupt", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -65,6 +68,10 @@ def check(section: ConfigDict) -> None:
         checks.fraction(f"config.data.{name}", section[name])
     for name in ("size", "val", "test", "per_class"):
         checks.whole(f"config.data.{name}", section[name])
+    if not 1 <= section.imbalance < math.inf:
+        raise ValueError(
+            f"config.data.imbalance must be >= 1 and finite, 1 being off; given {section.imbalance}"
+        )
     if section.pool and section.on_device:
         raise ValueError("config.data.on_device must be False with a pool; given True")
     if section.pool and not pathlib.Path(section.pool).exists():
@@ -98,10 +105,12 @@ def title(section: ConfigDict) -> str:
         "noise": f"{section.noise:.0%} {kind}wrong labels",
         "outside": f"{section.outside:.0%} from {section.outside_from}",
         "per_class": f"{section.per_class} a class",
+        "imbalance": f"classes {section.imbalance:g} : 1",
         "test_on": f"tested on {section.test_on}",
         "corrupt": f"tested under {section.corrupt}",
     }
-    return ", ".join([pathlib.Path(section.name).stem, *(said[k] for k in said if section[k])])
+    changed = [said[k] for k in said if section[k] != sources.DEFAULTS[k]]
+    return ", ".join([pathlib.Path(section.name).stem, *changed])
 
 
 @functools.lru_cache(maxsize=2)  # several seeds and arms read the same files
@@ -256,6 +265,9 @@ def make_data(config: ConfigDict) -> Data:
     if section.per_class:
         few = data.few_shot(strata(source)[split.train], per_class=section.per_class, seed=seed)
         split = split._replace(train=split.train[few])
+    if section.imbalance > 1:
+        tail = data.long_tail(strata(source)[split.train], ratio=section.imbalance, seed=seed)
+        split = split._replace(train=split.train[tail])
     data.check_split(split, source.labels, source.num_classes)
 
     inputs = source.inputs

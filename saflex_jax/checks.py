@@ -90,6 +90,17 @@ def interval(name: str, bounds: tuple[float, float], low: float, high: float) ->
         raise ValueError(f"{name} must be (a, b) with {low} <= a <= b <= {high}; given {bounds}")
 
 
+def counts(name: str, found: np.ndarray) -> None:
+    """Raises unless `found` are numbers of samples f[K], each > 0 and finite."""
+    a = np.asarray(found, np.float64)
+    if a.ndim != 1:
+        raise ValueError(f"{name} must have shape [K]; given {list(a.shape)}")
+    bad = ~((a > 0) & (a < math.inf))
+    if bad.any():
+        k = int(np.flatnonzero(bad)[0])
+        raise ValueError(f"{name} must be positive and finite; class {k} has {a[k]:g}")
+
+
 def images(name: str, inputs: PyTree) -> None:
     """Raises unless `inputs` is one floating-point array [B, H, W, C]."""
     if not isinstance(inputs, jax.Array | np.ndarray):

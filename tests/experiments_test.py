@@ -1,6 +1,10 @@
 import importlib
+import json
 import math
+import shutil
 import struct
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,15 +14,23 @@ from tensorboardX.proto.event_pb2 import Event
 from experiments import build, task
 from experiments.configs import digits, wdbc
 from saflex_jax import parallel
+from saflex_jax.data import SOURCES
 from saflex_jax.methods import METHODS
+from saflex_jax.train import Checkpoints
 from tests.train import process_
-from tests.train.setup_ import arrays, read_records
+from tests.train.setup_ import arrays, assert_same_bits, read_records
 
 FOLDER = process_.ROOT / "experiments" / "configs"
 MODULES = [
     importlib.import_module(f"experiments.configs.{path.stem}") for path in FOLDER.glob("*.py")
 ]
-CONFIGS = sorted(module.__name__ for module in MODULES if hasattr(module, "get_config"))
+# Those of embedded data; tests/arms_test.py builds all.
+CONFIGS = sorted(
+    module.__name__
+    for module in MODULES
+    if hasattr(module, "get_config") and module.get_config().data.name in SOURCES
+)
+OF_IMAGES = ("sla", "automix", "invariance", "madaug")
 
 
 def changed(config, **overrides):
@@ -29,6 +41,12 @@ def changed(config, **overrides):
 def small(**overrides):
     """A config that compiles quickly."""
     return changed(wdbc.get_config(), **{"model.widths": (8,), "train.batch_size": 16, **overrides})
+
+
+def small_images(**overrides):
+    """The same of images."""
+    changes = {"model.widths": (4, 4), "train.batch_size": 16, "augment": "shift(1)"}
+    return changed(digits.get_config(), **changes, **overrides)
 
 
 def steps(config, count=2, *, devices=1):
@@ -59,7 +77,8 @@ def test_every_config_runs(name):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_by_config(method):
-    state, metrics = steps(small(**{"method.name": method}))
+    make = small_images if method in OF_IMAGES else small
+    state, metrics = steps(make(**{"method.name": method}))
     assert int(state.step) == 2
     assert all(np.isfinite(total) for total, _ in metrics.values())
 
@@ -176,6 +195,9 @@ def test_data_of_a_seed():
         ("method", "options", {}, r"config.method has no field 'options'; known fields: "),
         ("method.saflex", "temprature", 1, r"did you mean 'temperature'\?"),
         ("method.implicit", "max_wight", 1, r"method.implicit .*did you mean 'max_weight'\?"),
+        ("method", "refiner", "safle", r"config.method.refiner .*did you mean 'saflex'\?"),
+        ("method", "refiner", "saflex", "config.method.refiner must be '' with saflex; given 'saf"),
+        ("method.drw", "counts", 3, "config.method.drw has no field 'counts'; known fields: "),
         ("method.l2rw", "chunck", 4, r"method.l2rw has no field 'chunck'; did you mean 'chunk'\?"),
         ("method.meta_weight_net", "hiden", 9, r"did you mean 'hidden'\?"),
         ("", "runner", "jitt", r"config.runner must be one of .*'jitt'; did you mean 'jit'\?"),
@@ -246,6 +268,95 @@ def test_an_unknown_flag_names_the_nearest(tmp_path):
     assert code != 0 and stdout == ""
     assert 'Did you mean "steps" instead of "stepss"?' in stderr
     assert not (tmp_path / "run").exists()
+
+
+FIRST, LAST = 3, 6  # checkpoints
+SAFLEX_OVER = {
+    "automix": {"method.automix.momentum": 0.5, "method.automix.momentum_end": 0.9},
+    "sla": {"method.sla.transformations": "rotation2", "model.name": "mlp", "model.norm": "none"},
+}
+
+
+def over(method):
+    """What the command runs: SAFLEX as the rule of another method."""
+    return {
+        "method.name": method, "method.refiner": "saflex", "model.widths": (4, 4),
+        "method.saflex.direction": "identity",  # quicker to compile
+        "train.batch_size": 16, "train.steps": LAST, "train.log_every": 1,
+        "train.checkpoint_every": FIRST, **SAFLEX_OVER[method],
+    }  # fmt: skip
+
+
+def run_both(folders, cache):
+    """The command for every method, side by side: each compiles on one core."""
+    command = [sys.executable, "-m", "experiments.main", "--noprogress"]
+    jobs = [
+        subprocess.Popen(
+            [*command, f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in over(m).items())],
+            cwd=process_.ROOT, env=process_.environment(cache), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for m, folder in folders.items()
+    ]  # fmt: skip
+    try:
+        for job in jobs:
+            _, stderr = job.communicate(timeout=process_.LIMIT)
+            assert job.returncode == 0, stderr[-3000:]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Method -> the folders of a run, and of one killed after FIRST steps that was resumed."""
+    root = tmp_path_factory.mktemp("over")
+    whole = {method: root / method for method in SAFLEX_OVER}
+    run_both(whole, root / "compiled")
+    killed = {method: root / f"{method}_killed" for method in SAFLEX_OVER}
+    for method, folder in killed.items():
+        shutil.copytree(whole[method], folder)
+        shutil.rmtree(folder / "checkpoints" / str(LAST))
+        (folder / "result.json").unlink()
+    run_both(killed, root / "compiled")
+    return {method: (whole[method], killed[method]) for method in SAFLEX_OVER}
+
+
+@pytest.mark.parametrize("method", SAFLEX_OVER)
+def test_saflex_over_another_method_by_configuration_alone(runs, method):
+    folder, _ = runs[method]
+    result = json.loads((folder / "result.json").read_text())
+    assert 0 < result["test_accuracy"] < 1 and result["config"]["method"]["name"] == method
+    records = process_.records(folder)
+    assert list(records) == [*range(1, LAST + 1)]
+    for record in records.values():  # of the method, and of its rule
+        assert {"val_loss", "kept", "relabelled", "candidate_loss"} < set(record)
+    weighed = [record["kept"] < 1 or record["relabelled"] > 0 for record in records.values()]
+    assert any(weighed)
+
+
+@pytest.mark.parametrize("method", SAFLEX_OVER)
+def test_saflex_over_another_method_resumes_bit_for_bit(runs, method):
+    config = changed(digits.get_config(), **over(method))
+    data = task.make_data(config)
+    made = build.make_method(config, data.pools)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: build.init_state(config, made, data.pools))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    found = []
+    for folder in runs[method]:
+        checkpoints = Checkpoints(folder / "checkpoints", config=build.settings(config))
+        found.append(checkpoints.load(like, LAST))
+        checkpoints.close()
+    (whole, at), (resumed, its) = found
+    assert at == its == {"step": LAST}
+    assert_same_bits(resumed, whole)
+    memory = whole.extra.memory if method == "sla" else whole.extra.refiner.memory
+    assert memory.visits.sum() == LAST * 16 * (2 if method == "sla" else 1)  # of views, mixtures
+    first, second = map(process_.records, runs[method])
+    assert first == second
+    texts = [(folder / "result.json").read_text() for folder in runs[method]]
+    assert texts[0] == texts[1]
 
 
 def test_tensorboard_without_tensorflow(tmp_path):

@@ -7,24 +7,25 @@ import pytest
 
 from saflex_jax import parallel, train
 from saflex_jax.data import ArrayStream, IndexStream, sizes
-from saflex_jax.methods import METHODS
-from saflex_jax.models import MLP, Classifier, from_linen
+from saflex_jax.methods import METHODS, NETWORKS
+from saflex_jax.models import MLP, Classifier, SmallCNN, from_linen
 from saflex_jax.types import Batch, Streams
 
 SAMPLES, CLASSES, STEPS = 64, 3, 200
 _rng = np.random.default_rng(0)
 
 
-def pool(size):
+def pool(size, *shape):
     return Batch(
-        _rng.normal(size=(size, 5)).astype(np.float32),
+        _rng.normal(size=(size, *shape)).astype(np.float32),
         np.eye(CLASSES, dtype=np.float32)[_rng.integers(CLASSES, size=size)],
         np.ones(size, bool),
         np.arange(size, dtype=np.int32),
     )
 
 
-POOLS = Streams(pool(SAMPLES), pool(24))
+TABLES, IMAGES = (Streams(pool(SAMPLES, *s), pool(24, *s)) for s in ((5,), (6, 6, 1)))
+OF_IMAGES = ("sla", "automix", "invariance", "madaug")
 MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
 # Every method of the package as it comes, and the branches of saflex.
 OPTIONS = {
@@ -40,7 +41,10 @@ OPTIONS = {
             **MEMORY,
         },
     ],
-    "implicit": [{"prior": POOLS.candidates.labels}],
+    "implicit": [{"prior": TABLES.candidates.labels}],
+    "drw": [{"counts": TABLES.candidates.labels.sum(0)}],
+    "automix": [{"num_steps": STEPS}],
+    "madaug": [{"steps_per_epoch": 4}],
 }
 # As it comes with the data held on the devices, otherwise with batches from the host.
 CASES = [
@@ -66,15 +70,16 @@ def compilations():
 
 @pytest.mark.parametrize("name, options, held", CASES)
 def test_a_run_compiles_once_and_moves_nothing_implicitly(name, options, held, compilations):
-    model = from_linen(Classifier(MLP((8,)), CLASSES))
+    pools, backbone = (IMAGES, SmallCNN((3, 4))) if name in OF_IMAGES else (TABLES, MLP((8,)))
+    model = from_linen(NETWORKS.get(name, Classifier)(backbone, CLASSES))
     method = METHODS[name](model, optax.adam(1e-2), **options)
     runner = parallel.jit_runner(method.step)
-    state = method.init(jax.random.key(0), POOLS.candidates.inputs[:1])
+    state = method.init(jax.random.key(0), pools.candidates.inputs[:1])
     options = dict(batch_size=16, val_batch_size=8, seed=0)
     if held:
-        runner, stream = runner.hold(POOLS), IndexStream(sizes(POOLS), **options)
+        runner, stream = runner.hold(pools), IndexStream(sizes(pools), **options)
     else:
-        stream = ArrayStream(POOLS, **options)
+        stream = ArrayStream(pools, **options)
 
     compiled = []  # names, after each step
 

@@ -19,6 +19,7 @@ ROWS, WIDTH = 32, 64
 PRODUCT = 2 * ROWS * WIDTH * WIDTH  # x @ w
 X, W = np.ones((ROWS, WIDTH), np.float32), np.ones((WIDTH, WIDTH), np.float32)
 TINY = step_cost.Model(partial(models.MLP, (8,)), (5,), ("Dense_0",), batch=8, classes=3)
+IMAGES = TINY._replace(backbone=partial(models.SmallCNN, (4, 8)), shape=(8, 8, 3))
 
 
 def counted(function, **options):
@@ -91,6 +92,8 @@ def test_floors_are_the_sums_of_their_parts():
         "l2rw": 23 / 12,
         "meta_weight_net": 31 / 12,
         "implicit": 13 / 12,
+        "sla_rotation": 4,
+        "adautomix": 4,
     }
     floors = {name: v.floor for name, v in step_cost.VARIANTS.items() if v.floor is not None}
     assert {name: floor(0.0) for name, floor in floors.items()} == pytest.approx(expected)
@@ -126,8 +129,9 @@ def test_the_last_stage_is_the_last_stage():
 @pytest.mark.parametrize("name", step_cost.VARIANTS)
 def test_every_variant_is_a_step(monkeypatch, name):
     monkeypatch.setattr(step_cost, "POOL", 16)
-    method = step_cost.make_method(TINY, step_cost.VARIANTS[name])
-    streams = step_cost.data(TINY)
+    variant = step_cost.VARIANTS[name]
+    model = IMAGES if variant.images else TINY
+    method, streams = step_cost.make_method(model, variant), step_cost.data(model)
     state = jax.eval_shape(method.init, jax.random.key(0), streams.candidates.inputs)
     new, _ = jax.eval_shape(partial(method.step, reduce=identity), state, streams)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
@@ -176,6 +180,29 @@ def test_slow_models_count_the_dear_variants_only_and_have_fewer_rounds():
     assert step_cost.length(at, 5) == 4 + 3 * (3 + 1)
     assert step_cost.length(known_point(TINY), 5) == 4 + 4 * (5 + 1)
     assert step_cost.timed(known_point(TINY, timed=False)) == []
+
+
+def test_what_needs_images_is_left_out_where_there_are_none():
+    left_out = set(step_cost.point(IMAGES).variants) - set(step_cost.point(TINY).variants)
+    assert left_out == {"sla_rotation", "automix", "adautomix"}
+
+
+@pytest.mark.slow
+def test_the_other_learned_augmentations_cost_what_their_passes_do():
+    model = step_cost.MODELS["resnet18"]
+    streams = step_cost.data(model)
+    most = {"plain": 1, "sla_rotation": 4.04, "automix": 3.05, "adautomix": 5.1}
+
+    def count(name):
+        variant = step_cost.VARIANTS[name]
+        method = step_cost.make_method(model, variant)
+        return step_cost.compile_step(method, streams, variant, fast=False).flops
+
+    found = {name: count(name) for name in most}
+    ratios = {name: flops / found["plain"] for name, flops in found.items()}
+    assert all(ratios[name] <= most[name] for name in most), ratios
+    # k's pass on the candidates ends at the feature map, the last stage but one.
+    assert ratios["sla_rotation"] >= 3.96 and ratios["automix"] > 2.85 and ratios["adautomix"] > 3.95
 
 
 @pytest.mark.parametrize(("ratio", "shared"), [(1.95, True), (1.96, False), (None, None)])

@@ -224,6 +224,25 @@ def test_few_shot(tmp_path):
     assert made.pools.candidates.index.tolist() == list(range(12))
 
 
+@pytest.mark.parametrize("per_class, sizes", [(0, [12, 6, 3]), (8, [8, 4, 2])])
+def test_a_long_tail(tmp_path, per_class, sizes):
+    images(tmp_path / "mnist")
+    section = {"dir": str(tmp_path), "val": 9, "per_class": per_class, "imbalance": 4.0}
+    made = task.make_data(config("mnist", **section))
+    assert np.bincount(made.pools.candidates.labels.argmax(1)).tolist() == sizes
+    plain = task.make_data(config("mnist", dir=str(tmp_path), val=9))
+    for found, expected in ((made.pools.val, plain.pools.val), (made.test, plain.test)):
+        np.testing.assert_array_equal(found.inputs, expected.inputs)
+    # Wrong labels and validation samples come on top of what is left.
+    more = {**section, "noise": 0.5, "train_on_val": True}
+    made = task.make_data(config("mnist", **more))
+    assert np.bincount(made.clean_labels[: sum(sizes)]).tolist() == sizes
+    assert np.bincount(made.clean_labels[sum(sizes) :]).tolist() == [3, 3, 3]
+    assert made.wrong.sum() == round(0.5 * sum(sizes))
+    said = task.title(config("mnist", **section).data)
+    assert said.endswith("classes 4 : 1") and ":" not in task.title(config("mnist").data)
+
+
 def test_another_data_set_as_test(tmp_path):
     pixels, _ = images(tmp_path / "mnist")
     others, labels = images(tmp_path / "usps", size=50, side=6, seed=1)
@@ -486,6 +505,7 @@ def test_graded_labels_and_folders(tmp_path):
         ({"noise": 1.5}, r"config.data.noise must lie in \[0, 1\]; given 1.5"),
         ({"noise_kind": "pair"}, "config.data.noise_kind must be one of .*did you mean 'pairwise'"),
         ({"per_class": -1}, "config.data.per_class must be a whole number >= 0; given -1"),
+        ({"imbalance": 0.5}, "config.data.imbalance must be >= 1 and finite, 1 being off; given 0"),
         ({"outside": 0.1}, "config.data.outside and outside_from must be given together"),
         ({"pool": "p"}, "config.data.on_device must be False with a pool; given True"),
         (

@@ -12,6 +12,7 @@ DEFAULTS = {
     "val": 0,  # samples held out of training; 0 = the official split
     "test": 0,
     "per_class": 0,  # few-shot: training samples of each class; 0 = all
+    "imbalance": 1.0,  # of the training classes: the first over the last, between exponentially
     "train_on_val": False,
     "labels": "",  # another label set to train on: "worst" of cifar10n
     "noise": 0.0,  # share of wrong training labels

@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from saflex_jax import checks
 from saflex_jax.core.tree import identity
@@ -250,5 +251,54 @@ def decoupled_mixup_loss(
         terms = _decoupled(finite, own, partner, share, **options)
         soft = weighted_soft_cross_entropy(logits, targets, candidates)
         return soft + jnp.where(mask, targets.weights * terms, 0.0)
+
+    return loss
+
+
+def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.0) -> CandidateLoss:
+    """Candidate loss of LDAM: cross-entropy with a margin, the larger the rarer the class.
+
+        m_k = C / n_k^(1/4) ,  C such that max_k m_k = max_margin
+        loss_i = w_i sum_k y_ik l_ik ,  l_ik = log(1 + sum_(j != k) exp(s z_ij - s (z_ik - m_k)))
+
+    A one-hot label gives the paper's loss. A soft one gives the mean of the losses that its classes
+    would give, each with the margin on itself alone. A joint label (class, transformation) has the
+    margin of its class, since its count is the class's.
+
+    The logits are taken as the network gives them. The authors' code normalises features and the
+    head's columns, so that logits are cosines, for which the scale is meant.
+
+    Args:
+      counts: n, f[K], > 0: training samples of each class; the sum of their prior labels.
+      max_margin: > 0, that of the rarest class.
+      scale: s > 0.
+
+    Raises:
+      ValueError: a value out of range, or logits of another number of classes.
+
+    Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    NeurIPS 2019; for the scale, its repository kaidic/LDAM-DRW.
+    """
+    checks.counts("counts", counts)
+    checks.positive("max_margin", max_margin)
+    checks.positive("scale", scale)
+    margins = np.asarray(counts, np.float64) ** -0.25
+    margins = np.asarray(max_margin / margins.max() * margins, np.float32)
+
+    def loss(logits, targets, candidates):
+        classes = logits.shape[1]
+        checks.rows(classes, counts=counts)
+        mask = candidates.mask
+        z = scale * jnp.where(mask[:, None], logits, 0.0)
+        # log sum_(j != k) exp z_j. Where k is the largest, taking it out of the sum of all would
+        # leave nothing but rounding; elsewhere at most half of the sum is taken out.
+        largest = jax.nn.one_hot(jnp.argmax(z, -1), classes, dtype=bool)
+        below = jax.nn.logsumexp(jnp.where(largest, -jnp.inf, z), axis=-1, keepdims=True)
+        share = jnp.where(largest, 0.0, jax.nn.softmax(z))
+        without = jax.nn.logsumexp(z, axis=-1, keepdims=True) + jnp.log1p(-share)
+        others = jnp.where(largest, jnp.broadcast_to(below, z.shape), without)
+        of_classes = jax.nn.softplus(others - z + scale * margins[None])
+        losses = jnp.sum(targets.labels * of_classes, axis=-1)
+        return jnp.where(mask, targets.weights * losses, 0.0)
 
     return loss

@@ -28,6 +28,7 @@ from saflex_jax.data.splits import (
     fingerprints,
     hold_out,
     in_order,
+    long_tail,
     stratified_split,
     without_copies,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "in_order",
     "instance_noise",
     "joined",
+    "long_tail",
     "outside_candidates",
     "pairwise_noise",
     "priors",

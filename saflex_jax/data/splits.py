@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -140,6 +141,46 @@ def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
                 f"class {label} has {len(places)}"
             )
         drawn.append(rng.choice(places, per_class, replace=False))
+    return np.sort(np.concatenate(drawn))
+
+
+def long_tail(labels: np.ndarray, *, ratio: float, seed: int) -> np.ndarray:
+    """Places of samples whose classes, in the order of their labels, fall off exponentially.
+
+        n_k = floor(n_0 ratio^(-k / (K - 1))) ,  n_0 the size of the smallest class
+
+    Of one seed a larger ratio keeps a part of what a smaller one keeps.
+
+    Args:
+      labels: i[N], classes; K of them occur, at least two.
+      ratio: n_0 / n_(K-1), >= 1.
+      seed: draws of different seeds are independent.
+
+    Returns:
+      i[sum of n_k], sorted.
+
+    Raises:
+      ValueError: a ratio out of range, or one that leaves a class without a sample.
+
+    Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    NeurIPS 2019, whose classes are of one size.
+    """
+    labels = np.asarray(labels)
+    checks.rows(len(labels), labels=labels)
+    if not 1 <= ratio < math.inf:
+        raise ValueError(f"ratio must be >= 1 and finite; given {ratio}")
+    classes, sizes = np.unique(labels, return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(f"labels must be of at least two classes; given {len(classes)}")
+    most = sizes.min()
+    if ratio > most:
+        raise ValueError(
+            f"ratio must be at most {most}, the size of the smallest class; given {ratio}"
+        )
+    shares = float(ratio) ** (-np.arange(len(classes)) / (len(classes) - 1))
+    kept = np.floor(most * shares * (1 + 1e-9)).astype(int)  # 699.9999999999999 is 700
+    rng = generator("long_tail", seed)
+    drawn = [rng.permutation(np.flatnonzero(labels == k))[:n] for k, n in zip(classes, kept)]
     return np.sort(np.concatenate(drawn))
 
 

@@ -3,7 +3,18 @@
 To add one, write the file and name it here; loop, runners and checkpoints stay as they are.
 """
 
-from saflex_jax.methods import automix, erm, implicit, l2rw, meta_weight_net, saflex, sla
+from saflex_jax.methods import (
+    automix,
+    drw,
+    erm,
+    implicit,
+    invariance,
+    l2rw,
+    madaug,
+    meta_weight_net,
+    saflex,
+    sla,
+)
 
 METHODS = {
     "erm": erm.make,
@@ -11,8 +22,11 @@ METHODS = {
     "implicit": implicit.make,
     "l2rw": l2rw.make,
     "meta_weight_net": meta_weight_net.make,
+    "drw": drw.make,
     "sla": sla.make,
     "automix": automix.make,
+    "invariance": invariance.make,
+    "madaug": madaug.make,
 }
 # The rules for weights and labels. A method of the same name is plain training with that rule; sla
 # and automix take one as `refiner`.
@@ -21,9 +35,10 @@ REFINERS = {
     "implicit": implicit.refiner,
     "l2rw": l2rw.refiner,
     "meta_weight_net": meta_weight_net.refiner,
+    "drw": drw.refiner,
 }
 # (backbone, num_classes, **options) -> the module that a method trains; of the others a Classifier.
-NETWORKS = {"sla": sla.network, "automix": automix.network}
+NETWORKS = {"sla": sla.network, "automix": automix.network, "madaug": madaug.network}
 # (labels f32[N, K], **options) -> priors of the samples that a method shows its refiner, where
 # these are not the samples themselves.
 PRIORS = {"sla": sla.priors}

@@ -10,6 +10,8 @@ papers are silent, the repositories Westlake-AI/openmixup and JinXins/Adversaria
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -30,7 +32,7 @@ from saflex_jax.core.losses import (
 from saflex_jax.core.tree import identity
 from saflex_jax.methods.base import prior_refiner
 from saflex_jax.models import AdversarialMixBlock, Heads, MixBlock
-from saflex_jax.types import Batch, Method, Model, Params, PyTree, Refiner
+from saflex_jax.types import Batch, Method, Model, Params, PyTree, Refiner, TrainState
 
 HEADS = ("one", "mix")
 NETWORKS = ("q", "k")
@@ -170,30 +172,29 @@ def make(
         checks.fraction(name, value)
     if images > 2 and not adversarial_every:
         raise ValueError(f"images must be 2 without adversarial_every; given {images}")
-    common = {"reduction": reduction, "upsample": upsample, "lam_concat": lam_concat}
-    switches = {"lam_concat_v": lam_concat_v, "lam_mul": lam_mul, "lam_mul_k": lam_mul_k,
-                "qk_concat": qk_concat, "v_concat": v_concat, "v_neck": v_neck}  # fmt: skip
-    if adversarial_every:
-        off = {name: getattr(MixBlock, name) for name in switches}
-        off |= {"mask_loss": "none", "mask_adjust": 0.0}
-        for name, value in (
-            switches | {"mask_loss": mask_loss, "mask_adjust": mask_adjust}
-        ).items():
-            if value != off[name]:
-                raise ValueError(
-                    f"{name} must be {off[name]!r} with adversarial_every; given {value!r}"
-                )
-        block = AdversarialMixBlock(**common)
-    else:
-        block = MixBlock(**common, **switches, axis_name=axis_name)
+    if adversarial_every and (mask_loss != "none" or mask_adjust):
+        raise ValueError(
+            "mask_loss and mask_adjust must be 'none' and 0 with adversarial_every; given "
+            f"{mask_loss!r} and {mask_adjust}"
+        )
+    block = make_block(
+        adversarial=adversarial_every > 0,
+        reduction=reduction,
+        upsample=upsample,
+        lam_concat=lam_concat,
+        lam_concat_v=lam_concat_v,
+        lam_mul=lam_mul,
+        lam_mul_k=lam_mul_k,
+        qk_concat=qk_concat,
+        v_concat=v_concat,
+        v_neck=v_neck,
+        axis_name=axis_name,
+    )
     refiner = prior_refiner() if refiner is None else refiner
     head, reported = predict.split("_")
 
     def q(params):
         return {name: part for name, part in params.items() if name != "mix_block"}
-
-    def masks(phi, maps, mixture, size):
-        return block.apply({"params": phi}, maps[mixture.rows], mixture.shares, size=size)
 
     def init(key, inputs):
         checks.images("inputs", inputs)
@@ -220,14 +221,15 @@ def make(
 
     def step(state, streams, *, reduce):
         checks.no_clean("automix", streams.clean)
-        batch, size = streams.candidates, streams.candidates.inputs.shape[1:3]
+        batch = streams.candidates
         keys = jax.random.split(steps.step_key(state, batch.index), 8)
         train = lambda number, params, stats, x: model.train(params, stats, x, keys[number])
         of_phi, of_q = (draw(key, batch, alpha, images) for key in keys[:2])
         k, phi = state.extra.momentum, state.params["mix_block"]
 
         seen, k_stats = train(3, k, state.model_state["k"], batch.inputs)
-        own = settled(keys[2], masks(phi, seen["map"], of_q, size), of_q)
+        masks = partial(make_masks, block, size=batch.inputs.shape[1:3])
+        own = settled(keys[2], masks(phi, seen["map"], of_q), of_q)
         candidates = mixed(batch, of_q, own)
         targets, arrays, refined = refine(state, streams._replace(candidates=candidates), reduce)
         mean = lambda losses: masked_mean(losses, batch.mask, reduce=reduce)
@@ -236,7 +238,7 @@ def make(
         )
 
         def generator_loss(phi):
-            own = masks(phi, seen["map"], of_phi, size)
+            own = masks(phi, seen["map"], of_phi)
             made = mixed(batch, of_phi, own)
             outputs, stats = train(4, k, k_stats, made.inputs)
             value = mean(cross_entropy(outputs["mix"], made.labels))
@@ -292,6 +294,44 @@ def make(
     # Of the candidates as they are, not mixed.
     targets = lambda state, streams: refine(state, streams, identity)[0]
     return Method(init, step, predict_fn, targets)
+
+
+def make_block(*, adversarial: bool, **switches) -> nn.Module:
+    """The mix block of a rule.
+
+    Args:
+      adversarial: `AdversarialMixBlock`, else `MixBlock`.
+      switches: of `MixBlock`; the other block has some of them, the rest must be at their defaults.
+
+    Raises:
+      ValueError: a switch that the block does not have is not at its default.
+    """
+    if not adversarial:
+        return MixBlock(**switches)
+    known = AdversarialMixBlock.__dataclass_fields__
+    for name, value in switches.items():
+        off = getattr(MixBlock, name)
+        if name not in known and name != "axis_name" and value != off:
+            raise ValueError(f"{name} must be {off!r} with adversarial_every; given {value!r}")
+    return AdversarialMixBlock(**{k: v for k, v in switches.items() if k in known})
+
+
+def make_masks(
+    block: nn.Module, phi: Params, maps: jax.Array, mixture: Mixture, *, size: Sequence[int]
+) -> jax.Array:
+    """Masks f32[n, B, H, W] of one mixture, from feature maps f32[B, h, w, C] of the images."""
+    return block.apply({"params": phi}, maps[mixture.rows], mixture.shares, size=size)
+
+
+def look(
+    model: Model, block: nn.Module, state: TrainState, batch: Batch, mixture: Mixture
+) -> tuple[jax.Array, Batch]:
+    """Masks and mixed candidates as a step at `state` makes them of a mixture; to look at."""
+    key = steps.step_key(state, batch.index)
+    seen, _ = model.train(state.extra.momentum, state.model_state["k"], batch.inputs, key)
+    size, phi = batch.inputs.shape[1:3], state.params["mix_block"]
+    masks = make_masks(block, phi, seen["map"], mixture, size=size)
+    return masks, mixed(batch, mixture, masks)
 
 
 def draw(key: jax.Array, batch: Batch, alpha: float, images: int) -> Mixture:
@@ -380,6 +420,5 @@ def momentum_at(step: jax.Array, num_steps: int, *, start: float, end: float) ->
 
     m = end - (end - start) (cos(pi t / T) + 1) / 2
     """
-    progress = step / num_steps
-    cosine = end - (end - start) * (jnp.cos(jnp.pi * progress) + 1) / 2
-    return jnp.where(progress < 0.1, start, cosine)
+    cosine = end - (end - start) * (jnp.cos(jnp.pi * (step / num_steps)) + 1) / 2
+    return jnp.where(step < 0.1 * num_steps, start, cosine)

@@ -151,8 +151,9 @@ def make(
                 )
             if mode == "sd":
                 weights, mask = first
-                student = outputs["class"][::views]
-                teacher = jax.lax.stop_gradient(aggregate(outputs["joint"], views))
+                finite = lambda logits: jnp.where(mask[:, None], logits, 0.0)
+                student = finite(outputs["class"][::views])
+                teacher = jax.lax.stop_gradient(finite(aggregate(outputs["joint"], views)))
                 apart = divergence(teacher, student, temperature)
                 labels = class_labels(targets.labels[::views], views)
                 direct = weighted_cross_entropy(student, labels, weights, mask)

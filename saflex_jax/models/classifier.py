@@ -75,18 +75,24 @@ class Heads(nn.Module):
         __call__(inputs, *, train, stage) -> (features f32[B, D], map f32[B, h, w, C]).
       widths: name -> outputs of that head.
       stage: of the backbone whose feature map is handed out, -1 being the last; None = no map.
+      features: whether the features are handed out.
     """
 
     backbone: nn.Module
     widths: Mapping[str, int]
     stage: int | None = None
+    features: bool = False
 
     def setup(self):
         self.head = Linears(self.widths)
 
     def __call__(self, inputs: PyTree, *, train: bool) -> dict[str, jax.Array]:
-        """Name -> logits f32[B, width]; and "map", the feature map."""
+        """Name -> logits f32[B, width]; and "map", the feature map, and "features" f32[B, D]."""
         if self.stage is None:
-            return self.head(self.backbone(inputs, train=train))
-        features, feature_map = self.backbone(inputs, train=train, stage=self.stage)
-        return {**self.head(features), "map": feature_map}
+            features, handed = self.backbone(inputs, train=train), {}
+        else:
+            features, feature_map = self.backbone(inputs, train=train, stage=self.stage)
+            handed = {"map": feature_map}
+        if self.features:
+            handed["features"] = features
+        return {**self.head(features), **handed}

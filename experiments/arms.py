@@ -1,0 +1,248 @@
+"""Arms of a comparison: changes of one config, trained on the same seeds and compared in pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import stats
+
+from experiments import build, figures, task
+from saflex_jax import parallel
+from saflex_jax.batches import take
+from saflex_jax.types import Streams, Targets, TrainState
+
+_PLAIN = {"name": "erm", "refiner": ""}
+# Arm -> changes, where a config has no arms of its own. What learns from validation labels is
+# compared with the upstream pipeline on training + validation, too.
+STANDING = {
+    "upstream": {"method": _PLAIN, "data": {"train_on_val": False}},
+    "upstream_train_val": {"method": _PLAIN, "data": {"train_on_val": True}},
+    "saflex": {"data": {"train_on_val": False}},
+    "saflex_train_val": {"data": {"train_on_val": True}},
+}
+PROBED = 256  # training samples whose learned weights are looked at
+LEVEL = 0.95  # of intervals
+
+
+# --- Configs
+
+
+def configs(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Arm -> its config, checked; the first arm is the base of the comparison.
+
+    `config.arms` is a dict, arm -> nested changes of the config; without it, STANDING.
+
+    Raises:
+      ValueError: names the arm with an unknown field, a value that does not fit, or fewer than two
+        records to a run, of which the first one is not timed.
+    """
+    build.check(config)
+    # As JSON, since a ConfigDict puts its fields in order by name.
+    arms = json.loads(config.to_json()).get("arms") or STANDING
+    if not isinstance(arms, dict):
+        raise ValueError(f"config.arms must be a dict, arm -> changes; given {arms!r}")
+    return {arm: _changed(config, arm, changes) for arm, changes in arms.items()}
+
+
+def _changed(config: ConfigDict, arm: str, changes: dict) -> ConfigDict:
+    found = config.copy_and_resolve_references()
+    found.unlock()  # an unknown field is named by the check, with the nearest known one
+    try:
+        found.update(changes)
+        if "seed" in changes:
+            raise ValueError("all arms run on the comparison's seeds")
+        build.check(found)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.arms.{arm} must be nested changes of the config; given {changes}; {error}"
+        ) from error
+    if found.train.steps <= found.train.log_every:
+        raise ValueError(
+            f"config.train.steps must exceed config.train.log_every = {found.train.log_every}, "
+            f"so that a record without the compilation is timed; given {found.train.steps} ({arm})"
+        )
+    return found
+
+
+def of_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    """The config of one run."""
+    found = config.copy_and_resolve_references()
+    found.seed = seed
+    return found
+
+
+def settings(config: ConfigDict) -> dict:
+    """What fixes an arm's runs but for the seed."""
+    return {name: value for name, value in build.settings(config).items() if name != "seed"}
+
+
+def training(config: ConfigDict) -> str:
+    """What two arms have in common that differ only in what is read from the trained network."""
+    found = settings(config)
+    for options in found["method"].values():
+        if isinstance(options, dict):
+            options.pop("predict", None)
+    return json.dumps(found, sort_keys=True)
+
+
+def trainings(configs: dict[str, ConfigDict]) -> list[dict[str, ConfigDict]]:
+    """The arms in groups of which one training serves all."""
+    groups: dict[str, dict] = {}
+    for arm, config in configs.items():
+        groups.setdefault(training(config), {})[arm] = config
+    return list(groups.values())
+
+
+# --- Runs
+
+
+def make_probe(targets: Callable[[TrainState, Streams], Targets], data: task.Data):
+    """state -> learned targets of the first training samples, un-augmented; never trains."""
+    pools = data.pools
+    rows = Streams(*(np.arange(len(p.labels)) for p in (pools.candidates, pools.val)))
+    shown = take(pools, rows._replace(candidates=rows.candidates[:PROBED]))
+    wrong = data.wrong[:PROBED]
+
+    def probe(state):
+        learned = targets(state, shown)
+        weights = np.asarray(learned.weights)
+        means = {"right": weights[~wrong], "wrong": weights[wrong]}
+        return learned, {f"weight_{k}": float(v.mean()) for k, v in means.items() if len(v)}
+
+    return probe
+
+
+def run(
+    arms: dict[str, ConfigDict], compiled: dict, *, progress: bool = True, description: str = ""
+) -> dict[str, dict] | None:
+    """Trains what the arms share, on their seed, and evaluates each; None when interrupted.
+
+    The test split is read once an arm, with the last parameters.
+
+    Args:
+      arms: of `trainings`, with one seed.
+      compiled: keeps the methods and the runner of a training, so that further seeds do not compile
+        again.
+      progress: show a progress bar on stderr.
+      description: its title.
+
+    Returns:
+      Arm -> record.
+    """
+    config, *_ = arms.values()
+    data = task.make_data(config)
+    # Copies that are left out may differ by seed, and with them the size of a score memory.
+    key = (training(config), tuple(arms), len(data.pools.candidates.labels))
+    if key not in compiled or build.of_labels(config):
+        make = lambda c: build.make_method(c, data.pools, data.source.columns)
+        methods = {arm: make(c) for arm, c in arms.items()}
+        method, *_ = methods.values()
+        runner = parallel.RUNNERS[config.runner](build.with_upstream(config, method).step)
+        targets = jax.jit(method.targets) if build.learns(config) else None
+        compiled[key] = methods, method, runner, targets
+    methods, method, runner, targets = compiled[key]
+    looks = {}
+    if targets is not None:
+        probe = make_probe(targets, data)
+        looks = {"evaluate": lambda state: probe(state)[1], "eval_every": config.train.log_every}
+    result = build.fit(
+        config, data, method, runner, progress=progress, description=description, **looks
+    )
+    if result.stopped_by is not None:
+        return None
+    common = {
+        # The first record holds the compilation.
+        "seconds_per_step": float(np.median([r["seconds_per_step"] for r in result.history[1:]])),
+        "history": result.history,
+    }
+    if targets is not None:
+        common["samples"] = figures.pick(data, probe(result.state)[0])
+    records = {}
+    for arm, of_arm in methods.items():
+        test = task.test_scores(of_arm, result.state, data)
+        records[arm] = {f"test_{name}": value for name, value in test.items()} | common
+    return records
+
+
+# --- What they say
+
+
+def paired_difference(values: list[float], base: list[float]) -> dict[str, float | None]:
+    """Mean over seeds of what an arm has more than the base, and its interval of 95 %.
+
+        d +- t_(0.975, n - 1) sd(d) / sqrt(n)
+
+    Args:
+      values, base: one number a seed, in the same order.
+
+    Returns:
+      {"mean": ..., "low": ..., "high": ...}; of one seed there is no interval, None.
+
+    Source: Student's t, two-sided, on the differences of n pairs.
+    """
+    found = np.subtract(values, base)
+    mean, number = float(found.mean()), len(found)
+    if number < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1) * found.std(ddof=1) / np.sqrt(number))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:
+    """Arm -> its numbers.
+
+    Args:
+      runs: arm -> one record a seed, the same seeds for all; the first arm is the base.
+
+    Returns:
+      Arm -> {measure: one value a seed, "mean", "sd" (None of one seed), "n", "difference" (of
+      `paired_difference`; None of the base), "seconds_per_step", "step_cost" (of the base's)}.
+    """
+    measure = figures.measure(runs)
+    values = {arm: [r[measure] for r in records] for arm, records in runs.items()}
+    seconds = {
+        arm: float(np.median([r["seconds_per_step"] for r in records]))
+        for arm, records in runs.items()
+    }
+    base, *_ = runs
+    return {
+        arm: {
+            measure: found,
+            "mean": float(np.mean(found)),
+            "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None,
+            "n": len(found),
+            "difference": None if arm == base else paired_difference(found, values[base]),
+            "seconds_per_step": seconds[arm],
+            "step_cost": seconds[arm] / seconds[base],
+        }
+        for arm, found in values.items()
+    }
+
+
+def table(summary: dict[str, dict], measure: str) -> str:
+    """The summary as aligned text."""
+    base, *_ = summary
+    spread = f"{measure.replace('_', ' ')} (mean +- sd over seeds)"
+    apart = f"difference to {base} ({LEVEL:.0%} interval)"
+    width = max(20, *map(len, summary))
+    lines = [f"{'':{width}} {spread:38} {apart:38} ms/step   step cost"]
+    for arm, found in summary.items():
+        sd = "-" if found["sd"] is None else f"{found['sd']:.4f}"
+        scores = f"{found['mean']:.4f} +- {sd}  (n = {found['n']})"
+        lines.append(
+            f"{arm:{width}} {scores:38} {_difference(found['difference']):38} "
+            f"{1e3 * found['seconds_per_step']:7.2f} {found['step_cost']:10.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def _difference(found: dict[str, float | None] | None) -> str:
+    if found is None:
+        return ""
+    if found["low"] is None:
+        return f"{found['mean']:+.4f}"
+    return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"

@@ -1,0 +1,39 @@
+"""AutoMix, SAMix and AdAutoMix beside static mixing; 10,000 training images of Fashion-MNIST.
+
+Command:   python -m experiments.prepare fashion_mnist
+           python -m experiments.compare --config=experiments/configs/automix.py --seeds=5
+Hardware:  2 CPU cores, about 40 minutes (estimated from single steps).
+Expected:  not run here. For orientation, on CIFAR-100 in full see cifar100_automix.py.
+
+In the published runs AutoMix's momentum network averages over 1,000 steps, of 100,000 and more;
+here over 20, of 2,000.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import methods, sla
+from saflex_jax.methods import automix
+
+PLAIN = {"name": "erm"}
+
+
+def arms(augment: str) -> dict:
+    """The arms, with static mixing behind this pipeline; alpha as in OpenMixup's tables."""
+    return {
+        "baseline": {"method": PLAIN},
+        "mixup": {"method": PLAIN, "augment": f"{augment} | mixup(1.0)"},
+        "cutmix": {"method": PLAIN, "augment": f"{augment} | cutmix(0.2)"},
+        "automix": {"method": {"name": "automix"}},
+        "samix": {"method": {"automix": automix.SAMIX}},
+        "adautomix": {"method": {"automix": automix.ADAUTOMIX}},
+    }
+
+
+def get_config() -> ConfigDict:
+    """The config; what is not set here is as in sla.py. Without an arm it trains AutoMix."""
+    config = sla.get_config()
+    config.method = methods.all_methods(
+        "automix", automix={"momentum": 0.95, "momentum_end": 0.999}
+    )
+    config.arms = arms(config.augment)
+    return config

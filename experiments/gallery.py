@@ -1,0 +1,175 @@
+"""What AutoMix mixes through a training run, or what SLA says of each view after one; a figure.
+
+    python -m experiments.gallery --config=experiments/configs/automix.py --workdir=runs/gallery
+
+Trains the config's method on one seed and looks at it with samples of the training split (AutoMix)
+or of the validation split (SLA). The test split is not read.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict, config_flags
+
+from experiments import build, task
+from experiments.configs.methods import taken
+from saflex_jax import checks, parallel
+from saflex_jax.augment.transformations import transformed
+from saflex_jax.batches import take
+from saflex_jax.methods import automix, sla
+from saflex_jax.models import MixBlock
+from saflex_jax.types import Batch, Model, Streams, TrainState
+
+_CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/automix.py")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/gallery", "The figure goes here.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar on stderr.")
+
+ROWS, MOMENTS = 4, 4  # pairs or samples shown; looks after each quarter of the run
+SHARE = 0.6  # lambda of the pairs that are shown
+RIGHT, WRONG = "#2a9d5c", "#d1495b"
+
+
+def samples(data: task.Data, *, of_val: bool) -> Batch:
+    """The first sample of each of several classes, twice as many as are shown."""
+    pool = data.pools.val if of_val else data.pools.candidates
+    classes = np.argmax(pool.labels, -1)
+    first = [np.flatnonzero(classes == k)[n] for n in range(2) for k in np.unique(classes)]
+    return take(Streams(pool), Streams(np.array(first[: 2 * ROWS]))).candidates
+
+
+def masks_through(
+    config: ConfigDict, data: task.Data, model: Model, states: dict[int, TrainState]
+) -> Figure:
+    """Rows: a pair of images; columns: the pair, then mask and mixture after so many steps."""
+    options = build.method_options(config, "automix")
+    block = automix.make_block(
+        adversarial=options["adversarial_every"] > 0, **taken(MixBlock, options)
+    )
+    shown, number = samples(data, of_val=False), options["images"]
+    rows = jnp.arange(2 * ROWS)
+    partners = [(rows + ROWS * n) % len(rows) for n in range(number)]
+    rest = (1 - SHARE) / (number - 1)
+    mixture = automix.Mixture(jnp.stack(partners), jnp.array([SHARE] + [rest] * (number - 1)))
+    look = jax.jit(lambda state: automix.look(model, block, state, shown, mixture))
+
+    figure = Figure(figsize=(1.5 * (2 + 2 * len(states)), 1.75 * ROWS), layout="constrained")
+    axes = figure.subplots(ROWS, 2 + 2 * len(states), squeeze=False)
+    for column in range(2):
+        for row in range(ROWS):
+            _image(axes[row, column], shown.inputs[partners[column][row]])
+        axes[0, column].set_title(("first", "second")[column], fontsize=9)
+    for place, (step, state) in enumerate(states.items()):
+        masks, mixed = jax.device_get(look(state))
+        mask_column, mixture_column = 2 + 2 * place, 3 + 2 * place
+        for row in range(ROWS):
+            drawn = axes[row, mask_column].imshow(masks[0, row], cmap="viridis", vmin=0, vmax=1)
+            axes[row, mask_column].set_xlabel(f"mean {masks[0, row].mean():.2f}", fontsize=8)
+            _image(axes[row, mixture_column], mixed.inputs[row])
+        axes[0, mask_column].set_title(f"mask, step {step}", fontsize=9)
+        axes[0, mixture_column].set_title("mixture", fontsize=9)
+    _bare(axes)
+    figure.colorbar(drawn, ax=axes, shrink=0.6, label="share of the first image in a pixel")
+    figure.suptitle(f"AutoMix on {task.title(config.data)}: lambda = {SHARE}, seed {config.seed}")
+    return figure
+
+
+def views_of(config: ConfigDict, data: task.Data, model: Model, state: TrainState) -> Figure:
+    """Rows: a sample; columns: its views, each with its likeliest class, then the aggregate."""
+    name = build.method_options(config, "sla")["transformations"]
+    shown = samples(data, of_val=True)
+    shown = jax.tree.map(lambda x: x[:ROWS], shown)
+    seen = transformed(jnp.asarray(shown.inputs), name)
+    views = len(seen) // ROWS
+    joint = model.logits(state.params, state.model_state, seen)["joint"]
+    # Of each view, given its transformation.
+    of_view = joint.reshape(ROWS, views, -1, views)[:, np.arange(views), :, np.arange(views)]
+    each = jax.nn.softmax(jnp.swapaxes(of_view, 0, 1))
+    together = jax.nn.softmax(sla.aggregate(joint, views))
+    names = data.source.class_names or tuple(map(str, range(data.source.num_classes)))
+    truth = np.argmax(shown.labels, -1)
+
+    figure = Figure(figsize=(1.7 * (views + 1.6), 1.9 * ROWS), layout="constrained")
+    ratios = [*[1] * views, 1.6]
+    axes = figure.subplots(ROWS, views + 1, squeeze=False, width_ratios=ratios)
+    for row in range(ROWS):
+        for view in range(views):
+            best = int(each[row, view].argmax())
+            _image(axes[row, view], seen[row * views + view])
+            axes[row, view].set_title(
+                f"{names[best]} {each[row, view, best]:.2f}",
+                fontsize=8,
+                color=RIGHT if best == truth[row] else WRONG,
+            )
+        bars = axes[row, views]
+        colours = [RIGHT if k == truth[row] else "#8a8a8a" for k in range(len(names))]
+        bars.barh(range(len(names)), together[row], color=colours)
+        bars.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+        bars.set_yticks(range(len(names)), names, fontsize=6)
+        bars.set_title("aggregated" if row == 0 else "", fontsize=9)
+    _bare(axes[:, :views])
+    figure.suptitle(f"SLA on {task.title(config.data)}: validation samples, seed {config.seed}")
+    return figure
+
+
+def _image(axis, image) -> None:
+    image = np.clip(np.squeeze(np.asarray(image)), 0, 1)
+    axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+
+
+def _bare(axes) -> None:
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+
+
+def main(argv: list[str]) -> None:
+    """Trains, looks, draws."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    build.check(config)
+    checks.choice("config.method.name", config.method.name, ("automix", "sla"))
+    if config.method.name == "sla":
+        checks.choice("config.method.sla.mode", config.method.sla.mode, ("sla", "sd"))
+    data = task.make_data(config)
+    model = build.make_model(config, data.pools, data.source.columns)
+    method = build.make_method(config, data.pools, data.source.columns)
+    runner = parallel.RUNNERS[config.runner](build.with_upstream(config, method).step)
+    states = {0: build.init_state(config, method, data.pools)}
+
+    records = config.train.steps // config.train.log_every
+
+    def keep(state):
+        states[int(state.step)] = jax.device_get(state)
+        return {}
+
+    result = build.fit(
+        config,
+        data,
+        method,
+        runner,
+        evaluate=keep,
+        eval_every=config.train.log_every * max(records // MOMENTS, 1),
+        progress=_PROGRESS.value,
+        description=f"{config.method.name} seed {config.seed}",
+    )
+    if result.stopped_by is not None:
+        sys.exit(128 + result.stopped_by)
+    if config.method.name == "automix":
+        figure = masks_through(config, data, model, states)
+    else:
+        figure = views_of(config, data, model, result.state)
+    workdir.mkdir(parents=True, exist_ok=True)
+    figure.savefig(workdir / f"{config.method.name}.png", dpi=130)
+    print(workdir / f"{config.method.name}.png")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # else JAX reports every backend it does not find
+    app.run(main)

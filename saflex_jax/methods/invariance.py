@@ -1,0 +1,185 @@
+"""Invariance-constrained training: augmented samples weigh as much as a bound on their loss asks.
+
+    proposals -> Metropolis-Hastings, hard ones more often -> one step on clean and hard samples
+    -> one step of the multiplier
+
+Source: Hounie, Chamon and Ribeiro, "Automatic Data Augmentation via Invariance-Constrained
+Learning", ICML 2023; where the paper is silent, the repository ihounie/daug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax import checks
+from saflex_jax.augment import Augment, parse, sample_keys
+from saflex_jax.core import steps
+from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
+from saflex_jax.core.targets import prior_targets
+from saflex_jax.types import Batch, Method, Model
+
+_DRAWS = 0x7DA06A7C  # sets this method's draws apart from the upstream pipeline's
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    augment: Augment | str = "trivialaugment",
+    epsilon: float = 0.6,
+    dual_rate: float = 1e-4,
+    mh_steps: int = 2,
+) -> Method:
+    """Training on the candidates as they are, under a bound on the loss of their hard variants.
+
+        min_theta E CE(f(x), q)   subject to   E_(g ~ pi) CE(f(g x), q) <= epsilon
+        pi(g) ~ p(g) CE(f(g x), q)                        of every sample, p being the proposals
+
+        h = mean_i CE(f(g_i x_i), q_i)                    with g_i of `metropolis_hastings`
+        theta <- theta + tx(grad (mean_i CE(f(x_i), q_i) + gamma h))
+        gamma <- max(gamma + dual_rate (h - epsilon), 0) ,  gamma_0 = 0
+
+    Where the bound is slack, gamma falls to zero and what is left is plain training. So that
+    nothing else is left, running statistics are those of the clean samples' pass; the hard ones
+    have a pass, and batch statistics, of their own.
+
+    Chains compare losses in evaluation mode. In training mode a sample's move would depend on what
+    was proposed for the others (batch statistics) and on noise (dropout), and proposals that were
+    refused would enter the running statistics.
+
+    Args:
+      model: see `types.Model`.
+      tx: optax transformation.
+      loss: of candidates and proposals (see `core.losses`), >= 0, in the place of the
+        cross-entropy.
+      augment: p, an augmentation that keeps the number of rows, or its text (`augment.parse`).
+      epsilon: >= 0, nats. The source has .2 to 2.1, by data set and network.
+      dual_rate: >= 0.
+      mh_steps: proposals for each sample and step, >= 1; each costs a forward pass. 1 = plain
+        augmentation.
+
+    Returns:
+      Method; `extra` is gamma, f32[]. The metric "gamma" is the one after the step, "acceptance"
+      the share of proposals that a chain moved to, its start not counted.
+
+    Raises:
+      ValueError: a value out of range, an augmentation that changes the number of rows, or clean
+        samples (the candidates are the clean samples here).
+    """
+    checks.amount("epsilon", epsilon)
+    checks.amount("dual_rate", dual_rate)
+    checks.whole("mh_steps", mh_steps, 1)
+    propose = parse(augment) if isinstance(augment, str) else augment
+
+    def init(key, inputs):
+        return steps.init_state(key, *model.init(key, inputs), tx, jnp.zeros(()))
+
+    def losses_of(logits, batch):
+        return loss(logits, prior_targets(batch.labels, batch.mask), batch)
+
+    def step(state, streams, *, reduce):
+        checks.no_clean("invariance", streams.clean)
+        batch, gamma = streams.candidates, state.extra
+
+        def seen(proposed):
+            logits = model.logits(state.params, state.model_state, proposed.inputs)
+            return losses_of(logits, proposed)
+
+        of_draws = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _DRAWS)
+        hard, moves = metropolis_hastings(
+            of_draws, batch, propose=propose, losses_of=seen, steps=mh_steps
+        )
+        moved, count = steps.total(moves, batch.mask, reduce)
+
+        def loss_fn(params):
+            of_clean = steps.step_key(state, batch.index)
+            of_hard = jax.random.fold_in(of_clean, 1)
+            logits, model_state = model.train(params, state.model_state, batch.inputs, of_clean)
+            clean_losses = losses_of(logits, batch)
+            logits, _ = model.train(params, state.model_state, hard.inputs, of_hard)
+            hard_losses = losses_of(logits, hard)
+            mean = lambda losses: masked_mean(losses, batch.mask, reduce=reduce)
+            clean, bounded = mean(clean_losses), mean(hard_losses)
+            raised = jax.nn.relu(gamma + dual_rate * (reduce(bounded) - epsilon))
+            metrics = {
+                "clean_loss": steps.total(clean_losses, batch.mask, reduce),
+                "hard_loss": steps.total(hard_losses, batch.mask, reduce),
+                "gamma": (raised, jnp.ones(())),
+                "acceptance": (moved, count * (mh_steps - 1)),
+            }
+            return clean + gamma * bounded, (model_state, metrics)
+
+        state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
+        return state._replace(extra=metrics["gamma"][0]), metrics
+
+    def predict(state, inputs):
+        return model.logits(state.params, state.model_state, inputs)
+
+    def targets(state, streams):
+        del state
+        return prior_targets(streams.candidates.labels, streams.candidates.mask)
+
+    return Method(init, step, predict, targets)
+
+
+def metropolis_hastings(
+    key: jax.Array,
+    batch: Batch,
+    *,
+    propose: Augment,
+    losses_of: Callable[[Batch], jax.Array],
+    steps: int,
+) -> tuple[Batch, jax.Array]:
+    """For each sample the end of a chain over its augmentations, which prefers large losses.
+
+        g_1 = proposal 1
+        g_s = proposal s  with probability min(1, l(proposal s) / l(g_(s-1))) ,  else g_(s-1)
+
+    Proposals are independent of the chain, so its stationary law is p(g) l(g), up to a factor. What
+    is drawn for a sample depends on the key and its index alone.
+
+    Args:
+      key: PRNG key.
+      batch: Batch of B.
+      propose: (key, batch) -> Batch of B.
+      losses_of: Batch of B -> f32[B], >= 0.
+      steps: proposals, >= 1.
+
+    Returns:
+      (Batch of B with the chains' rows, f32[B] moves to another proposal, at most steps - 1).
+
+    Raises:
+      ValueError: `propose` changes the number of rows.
+
+    Source: the repository's per-sample variant, `train_pd_batch`.
+    """
+    shapes = jax.eval_shape(propose, key, batch)
+    if shapes.index.shape != batch.index.shape:
+        raise ValueError(
+            f"augment must keep the number of rows; it made {shapes.index.shape[0]} of "
+            f"{batch.index.shape[0]}"
+        )
+    # A loss below all others: every chain moves to its first proposal.
+    nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    start = nowhere, jnp.full(batch.index.shape, -1.0)
+
+    def move(chain, key):
+        of_proposal, of_move = jax.random.split(key)
+        proposed = propose(of_proposal, batch)
+        losses = losses_of(proposed)
+        # In (0, 1], so that no chain leaves a positive loss for zero.
+        uniform = 1 - jax.vmap(jax.random.uniform)(sample_keys(of_move, batch))
+        moves = ~(uniform * chain[1] > losses)  # also to NaN, which must reach the loss
+
+        def keep(new, old):
+            return jnp.where(moves.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(keep, (proposed, losses), chain), moves
+
+    (chosen, _), moves = jax.lax.scan(move, start, jax.random.split(key, steps))
+    return chosen, jnp.sum(moves[1:], axis=0, dtype=jnp.float32)

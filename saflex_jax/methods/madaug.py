@@ -1,0 +1,379 @@
+"""MADAug: a policy chooses each sample's operations, learned from the loss one step ahead.
+
+    features -> policy: strengths and probabilities of all operations
+    now and then: all operations, mixed -> look-ahead -> validation gradient -> policy
+    always: drawn operations, on a growing share of the samples -> one step
+
+Source: Hou, Zhang and Zhou, "When to Learn What: Model-Adaptive Data Augmentation Curriculum",
+ICCV 2023; where the paper is silent, the repository JackHck/MADAug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax import checks
+from saflex_jax.augment import OPERATIONS, policies, record, sample_keys
+from saflex_jax.augment.policies import STANDARD, Range
+from saflex_jax.augment.rows import map_rows
+from saflex_jax.core import steps
+from saflex_jax.core.hypergrad import Loss
+from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
+from saflex_jax.core.scores import validation_gradient
+from saflex_jax.core.targets import prior_targets
+from saflex_jax.core.tree import axpy, identity
+from saflex_jax.models import Heads
+from saflex_jax.types import Batch, Method, Model, Params, PyTree, Reduce
+
+# RandAugment's 14 operations and ranges, and three more. Cutout takes its share of each side.
+SPACE = STANDARD | {"invert": Range(), "flip": Range(1.0, 1.0), "cutout": Range(0.0, 0.2)}
+_DRAWS = 0x7DA06A7C  # sets this method's draws apart from the upstream pipeline's
+
+
+class Policy(NamedTuple):
+    """What the policy says of every sample.
+
+    Attributes:
+      strength: f32[B, n], in [0, 1], of the n operations of SPACE.
+      logits: f32[B, n], of choosing them.
+    """
+
+    strength: jax.Array
+    logits: jax.Array
+
+
+class Kept(NamedTuple):
+    """What the method keeps between steps.
+
+    Attributes:
+      policy: parameters of the policy, see `policy`.
+      opt_state: optax state of them.
+    """
+
+    policy: Params
+    opt_state: PyTree
+
+
+def network(backbone: nn.Module, num_classes: int) -> nn.Module:
+    """The backbone with a head "class" that also hands out its features."""
+    return Heads(backbone, {"class": num_classes}, features=True)
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    steps_per_epoch: float,
+    tau: float = 40.0,
+    layers: int = 2,
+    jitter: float = 0.3,
+    temperature: float = 3.0,
+    search_every: int = 3,
+    inner_learning_rate: float = 0.1,
+    policy_tx: optax.GradientTransformation | float = 1e-3,
+) -> Method:
+    """MADAug.
+
+        m, p = policy(features of x; h)                         strengths, probabilities
+        explore: x~(h) = sum_k p_k op_k(x, m_k)                 on every `search_every`-th step
+                 theta^ = theta - lr grad mean_i CE(f(x~_i(h)), q_i)
+                 h <- h + policy_tx(d L_val(theta^) / dh)
+        exploit: theta <- theta + tx(grad mean_i CE(f(x'_i), q_i))
+                 x'_i: `layers` operations drawn from p_i where u_i < share (`share_at`), else x_i
+
+    h learns from the first step on, before the step's own draws. (In the released code it learns
+    after epoch 300, of runs that are shorter.) It starts from zeros: uniform, strengths 1/2. The
+    look-ahead is plain gradient descent whatever the training optimiser is; it and the features are
+    in evaluation mode. Images are in [0, 1]; what operations make of them is clipped to that.
+
+    Args:
+      model: of `network`.
+      tx: optax transformation.
+      loss: of the candidates (see `core.losses`), in the place of the cross-entropy.
+      steps_per_epoch: > 0; the clock of the curriculum.
+      tau: epochs, > 0.
+      layers: operations that an augmented sample meets, >= 1, all different.
+      jitter: strengths are moved by U(-jitter, jitter) where they are drawn, in [0, 1].
+      temperature: T > 0, of p.
+      search_every: >= 1. A search costs n augmented images a sample.
+      inner_learning_rate: lr > 0.
+      policy_tx: optax transformation for h; a number is the learning rate of the paper's Adam.
+
+    Returns:
+      Method; `extra` is `Kept`. The metric "val_loss" is that of theta^, "augmented" the share.
+
+    Raises:
+      ValueError: a value out of range, a model without features, or no validation samples.
+    """
+    for name, value in {
+        "steps_per_epoch": steps_per_epoch, "tau": tau, "temperature": temperature,
+        "inner_learning_rate": inner_learning_rate,
+    }.items():  # fmt: skip
+        checks.positive(name, value)
+    checks.whole("layers", layers, 1)
+    checks.whole("search_every", search_every, 1)
+    checks.fraction("jitter", jitter)
+    if layers > len(SPACE):
+        raise ValueError(f"layers must be at most {len(SPACE)}; given {layers}")
+    if isinstance(policy_tx, int | float):
+        checks.positive("policy_tx", policy_tx)
+        policy_tx = optax.adam(policy_tx)
+
+    def init(key, inputs):
+        checks.images("inputs", inputs)
+        params, model_state = model.init(key, inputs)
+        outputs = jax.eval_shape(model.logits, params, model_state, inputs)
+        names = set(outputs) if isinstance(outputs, dict) else {"logits"}
+        if not {"class", "features"} <= names:
+            raise ValueError(f"model must hand out 'class' and 'features'; given {sorted(names)}")
+        width = outputs["features"].shape[1]
+        h = {"kernel": jnp.zeros((width, 2 * len(SPACE))), "bias": jnp.zeros(2 * len(SPACE))}
+        return steps.init_state(key, params, model_state, tx, Kept(h, policy_tx.init(h)))
+
+    def step(state, streams, *, reduce):
+        checks.validation("madaug", streams.val)
+        batch, val = streams.candidates, streams.val
+        of_draws = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _DRAWS)
+        of_search, of_use = jax.random.split(of_draws)
+
+        def outputs(params, inputs):
+            return model.logits(params, state.model_state, inputs)
+
+        logits_fn = lambda params, inputs: outputs(params, inputs)["class"]
+        features = outputs(state.params, batch.inputs)["features"]
+
+        def search(kept):
+            said = policy(kept.policy, features, temperature)
+            made = all_operations(of_search, batch, said.strength)
+
+            def inner_loss(params, h):
+                mixed = mixture(made, policy(h, features, temperature))
+                logits = logits_fn(params, mixed.astype(batch.inputs.dtype))
+                losses = loss(logits, prior_targets(batch.labels, batch.mask), batch)
+                return masked_mean(losses, batch.mask, reduce=reduce)
+
+            def val_gradient(params):
+                return validation_gradient(
+                    logits_fn, params, val.inputs, val.labels, mask=val.mask, reduce=reduce
+                )
+
+            val_loss, grads = lookahead_gradient(
+                inner_loss, val_gradient, state.params, kept.policy,
+                learning_rate=inner_learning_rate, reduce=reduce,
+            )  # fmt: skip
+            updates, opt_state = policy_tx.update(grads, kept.opt_state, kept.policy)
+            h = optax.apply_updates(kept.policy, updates)
+            return Kept(h, opt_state), (val_loss, jnp.ones(()))
+
+        def wait(kept):
+            return kept, (jnp.zeros(()), jnp.zeros(()))
+
+        if search_every == 1:
+            kept, val_loss = search(state.extra)
+        else:
+            due = state.step % search_every == 0
+            kept, val_loss = jax.lax.cond(due, search, wait, state.extra)
+
+        share = share_at(state.step, steps_per_epoch=steps_per_epoch, tau=tau)
+        said = policy(kept.policy, features, temperature)
+        made, used = drawn_operations(
+            of_use, batch, said, share=share, layers=layers, jitter=jitter
+        )
+
+        def train_fn(params, model_state, inputs, key):
+            out, model_state = model.train(params, model_state, inputs, key)
+            return out["class"], model_state
+
+        state, metrics = steps.inner_step(
+            state,
+            made,
+            prior_targets(made.labels, made.mask),
+            train_fn=train_fn,
+            tx=tx,
+            clean=streams.clean,
+            loss=loss,
+            reduce=reduce,
+        )
+        metrics |= {"val_loss": val_loss, "augmented": steps.total(used, batch.mask, reduce)}
+        return state._replace(extra=kept), metrics
+
+    def predict(state, inputs):
+        return model.logits(state.params, state.model_state, inputs)["class"]
+
+    def targets(state, streams):
+        del state
+        return prior_targets(streams.candidates.labels, streams.candidates.mask)
+
+    return Method(init, step, predict, targets)
+
+
+def share_at(step: jax.Array, *, steps_per_epoch: float, tau: float) -> jax.Array:
+    """The share of augmented samples, f32[]: min(tanh(epoch / tau) + .01, 1)."""
+    return jnp.minimum(jnp.tanh(step / (steps_per_epoch * tau)) + 0.01, 1.0)
+
+
+def policy(params: Params, features: jax.Array, temperature: float) -> Policy:
+    """h, one linear map: strength = sigmoid(f W_1 + b_1), logits = (f W_2 + b_2) / T.
+
+    Args:
+      params: {"kernel" f32[D, 2n], "bias" f32[2n]}.
+      features: f, f32[B, D].
+      temperature: T.
+    """
+    out = features @ params["kernel"] + params["bias"][None]
+    strength, logits = jnp.split(out, 2, axis=1)
+    return Policy(jax.nn.sigmoid(strength), logits / temperature)
+
+
+def lookahead_gradient(
+    inner_loss: Loss,
+    val_gradient: Callable[[Params], tuple[jax.Array, Params]],
+    params: Params,
+    meta: PyTree,
+    *,
+    learning_rate: float,
+    reduce: Reduce = identity,
+) -> tuple[jax.Array, PyTree]:
+    """Validation loss after one step of gradient descent, and its gradient for `meta`.
+
+        theta^ = theta - lr grad_theta L(theta, h)
+        d L_val(theta^) / dh = -lr d/de grad_h L(theta + e v, h) at e = 0 ,  v = grad L_val(theta^)
+
+    Exact: one forward-mode product along v takes the place of a backward pass through the step.
+
+    Args:
+      inner_loss: L, (params, meta) -> f32[]; under pmap the device's share.
+      val_gradient: params -> (L_val f32[], its gradient), over all devices.
+      params: theta.
+      meta: h, pytree of floats, the same on every device.
+      learning_rate: lr.
+      reduce: mean over the data-parallel axis.
+
+    Returns:
+      (L_val(theta^) f32[], gradient like meta).
+    """
+    ahead = axpy(-learning_rate, reduce(jax.grad(inner_loss)(params, meta)), params)
+    val_loss, v = val_gradient(ahead)
+    _, cross = jax.jvp(lambda params: jax.grad(inner_loss, 1)(params, meta), (params,), (v,))
+    return val_loss, jax.tree.map(lambda c: -learning_rate * c, reduce(cross))
+
+
+def mixture(made: jax.Array, said: Policy) -> jax.Array:
+    """Every sample's mixture of its operations, differentiable in the policy.
+
+        x~ = sum_k p_k op_k(x, m_k) ,  p = softmax(logits) ,  d op_k / d m_k := 1 at every pixel
+
+    The last is a straight-through estimate: most operations have no useful derivative.
+
+    Args:
+      made: op_k(x, m_k), f32[B, n, H, W, C], constants.
+      said: Policy of B.
+
+    Returns:
+      f32[B, H, W, C].
+    """
+    p = jax.nn.softmax(said.logits)
+    through = said.strength - jax.lax.stop_gradient(said.strength)  # zero, with a gradient
+    return jnp.einsum("bn,bnhwc->bhwc", p, made) + jnp.sum(p * through, 1)[:, None, None, None]
+
+
+def all_operations(key: jax.Array, batch: Batch, strength: jax.Array) -> jax.Array:
+    """Every image under every operation of SPACE, clipped to [0, 1]: f32[B, n, H, W, C].
+
+    Args:
+      key: of the signs and places; a sample's depend on its index alone.
+      batch: Batch of B images.
+      strength: f32[B, n].
+    """
+    size, number = strength.shape
+    shape = batch.inputs.shape[1:]
+    drawn = jnp.broadcast_to(jnp.arange(number)[None], (size, number))
+    u = jax.vmap(lambda key: jax.random.uniform(key, (number, 3)))(sample_keys(key, batch))
+    operation, value, centre = _settled(drawn, strength, u, shape[:2])
+    # Row i n + k is operation k of sample i: a sample's images stay on its device.
+    images = jnp.repeat(batch.inputs.astype(jnp.float32), number, 0)
+    flat = jax.tree.map(
+        lambda x: x.reshape(size * number, *x.shape[2:]), (operation, value, centre)
+    )
+    return jnp.clip(apply(images, *flat), 0, 1).reshape(size, number, *shape)
+
+
+def drawn_operations(
+    key: jax.Array, batch: Batch, said: Policy, *, share: jax.Array, layers: int, jitter: float
+) -> tuple[Batch, jax.Array]:
+    """The batch, a share of its samples under operations drawn from the policy, and which: bool[B].
+
+    An augmented sample meets `layers` different operations, drawn one after the other with the
+    policy's probabilities, at strengths clip(m + U(-jitter, jitter), 0, 1). What is drawn for a
+    sample depends on the key and its index alone. The trace has a column for every layer.
+    """
+    shape = batch.inputs.shape[1:3]
+
+    def draw(key, strength, logits):
+        of_use, of_operation, of_value = jax.random.split(key, 3)
+        # The largest of logits with Gumbel noise are draws without replacement, in order.
+        noise = jax.random.gumbel(of_operation, logits.shape)
+        _, drawn = jax.lax.top_k(logits + noise, layers)
+        u = jax.random.uniform(of_value, (layers, 4))
+        moved = jnp.clip(strength[drawn] + jitter * (2 * u[:, 3] - 1), 0, 1)
+        use = jax.random.uniform(of_use) < share
+        return use, *_settled(drawn, moved, u[:, :3], shape)
+
+    use, operation, value, centre = jax.vmap(draw)(
+        sample_keys(key, batch), said.strength, said.logits
+    )
+    operation = jnp.where(use[:, None], operation, OPERATIONS.index("identity"))
+    value = jnp.where(use[:, None], value, 0.0)
+
+    def layer(images, drawn):
+        return apply(images, *drawn), None
+
+    by_layer = operation.T, value.T, centre.swapaxes(0, 1)
+    images, _ = jax.lax.scan(layer, batch.inputs.astype(jnp.float32), by_layer)
+    for column in range(layers):
+        batch = record(batch, operation[:, column], value[:, column])
+    return batch._replace(inputs=jnp.clip(images, 0, 1).astype(batch.inputs.dtype)), use
+
+
+def _settled(drawn, strength, uniform, shape):
+    """Places in OPERATIONS, values and centres of places in SPACE at strengths, [...] each.
+
+    uniform: f32[..., 3], of the sign and the centre.
+    """
+    sign = jnp.where(uniform[..., 0] < 0.5, -1.0, 1.0)
+    value = policies.values(SPACE, drawn, strength, sign, shape)
+    places = jnp.array([OPERATIONS.index(name) for name in SPACE], jnp.int32)
+    return places[drawn], value, uniform[..., 1:]
+
+
+def apply(
+    images: jax.Array, operation: jax.Array, value: jax.Array, centre: jax.Array
+) -> jax.Array:
+    """One operation of SPACE on every image, each sample its own; not clipped.
+
+    Args:
+      images: f32[B, H, W, C].
+      operation: i32[B], places in OPERATIONS.
+      value: f32[B], see `augment.policies.apply`; of a cutout its share of each side.
+      centre: f32[B, 2], of a cutout, in shares of height and width.
+    """
+    rows = lambda name: operation == OPERATIONS.index(name)
+    images = policies.apply(images, operation, value, names=SPACE)
+    images = map_rows(lambda image: image[:, ::-1], rows("flip"), images)
+    return map_rows(_cutout, rows("cutout"), images, value, centre)
+
+
+def _cutout(image, share, centre):
+    """Zero in a box about the centre, cut at the borders."""
+    inside = [
+        jnp.abs((jnp.arange(side) + 0.5) / side - middle) < share / 2
+        for side, middle in zip(image.shape, centre)
+    ]
+    return jnp.where((inside[0][:, None] & inside[1][None])[..., None], 0.0, image)

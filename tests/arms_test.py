@@ -1,0 +1,419 @@
+"""Arms of a comparison: their configs, what they share, and what is said of them."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import arms, build, figures, task
+from experiments.configs import digits, wdbc
+from saflex_jax.core.tree import identity
+from saflex_jax.types import Batch, Streams
+from tests.train import process_
+
+FOLDER = process_.ROOT / "experiments" / "configs"
+
+
+def tiny(**changes):
+    """A config of images that compiles quickly."""
+    config = digits.get_config()
+    config.data.update({"val": 24, "test": 200})  # of 8 devices
+    config.augment = "shift(1)"
+    config.model.widths = (4,)
+    config.train.update({"steps": 6, "log_every": 3, "batch_size": 16})
+    config.update(changes)
+    return config
+
+
+def of_sla(predict, **options):
+    return {"method": {"name": "sla", "sla": {"mode": "sla", "predict": predict, **options}}}
+
+
+# --- configs -------------------------------------------------------------------------------------
+
+
+def test_arms_are_changes_of_the_config_in_the_order_written():
+    changes = {
+        "second": {"augment": "flip(0.5)"},
+        "first": {"method": {"name": "erm"}, "model": {"widths": [5, 6]}},
+        "a": {"method": {"saflex": {"memory_decay": 0.5, "damping": 1}}},
+    }
+    config = tiny(arms=changes)
+    before = config.to_json()
+    config.lock()  # as the command line leaves it
+    found = arms.configs(config)
+    assert list(found) == list(changes)
+    assert config.to_json() == before
+    # All fields but those named are the config's; a number becomes one of the field's kind.
+    plain = json.loads(before)
+    for arm, changed in {
+        "second": plain | {"augment": "flip(0.5)"},
+        "first": plain
+        | {"method": plain["method"] | {"name": "erm"}}
+        | {"model": plain["model"] | {"widths": [5, 6]}},
+    }.items():
+        assert build.settings(found[arm]) == {k: v for k, v in changed.items() if k != "arms"}
+    assert found["first"].model.widths == (5, 6)
+    assert found["a"].method.saflex.memory_decay == 0.5
+    assert isinstance(found["a"].method.saflex.damping, float)
+    assert config.method.saflex.memory_decay == 0.9
+
+
+def test_without_arms_there_are_the_four():
+    for config in (tiny(), tiny(arms={})):
+        found = arms.configs(config)
+        assert {a: (c.method.name, c.data.train_on_val) for a, c in found.items()} == {
+            "upstream": ("erm", False),
+            "upstream_train_val": ("erm", True),
+            "saflex": ("saflex", False),
+            "saflex_train_val": ("saflex", True),
+        }
+        assert list(found) == ["upstream", "upstream_train_val", "saflex", "saflex_train_val"]
+    config = tiny()
+    config.method.update({"name": "sla", "refiner": "saflex"})
+    assert arms.configs(config)["upstream"].method.refiner == ""
+    assert arms.configs(config)["saflex"].method.refiner == "saflex"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"trian": {}}, r"config has no field 'trian'; did you mean 'train'\?"),
+        ({"method": {"nam": "erm"}}, r"config.method has no field 'nam'; did you mean 'name'\?"),
+        ({"method": {"sla": {"mod": "da"}}}, r"config.method.sla .*did you mean 'mode'\?"),
+        ({"data": {"nois": 0.1}}, r"config.data has no field 'nois'; did you mean 'noise'\?"),
+        ({"method": {"name": "erm", "refiner": "saflex"}}, "refiner must be '' with erm"),
+        ({"seed": 3}, "all arms run on the comparison's seeds"),
+        ({"train": {"steps": "many"}}, "many is of original type"),
+        ({"train": 3}, r"must be nested changes of the config; given \{'train': 3\}"),
+        (3, "must be nested changes of the config; given 3"),
+    ],
+)
+def test_a_bad_arm_is_named(changes, message):
+    config = tiny(arms={"good": {}, "bad": changes})
+    with pytest.raises(ValueError, match=rf"config\.arms\.bad .*{message}"):
+        arms.configs(config)
+
+
+def test_other_bad_configs_are_refused():
+    config = tiny(arms={"late": {"train": {"log_every": 6}}})
+    message = r"config.train.steps must exceed config.train.log_every = 6, .*given 6 \(late\)"
+    with pytest.raises(ValueError, match=message):
+        arms.configs(config)
+    with pytest.raises(ValueError, match=r"config\.arms must be a dict, arm -> changes; given 3"):
+        arms.configs(tiny(arms=3))
+    config = tiny()
+    config.method.nam = "erm"
+    with pytest.raises(ValueError, match=r"^config\.method has no field 'nam'"):
+        arms.configs(config)
+
+
+def test_a_runs_settings_leave_out_the_arms():
+    config = tiny(arms={"a": {}})
+    build.check(config)
+    assert build.settings(config) == json.loads(tiny().to_json())
+    assert arms.settings(config) == arms.settings(arms.of_seed(config, 5))
+    assert arms.of_seed(config, 5).seed == 5 and config.seed == 0
+
+
+def test_arms_that_differ_in_what_is_read_are_trained_once():
+    automix = lambda **options: {"method": {"name": "automix", "automix": options}}
+    config = tiny(
+        arms={
+            "si": of_sla("single"),
+            "one_q": automix(predict="one_q"),
+            "ag": of_sla("aggregated"),
+            "ag_two": of_sla("aggregated", transformations="rotation2"),
+            "mix_k": automix(predict="mix_k"),
+            "mix_k_alpha": automix(predict="mix_k", alpha=1.0),
+        }
+    )
+    groups = [list(group) for group in arms.trainings(arms.configs(config))]
+    assert groups == [["si", "ag"], ["one_q", "mix_k"], ["ag_two"], ["mix_k_alpha"]]
+    assert [list(g) for g in arms.trainings(arms.configs(tiny()))] == [[a] for a in arms.STANDING]
+
+
+# --- every config --------------------------------------------------------------------------------
+
+
+SHAPES = {"digits": ((8, 8, 1), 10), "wdbc": ((30,), 2), "fashion_mnist": ((28, 28, 1), 10),
+          "cifar10": ((32, 32, 3), 10), "tfds:cifar100": ((32, 32, 3), 100)}  # fmt: skip
+
+
+def pools(name, size=4):
+    shape, classes = SHAPES[name]
+    rows = np.arange(size, dtype=np.int32)
+    labels = np.full((size, classes), 1 / classes, np.float32)
+    batch = Batch(np.zeros((size, *shape), np.float32), labels, np.ones(size, bool), rows)
+    return Streams(batch, batch)
+
+
+CONFIGS = [
+    (path.stem, arm, config)
+    for path in sorted(FOLDER.glob("*.py"))
+    if hasattr(module := importlib.import_module(f"experiments.configs.{path.stem}"), "get_config")
+    for arm, config in arms.configs(module.get_config()).items()
+]
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(config, id=f"{name}-{arm}") for name, arm, config in CONFIGS]
+)
+def test_every_arm_of_every_config_builds(config):
+    data = pools(config.data.name)
+    method = build.make_method(config, data)
+    if config.model.name == "resnet18":  # slow to trace; what differs is the method
+        config = config.copy_and_resolve_references()
+        config.model = {"name": "small_cnn", "widths": (4, 4, 4, 4)}
+        method = build.make_method(config, data)
+    state = jax.eval_shape(lambda: build.init_state(config, method, data))
+    logits = jax.eval_shape(method.predict, state, data.val.inputs)
+    assert logits.shape == data.val.labels.shape
+    step = build.with_upstream(config, method).step
+    new, metrics = jax.eval_shape(lambda *args: step(*args, reduce=identity), state, data)
+    assert jax.tree.structure(new) == jax.tree.structure(state) and "loss" in metrics
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def without_time(records):
+    drop = lambda x: {k: v for k, v in x.items() if k not in ("seconds_per_step", "history")}
+    return [drop(records), *map(drop, records["history"])]
+
+
+def counting(monkeypatch, module, name):
+    """The calls of a function, which goes on as it was."""
+    calls, function = [], getattr(module, name)
+
+    def count(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, count)
+    return calls
+
+
+def test_a_shared_training_is_the_separate_one_bit_for_bit(monkeypatch):
+    options = {"transformations": "rotation2"}
+    changes = {"si": of_sla("single", **options), "ag": of_sla("aggregated", **options)}
+    config = tiny(arms=changes)
+    config.model = {"name": "mlp", "widths": (4,)}  # quicker to compile
+    found = arms.configs(config)
+    fits, tests = counting(monkeypatch, build, "fit"), counting(monkeypatch, task, "test_scores")
+    (group,) = arms.trainings(found)
+    shared = arms.run(group, {}, progress=False)
+    assert list(shared) == ["si", "ag"] and len(fits) == 1 and len(tests) == 2
+    (apart,) = arms.run({"ag": found["ag"]}, {}, progress=False).values()
+    assert len(fits) == 2 and len(tests) == 3
+    assert without_time(shared["ag"]) == without_time(apart)
+    assert shared["si"]["history"] == shared["ag"]["history"]
+    assert shared["si"]["test_loss"] != shared["ag"]["test_loss"]
+    assert shared["si"]["seconds_per_step"] > 0
+    # Nothing is learned of samples, so nothing is looked at.
+    assert "samples" not in apart and not any("eval/" in k for r in apart["history"] for k in r)
+
+
+def test_what_learns_weights_is_looked_at():
+    config = wdbc.get_config()
+    config.model.widths = (4,)
+    config.augment = "feature_noise(0.1)"
+    config.method.saflex.update({"direction": "identity", "memory_decay": None})
+    config.train.update({"steps": 4, "log_every": 2, "batch_size": 16, "val_batch_size": 24})
+    found = arms.configs(config)
+    (record,) = arms.run({"saflex": found["saflex"]}, {}, progress=False).values()
+    assert [set(r) >= {"eval/weight_right", "eval/weight_wrong"} for r in record["history"]] == [
+        True, True,
+    ]  # fmt: skip
+    assert len(record["samples"]) == 2 * figures.COLUMNS
+    assert sum(s["wrong"] for s in record["samples"]) == figures.COLUMNS
+    assert not build.learns(found["upstream"])
+
+
+@pytest.mark.parametrize(
+    "method, again",
+    [
+        ({"name": "erm"}, 0),
+        ({"name": "saflex"}, 0),
+        ({"name": "implicit"}, 1),
+        ({"name": "erm", "loss": "ldam"}, 1),
+        ({"name": "drw"}, 1),
+        ({"name": "sla", "refiner": "implicit"}, 1),
+        ({"name": "sla", "refiner": "saflex"}, 0),
+    ],
+)
+def test_a_seed_builds_anew_only_what_holds_its_labels(monkeypatch, method, again):
+    stopped = SimpleNamespace(stopped_by=signal.SIGINT)
+    monkeypatch.setattr(build, "fit", lambda *args, **kwargs: stopped)
+    made = counting(monkeypatch, build, "make_method")
+    (config,) = arms.configs(tiny(arms={"x": {"method": method}})).values()
+    compiled = {}
+    for seed in (0, 1):
+        assert arms.run({"x": arms.of_seed(config, seed)}, compiled) is None  # as Ctrl-C leaves it
+    assert len(made) == 1 + again
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def test_paired_differences_and_their_interval():
+    # Differences 1, 2 and 3: mean 2, sd 1, and Student's t of two degrees of freedom.
+    found = arms.paired_difference([11, 22, 33], [10, 20, 30])
+    assert found["mean"] == pytest.approx(2)
+    assert found["high"] - 2 == pytest.approx(4.302652729911275 / np.sqrt(3))
+    assert 2 - found["low"] == pytest.approx(4.302652729911275 / np.sqrt(3))
+    rng = np.random.default_rng(0)
+    for number in (2, 5, 9):
+        a, b = rng.normal(size=(2, number))
+        low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+        expected = {"mean": a.mean() - b.mean(), "low": low, "high": high}
+        assert arms.paired_difference(list(a), list(b)) == pytest.approx(expected)
+    assert arms.paired_difference([0.5], [0.25]) == {"mean": 0.25, "low": None, "high": None}
+
+
+def records(values, seconds, **more):
+    return [
+        {"test_accuracy": v, "test_loss": 1.0, "seconds_per_step": s, "seed": n, **more}
+        for n, (v, s) in enumerate(zip(values, seconds))
+    ]
+
+
+RUNS = {
+    "z": records([0.50, 0.70, 0.60], [0.010, 0.030, 0.020]),
+    "a_long_name_of_an_arm": records([0.60, 0.80, 0.85], [0.050, 0.040, 0.060]),
+}
+
+
+def test_summary_and_table():
+    found = arms.summary(RUNS)
+    assert list(found) == list(RUNS)
+    base, other = found.values()
+    assert base["test_accuracy"] == [0.50, 0.70, 0.60] and base["difference"] is None
+    assert base["mean"] == pytest.approx(0.6) and base["sd"] == pytest.approx(0.1)
+    assert (base["n"], base["seconds_per_step"], base["step_cost"]) == (3, 0.02, 1)
+    assert other["difference"]["mean"] == pytest.approx(0.15)
+    assert other["seconds_per_step"] == 0.05 and other["step_cost"] == pytest.approx(2.5)
+    assert json.loads(json.dumps(found)) == found
+    head, first, second = arms.table(found, "test_accuracy").splitlines()
+    assert "difference to z (95% interval)" in head and "test accuracy" in head
+    half = stats.t.ppf(0.975, 2) * np.std([0.1, 0.1, 0.25], ddof=1) / np.sqrt(3)
+    interval = f"+0.1500 ({0.15 - half:+.4f} to {0.15 + half:+.4f})"
+    assert second.split("  ")[0] == "a_long_name_of_an_arm 0.7500 +- 0.1323"
+    assert interval in second and "50.00" in second and second.endswith("2.50x")
+    assert "0.6000 +- 0.1000  (n = 3)" in first and first.endswith("1.00x")
+
+    alone = arms.summary({arm: runs[:1] for arm, runs in RUNS.items()})
+    assert alone["z"]["sd"] is None
+    _, first, second = arms.table(alone, "test_accuracy").splitlines()
+    assert "0.5000 +- -  (n = 1)" in first and "+0.1000  " in second
+
+
+def panels(figure):
+    """Label of the vertical axis -> axis."""
+    return {axis.get_ylabel().split(" (")[0].split(",")[0]: axis for axis in figure.axes}
+
+
+def test_the_figure_of_general_arms():
+    differences = {arm: found["difference"] for arm, found in arms.summary(RUNS).items()}
+    found = panels(figures.compare(RUNS, title="x", differences=differences))
+    assert list(found) == ["test accuracy", "test accuracy minus that of z"]
+    scores, apart = found.values()
+    ticks = [label.get_text() for label in scores.get_xticklabels()]
+    assert ticks == ["z", "a\nlong_name_of_an_arm"]
+    assert [list(line.get_ydata()) for line in scores.lines] == [
+        [r["test_accuracy"] for r in runs] for runs in RUNS.values()
+    ]
+    means = [c.get_segments()[0][:, 1].tolist() for c in scores.collections]
+    assert means == [pytest.approx([0.6, 0.6]), pytest.approx([0.75, 0.75])]
+    (interval,) = apart.collections  # none of the base
+    other = differences["a_long_name_of_an_arm"]
+    ends = interval.get_segments()[0]
+    assert ends[:, 1].tolist() == [other["low"], other["high"]] and ends[0, 0] == 1
+    assert apart.lines[1].get_ydata().tolist() == [other["mean"]]
+
+
+def test_panels_on_what_was_learned_are_those_of_the_arm_saflex():
+    sample = {"input": [[0.5]], "clean": 1, "wrong": False, "prior": 1, "label": 1,
+              "confidence": 0.9, "weight": 1.0}  # fmt: skip
+    image = sample | {"input": np.zeros((3, 3, 1)).tolist()}
+    history = [{"step": s, "eval/weight_right": 1.0, "eval/weight_wrong": 0.5} for s in (1, 2)]
+    learned = lambda sample: records([0.5, 0.6], [1, 1], samples=[sample], history=history)
+    draw = lambda runs, **options: figures.compare(runs, title="x", **options)
+    weights = "mean learned weight"
+
+    found = panels(draw({"upstream": learned(sample), "saflex": learned(sample)}))
+    assert list(found) == ["test accuracy", weights]
+    right, wrong = found[weights].lines
+    assert list(right.get_ydata()) == [1.0, 1.0] and list(wrong.get_ydata()) == [0.5, 0.5]
+    with_images = draw({"upstream": learned(image), "saflex": learned(image)})
+    assert len(with_images.axes) == 2 + figures.ROWS * figures.COLUMNS
+    assert len(panels(draw({"upstream": learned(image), "mine": learned(image)}))) == 1
+    difference = {"base": None, "saflex": {"mean": 0.1, "low": None, "high": None}}
+    runs = {"base": records([0.5], [1]), "saflex": learned(sample)[:1]}
+    names = ["test accuracy", "test accuracy minus that of base", weights]
+    assert list(panels(draw(runs, differences=difference))) == names
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+CONFIG = """
+from experiments.configs import wdbc
+
+def get_config():
+    config = wdbc.get_config()
+    config.model.widths = (4,)
+    config.augment = "feature_noise(0.1)"
+    config.train.update({"steps": 6, "log_every": 3, "batch_size": 16})
+    config.arms = {"plain": {"method": {"name": "erm"}},
+                   "hard": {"method": {"name": "erm"}, "optimizer": {"learning_rate": 0.1}}}
+    return config
+"""
+
+
+def compare(folder, *flags):
+    """The command's standard output and error."""
+    command = [sys.executable, "-m", "experiments.compare", "--noprogress", "--json", "--seeds=2",
+               f"--config={folder / 'config.py'}", f"--workdir={folder}"]  # fmt: skip
+    done = subprocess.run(
+        [*command, *flags], cwd=process_.ROOT, env=process_.environment(), timeout=process_.LIMIT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    whole = compare(tmp_path)
+    assert list(whole) == ["plain", "hard"] and whole["hard"]["difference"]["low"] is not None
+    log = tmp_path / "runs.jsonl"
+    lines = log.read_text().splitlines()
+    ran = [(r["arm"], r["seed"]) for r in map(json.loads, lines)]
+    assert ran == [("plain", 0), ("hard", 0), ("plain", 1), ("hard", 1)]  # interleaved
+    # Killed while it wrote the last line; and one arm has other settings by now.
+    other = json.loads(lines[0])
+    other["settings"]["optimizer"]["learning_rate"] = 3.0
+    kept = lines[1:3]
+    log.write_text("\n".join([json.dumps(other), *kept, lines[3][:50]]))
+    (tmp_path / "compare.png").unlink()
+    resumed = compare(tmp_path, "--resume")
+    for arm, found in whole.items():
+        assert resumed[arm]["test_accuracy"] == found["test_accuracy"]
+        assert resumed[arm]["difference"] == found["difference"]
+    again = log.read_text().splitlines()
+    assert again[:2] == kept and len(again) == 4
+    new = {(r["arm"], r["seed"]): r for r in map(json.loads, again[2:])}
+    for line in (lines[0], lines[3]):
+        record = json.loads(line)
+        found = new[record["arm"], record["seed"]]
+        assert found["settings"] == record["settings"]
+        for mine, its in zip(found["history"], record["history"], strict=True):
+            assert {**mine, "seconds_per_step": 0} == {**its, "seconds_per_step": 0}
+    assert (tmp_path / "compare.png").stat().st_size > 0
