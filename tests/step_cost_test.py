@@ -202,7 +202,9 @@ def test_the_other_learned_augmentations_cost_what_their_passes_do():
     ratios = {name: flops / found["plain"] for name, flops in found.items()}
     assert all(ratios[name] <= most[name] for name in most), ratios
     # k's pass on the candidates ends at the feature map, the last stage but one.
-    assert ratios["sla_rotation"] >= 3.96 and ratios["automix"] > 2.85 and ratios["adautomix"] > 3.95
+    assert (
+        ratios["sla_rotation"] >= 3.96 and ratios["automix"] > 2.85 and ratios["adautomix"] > 3.95
+    )
 
 
 @pytest.mark.parametrize(("ratio", "shared"), [(1.95, True), (1.96, False), (None, None)])

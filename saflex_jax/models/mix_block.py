@@ -64,7 +64,7 @@ class BatchStatistics(nn.Module):
 
 
 def rescaled(share: jax.Array, k: float) -> jax.Array:
-    """SAMix's curve through (0, 0), (1/2, .) and (1, 1) in the place of lambda.
+    """SAMix's curve through (0, 0), (1/2, 1/2) and (1, 1) in the place of lambda.
 
     (4/3 l^3 - 2 l^2 + (k + 1) l) / (k + 1/3)
     """
@@ -83,7 +83,7 @@ class MixBlock(nn.Module):
       reduction: C / D.
       upsample: "nearest" or "bilinear", of the logits.
       lam_concat: the image's own share as one more channel of what q, k and v see.
-      lam_concat_v: of what v sees only.
+      lam_concat_v: of what v sees only; without effect with `v_neck`, which takes constants away.
       lam_mul: > 0: the maps are scaled by 1 + lam_mul l and 1 + lam_mul (1 - l).
       lam_mul_k: >= 0: l, there, is `rescaled`.
       qk_concat: q and k, then two maps, both see the channels of both images.
