@@ -41,7 +41,8 @@ def samples(data: task.Data, *, of_val: bool) -> Batch:
     pool = data.pools.val if of_val else data.pools.candidates
     classes = np.argmax(pool.labels, -1)
     first = [np.flatnonzero(classes == k)[n] for n in range(2) for k in np.unique(classes)]
-    return take(Streams(pool), Streams(np.array(first[: 2 * ROWS]))).candidates
+    found = take(Streams(pool), Streams(np.array(first[: 2 * ROWS]))).candidates
+    return jax.tree.map(jnp.asarray, found)
 
 
 def masks_through(

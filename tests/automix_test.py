@@ -659,7 +659,7 @@ def test_what_a_step_and_init_refuse():
     with pytest.raises(ValueError, match="inputs must be images of floats"):
         method.init(KEY, jnp.zeros((2, 7)))
     plain = from_linen(automix.Heads(SmallCNN((4,)), {"one": 2, "mix": 2}))
-    with pytest.raises(ValueError, match="model must hand out a 'map'"):
+    with pytest.raises(ValueError, match="model must hand out 'one', 'mix' and 'map'"):
         automix.make(plain, TX, num_steps=1).init(KEY, jnp.zeros((1, *PIXELS, 2)))
 
 

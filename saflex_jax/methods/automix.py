@@ -200,8 +200,11 @@ def make(
         checks.images("inputs", inputs)
         params, model_state = model.init(key, inputs)
         outputs = jax.eval_shape(model.logits, params, model_state, inputs)
-        if "map" not in outputs:
-            raise ValueError(f"model must hand out a 'map', as `network`'s; given {set(outputs)}")
+        names = set(outputs) if isinstance(outputs, dict) else {"logits"}
+        if not {*HEADS, "map"} <= names:
+            raise ValueError(
+                f"model must hand out 'one', 'mix' and 'map', as `network`'s; given {sorted(names)}"
+            )
         maps = jnp.zeros((images, *outputs["map"].shape))
         of_block = jax.random.fold_in(key, 1)
         phi = block.init(of_block, maps, jnp.ones(images) / images, size=inputs.shape[1:3])
