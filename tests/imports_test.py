@@ -26,7 +26,7 @@ ROOMS = {
     "batches": ({"types"}, {"jax", "numpy"}),
     "_compat": (set(), {"jax", "numpy"}),
     "core": ({"core", "types", "checks"}, BASE),
-    "methods": ({"methods", "core", "types", "checks"}, BASE),
+    "methods": ({"methods", "models", "augment", "core", "types", "checks"}, BASE | {"flax"}),
     "parallel": ({"parallel", "_compat", "core", "batches", "types", "checks"}, BASE),
     "augment": ({"augment", "types", "checks"}, BASE),
     "augment/show.py": ({"augment", "types"}, {"jax", "matplotlib", "numpy", "PIL", "sklearn"}),

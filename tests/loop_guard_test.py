@@ -70,10 +70,12 @@ def compilations():
 
 @pytest.mark.parametrize("name, options, held", CASES)
 def test_a_run_compiles_once_and_moves_nothing_implicitly(name, options, held, compilations):
-    pools, backbone = (IMAGES, SmallCNN((3, 4))) if name in OF_IMAGES else (TABLES, MLP((8,)))
+    pools, backbone, devices = TABLES, MLP((8,)), jax.devices()
+    if name in OF_IMAGES:  # dearer
+        pools, backbone, devices = IMAGES, SmallCNN((3, 4)), devices[:1]
     model = from_linen(NETWORKS.get(name, Classifier)(backbone, CLASSES))
     method = METHODS[name](model, optax.adam(1e-2), **options)
-    runner = parallel.jit_runner(method.step)
+    runner = parallel.jit_runner(method.step, devices=devices)
     state = method.init(jax.random.key(0), pools.candidates.inputs[:1])
     options = dict(batch_size=16, val_batch_size=8, seed=0)
     if held:
