@@ -440,7 +440,7 @@ def part_setups(at: Point, streams: Streams | None = None) -> dict[str, Callable
 
 def rounds_of(model: Model, rounds: int) -> int:
     """Of slow models fewer, about half."""
-    return (rounds + 1) // 2 if model.slow else rounds
+    return max(rounds // 2, 1) if model.slow else rounds
 
 
 def job(step: Step, streams: Streams, steps: int) -> timing.Job:
@@ -617,7 +617,7 @@ def report(points: dict[str, Point], scaling: dict, *, rounds: int) -> dict:
     made["why_null"] = mapped(missing, points) | {"scaling": mapped(missing, scaling)}
     made["machine"] = timing.machine(PACKAGES) | {
         "rounds": rounds,
-        "rounds_on_slow_models": (rounds + 1) // 2,
+        "rounds_on_slow_models": max(rounds // 2, 1),
         "seed": 0,
     }
     return made

@@ -177,7 +177,7 @@ def test_slow_models_count_the_dear_variants_only_and_have_fewer_rounds():
     assert step_cost.timed(at) == ["plain", "saflex_full", "saflex_last_stage"]
     del at.run.failed["l2rw"]
     assert "counted only" in step_cost.missing(at)["l2rw"]
-    assert step_cost.length(at, 5) == 4 + 3 * (3 + 1)
+    assert step_cost.length(at, 5) == 4 + 3 * (2 + 1)
     assert step_cost.length(known_point(TINY), 5) == 4 + 4 * (5 + 1)
     assert step_cost.timed(known_point(TINY, timed=False)) == []
 
