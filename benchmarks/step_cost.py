@@ -3,7 +3,7 @@
     python -m benchmarks.step_cost [--json] [--out FILE] [--model NAME ...] [--rounds=5]
                                    [--[no-]scaling] [--[no-]parts] [--figure FILE.png]
 
-Every method of the package on four models, next to the least that its algorithm must do (`floor`).
+The methods of the package on five models, next to the least that its algorithm must do (`floor`).
 A step is compiled once, ahead; operations, memory and time are those of that executable, run as
 `jit_runner` runs it: on one device, the state donated. Data are noise, their labels so soft that no
 model can fit them: gradients neither vanish nor explode, however many steps are timed.
@@ -438,9 +438,14 @@ def part_setups(at: Point, streams: Streams | None = None) -> dict[str, Callable
     }
 
 
-def rounds_of(model: Model, rounds: int) -> int:
+def slow_rounds(rounds: int) -> int:
     """Of slow models fewer, about half."""
-    return max(rounds // 2, 1) if model.slow else rounds
+    return max(rounds // 2, 1)
+
+
+def rounds_of(model: Model, rounds: int) -> int:
+    """Rounds in which this model's steps are timed."""
+    return slow_rounds(rounds) if model.slow else rounds
 
 
 def job(step: Step, streams: Streams, steps: int) -> timing.Job:
@@ -617,7 +622,7 @@ def report(points: dict[str, Point], scaling: dict, *, rounds: int) -> dict:
     made["why_null"] = mapped(missing, points) | {"scaling": mapped(missing, scaling)}
     made["machine"] = timing.machine(PACKAGES) | {
         "rounds": rounds,
-        "rounds_on_slow_models": max(rounds // 2, 1),
+        "rounds_on_slow_models": slow_rounds(rounds),
         "seed": 0,
     }
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from experiments.task import Data
 from saflex_jax import augment, checks, models, parallel, train
 from saflex_jax.batches import floats
 from saflex_jax.core import losses
-from saflex_jax.core.tree import under
+from saflex_jax.core.tree import identity, under
 from saflex_jax.data import (
     ArrayStream,
     Column,
@@ -138,22 +139,27 @@ def make_method(
     schedule = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.train.steps)
     tx = optax.adamw(schedule, weight_decay=config.optimizer.weight_decay)
 
-    prior = PRIORS[name](labels, **taken(PRIORS[name], options)) if name in PRIORS else labels
+    seen = partial(PRIORS[name], **taken(PRIORS[name], options)) if name in PRIORS else identity
+    num_samples, num_classes = jax.eval_shape(seen, labels).shape
     by_run = _mapped(config) | {
-        "num_samples": len(prior),
-        "num_classes": prior.shape[1],
-        "prior": prior,
-        "counts": np.asarray(prior).sum(0),
+        "num_samples": num_samples,
+        "num_classes": num_classes,
+        # Of all samples at once, since `seen` is linear: of SLA they are M^2 times the labels.
+        "counts": np.asarray(seen(labels.sum(0, keepdims=True))).sum(0),
         "num_steps": config.train.steps,
         "steps_per_epoch": len(labels) / config.train.batch_size,
     }
-    given = taken(REFINERS.get(name, METHODS[name]), options | by_run)
+
+    def given(taker, options):
+        found = taken(taker, options | by_run)
+        return found | {"prior": seen(labels)} if "prior" in parameters(taker) else found
+
+    found = given(REFINERS.get(name, METHODS[name]), options)
     if rule:
-        made = REFINERS[rule]
-        given["refiner"] = made(**taken(made, method_options(config, rule) | by_run))
+        found["refiner"] = REFINERS[rule](**given(REFINERS[rule], method_options(config, rule)))
     loss = LOSSES[config.method.loss]
-    given["loss"] = loss(**taken(loss, by_run))
-    return METHODS[name](make_model(config, pools, columns), tx, **given)
+    found["loss"] = loss(**given(loss, {}))
+    return METHODS[name](make_model(config, pools, columns), tx, **found)
 
 
 def _mapped(config: ConfigDict) -> dict[str, str]:

@@ -204,6 +204,16 @@ def no_clean(method: str, clean: Batch | None) -> None:
         raise ValueError(f"{method} trains on candidates alone; given streams.clean")
 
 
+def outputs(found: PyTree, *wanted: str) -> None:
+    """A model's outputs are a dict that has these."""
+    names = set(found) if isinstance(found, dict) else {"logits"}
+    if not {*wanted} <= names:
+        *first, last = map(repr, wanted)
+        raise ValueError(
+            f"model must hand out {', '.join(first)} and {last}; given {sorted(names)}"
+        )
+
+
 def fields(name: str, given: Iterable[str], accepted: Iterable[str]) -> None:
     """Raises on a config field that nobody reads; names the nearest known one."""
     accepted = sorted(accepted)

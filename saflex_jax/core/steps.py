@@ -55,6 +55,14 @@ def step_key(state: TrainState, index: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), index[0])
 
 
+def draws_key(state: TrainState) -> jax.Array:
+    """The key of what a method draws by sample at this step: the same on every device.
+
+    The constant sets it apart from the network's key and from the upstream pipeline's draws.
+    """
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x7DA06A7C)
+
+
 def total(values: jax.Array, mask: jax.Array, reduce: Reduce) -> tuple[jax.Array, jax.Array]:
     """(sum, count) of values f32[B] over unmasked rows; reduced, so that their ratio is exact."""
     values, mask = jnp.where(mask, values, 0.0), mask.astype(jnp.float32)

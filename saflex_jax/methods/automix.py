@@ -200,11 +200,7 @@ def make(
         checks.images("inputs", inputs)
         params, model_state = model.init(key, inputs)
         outputs = jax.eval_shape(model.logits, params, model_state, inputs)
-        names = set(outputs) if isinstance(outputs, dict) else {"logits"}
-        if not {*HEADS, "map"} <= names:
-            raise ValueError(
-                f"model must hand out 'one', 'mix' and 'map', as `network`'s; given {sorted(names)}"
-            )
+        checks.outputs(outputs, *HEADS, "map")
         maps = jnp.zeros((images, *outputs["map"].shape))
         of_block = jax.random.fold_in(key, 1)
         phi = block.init(of_block, maps, jnp.ones(images) / images, size=inputs.shape[1:3])

@@ -10,7 +10,7 @@ from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import identity
-from saflex_jax.types import Method, Model, Refiner
+from saflex_jax.types import Method, Model, Refiner, Streams, Targets, TrainState
 
 
 def supervised(
@@ -47,11 +47,17 @@ def supervised(
     )
 
 
+def as_given(state: TrainState, streams: Streams) -> Targets:
+    """The targets of a method that learns none: prior labels, weight one."""
+    del state
+    return prior_targets(streams.candidates.labels, streams.candidates.mask)
+
+
 def prior_refiner() -> Refiner:
     """The rule that learns nothing: prior labels, weight one."""
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
-        del state, logits_fn, reduce
-        return prior_targets(streams.candidates.labels, streams.candidates.mask), arrays, {}
+        del logits_fn, reduce
+        return as_given(state, streams), arrays, {}
 
     return Refiner(lambda params: (), apply)

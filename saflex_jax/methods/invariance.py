@@ -20,9 +20,8 @@ from saflex_jax.augment import Augment, parse, sample_keys
 from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
+from saflex_jax.methods.base import as_given
 from saflex_jax.types import Batch, Method, Model
-
-_DRAWS = 0x7DA06A7C  # sets this method's draws apart from the upstream pipeline's
 
 
 def make(
@@ -90,9 +89,8 @@ def make(
             logits = model.logits(state.params, state.model_state, proposed.inputs)
             return losses_of(logits, proposed)
 
-        of_draws = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _DRAWS)
         hard, moves = metropolis_hastings(
-            of_draws, batch, propose=propose, losses_of=seen, steps=mh_steps
+            steps.draws_key(state), batch, propose=propose, losses_of=seen, steps=mh_steps
         )
         moved, count = steps.total(moves, batch.mask, reduce)
 
@@ -120,11 +118,7 @@ def make(
     def predict(state, inputs):
         return model.logits(state.params, state.model_state, inputs)
 
-    def targets(state, streams):
-        del state
-        return prior_targets(streams.candidates.labels, streams.candidates.mask)
-
-    return Method(init, step, predict, targets)
+    return Method(init, step, predict, as_given)
 
 
 def metropolis_hastings(

@@ -28,12 +28,12 @@ from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cro
 from saflex_jax.core.scores import validation_gradient
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import axpy, identity
+from saflex_jax.methods.base import as_given
 from saflex_jax.models import Heads
 from saflex_jax.types import Batch, Method, Model, Params, PyTree, Reduce
 
 # RandAugment's 14 operations and ranges, and three more. Cutout takes its share of each side.
 SPACE = STANDARD | {"invert": Range(), "flip": Range(1.0, 1.0), "cutout": Range(0.0, 0.2)}
-_DRAWS = 0x7DA06A7C  # sets this method's draws apart from the upstream pipeline's
 
 
 class Policy(NamedTuple):
@@ -130,9 +130,7 @@ def make(
         checks.images("inputs", inputs)
         params, model_state = model.init(key, inputs)
         outputs = jax.eval_shape(model.logits, params, model_state, inputs)
-        names = set(outputs) if isinstance(outputs, dict) else {"logits"}
-        if not {"class", "features"} <= names:
-            raise ValueError(f"model must hand out 'class' and 'features'; given {sorted(names)}")
+        checks.outputs(outputs, "class", "features")
         width = outputs["features"].shape[1]
         h = {"kernel": jnp.zeros((width, 2 * len(SPACE))), "bias": jnp.zeros(2 * len(SPACE))}
         return steps.init_state(key, params, model_state, tx, Kept(h, policy_tx.init(h)))
@@ -140,8 +138,7 @@ def make(
     def step(state, streams, *, reduce):
         checks.validation("madaug", streams.val)
         batch, val = streams.candidates, streams.val
-        of_draws = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _DRAWS)
-        of_search, of_use = jax.random.split(of_draws)
+        of_search, of_use = jax.random.split(steps.draws_key(state))
 
         def outputs(params, inputs):
             return model.logits(params, state.model_state, inputs)
@@ -207,11 +204,7 @@ def make(
     def predict(state, inputs):
         return model.logits(state.params, state.model_state, inputs)["class"]
 
-    def targets(state, streams):
-        del state
-        return prior_targets(streams.candidates.labels, streams.candidates.mask)
-
-    return Method(init, step, predict, targets)
+    return Method(init, step, predict, as_given)
 
 
 def share_at(step: jax.Array, *, steps_per_epoch: float, tau: float) -> jax.Array:
