@@ -589,7 +589,7 @@ def test_the_reported_head_and_network():
     for a in names:
         for b in names:
             assert a == b or np.abs(found[a] - found[b]).max() > 1e-2
-    assert_close(default, found["mix_q"])
+    assert_close(default, found["one_q"])
 
 
 def trained(devices, norm, options):

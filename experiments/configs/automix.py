@@ -18,20 +18,29 @@ PLAIN = {"name": "erm"}
 
 
 def arms(augment: str) -> dict:
-    """The arms, with static mixing behind this pipeline; alpha as in OpenMixup's tables."""
+    """The arms, with static mixing behind this pipeline; alpha as in OpenMixup's tables.
+
+    With every lambda at the margin, "automix_linear" mixes as mixup does: what AutoMix's two heads
+    do without its masks. "automix" and "automix_mix" are the two heads of one training.
+    """
+    of_automix = lambda **options: {"method": {"automix": options}}
     return {
         "baseline": {"method": PLAIN},
         "mixup": {"method": PLAIN, "augment": f"{augment} | mixup(1.0)"},
+        "mixup_weak": {"method": PLAIN, "augment": f"{augment} | mixup(0.2)"},
         "cutmix": {"method": PLAIN, "augment": f"{augment} | cutmix(0.2)"},
-        "automix": {"method": {"name": "automix"}},
-        "samix": {"method": {"automix": automix.SAMIX}},
-        "adautomix": {"method": {"automix": automix.ADAUTOMIX}},
+        "automix_linear": of_automix(lam_margin=0.5),
+        "automix": of_automix(),
+        "automix_mix": of_automix(predict="mix_q"),
+        "samix": of_automix(**automix.SAMIX),
+        "adautomix": of_automix(**automix.ADAUTOMIX),
     }
 
 
 def get_config() -> ConfigDict:
     """The config; what is not set here is as in sla.py. Without an arm it trains AutoMix."""
     config = sla.get_config()
+    config.augment = "shift(2) | flip(0.5)"
     config.method = methods.all_methods(
         "automix", automix={"momentum": 0.95, "momentum_end": 0.999}
     )

@@ -10,7 +10,7 @@ Expected:  not run here. OpenMixup's table for this network and 200 epochs (repo
 
 It differs from these runs: AdamW in the place of SGD with momentum, a learning rate that falls to
 zero for every arm, shifts over black in the place of reflections, mixup and cutmix with a share of
-its own for every sample, and the accuracy of the last step, of the head "mix".
+its own for every sample, and the accuracy of the last step, of the head "one".
 """
 
 from ml_collections import ConfigDict

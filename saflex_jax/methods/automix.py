@@ -89,7 +89,7 @@ def make(
     mask_adjust: float = 0.0,
     momentum: float = 0.999,
     momentum_end: float = 0.999999,
-    predict: str = "mix_q",
+    predict: str = "one_q",
     images: int = 2,
     adversarial_every: int = 0,
     adversarial_share: float = 0.3,
@@ -142,7 +142,8 @@ def make(
       momentum: m of the first tenth of the run, and before the cosine.
       momentum_end: m at the end.
       predict: whose logits are reported: head and network, "mix_q", "one_q", "mix_k" or "one_k".
-        The default is the head that mixup's is comparable to, without averages of parameters.
+        The default is the head that learns from images as they are, as those to predict are,
+        without averages of parameters.
       images: n.
       adversarial_every: > 0: the adversarial rule; its block is `AdversarialMixBlock`.
       adversarial_share: a.
