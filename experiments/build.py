@@ -15,12 +15,13 @@ from experiments import task
 from experiments.configs.methods import option_names, parameters, taken
 from experiments.task import Data
 from saflex_jax import augment, checks, models, parallel, train
-from saflex_jax.batches import floats
+from saflex_jax.batches import floats, take
 from saflex_jax.core import losses
 from saflex_jax.core.tree import identity, under
 from saflex_jax.data import (
     ArrayStream,
     Column,
+    EpisodeStream,
     IndexStream,
     Prefetched,
     category_sizes,
@@ -71,13 +72,35 @@ def check(config: ConfigDict) -> None:
             )
     augment.parse(config.augment)
     backbone = inspect.signature(BACKBONES[config.model.name]).parameters
-    checks.fields(
-        "config.model", config.model, {"name", *backbone} - {"parent", "axis_name", "categories"}
-    )
+    accepted = {"name", "cosine", *backbone} - {"parent", "axis_name", "categories"}
+    checks.fields("config.model", config.model, accepted)
     for name in METHODS:
         checks.fields(f"config.method.{name}", config.method.get(name, {}), option_names(name))
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(f"config.train.{name}", config.train[name])
+    if config.method.name == "protonet":
+        _check_episodes(config)
+    elif config.data.novel:
+        raise ValueError(
+            f"config.data.novel must be 0 with {config.method.name}, which knows the training "
+            f"classes alone; given {config.data.novel}"
+        )
+
+
+def _check_episodes(config: ConfigDict) -> None:
+    """What protonet cannot do, and a batch that is no whole episodes, are refused."""
+    ways, shots, queries = task.episode(config).values()
+    if config.train.batch_size % (ways * (shots + queries)):
+        raise ValueError(
+            "config.train.batch_size must be a multiple of the rows of an episode, "
+            f"{ways} x ({shots} + {queries}); given {config.train.batch_size}"
+        )
+    for name, given, only in (
+        ("method.loss", config.method.loss, "cross_entropy"),
+        ("data.pool", config.data.pool, ""),
+    ):
+        if given != only:
+            raise ValueError(f"config.{name} must be {only!r} with protonet; given {given!r}")
 
 
 def settings(config: ConfigDict) -> dict:
@@ -102,11 +125,15 @@ def make_input(
 ) -> tuple[parallel.Runner, train.loop.Stream]:
     """The runner, holding the data or not, and this process's share of its batches."""
     options = {
-        "batch_size": config.train.batch_size,
-        "val_batch_size": config.train.val_batch_size or None,
         "seed": config.seed,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
+    }
+    if config.method.name == "protonet":
+        return _episodes(config, data, runner, options)
+    options |= {
+        "batch_size": config.train.batch_size,
+        "val_batch_size": config.train.val_batch_size or None,
     }
     if config.data.on_device:
         return runner.hold(data.pools), IndexStream(sizes(data.pools), **options)
@@ -114,19 +141,33 @@ def make_input(
     return runner, Prefetched(stream, place=runner.put_batch)
 
 
+def _episodes(config, data, runner, options):
+    """`make_input` of episodes; there is nothing to validate on."""
+    pools, shape = Streams(data.pools.candidates), task.episode(config)
+    episodes = config.train.batch_size // data.together
+    labels = pools.candidates.labels.argmax(1)
+    stream = EpisodeStream(labels, **shape, episodes=episodes, **options)
+    if config.data.on_device:
+        return runner.hold(pools), stream
+    return runner, Prefetched(stream, place=lambda rows: runner.put_batch(take(pools, rows)))
+
+
 def make_model(
     config: ConfigDict, pools: Streams, columns: tuple[Column, ...] | None = None
 ) -> Model:
     """The network that the method trains."""
     name = config.method.name
-    kwargs = {k: v for k, v in config.model.items() if k != "name"}
+    kwargs = {k: v for k, v in config.model.items() if k not in ("name", "cosine")}
     if isinstance(pools.candidates.inputs, dict):  # a table with categorical columns
         kwargs["categories"] = category_sizes(columns)
     backbone = BACKBONES[config.model.name]
     backbone = backbone(**kwargs, **taken(backbone, _mapped(config)))
     network = NETWORKS.get(name, models.Classifier)
     options = taken(network, method_options(config, name))
-    return models.from_linen(network(backbone, pools.candidates.labels.shape[1], **options))
+    found = network(backbone, pools.candidates.labels.shape[1], **options)
+    if config.model.get("cosine", False):
+        found = found.clone(cosine=True)
+    return models.from_linen(found)
 
 
 def make_method(
@@ -158,7 +199,7 @@ def make_method(
     if rule:
         found["refiner"] = REFINERS[rule](**given(REFINERS[rule], method_options(config, rule)))
     loss = LOSSES[config.method.loss]
-    found["loss"] = loss(**given(loss, {}))
+    found |= taken(METHODS[name], {"loss": loss(**given(loss, {}))})
     return METHODS[name](make_model(config, pools, columns), tx, **found)
 
 

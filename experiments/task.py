@@ -20,9 +20,9 @@ from saflex_jax.batches import floats
 from saflex_jax.types import Batch, Method, Streams, TrainState
 
 FIELDS = (
-    *("name", "dir", "size", "task", "test_on", "val", "test", "per_class", "imbalance"),
-    *("train_on_val", "labels", "noise", "noise_kind", "outside", "outside_from", "pool"),
-    *("corrupt", "on_device"),
+    *("name", "dir", "size", "task", "test_on", "val", "test", "novel", "per_class"),
+    *("imbalance", "train_on_val", "labels", "noise", "noise_kind", "outside", "outside_from"),
+    *("pool", "corrupt", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -31,7 +31,9 @@ NOISE = {
     "instance": data.instance_noise,
 }
 TFDS = "tfds:"  # before the name of a data set that TFDS prepared
+TEST_EPISODES = 400  # of a method that is tested on episodes
 CHUNK = 256  # images in memory at once where a set is gone through
+EVALUATED = 512  # test rows at once, at least those of an episode
 
 
 class Data(NamedTuple):
@@ -39,7 +41,8 @@ class Data(NamedTuple):
 
     Attributes:
       pools: candidates (labels partly wrong), val (trusted).
-      test: read once, at the end.
+      test: read once, at the end; rows that are not to be scored are masked.
+      together: test rows that are predicted together: 1, or those of an episode.
       clean_labels: i[N] of the candidates, the largest entry of the right prior; for diagnosis
         only, training never sees it.
       wrong: bool[N] of the candidates: another label is right, or none is; for diagnosis only.
@@ -50,6 +53,7 @@ class Data(NamedTuple):
 
     pools: Streams
     test: Batch
+    together: int
     clean_labels: np.ndarray
     wrong: np.ndarray
     source: data.Source
@@ -66,7 +70,7 @@ def check(section: ConfigDict) -> None:
     checks.choice("config.data.noise_kind", section.noise_kind, NOISE)
     for name in ("noise", "outside"):
         checks.fraction(f"config.data.{name}", section[name])
-    for name in ("size", "val", "test", "per_class"):
+    for name in ("size", "val", "test", "novel", "per_class"):
         checks.whole(f"config.data.{name}", section[name])
     if not 1 <= section.imbalance < math.inf:
         raise ValueError(
@@ -81,6 +85,11 @@ def check(section: ConfigDict) -> None:
     if section.labels and section.noise:
         raise ValueError(
             f"config.data.noise must be 0 with labels={section.labels!r}; given {section.noise}"
+        )
+    if section.novel and (section.noise or section.labels):
+        raise ValueError(
+            "config.data.novel must be 0 with other labels, which may be novel classes'; given "
+            f"{section.novel}, noise={section.noise} and labels={section.labels!r}"
         )
     checks.choice("config.data.task", section.task, ("", "ordinal"))
     if bool(section.outside) != bool(section.outside_from):
@@ -104,6 +113,7 @@ def title(section: ConfigDict) -> str:
         "labels": f"{section.labels} labels",
         "noise": f"{section.noise:.0%} {kind}wrong labels",
         "outside": f"{section.outside:.0%} from {section.outside_from}",
+        "novel": f"{section.novel} novel classes",
         "per_class": f"{section.per_class} a class",
         "imbalance": f"classes {section.imbalance:g} : 1",
         "test_on": f"tested on {section.test_on}",
@@ -262,13 +272,17 @@ def make_data(config: ConfigDict) -> Data:
     key = section.dir, section.size, section.task, section.on_device
     source, prints = task_source(section.test_on, section.name, *key)
     split, removed = data.without_copies(make_split(section, source, seed), prints)
+    if section.novel:
+        split = data.novel_classes(
+            split, source.labels, novel=section.novel, num_classes=source.num_classes
+        )
     if section.per_class:
         few = data.few_shot(strata(source)[split.train], per_class=section.per_class, seed=seed)
         split = split._replace(train=split.train[few])
     if section.imbalance > 1:
         tail = data.long_tail(strata(source)[split.train], ratio=section.imbalance, seed=seed)
         split = split._replace(train=split.train[tail])
-    data.check_split(split, source.labels, source.num_classes)
+    data.check_split(split, source.labels, source.num_classes, novel=section.novel > 0)
 
     inputs = source.inputs
     if source.columns is not None and (section.corrupt or section.outside):
@@ -308,15 +322,54 @@ def make_data(config: ConfigDict) -> Data:
         generated = make(section.pool, **known).of(rows)
     pools = Streams(candidates=pool(candidates, given), val=pool(val, val_labels))
     clean = pool(None, clean).labels.argmax(1)
+    tested, together = pool(test, source.labels[split.test]), 1
+    if config.method.name == "protonet":
+        if source.task != "multiclass":
+            raise ValueError(
+                "config.data.name must be of classes without order for protonet; "
+                f"{section.name} is {source.task}"
+            )
+        tested, together = in_episodes(tested, seed=seed, **episode(config))
     return Data(
         pools,
-        pool(test, source.labels[split.test]),
+        tested,
+        together,
         clean,
         (pools.candidates.labels.argmax(1) != clean) | outside,
         source,
         removed,
         generated,
     )
+
+
+def episode(config: ConfigDict) -> dict[str, int]:
+    """The ways, shots and queries of protonet's episodes.
+
+    Raises:
+      ValueError: one that is no whole number >= 1.
+    """
+    found = {name: config.method.protonet[name] for name in ("ways", "shots", "queries")}
+    for name, number in found.items():
+        checks.whole(f"config.method.protonet.{name}", number, 1)
+    return found
+
+
+def in_episodes(
+    pool: Batch, *, ways: int, shots: int, queries: int, seed: int
+) -> tuple[Batch, int]:
+    """TEST_EPISODES episodes of a pool, labelled by the class within the episode; and their size.
+
+    Support rows are masked, since their labels are given.
+    """
+    stream = data.EpisodeStream(
+        pool.labels.argmax(1), ways=ways, shots=shots, queries=queries, episodes=TEST_EPISODES,
+        seed=seed, purpose="test episodes",
+    )  # fmt: skip
+    rows, of_class = stream.rows(0).candidates, shots + queries
+    place = np.arange(len(rows))
+    labels = np.eye(ways, dtype=np.float32)[place // of_class % ways]
+    inputs, mask = data.subset(pool.inputs, rows), place % of_class >= shots
+    return Batch(inputs, labels, mask, pool.index[rows]), ways * of_class
 
 
 def corrupted(images: Any, corruption: str, seed: int) -> np.ndarray:
@@ -340,15 +393,19 @@ def test_scores(method: Method, state: TrainState, task: Data) -> dict[str, floa
     for several labels at once, in the place of accuracy, the mean over labels of the area under the
     ROC curve.
     """
-    scores = train.make_evaluator(method, task.test.inputs, task.test.labels)(state)
+    test, together = task.test, task.together
+    batch_size = max(1, EVALUATED // together) * together
+    scores = train.make_evaluator(
+        method, test.inputs, test.labels, mask=test.mask, batch_size=batch_size
+    )(state)
     if task.source.task == "multiclass":
         return scores
-    found = train.probabilities(method, state, task.test.inputs)
+    found = train.probabilities(method, state, test.inputs)
     if task.source.task == "ordinal":
-        truth = task.test.labels.argmax(1)
+        truth = test.labels.argmax(1)
         kappa = metrics.cohen_kappa_score(truth, found.argmax(1), weights="quadratic")
         return scores | {"kappa": float(kappa)}
-    present = task.test.labels > 0
+    present = test.labels > 0
     both = present.any(0) & ~present.all(0)
     auc = metrics.roc_auc_score(present[:, both], found[:, both], average="macro")
     return {"auc": float(auc), "loss": scores["loss"]}

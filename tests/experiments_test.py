@@ -30,7 +30,7 @@ CONFIGS = sorted(
     for module in MODULES
     if hasattr(module, "get_config") and module.get_config().data.name in SOURCES
 )
-OF_IMAGES = ("sla", "automix", "invariance", "madaug")
+OF_IMAGES = ("sla", "automix", "invariance", "madaug", "protonet")
 
 
 def changed(config, **overrides):
@@ -46,6 +46,7 @@ def small(**overrides):
 def small_images(**overrides):
     """The same of images."""
     changes = {"model.widths": (4, 4), "train.batch_size": 16, "augment": "shift(1)"}
+    changes |= {"method.protonet.ways": 4, "method.protonet.queries": 3}  # 16 rows an episode
     return changed(digits.get_config(), **changes, **overrides)
 
 
@@ -192,7 +193,7 @@ def test_data_of_a_seed():
         ("model", "width", (3,), r"config.model has no field 'width'; did you mean 'widths'\?"),
         ("model", "axis_name", "data", r"config.model has no field 'axis_name'"),
         ("method.saflex", "num_samples", 3, r"config.method.saflex has no field 'num_samples'"),
-        ("method", "options", {}, r"config.method has no field 'options'; known fields: "),
+        ("method", "options", {}, r"config.method has no field 'options'; .*known fields: "),
         ("method.saflex", "temprature", 1, r"did you mean 'temperature'\?"),
         ("method.implicit", "max_wight", 1, r"method.implicit .*did you mean 'max_weight'\?"),
         ("method", "refiner", "safle", r"config.method.refiner .*did you mean 'saflex'\?"),

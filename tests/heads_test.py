@@ -120,6 +120,30 @@ def test_heads_are_linear_maps_of_the_same_features_by_name():
         assert_close(found[name], np.float64(features) @ head["kernel"] + head["bias"], 1e-6)
 
 
+def test_cosine_heads_give_cosines_whatever_the_norms():
+    backbone = MLP((5,))
+    several = from_linen(Heads(backbone, WIDTHS, cosine=True))
+    params, _ = drawn(several.init)
+    features = backbone.apply({"params": params["backbone"]}, IMAGES, train=False)
+    features = np.float64(features)
+    for name, found in several.logits(params, {}, IMAGES).items():
+        (kernel,) = params["head"][name].values()  # no bias
+        norms = np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)[None]
+        assert_close(found, features @ np.float64(kernel) / norms, 1e-6)
+        one = from_linen(Classifier(backbone, WIDTHS[name], cosine=True))
+        alone = {"backbone": params["backbone"], "head": {"kernel": 7 * kernel}}
+        assert_close(one.logits(alone, {}, IMAGES), found, 1e-6)
+
+
+def test_cosine_heads_are_differentiable_where_features_vanish():
+    model = from_linen(Classifier(MLP((5,)), 3, cosine=True))
+    params, _ = drawn(model.init)
+    dead = jax.tree.map(lambda x: -jnp.abs(x), params["backbone"])  # every unit of the MLP is off
+    total = lambda params: jnp.sum(model.logits(params, {}, np.abs(IMAGES)))
+    value, gradient = jax.value_and_grad(total)({**params, "backbone": dead})
+    assert value == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+
+
 def test_a_predicate_selects_all_heads_or_one():
     module = from_linen(Heads(SmallCNN((4,)), WIDTHS))
     params, _ = jax.eval_shape(module.init, KEY, IMAGES)

@@ -10,7 +10,7 @@ import pytest
 from experiments import build, task
 from experiments.configs import digits
 from saflex_jax.core.losses import ldam_loss
-from saflex_jax.core.tree import Mean, identity
+from saflex_jax.core.tree import Mean, identity, paths
 from saflex_jax.data import long_tail
 from saflex_jax.methods import REFINERS, drw
 from saflex_jax.types import Batch, Streams, Targets, TrainState
@@ -233,6 +233,7 @@ def test_the_mean_weight_is_one_over_all_devices():
 def test_loss_and_rule_are_given_the_counts_of_what_is_trained_on(monkeypatch, method, views):
     config = digits.get_config()
     config.data.update({"noise": 0.0, "imbalance": 10.0})
+    config.model.cosine = True
     config.method.name, config.method.loss = method, "ldam"
     config.method.refiner = "" if method == "drw" else "drw"
     config.method.drw.beta = 0.5
@@ -255,6 +256,9 @@ def test_loss_and_rule_are_given_the_counts_of_what_is_trained_on(monkeypatch, m
     assert sizes[9] == sizes[0] // 10 and len(sizes) == 10
     # Class y of view j is label y M + j.
     np.testing.assert_array_equal(given["loss"], np.repeat(sizes, views))
+    model = build.make_model(config, data.pools)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+    assert not any(path.endswith("bias") for path in paths(params["head"]))  # of cosines
     if method == "sla":
         np.testing.assert_array_equal(given["rule"], given["loss"])
         assert given["beta"] == 0.5

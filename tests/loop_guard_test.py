@@ -25,7 +25,7 @@ def pool(size, *shape):
 
 
 TABLES, IMAGES = (Streams(pool(SAMPLES, *s), pool(24, *s)) for s in ((5,), (6, 6, 1)))
-OF_IMAGES = ("sla", "automix", "invariance", "madaug")
+OF_IMAGES = ("sla", "automix", "invariance", "madaug", "protonet")
 MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
 # Every method of the package as it comes, and the branches of saflex.
 OPTIONS = {
@@ -45,6 +45,7 @@ OPTIONS = {
     "drw": [{"counts": TABLES.candidates.labels.sum(0)}],
     "automix": [{"num_steps": STEPS}],
     "madaug": [{"steps_per_epoch": 4}],
+    "protonet": [{"ways": 2, "queries": 3}],
 }
 # As it comes with the data held on the devices, otherwise with batches from the host.
 CASES = [

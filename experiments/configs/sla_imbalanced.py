@@ -9,8 +9,8 @@ Expected:  not run here. For orientation, on CIFAR-10 with this ratio and a ResN
 
 The class sizes are those of CIFAR-10-LT (Cao et al., NeurIPS 2019), 12,406 images; the test split
 is balanced, so its accuracy is the mean over classes. Classes weigh differently over the last fifth
-of the run, as there. Here SLA is read off the joint head, over four views: the class head of
-self-distillation learns from logits that LDAM trains at 30 times their scale.
+of the run, and LDAM's logits are cosines, as there. Here SLA is read off the joint head, over four
+views: to self-distillation's class head the softmax of cosines, nearly uniform, would teach little.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +28,9 @@ def get_config() -> ConfigDict:
         sla={"mode": "sla", "predict": "aggregated"},
     )
     config.method.loss = "ldam"
+    config.model.cosine = True
     config.arms = {
-        "ce": {"method": {"name": "erm", "loss": "cross_entropy"}},
+        "ce": {"model": {"cosine": False}, "method": {"name": "erm", "loss": "cross_entropy"}},
         "ldam_drw": {},
         "ldam_drw_sla": {"method": {"name": "sla", "refiner": "drw"}},
     }

@@ -11,6 +11,7 @@ DEFAULTS = {
     "test_on": "",  # another data set, or the rows of a group: "cell=1"
     "val": 0,  # samples held out of training; 0 = the official split
     "test": 0,
+    "novel": 0,  # the last so many classes are what is tested on, and nothing else sees them
     "per_class": 0,  # few-shot: training samples of each class; 0 = all
     "imbalance": 1.0,  # of the training classes: the first over the last, between exponentially
     "train_on_val": False,

@@ -265,8 +265,8 @@ def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.
     would give, each with the margin on itself alone. A joint label (class, transformation) has the
     margin of its class, since its count is the class's.
 
-    The logits are taken as the network gives them. The authors' code normalises features and the
-    head's columns, so that logits are cosines, for which the scale is meant.
+    The scale is meant for logits that are cosines of features and the head's columns, as in the
+    authors' code; `models.Classifier` and `Heads` give them with `cosine=True`.
 
     Args:
       counts: n, f[K], > 0: training samples of each class; the sum of their prior labels.

@@ -1,5 +1,6 @@
 """Data on the host, as NumPy arrays: sources, splits, label noise and resumable streams."""
 
+from saflex_jax.data.episodes import EpisodeStream, novel_classes
 from saflex_jax.data.images import Rows, joined, resized, subset
 from saflex_jax.data.noise import (
     instance_noise,
@@ -39,6 +40,7 @@ __all__ = [
     "SOURCES",
     "ArrayStream",
     "Column",
+    "EpisodeStream",
     "IndexStream",
     "Pool",
     "Prefetched",
@@ -63,6 +65,7 @@ __all__ = [
     "instance_noise",
     "joined",
     "long_tail",
+    "novel_classes",
     "outside_candidates",
     "pairwise_noise",
     "priors",

@@ -233,13 +233,14 @@ def without_copies(split: Split, prints: np.ndarray) -> tuple[Split, dict[str, i
     return kept, lost
 
 
-def check_split(split: Split, labels: np.ndarray, num_classes: int) -> None:
+def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bool = False) -> None:
     """Raises unless the split can be trained and evaluated on.
 
     Args:
       split: places in a data set.
       labels: i[N], classes; or [N, K], soft or several at once, whose classes are not looked at.
       num_classes: K.
+      novel: whether test may hold classes that train lacks.
 
     Raises:
       ValueError: an empty split, places out of range, splits that overlap, labels out of range, a
@@ -260,7 +261,8 @@ def check_split(split: Split, labels: np.ndarray, num_classes: int) -> None:
         return
     checks.class_labels("labels", labels, num_classes)
     train, val, test = (np.bincount(labels[i], minlength=num_classes) for i in split)
-    for name, counts in {"val": val, "test": test}.items():
+    known = {"val": val} if novel else {"val": val, "test": test}
+    for name, counts in known.items():
         missing = np.flatnonzero((train == 0) & (counts > 0))
         if missing.size:
             raise ValueError(

@@ -12,6 +12,7 @@ from saflex_jax.methods import (
     l2rw,
     madaug,
     meta_weight_net,
+    protonet,
     saflex,
     sla,
 )
@@ -27,6 +28,7 @@ METHODS = {
     "automix": automix.make,
     "invariance": invariance.make,
     "madaug": madaug.make,
+    "protonet": protonet.make,
 }
 # The rules for weights and labels. A method of the same name is plain training with that rule; sla
 # and automix take one as `refiner`.
@@ -38,7 +40,12 @@ REFINERS = {
     "drw": drw.refiner,
 }
 # (backbone, num_classes, **options) -> the module that a method trains; of the others a Classifier.
-NETWORKS = {"sla": sla.network, "automix": automix.network, "madaug": madaug.network}
+NETWORKS = {
+    "sla": sla.network,
+    "automix": automix.network,
+    "madaug": madaug.network,
+    "protonet": protonet.network,
+}
 # (labels f32[N, K], **options) -> priors of the samples that a method shows its refiner, where
 # these are not the samples themselves.
 PRIORS = {"sla": sla.priors}

@@ -30,6 +30,29 @@ def mix_hidden(h: jax.Array, mix: dict[str, jax.Array], layer: int) -> jax.Array
     return (share * h + (1 - share) * h[mix["partner"]]).astype(h.dtype)
 
 
+class CosineLinear(nn.Module):
+    """Cosines of features with the columns of a kernel, f32[B, D] -> f32[B, width].
+
+        z_k = <f, w_k> / (||f|| ||w_k||)
+
+    Source: the head that the repository kaidic/LDAM-DRW trains with its loss.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (features.shape[-1], self.width))
+        unit = lambda x, axis: x * jax.lax.rsqrt(jnp.sum(x**2, axis, keepdims=True) + 1e-12)
+        return unit(features, -1) @ unit(kernel, 0)
+
+
+def linear(width: int, cosine: bool, name: str | None = None) -> nn.Module:
+    """The head of that many outputs."""
+    return (CosineLinear if cosine else nn.Dense)(width, name=name)
+
+
 class Classifier(nn.Module):
     """Linear head on any backbone.
 
@@ -40,13 +63,15 @@ class Classifier(nn.Module):
     Attributes:
       backbone: module with __call__(inputs, *, train) -> features f32[B, D].
       num_classes: K.
+      cosine: logits are cosines, as `losses.ldam_loss` wants them; see `CosineLinear`.
     """
 
     backbone: nn.Module
     num_classes: int
+    cosine: bool = False
 
     def setup(self):
-        self.head = nn.Dense(self.num_classes)
+        self.head = linear(self.num_classes, self.cosine)
 
     def __call__(self, inputs: PyTree, *, train: bool) -> jax.Array:
         """Logits f32[B, K]. `train` is BatchNorm's mode: batch statistics, or running ones."""
@@ -61,10 +86,13 @@ class Linears(nn.Module):
     """Linear maps of the same features, by name."""
 
     widths: Mapping[str, int]
+    cosine: bool
 
     @nn.compact
     def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
-        return {name: nn.Dense(width, name=name)(features) for name, width in self.widths.items()}
+        return {
+            name: linear(width, self.cosine, name)(features) for name, width in self.widths.items()
+        }
 
 
 class Heads(nn.Module):
@@ -76,15 +104,17 @@ class Heads(nn.Module):
       widths: name -> outputs of that head.
       stage: of the backbone whose feature map is handed out, -1 being the last; None = no map.
       features: whether the features are handed out.
+      cosine: as that of `Classifier`.
     """
 
     backbone: nn.Module
     widths: Mapping[str, int]
     stage: int | None = None
     features: bool = False
+    cosine: bool = False
 
     def setup(self):
-        self.head = Linears(self.widths)
+        self.head = Linears(self.widths, self.cosine)
 
     def __call__(self, inputs: PyTree, *, train: bool) -> dict[str, jax.Array]:
         """Name -> logits f32[B, width]; and "map", the feature map, and "features" f32[B, D]."""

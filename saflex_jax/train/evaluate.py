@@ -27,7 +27,12 @@ def _compiled(predict: Callable) -> Callable:
 
 
 def make_evaluator(
-    method: Method, inputs: PyTree, labels: np.ndarray, *, batch_size: int = 512
+    method: Method,
+    inputs: PyTree,
+    labels: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+    batch_size: int = 512,
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"accuracy": share, "loss": mean cross-entropy in nats} over a fixed set.
 
@@ -38,13 +43,17 @@ def make_evaluator(
       inputs: pytree of [N, ...]; anything that slices, read a batch at a time; 8-bit images become
         floats in [0, 1].
       labels: f32[N, K]; accuracy compares the largest entry.
+      mask: bool[N], the rows that count; the others are only shown to `predict`. None = all count.
       batch_size: rows at a time.
 
     Raises:
       ValueError: the set is empty or malformed.
     """
     size = len(labels)
-    if size == 0:
+    mask = np.ones(size, bool) if mask is None else mask
+    checks.rows(size, mask=mask)
+    count = int(np.sum(mask))
+    if count == 0:
         raise ValueError("labels must hold at least one sample to evaluate on; given 0")
     for leaf in jax.tree.leaves(inputs):
         if len(leaf) != size:
@@ -58,10 +67,10 @@ def make_evaluator(
 
     def evaluate(state):
         right, loss = 0, 0.0
-        for x, y, mask in _padded(inputs, labels, batch_size):
-            r, l = jax.device_get(sums(state, x, y, mask))
+        for x, y, counted in _padded(inputs, labels, mask, batch_size):
+            r, l = jax.device_get(sums(state, x, y, counted))
             right, loss = right + int(r), loss + float(l)
-        return {"accuracy": right / size, "loss": loss / size}
+        return {"accuracy": right / count, "loss": loss / count}
 
     return evaluate
 
@@ -73,7 +82,9 @@ def probabilities(
     size = len(jax.tree.leaves(inputs)[0])
     found = [
         np.asarray(_softmax(method.predict)(state, x))[mask]
-        for x, _, mask in _padded(inputs, np.empty((size, 0)), min(batch_size, size))
+        for x, _, mask in _padded(
+            inputs, np.empty((size, 0)), np.ones(size, bool), min(batch_size, size)
+        )
     ]
     return np.concatenate(found)
 
@@ -83,11 +94,11 @@ def _softmax(predict: Callable) -> Callable:
     return jax.jit(lambda state, x: jax.nn.softmax(predict(state, x)))
 
 
-def _padded(inputs: PyTree, labels: np.ndarray, batch_size: int) -> Iterator[tuple]:
+def _padded(
+    inputs: PyTree, labels: np.ndarray, mask: np.ndarray, batch_size: int
+) -> Iterator[tuple]:
     """(inputs, labels, mask) of one shape; the last is padded with zeros."""
     for begin in range(0, len(labels), batch_size):
-        x, y = jax.tree.map(lambda a, b=begin: a[b : b + batch_size], (inputs, labels))
-        mask = np.arange(batch_size) < len(y)
+        x, y, m = jax.tree.map(lambda a, b=begin: a[b : b + batch_size], (inputs, labels, mask))
         pad = lambda a: np.concatenate([a, np.zeros((batch_size - len(a), *a.shape[1:]), a.dtype)])
-        x, y = jax.tree.map(pad, (floats(x), y))
-        yield x, y, mask
+        yield jax.tree.map(pad, (floats(x), y, m))

@@ -1,0 +1,119 @@
+"""Few-shot episodes: a few classes, a few samples of each to learn from and others to classify."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saflex_jax import checks
+from saflex_jax.data.seeds import generator
+from saflex_jax.data.splits import Split
+from saflex_jax.data.stream import IndexStream
+from saflex_jax.types import Streams
+
+
+class EpisodeStream(IndexStream):
+    """Which rows the next global batch of episodes takes: `next(stream).candidates` is i64[rows].
+
+    An episode has `ways` different classes, drawn uniformly from those that occur, and of each of
+    them `shots` support rows and `queries` other rows, drawn uniformly from the class. Its rows
+    come in the order [class, shots + queries], so a row's class within its episode is its place.
+    Episode g of a stream is a function of (purpose, seed, g), and batch t is episodes t E to
+    t E + E - 1; a process takes a block of whole episodes. As a stream of rows it serves a runner
+    that holds the candidates alone: `runner.hold(Streams(candidates))`.
+
+    Args:
+      labels: i[N], classes.
+      ways: classes of an episode, at least two.
+      shots, queries: rows of each of its classes.
+      episodes: E, in a global batch.
+      seed: of all draws.
+      purpose: streams of one seed and different purposes are independent.
+      process_index, process_count: which block of each global batch is this process's.
+
+    Raises:
+      ValueError: labels that are no classes; fewer classes than ways; a class with too few samples;
+        episodes that the processes do not divide; a number out of range.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        episodes: int,
+        seed: int,
+        purpose: str = "training episodes",
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        labels = np.asarray(labels)
+        checks.class_labels("labels", labels, np.max(labels, initial=0) + 1)
+        checks.whole("ways", ways, 2)
+        for name, number in {"shots": shots, "queries": queries, "episodes": episodes}.items():
+            checks.whole(name, number, 1)
+        classes, counts = np.unique(labels, return_counts=True)
+        if len(classes) < ways:
+            raise ValueError(f"labels must be of at least {ways} classes; given {len(classes)}")
+        of_class = shots + queries
+        if counts.min() < of_class:
+            raise ValueError(
+                f"labels must have {shots} + {queries} samples of every class; "
+                f"class {classes[counts.argmin()]} has {counts.min()}"
+            )
+        super().__init__(
+            Streams(len(labels)),
+            batch_size=episodes * ways * of_class,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        if episodes % process_count:
+            raise ValueError(
+                f"episodes must be a multiple of {process_count} processes; given {episodes}"
+            )
+        self._places = [np.flatnonzero(labels == k) for k in classes]
+        self._ways, self._of_class, self._purpose = ways, of_class, purpose
+        self._share = episodes // process_count
+
+    def _episode(self, number: int) -> np.ndarray:
+        rng = generator(self._purpose, self._seed, number)
+        drawn = rng.choice(len(self._places), self._ways, replace=False)
+        rows = [rng.choice(self._places[k], self._of_class, replace=False) for k in drawn]
+        return np.concatenate(rows)
+
+    def rows(self, step: int) -> Streams:
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
+        index, count = self._process
+        first = (step * count + index) * self._share
+        return Streams(np.concatenate([self._episode(first + n) for n in range(self._share)]))
+
+    batch = rows
+
+
+def novel_classes(split: Split, labels: np.ndarray, *, novel: int, num_classes: int) -> Split:
+    """Trains and validates on the first classes alone and tests on the last `novel` alone.
+
+    Args:
+      split: places in a data set.
+      labels: i[N], classes of the whole data set.
+      novel: number of classes.
+      num_classes: K.
+
+    Raises:
+      ValueError: labels that are no classes; fewer than two of them in train or in test.
+    """
+    labels = np.asarray(labels)
+    checks.class_labels("labels", labels, num_classes)
+    is_novel = labels >= num_classes - novel
+    known = lambda index: index[~is_novel[index]]
+    found = Split(known(split.train), known(split.val), split.test[is_novel[split.test]])
+    for name in ("train", "test"):
+        left = len(np.unique(labels[getattr(found, name)]))
+        if left < 2:
+            raise ValueError(
+                f"novel must leave at least two classes in {name}; "
+                f"{novel} of {num_classes} leave {left}"
+            )
+    return found
