@@ -98,6 +98,7 @@ def _check_episodes(config: ConfigDict) -> None:
     for name, given, only in (
         ("method.loss", config.method.loss, "cross_entropy"),
         ("data.pool", config.data.pool, ""),
+        ("model.cosine", config.model.get("cosine", False), False),
     ):
         if given != only:
             raise ValueError(f"config.{name} must be {only!r} with protonet; given {given!r}")

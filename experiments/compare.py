@@ -6,7 +6,8 @@
 labels, so both fair partners are shown: the upstream pipeline trained on the training split and on
 training + validation, and SAFLEX with a validation split that is held out and one that also trains.
 The test split is read once for each arm and seed, with the last parameters.
-Finished runs are kept; after Ctrl-C, --resume continues with the others.
+Finished runs are kept; after Ctrl-C, --resume continues with the others. With all of them finished,
+--resume --base=ARM prints the same runs against another arm.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import arms, figures, task
+from saflex_jax import checks
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, from config.seed on.", lower_bound=1)
+_BASE = flags.DEFINE_string("base", "", "Arm that the others are compared to; default: the first.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the table.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "The figure and the runs go here.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show progress bars on stderr.")
@@ -34,6 +37,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     configs = arms.configs(config)
+    first = _BASE.value or next(iter(configs))
+    checks.choice("--base", first, configs)
     settings = {arm: arms.settings(c) for arm, c in configs.items()}
     workdir.mkdir(parents=True, exist_ok=True)
     log = workdir / "runs.jsonl"
@@ -64,7 +69,7 @@ def main(argv: list[str]) -> None:
         with log.open("a") as file:
             file.write("".join(json.dumps(done[arm, seed]) + "\n" for arm in records))
 
-    runs = {arm: [done[arm, seed] for seed in seeds] for arm in configs}
+    runs = {arm: [done[arm, seed] for seed in seeds] for arm in {first: None, **configs}}
     summary = arms.summary(runs)
     differences = {arm: found["difference"] for arm, found in summary.items()}
     figure = figures.compare(

@@ -2,8 +2,9 @@
 
     python -m experiments.gallery --config=experiments/configs/automix.py --workdir=runs/gallery
 
-Trains the config's method on one seed and looks at it with samples of the training split (AutoMix)
-or of the validation split (SLA). The test split is not read.
+Trains the config's method, or that of one of its arms (--arm=samix), on one seed and looks at it
+with samples of the training split (AutoMix) or of the validation split (SLA). The test split is not
+read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, task
+from experiments import arms, build, task
 from experiments.configs.methods import taken
 from saflex_jax import checks, parallel
 from saflex_jax.augment.transformations import transformed
@@ -28,6 +29,7 @@ from saflex_jax.models import MixBlock
 from saflex_jax.types import Batch, Model, Streams, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/automix.py")
+_ARM = flags.DEFINE_string("arm", "", "Arm of the config; default: the config as it is.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/gallery", "The figure goes here.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar on stderr.")
 
@@ -77,7 +79,10 @@ def masks_through(
         axes[0, mixture_column].set_title("mixture", fontsize=9)
     _bare(axes)
     figure.colorbar(drawn, ax=axes, shrink=0.6, label="share of the first image in a pixel")
-    figure.suptitle(f"AutoMix on {task.title(config.data)}: lambda = {SHARE}, seed {config.seed}")
+    figure.suptitle(
+        f"{_ARM.value or 'automix'} on {task.title(config.data)}: lambda = {SHARE}, "
+        f"seed {config.seed}"
+    )
     return figure
 
 
@@ -135,6 +140,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     build.check(config)
+    if _ARM.value:
+        found = arms.configs(config)
+        checks.choice("--arm", _ARM.value, found)
+        config = found[_ARM.value]
     checks.choice("config.method.name", config.method.name, ("automix", "sla"))
     if config.method.name == "sla":
         checks.choice("config.method.sla.mode", config.method.sla.mode, ("sla", "sd"))
@@ -167,8 +176,9 @@ def main(argv: list[str]) -> None:
     else:
         figure = views_of(config, data, model, result.state)
     workdir.mkdir(parents=True, exist_ok=True)
-    figure.savefig(workdir / f"{config.method.name}.png", dpi=130)
-    print(workdir / f"{config.method.name}.png")
+    path = workdir / f"{_ARM.value or config.method.name}.png"
+    figure.savefig(path, dpi=130)
+    print(path)
 
 
 if __name__ == "__main__":

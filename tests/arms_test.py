@@ -420,3 +420,9 @@ def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path):
         for mine, its in zip(found["history"], record["history"], strict=True):
             assert {**mine, "seconds_per_step": 0} == {**its, "seconds_per_step": 0}
     assert (tmp_path / "compare.png").stat().st_size > 0
+
+    turned = compare(tmp_path, "--resume", "--base=hard")  # nothing is run again
+    assert log.read_text().splitlines() == again
+    assert list(turned) == ["hard", "plain"] and turned["hard"]["difference"] is None
+    mean = lambda found: found["difference"]["mean"]
+    assert mean(turned["plain"]) == pytest.approx(-mean(resumed["hard"]))

@@ -481,6 +481,7 @@ def test_testing_and_training_draw_independently_of_one_seed():
             r"batch_size must be a multiple of .*, 3 x \(2 \+ 3\); given 64",
         ),
         ({"method.protonet.shots": 0}, "config.method.protonet.shots must be a whole number >= 1"),
+        ({"model.cosine": True}, "config.model.cosine must be False with protonet"),
         ({"method.loss": "ldam"}, "config.method.loss must be 'cross_entropy' with protonet"),
         ({"method.refiner": "saflex"}, "config.method.refiner must be '' with protonet"),
         ({"data.pool": "tests", "data.on_device": False}, "config.data.pool must be '' with proto"),
