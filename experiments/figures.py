@@ -54,7 +54,9 @@ def compare(
     samples = saflex[0].get("samples", [])
     images = bool(samples) and np.ndim(samples[0]["input"]) == 3
     panels = 1 + (differences is not None) + bool(samples)
-    figure = Figure(figsize=(max(5.5 * panels, 8), 7.2 if images else 4), layout="constrained")
+    width = max(5.5, 0.9 * len(runs))  # room for the arms' names
+    size = max(width * panels, 8), 7.2 if images else 4
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
     top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.05]) if images else [figure]
     accuracy, *others = top.subplots(1, panels, squeeze=False)[0]

@@ -5,9 +5,9 @@ Command:   python -m experiments.prepare fashion_mnist
 Hardware:  2 CPU cores, about 40 minutes (estimated from single steps).
 Expected:  not run here; no published number to compare with.
 
-The arms in pairs: "automix_saflex" with "automix", "sla_saflex" with "sla_sd". The table's
-differences are all to "automix"; --json has every seed's value. SAFLEX reads 500 trusted
-validation labels, which the others do not see.
+The arms in pairs: "automix_saflex" with "automix", the table's base, and "sla_saflex" with
+"sla_sd" (--resume --base=sla_sd). SAFLEX reads 500 trusted validation labels, which the others do
+not see.
 
 SAFLEX's options are those of digits.py, with the default damping. Its score memory follows a view
 of SLA from visit to visit, but a mixture is never seen twice, so that over AutoMix there is none.
