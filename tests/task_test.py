@@ -142,7 +142,7 @@ def test_a_label_that_all_or_none_has_has_no_area_under_the_curve(tmp_path):
     state = build.init_state(found, method, made.pools)
     first = made.test.labels[:, 0] > 0
     for rows in (first, ~first):  # all have the first label, or nobody
-        test = made.test._replace(inputs=made.test.inputs[rows], labels=made.test.labels[rows])
+        test = jax.tree.map(lambda x, rows=rows: x[rows], made.test)
         assert 0 <= task.test_scores(method, state, made._replace(test=test))["auc"] <= 1
 
 
