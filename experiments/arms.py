@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ from scipy import stats
 from experiments import build, figures, task
 from saflex_jax import parallel
 from saflex_jax.batches import take
-from saflex_jax.types import Streams, Targets, TrainState
+from saflex_jax.types import Method, Streams, Targets, TrainState
 
 _PLAIN = {"name": "erm", "refiner": ""}
 # Arm -> changes, where a config has no arms of its own. What learns from validation labels is
@@ -116,8 +117,20 @@ def make_probe(targets: Callable[[TrainState, Streams], Targets], data: task.Dat
     return probe
 
 
+def tested(method: Method, state: TrainState, data: task.Data) -> dict[str, float]:
+    """ "test_" and its name -> a score of the test split, which this reads."""
+    scores = task.test_scores(method, state, data)
+    return {f"test_{name}": value for name, value in scores.items()}
+
+
 def run(
-    arms: dict[str, ConfigDict], compiled: dict, *, progress: bool = True, description: str = ""
+    arms: dict[str, ConfigDict],
+    compiled: dict,
+    *,
+    progress: bool = True,
+    description: str = "",
+    look: bool = True,
+    measure: Callable[[Method, TrainState, task.Data], dict[str, float]] = tested,
 ) -> dict[str, dict] | None:
     """Trains what the arms share, on their seed, and evaluates each; None when interrupted.
 
@@ -129,6 +142,8 @@ def run(
         again.
       progress: show a progress bar on stderr.
       description: its title.
+      look: whether what a method learned of the training samples is recorded, too.
+      measure: (method, state, data) -> what is recorded of the trained network.
 
     Returns:
       Arm -> record.
@@ -142,7 +157,7 @@ def run(
         methods = {arm: make(c) for arm, c in arms.items()}
         method, *_ = methods.values()
         runner = parallel.RUNNERS[config.runner](build.with_upstream(config, method).step)
-        targets = jax.jit(method.targets) if build.learns(config) else None
+        targets = jax.jit(method.targets) if look and build.learns(config) else None
         compiled[key] = methods, method, runner, targets
     methods, method, runner, targets = compiled[key]
     looks = {}
@@ -161,11 +176,16 @@ def run(
     }
     if targets is not None:
         common["samples"] = figures.pick(data, probe(result.state)[0])
-    records = {}
-    for arm, of_arm in methods.items():
-        test = task.test_scores(of_arm, result.state, data)
-        records[arm] = {f"test_{name}": value for name, value in test.items()} | common
-    return records
+    return {arm: measure(m, result.state, data) | common for arm, m in methods.items()}
+
+
+def read_records(path: pathlib.Path) -> list[dict]:
+    """The records of a file of JSON lines; none if there is no file.
+
+    A killed process may have left half a last line: only what ends in a newline counts.
+    """
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 # --- What they say

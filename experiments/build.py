@@ -22,6 +22,7 @@ from saflex_jax.data import (
     ArrayStream,
     Column,
     EpisodeStream,
+    FoldStream,
     IndexStream,
     Prefetched,
     category_sizes,
@@ -39,6 +40,7 @@ LOSSES = {
 }
 BACKBONES = {
     "mlp": models.MLP,
+    "ft_transformer": models.FTTransformer,
     "small_cnn": models.SmallCNN,
     "resnet18": models.ResNet18,
     "vit": models.ViT,
@@ -136,6 +138,10 @@ def make_input(
         "batch_size": config.train.batch_size,
         "val_batch_size": config.train.val_batch_size or None,
     }
+    if config.data.folds:
+        number, trusted = (len(pool.labels) for pool in data.pools[:2])
+        options |= {"folds": config.data.folds, "trusted": np.arange(number - trusted, number)}
+        return _held(config, data.pools, runner, FoldStream(sizes(data.pools), **options))
     if config.data.on_device:
         return runner.hold(data.pools), IndexStream(sizes(data.pools), **options)
     stream = ArrayStream(data.pools, generated=data.generated, **options)
@@ -148,9 +154,14 @@ def _episodes(config, data, runner, options):
     episodes = config.train.batch_size // data.together
     labels = pools.candidates.labels.argmax(1)
     stream = EpisodeStream(labels, **shape, episodes=episodes, **options)
+    return _held(config, pools, runner, stream)
+
+
+def _held(config, pools, runner, rows):
+    """`make_input` of a stream of rows."""
     if config.data.on_device:
-        return runner.hold(pools), stream
-    return runner, Prefetched(stream, place=lambda rows: runner.put_batch(take(pools, rows)))
+        return runner.hold(pools), rows
+    return runner, Prefetched(rows, place=lambda rows: runner.put_batch(take(pools, rows)))
 
 
 def make_model(

@@ -43,10 +43,8 @@ def main(argv: list[str]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     log = workdir / "runs.jsonl"
     done = {}
-    if _RESUME.value and log.exists():
-        # A killed process may have left half a last line: only what ends in a newline counts.
-        for line in log.read_text().split("\n")[:-1]:
-            record = json.loads(line)
+    if _RESUME.value:
+        for record in arms.read_records(log):
             if record["settings"] == settings.get(record["arm"]):
                 done[record["arm"], record["seed"]] = record
     log.write_text("".join(json.dumps(r) + "\n" for r in done.values()))

@@ -70,7 +70,8 @@ def compare(
     return figure
 
 
-def _colour(arm: str, place: int) -> str:
+def colour(arm: str, place: int) -> str:
+    """Of an arm; by its place where it has none of its own."""
     return COLOURS.get(arm, f"C{place}")
 
 
@@ -82,10 +83,10 @@ def _name_arms(axis, arms) -> None:
 def _draw_accuracy(axis, runs: dict[str, list[dict]]) -> None:
     name = measure(runs)
     for place, (arm, records) in enumerate(runs.items()):
-        values, colour = [r[name] for r in records], _colour(arm, place)
+        values, shade = [r[name] for r in records], colour(arm, place)
         mean = np.mean(values)
-        axis.hlines(mean, place - 0.3, place + 0.3, color=colour, lw=3)
-        axis.plot(np.full(len(values), place), values, "o", color=colour, ms=5, alpha=0.7)
+        axis.hlines(mean, place - 0.3, place + 0.3, color=shade, lw=3)
+        axis.plot(np.full(len(values), place), values, "o", color=shade, ms=5, alpha=0.7)
         axis.annotate(f"{mean:.3f}", (place, max(values)), xytext=(0, 5),
                       textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
     axis.margins(x=0.1, y=0.15)
@@ -99,10 +100,10 @@ def _draw_differences(axis, differences: dict[str, dict], name: str) -> None:
     for place, (arm, found) in enumerate(differences.items()):
         if found is None:
             continue
-        colour = _colour(arm, place)
-        axis.plot(place, found["mean"], "o", color=colour)
+        shade = colour(arm, place)
+        axis.plot(place, found["mean"], "o", color=shade)
         if found["low"] is not None:
-            axis.vlines(place, found["low"], found["high"], color=colour, lw=2)
+            axis.vlines(place, found["low"], found["high"], color=shade, lw=2)
     _name_arms(axis, differences)
     axis.set_xlim(-0.5, len(differences) - 0.5)
     axis.set_ylabel(f"{name.replace('_', ' ')} minus that of {base},\nseed by seed (95 % interval)")

@@ -17,12 +17,13 @@ from experiments.datasets import DATASETS
 from saflex_jax import checks, data, train
 from saflex_jax.augment import corruptions
 from saflex_jax.batches import floats
+from saflex_jax.data.seeds import generator
 from saflex_jax.types import Batch, Method, Streams, TrainState
 
 FIELDS = (
     *("name", "dir", "size", "task", "test_on", "val", "test", "novel", "per_class"),
-    *("imbalance", "train_on_val", "labels", "noise", "noise_kind", "outside", "outside_from"),
-    *("pool", "corrupt", "on_device"),
+    *("train", "imbalance", "train_on_val", "val_from", "folds", "labels", "noise", "noise_kind"),
+    *("outside", "outside_from", "pool", "corrupt", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -40,7 +41,8 @@ class Data(NamedTuple):
     """One seed's data.
 
     Attributes:
-      pools: candidates (labels partly wrong), val (trusted).
+      pools: candidates (labels partly wrong), val (trusted, unless it is the candidates again).
+      held_out: the validation split, whatever `pools` has of it.
       test: read once, at the end; rows that are not to be scored are masked.
       together: test rows that are predicted together: 1, or those of an episode.
       clean_labels: i[N] of the candidates, the largest entry of the right prior; for diagnosis
@@ -52,6 +54,7 @@ class Data(NamedTuple):
     """
 
     pools: Streams
+    held_out: Batch
     test: Batch
     together: int
     clean_labels: np.ndarray
@@ -70,8 +73,16 @@ def check(section: ConfigDict) -> None:
     checks.choice("config.data.noise_kind", section.noise_kind, NOISE)
     for name in ("noise", "outside"):
         checks.fraction(f"config.data.{name}", section[name])
-    for name in ("size", "val", "test", "novel", "per_class"):
+    for name in ("size", "val", "test", "novel", "per_class", "train", "folds"):
         checks.whole(f"config.data.{name}", section[name])
+    checks.choice("config.data.val_from", section.val_from, ("", "train"))
+    if section.folds and not (section.train_on_val or section.val_from):
+        raise ValueError(
+            "config.data.folds must be 0 unless train_on_val=True or val_from='train': the samples "
+            f"of a fold train in other batches; given {section.folds}"
+        )
+    if section.folds and section.pool:
+        raise ValueError(f"config.data.folds must be 0 with a pool; given {section.folds}")
     if not 1 <= section.imbalance < math.inf:
         raise ValueError(
             f"config.data.imbalance must be >= 1 and finite, 1 being off; given {section.imbalance}"
@@ -115,6 +126,7 @@ def title(section: ConfigDict) -> str:
         "outside": f"{section.outside:.0%} from {section.outside_from}",
         "novel": f"{section.novel} novel classes",
         "per_class": f"{section.per_class} a class",
+        "train": f"{section.train} samples",
         "imbalance": f"classes {section.imbalance:g} : 1",
         "test_on": f"tested on {section.test_on}",
         "corrupt": f"tested under {section.corrupt}",
@@ -241,6 +253,17 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
     return data.Split(rest, official["val"], official["test"])
 
 
+def some(rows: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """So many of the rows at random, sorted.
+
+    Raises:
+      ValueError: there are fewer.
+    """
+    if len(rows) < number:
+        raise ValueError(f"config.data.train must be at most {len(rows)}; given {number}")
+    return np.sort(generator("train", seed).permutation(rows)[:number])
+
+
 def given_labels(
     section: ConfigDict, source: data.Source, rows: np.ndarray, inputs: Any, seed: int
 ) -> np.ndarray:
@@ -279,6 +302,8 @@ def make_data(config: ConfigDict) -> Data:
     if section.per_class:
         few = data.few_shot(strata(source)[split.train], per_class=section.per_class, seed=seed)
         split = split._replace(train=split.train[few])
+    if section.train:
+        split = split._replace(train=some(split.train, section.train, seed))
     if section.imbalance > 1:
         tail = data.long_tail(strata(source)[split.train], ratio=section.imbalance, seed=seed)
         split = split._replace(train=split.train[tail])
@@ -320,7 +345,10 @@ def make_data(config: ConfigDict) -> Data:
         rows = np.concatenate([split.train, split.val]) if section.train_on_val else split.train
         known = {"num_classes": source.num_classes, "num_sources": len(source.labels)}
         generated = make(section.pool, **known).of(rows)
-    pools = Streams(candidates=pool(candidates, given), val=pool(val, val_labels))
+    held_out = pool(val, val_labels)
+    pools = Streams(pool(candidates, given), held_out)
+    if section.val_from == "train":
+        pools = pools._replace(val=pools.candidates)
     clean = pool(None, clean).labels.argmax(1)
     tested, together = pool(test, source.labels[split.test]), 1
     if config.method.name == "protonet":
@@ -332,6 +360,7 @@ def make_data(config: ConfigDict) -> Data:
         tested, together = in_episodes(tested, seed=seed, **episode(config))
     return Data(
         pools,
+        held_out,
         tested,
         together,
         clean,

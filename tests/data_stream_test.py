@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saflex_jax import Batch, Streams
 from saflex_jax._compat import auto_mesh
 from saflex_jax.batches import floats, take
-from saflex_jax.data import ArrayStream, IndexStream, Pool, Prefetched, Rows, sizes
+from saflex_jax.data import ArrayStream, FoldStream, IndexStream, Pool, Prefetched, Rows, sizes
 from saflex_jax.methods import saflex
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import RUNNERS, jit_runner
@@ -335,3 +335,67 @@ def test_a_stopped_run_goes_on_with_another_way_of_reading(tmp_path):
     stopped = run("parts", STEPS, Prefetched(plain()), {5: interrupt})
     assert stopped.stopped_by == signal.SIGINT and int(stopped.state.step) < STEPS
     assert_same_bits(run("parts", STEPS, plain()).state, expected.state)
+
+
+# --- folds -----------------------------------------------------------------------------------
+
+NUMBER, TRUSTED, FOLDS = 20, np.array([18, 3, 7, 11, 0, 5, 9]), 3  # folds of 3, 2 and 2
+
+
+def folded(**options):
+    given = {"trusted": TRUSTED, "folds": FOLDS, "seed": 4, "batch_size": 4, "val_batch_size": 2}
+    return FoldStream(Streams(NUMBER, len(TRUSTED)), **(given | options))
+
+
+def test_no_sample_validates_a_batch_that_it_may_train_in():
+    stream = folded()
+    batches = [next(stream) for _ in range(60)]
+    validates = [set(TRUSTED[b.val]) for b in batches]
+    for turn in range(FOLDS):  # over the run, all of a fold's rows and all others
+        val = set.union(*validates[turn::FOLDS])
+        trained = np.concatenate([b.candidates for b in batches[turn::FOLDS]])
+        assert not val & set(trained) and val | set(trained) == set(range(NUMBER))
+    folds = [set.union(*validates[turn::FOLDS]) for turn in range(FOLDS)]
+    assert sorted(map(len, folds)) == [2, 2, 3] and set.union(*folds) == set(TRUSTED)
+
+
+def test_folds_give_every_sample_its_share():
+    # Per fold an epoch of the others takes 20 - n_fold rows: after so many batches of one row each,
+    # every other row came once.
+    stream = folded(folds=7, batch_size=1, val_batch_size=None)
+    batches = [next(stream) for _ in range(7 * 19)]
+    assert all(len(b.val) == 1 for b in batches)
+    trained = np.bincount([int(b.candidates[0]) for b in batches], minlength=NUMBER)
+    np.testing.assert_array_equal(trained, np.where(np.isin(np.arange(NUMBER), TRUSTED), 6, 7))
+    validated = np.bincount([int(b.val[0]) for b in batches])
+    np.testing.assert_array_equal(validated, np.full(7, 19))
+
+
+def test_folds_are_a_function_of_seed_and_step_for_any_number_of_processes():
+    whole = folded()
+    batches = [next(whole) for _ in range(9)]
+    resumed = folded()
+    resumed.set_state({"step": 5})
+    assert_same_bits(next(resumed), batches[5])
+    parts = [folded(process_index=p, process_count=2) for p in range(2)]
+    for batch in batches:
+        shares = [next(part) for part in parts]
+        assert_same_bits(jax.tree.map(lambda *x: np.concatenate(x), *shares), batch)
+    other = [next(stream) for stream in [folded(seed=5)] for _ in range(9)]
+    assert any((a.candidates != b.candidates).any() for a, b in zip(batches, other))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"folds": 1}, "folds must be a whole number >= 2; given 1"),
+        ({"folds": 8}, "at least one a fold; given 7 of 7 in 8 folds"),
+        ({"trusted": TRUSTED[:6]}, "trusted must be .* given 6 of 7 in 3 folds"),
+        ({"batch_size": 0}, "batch_size must be"),
+    ],
+)
+def test_malformed_folds_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        folded(**options)
+    with pytest.raises(ValueError, match="clean samples are not supported"):
+        FoldStream(Streams(9, 3, 9), trusted=np.arange(3), folds=3, seed=0, batch_size=2)

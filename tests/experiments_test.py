@@ -172,6 +172,37 @@ def test_data_of_a_seed():
     for a, b in ((one.pools.val, both.pools.val), (one.test, both.test)):
         np.testing.assert_array_equal(a.inputs, b.inputs)
 
+    # With val_from="train" the training samples direct themselves, with the labels they were given;
+    # the held-out ones stay to select by.
+    own = task.make_data(changed(wdbc.get_config(), **{"data.val_from": "train"}))
+    for name in ("inputs", "labels"):
+        seen = [getattr(pool, name) for pool in (own.pools.val, own.pools.candidates)]
+        np.testing.assert_array_equal(*seen)
+        held = [getattr(pool, name) for pool in (own.held_out, one.pools.val)]
+        np.testing.assert_array_equal(*held)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"data.train_on_val": True}, {"data.val_from": "train"}], ids=["trusted", "all"]
+)
+@pytest.mark.parametrize("on_device", [True, False])
+def test_folds_of_a_config(changes, on_device):
+    config = changed(wdbc.get_config(), **{"data.folds": 4, "data.on_device": on_device}, **changes)
+    build.check(config)
+    data = task.make_data(config)
+    plain = parallel.Runner(None, None, lambda batch: batch, lambda pools: plain)
+    _, stream = build.make_input(config, data, plain)
+    number, trusted = (len(pool.labels) for pool in data.pools[:2])
+    for _ in range(9):
+        batch = next(stream)
+        if on_device:
+            rows, val = batch.candidates, batch.val + number - trusted
+        else:  # the samples themselves
+            rows, val = batch.candidates.index, batch.val.index + number - trusted
+        assert not set(rows) & set(val)
+        assert len(rows) == config.train.batch_size
+        assert len(val) == (config.train.val_batch_size or trusted // 4)
+
 
 # --- bad configs -----------------------------------------------------------------------------
 
@@ -181,6 +212,8 @@ def test_data_of_a_seed():
     [
         ("", "sed", 1, r"config has no field 'sed'; did you mean 'seed'\?"),
         ("train", "stepss", 3, r"config.train has no field 'stepss'; did you mean 'steps'\?"),
+        ("data", "val_from", "test", r"config.data.val_from must be one of"),
+        ("data", "folds", 4, r"config.data.folds must be 0 unless train_on_val=True or"),
         ("data", "noize", 0.1, r"config.data has no field 'noize'; did you mean 'noise'\?"),
         (
             "",

@@ -13,8 +13,11 @@ DEFAULTS = {
     "test": 0,
     "novel": 0,  # the last so many classes are what is tested on, and nothing else sees them
     "per_class": 0,  # few-shot: training samples of each class; 0 = all
+    "train": 0,  # training samples at random; 0 = all. One number for seeds that lose other copies
     "imbalance": 1.0,  # of the training classes: the first over the last, between exponentially
     "train_on_val": False,
+    "val_from": "",  # "train": the training samples, as given, direct the learning themselves
+    "folds": 0,  # > 0: no sample directs a batch that it is in; with the two above
     "labels": "",  # another label set to train on: "worst" of cifar10n
     "noise": 0.0,  # share of wrong training labels
     "noise_kind": "symmetric",  # or "pairwise", "instance"

@@ -33,7 +33,7 @@ from saflex_jax.data.splits import (
     stratified_split,
     without_copies,
 )
-from saflex_jax.data.stream import ArrayStream, IndexStream, Prefetched, sizes
+from saflex_jax.data.stream import ArrayStream, FoldStream, IndexStream, Prefetched, sizes
 from saflex_jax.data.tables import Column, Table, category_sizes, fit_encoder, read_table
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "ArrayStream",
     "Column",
     "EpisodeStream",
+    "FoldStream",
     "IndexStream",
     "Pool",
     "Prefetched",

@@ -135,6 +135,76 @@ class IndexStream(_Stream):
         return self.batch(self._step)
 
 
+class FoldStream(_Stream):
+    """Cross-fitted rows: what validates a batch is not in it, and trains in others.
+
+    The validation samples are rows of the candidates, too. They are cut into K folds; batch t takes
+    its validation rows from fold t mod K and its candidates from everything else. In K batches
+    every sample that is in a fold may train K - 1 times and validates once.
+
+    Args:
+      sizes: as for `IndexStream`, without clean samples.
+      trusted: i[M], the rows of the candidates that the M validation samples are, in their order.
+      folds: K, 2 to M.
+      seed: of the folds and of all orders.
+      val_batch_size: global rows of validation samples; None = as many as every fold has.
+      options: those of `IndexStream`.
+
+    Raises:
+      ValueError: folds out of range, `trusted` of another number, clean samples, or as
+        `IndexStream`.
+
+    Source: of the idea Chernozhukov et al., "Double/debiased machine learning for treatment and
+    structural parameters", The Econometrics Journal 2018, section 3.
+    """
+
+    def __init__(
+        self,
+        sizes: Streams,
+        *,
+        trusted: np.ndarray,
+        folds: int,
+        seed: int,
+        val_batch_size: int | None = None,
+        **options,
+    ):
+        number = sizes.val or 0
+        checks.whole("folds", folds, 2)
+        if sizes.clean is not None:
+            raise ValueError("clean samples are not supported by folds; given some")
+        if len(trusted) != number or folds > number:
+            raise ValueError(
+                "trusted must be the rows of all validation samples, at least one a fold; given "
+                f"{len(trusted)} of {number} in {folds} folds"
+            )
+        fold = np.empty(number, np.int64)
+        fold[generator("folds", seed).permutation(number)] = np.arange(number) % folds
+        val = [np.flatnonzero(fold == k) for k in range(folds)]
+        rest = [np.setdiff1d(np.arange(sizes.candidates), trusted[rows]) for rows in val]
+        self._rows = list(zip(rest, val))
+        self._streams = [
+            IndexStream(
+                Streams(*map(len, rows)),
+                seed=int(generator("fold", seed, k).integers(2**31)),
+                # One shape for all folds, whose sizes may differ by one.
+                val_batch_size=val_batch_size or number // folds,
+                **options,
+            )
+            for k, rows in enumerate(self._rows)
+        ]
+
+    def rows(self, step: int) -> Streams:
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
+        turn, fold = divmod(step, len(self._streams))
+        (rest, val), found = self._rows[fold], self._streams[fold].rows(turn)
+        return Streams(rest[found.candidates], val[found.val])
+
+    batch = rows
+
+    def _next(self) -> Streams:
+        return self.batch(self._step)
+
+
 class ArrayStream(IndexStream):
     """Host batches: `next(stream)` gives this process's samples of the next global batch.
 

@@ -5,16 +5,20 @@ To add one, write the file and name it here; loop, runners and checkpoints stay 
 
 from saflex_jax.methods import (
     automix,
+    bootstrap,
+    co_teaching,
     drw,
     erm,
     implicit,
     invariance,
     l2rw,
+    label_smoothing,
     madaug,
     meta_weight_net,
     protonet,
     saflex,
     sla,
+    small_loss,
 )
 
 METHODS = {
@@ -24,6 +28,10 @@ METHODS = {
     "l2rw": l2rw.make,
     "meta_weight_net": meta_weight_net.make,
     "drw": drw.make,
+    "label_smoothing": label_smoothing.make,
+    "bootstrap": bootstrap.make,
+    "small_loss": small_loss.make,
+    "co_teaching": co_teaching.make,
     "sla": sla.make,
     "automix": automix.make,
     "invariance": invariance.make,
@@ -38,6 +46,9 @@ REFINERS = {
     "l2rw": l2rw.refiner,
     "meta_weight_net": meta_weight_net.refiner,
     "drw": drw.refiner,
+    "label_smoothing": label_smoothing.refiner,
+    "bootstrap": bootstrap.refiner,
+    "small_loss": small_loss.refiner,
 }
 # (backbone, num_classes, **options) -> the module that a method trains; of the others a Classifier.
 NETWORKS = {

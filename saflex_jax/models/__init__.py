@@ -2,6 +2,7 @@
 
 from saflex_jax.models.adapters import from_function, from_linen, from_nnx
 from saflex_jax.models.classifier import Classifier, Heads, mix_hidden
+from saflex_jax.models.ft_transformer import FTTransformer
 from saflex_jax.models.mix_block import AdversarialMixBlock, MixBlock
 from saflex_jax.models.mlp import MLP
 from saflex_jax.models.resnet import ResNet18
@@ -12,6 +13,7 @@ __all__ = [
     "MLP",
     "AdversarialMixBlock",
     "Classifier",
+    "FTTransformer",
     "Heads",
     "MixBlock",
     "ResNet18",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from saflex_jax.models.feature_map import with_map
 from saflex_jax.models.norm import GroupNorm
 
 
-def _layer_norm(x: jax.Array, name: str) -> jax.Array:
+def layer_norm(x: jax.Array, name: str) -> jax.Array:
     """Layer normalisation of each token of f32[B, T, D]: one group, one row a token.
 
     Not flax.linen.LayerNorm, for the reason that `GroupNorm` gives.
@@ -23,20 +25,31 @@ class Block(nn.Module):
     """Attention and a two-layer perceptron, f32[B, T, D] -> f32[B, T, D], each added to its input.
 
     Attributes:
-      heads: of the attention.
-      mlp_width: hidden width of the perceptron.
+      heads: of the attention; must divide D.
+      mlp_width: outputs of the perceptron's first layer.
+      activation: of those outputs; it may return fewer, as `ft_transformer.reglu` does.
+      norm_first: whether the attention sees normalised tokens, as the perceptron does.
+
+    Raises:
+      ValueError: heads that do not divide D.
     """
 
     heads: int
     mlp_width: int
+    activation: Callable[[jax.Array], jax.Array] = nn.gelu
+    norm_first: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(
-            _layer_norm(x, "attention_norm")
-        )
-        hidden = nn.gelu(nn.Dense(self.mlp_width, name="mlp_in")(_layer_norm(x, "mlp_norm")))
-        return x + nn.Dense(x.shape[-1], name="mlp_out")(hidden)
+    def __call__(self, x: jax.Array, *, kept: int | None = None) -> jax.Array:
+        """The first `kept` tokens after the block, which they leave having seen all; None = all."""
+        width = x.shape[-1]
+        if width % self.heads:
+            raise ValueError(f"width must be a multiple of {self.heads} heads; given {width}")
+        seen = layer_norm(x, "attention_norm") if self.norm_first else x
+        attention = nn.MultiHeadDotProductAttention(self.heads, name="attention")
+        x = x[:, :kept] + attention(seen[:, :kept], seen)
+        hidden = nn.Dense(self.mlp_width, name="mlp_in")(layer_norm(x, "mlp_norm"))
+        return x + nn.Dense(width, name="mlp_out")(self.activation(hidden))
 
 
 class ViT(nn.Module):
@@ -75,8 +88,6 @@ class ViT(nn.Module):
                 f"inputs must have sides that are multiples of patch = {self.patch}; "
                 f"given {x.shape[1]}x{x.shape[2]}"
             )
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of {self.heads} heads; given {self.width}")
         side = (self.patch, self.patch)
         x = nn.Conv(self.width, side, side, padding="VALID", name="patches")(x)
         grid = x.shape
@@ -87,4 +98,4 @@ class ViT(nn.Module):
         for number in range(self.depth):
             x = Block(self.heads, self.mlp_width, name=f"block_{number}")(x)
             maps.append(x.reshape(grid))
-        return with_map(jnp.mean(_layer_norm(x, "norm"), axis=1), maps, stage)
+        return with_map(jnp.mean(layer_norm(x, "norm"), axis=1), maps, stage)

@@ -1,0 +1,79 @@
+"""Figures of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.figures import colour
+
+TICKS = (20, 50, 100, 200, 500, 1000)  # of validation samples
+# base -> arm -> one dict a task, of `experiments.report.points`
+Panels = dict[str, dict[str, list[dict]]]
+
+
+def gain_against_noise(panels: Panels) -> Figure:
+    """A dot a task; where several tasks have one share of wrong labels, the line is their mean."""
+
+    def draw(axis, tasks, place, number, shade):
+        shares = np.round([t["x"] for t in tasks], 2)
+        # Beside one another, where many tasks have one share.
+        shifted = shares + 0.012 * (place - (number - 1) / 2)
+        levels = sorted(set(shares))
+        gains = np.array([t["mean"] for t in tasks])
+        means = [gains[shares == level].mean() for level in levels]
+        axis.plot(shifted, gains, "o", color=shade, ms=4, alpha=0.5, mew=0)
+        axis.plot(levels, means, color=shade, lw=2)
+
+    figure = _panels(panels, draw)
+    for axis in figure.axes:
+        axis.set_xlabel("share of wrong labels (dot: a task, line: mean of the tasks)")
+    return figure
+
+
+def gain_against_validation(panels: Panels) -> Figure:
+    """A dot a task; a line joins those that differ in nothing else, with intervals over seeds."""
+
+    def draw(axis, tasks, place, number, shade):
+        families = {}
+        for task in sorted(tasks, key=lambda t: t["x"]):
+            families.setdefault(task["family"], []).append(task)
+        for members in families.values():
+            x, y = ([m[name] for m in members] for name in ("x", "mean"))
+            joined = len(members) > 1
+            axis.plot(x, y, "o-" if joined else "o", color=shade, ms=5 if joined else 4, mew=0,
+                      alpha=1 if joined else 0.4, lw=2)  # fmt: skip
+            for m in members if joined else []:
+                if m["low"] is not None:
+                    axis.vlines(m["x"], m["low"], m["high"], color=shade, lw=1)
+
+    figure = _panels(panels, draw)
+    for axis in figure.axes:
+        axis.set_xscale("log")
+        axis.set_xticks(TICKS, map(str, TICKS))
+        axis.minorticks_off()
+        axis.set_xlabel("validation samples (dot: a task, line: tasks that differ in this alone)")
+    return figure
+
+
+def _panels(panels: Panels, draw: Callable) -> Figure:
+    """One panel a base, all arms in each."""
+    figure = Figure(figsize=(6.2 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (base, by_arm) in zip(axes, panels.items()):
+        axis.axhline(0, color=colour("upstream", 0), lw=1)
+        for place, (arm, tasks) in enumerate(by_arm.items()):
+            shade = colour(arm, place)
+            draw(axis, tasks, place, len(by_arm), shade)
+            axis.plot([], [], "o-", color=shade, label=arm, ms=4)
+        axis.set_ylabel(f"points of test accuracy over {base}")
+        axis.tick_params(labelleft=True)
+        if by_arm:
+            axis.legend(fontsize=9)
+    return figure
+
+
+# The entry of a record that is the horizontal axis -> figure.
+DRAWN = {"noise": gain_against_noise, "val": gain_against_validation}

@@ -1,0 +1,467 @@
+"""Many tasks, arms and seeds: one line of JSON for each run; what is finished is never run again.
+
+    python -m experiments.suite --suite=small --jobs=2 [--half=development] [--tasks=REGEX]
+        [--arms=REGEX] [--seeds=K] [--workdir=runs/suite] [--data=data] [--dry_run]
+
+The lines go to WORKDIR/SUITE.jsonl, for `experiments.report`. After Ctrl-C, SIGTERM or SIGKILL the
+same command continues. A run that fails is written to WORKDIR/errors.jsonl, the others go on, and
+the exit code is 1; the next call tries it again. The first seed of all tasks comes first, then
+seeds 1 and 2, then the rest, so that an interrupted suite says something about every task.
+
+The test split is read once a run, with the last parameters. Choose by `val_accuracy`; of arms that
+train on the validation samples it says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from experiments import arms, suite_tasks
+from experiments.datasets import DATASETS
+from experiments.suite_tasks import Task
+from experiments.task import Data
+from saflex_jax import train
+from saflex_jax.types import Method, TrainState
+
+PASSES = (1, 3)  # the seeds below the first number come first, then those below the second, ...
+BINS = 15  # of the calibration error
+PACKAGES = ("saflex_jax", "jax", "flax", "optax", "numpy")
+
+
+# --- What is measured
+
+
+def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, loss in nats, and how far confidence is from accuracy.
+
+        ece = sum_b n_b / N |accuracy_b - confidence_b|
+
+    over BINS bins of equal width (0, 1/BINS], ..., of the largest probability.
+
+    Args:
+      probabilities: f32[N, K].
+      labels: f32[N, K], one-hot.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    p = np.asarray(probabilities, np.float64)
+    confidence, right = p.max(1), p.argmax(1) == labels.argmax(1)
+    of_label = np.maximum((p * labels).sum(1), np.finfo(np.float32).tiny)  # finite where it is 0
+    bins = np.ceil(confidence * BINS).astype(int)
+    gaps = np.bincount(bins, right - confidence)  # n_b (accuracy_b - confidence_b)
+    found = {
+        "accuracy": right.mean(),
+        "loss": -np.log(of_label).mean(),
+        "ece": np.abs(gaps).sum() / len(p),
+    }
+    return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def measured(method: Method, state: TrainState, data: Data) -> dict[str, float]:
+    """`scores` of the validation and the test split, which this reads."""
+    found = {}
+    for split, batch in (("val", data.held_out), ("test", data.test)):
+        probabilities = train.probabilities(method, state, batch.inputs)
+        found |= {f"{split}_{k}": v for k, v in scores(probabilities, batch.labels).items()}
+    return found
+
+
+def settings_hash(config: ConfigDict) -> str:
+    """12 hexadecimal digits of what fixes an arm's runs but for the seed.
+
+    Options of methods that do not take part, and where the data lie, are left out: a new method
+    leaves old results good.
+    """
+    found = arms.settings(config)
+    method = found["method"]
+    found["method"] = {
+        name: method[name]
+        for name in ("name", "refiner", "loss", method["name"], method["refiner"])
+        if name in method
+    }
+    del found["data"]["dir"]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# --- What is to be done
+
+
+class Job(NamedTuple):
+    """Runs that share a compilation: arms of one training, one seed after another."""
+
+    task: str
+    arms: dict[str, ConfigDict]
+    seeds: tuple[int, ...]
+
+    @property
+    def runs(self) -> int:
+        """One an arm and seed."""
+        return len(self.arms) * len(self.seeds)
+
+
+def select(
+    tasks: dict[str, Task], *, half: str | None, names: str, seeds: int | None
+) -> dict[str, Task]:
+    """The tasks of a half whose name matches (`re.search`), with at most so many seeds."""
+    return {
+        name: task._replace(seeds=min(task.seeds, seeds or task.seeds))
+        for name, task in tasks.items()
+        if half in (None, task.half) and re.search(names, name)
+    }
+
+
+def configs(task: Task, names: str) -> dict[str, ConfigDict]:
+    """The task's arms whose name matches, checked."""
+    found = arms.configs(task.config)
+    return {arm: config for arm, config in found.items() if re.search(names, arm)}
+
+
+def in_passes(seeds: Iterable[int]) -> list[tuple[int, ...]]:
+    """The seeds in groups, an empty one for a pass that has none."""
+    groups = [[] for _ in range(len(PASSES) + 1)]
+    for seed in seeds:
+        groups[sum(seed >= bound for bound in PASSES)].append(seed)
+    return [tuple(group) for group in groups]
+
+
+def jobs(
+    tasks: dict[str, Task], found: dict[str, dict[str, ConfigDict]], done: set[tuple]
+) -> list[Job]:
+    """What is left, in the order of the suite: pass, task, training.
+
+    Args:
+      tasks: name -> task.
+      found: name -> its `configs`.
+      done: (task, arm, seed, settings hash) of the runs that are kept.
+    """
+    result = []
+    for number in range(len(PASSES) + 1):
+        for name, task in tasks.items():
+            hashes = {arm: settings_hash(config) for arm, config in found[name].items()}
+            for group in arms.trainings(found[name]):
+                left = collections.defaultdict(list)  # arms that are to be run -> seeds
+                for seed in in_passes(range(task.seeds))[number]:
+                    which = [a for a in group if (name, a, seed, hashes[a]) not in done]
+                    left[tuple(which)].append(seed)
+                result += [
+                    Job(name, {arm: group[arm] for arm in which}, tuple(seeds))
+                    for which, seeds in left.items()
+                    if which
+                ]
+    return result
+
+
+def missing(tasks: dict[str, Task]) -> list[str]:
+    """The data sets that `experiments.prepare` has not made."""
+    found = set()
+    for task in tasks.values():
+        section = task.config.data
+        names = {section.name, section.outside_from, section.test_on} & DATASETS.keys()
+        found |= {n for n in names if not (pathlib.Path(section.dir) / n / "dataset.json").exists()}
+    return sorted(found)
+
+
+def estimate(tasks: dict[str, Task], todo: list[Job]) -> float | None:
+    """Seconds of one CPU core; None where a task was not measured."""
+    total = 0.0
+    for job in todo:
+        own = [suite_tasks.seconds(tasks[job.task], arm) for arm in job.arms]
+        if None in own:
+            return None
+        # Later passes find the compiled programs on the disk.
+        total += suite_tasks.COMPILATION if 0 in job.seeds else suite_tasks.LOADING
+        total += own[0] * len(job.seeds)
+    return total
+
+
+# --- Workers
+
+
+def _work(connection: multiprocessing.connection.Connection, cores: set[int]) -> None:
+    """Runs the jobs that come in; sends (seed, arm -> record, traceback), then None."""
+    os.setsid()  # Ctrl-C in a terminal is for the parent, which ends its workers
+    if cores:
+        os.sched_setaffinity(0, cores)  # before JAX starts, which then makes as many threads
+    while True:
+        try:
+            job = connection.recv()
+        except (EOFError, OSError):  # the parent is no more
+            return
+        compiled: dict = {}
+        for seed in job.seeds:
+            try:
+                connection.send((seed, _run(job, seed, compiled), None))
+            except Exception:
+                connection.send((seed, None, traceback.format_exc()))
+        connection.send(None)
+        del compiled
+        jax.clear_caches()  # a process may hold 65,530 memory maps, and a program takes hundreds
+
+
+def _run(job: Job, seed: int, compiled: dict) -> dict[str, dict]:
+    of_seed = {arm: arms.of_seed(config, seed) for arm, config in job.arms.items()}
+    found = arms.run(of_seed, compiled, progress=False, look=False, measure=measured)
+    if found is None:
+        raise RuntimeError("a signal ended the run")
+    return {arm: {k: v for k, v in r.items() if k != "history"} for arm, r in found.items()}
+
+
+class _Worker:
+    """A process and the job that it has."""
+
+    def __init__(self, cores: set[int]):
+        context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, cores))
+        self.process.start()
+        theirs.close()  # so that its end is an end of file here
+        self.cores, self.job, self.left = cores, None, []
+
+    def give(self, job: Job) -> None:
+        self.job, self.left = job, list(job.seeds)
+        with contextlib.suppress(OSError):  # that it is no more is heard later
+            self.connection.send(job)
+
+    def end(self) -> None:
+        if self.job is not None:
+            self.process.kill()
+        self.connection.close()  # which ends one that waits for a job
+        self.process.join()
+
+
+def share(cores: Iterable[int], workers: int) -> list[set[int]]:
+    """The cores of each worker, none empty; where there are too few, all for each."""
+    cores = sorted(cores)
+    if len(cores) < workers:
+        return [set(cores)] * workers
+    return [set(cores[n::workers]) for n in range(workers)]
+
+
+class Stop:
+    """The signal that asked for an end, or None; `with Stop() as stop` listens."""
+
+    signal: signal.Signals | None = None
+
+    def __enter__(self) -> Stop:
+        def handle(number, frame):
+            self.signal = signal.Signals(number)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run(
+    todo: list[Job],
+    *,
+    workers: int,
+    stop: Stop,
+    record: Callable[[Job, int, dict[str, dict]], None],
+    fail: Callable[[Job, int, str], None],
+) -> None:
+    """Has the jobs run by so many processes, in order; returns early when told to stop.
+
+    Args:
+      todo: the jobs.
+      workers: number of processes.
+      stop: looked at once a second.
+      record: called with the job, the seed and the records of its arms, in this process.
+      fail: called with the job, the seed and what went wrong. The other seeds still run, but where
+        the process died.
+    """
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    queue = collections.deque(todo)
+    team = [_Worker(cores) for cores in share(affinity, min(workers, len(todo)))]
+
+    def heard(worker: _Worker) -> None:
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):  # the process is no more
+            worker.process.join()
+            lost, worker.job = worker.job, None
+            worker.end()
+            if stop.signal is None:  # else it was told to stop, too
+                for seed in worker.left:
+                    fail(lost, seed, f"the process ended with {worker.process.exitcode}")
+                team[team.index(worker)] = _Worker(worker.cores)
+            return
+        if message is None:
+            worker.job = None
+            return
+        seed, found, error = message
+        worker.left.remove(seed)
+        if error is None:
+            record(worker.job, seed, found)
+        elif stop.signal is None:
+            fail(worker.job, seed, error)
+
+    try:
+        while stop.signal is None:
+            for worker in team:
+                if worker.job is None and queue:
+                    worker.give(queue.popleft())
+            busy = {w.connection: w for w in team if w.job is not None}
+            if not busy:
+                return
+            for connection in multiprocessing.connection.wait(list(busy), timeout=1):
+                heard(busy[connection])
+        for worker in list(team):  # what was finished before the signal
+            while worker.job is not None and worker.connection.poll():
+                heard(worker)
+    finally:
+        for worker in team:
+            worker.end()
+
+
+# --- The command
+
+
+def described(suite: str, name: str, task: Task) -> dict[str, Any]:
+    """What a record says of its task."""
+    return {
+        "suite": suite,
+        "task": name,
+        "half": task.half,
+        "upstream": task.config.augment,
+        "noise": task.noise,
+        "val": task.config.data.val,
+        "steps": task.config.train.steps,
+    }
+
+
+def kept(path: pathlib.Path) -> list[dict]:
+    """The records of the file, from which half a last line is cut off: more is to be appended."""
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")[:2]
+        os.truncate(path, sum(map(len, whole)))
+    return arms.read_records(path)
+
+
+def append(path: pathlib.Path, record: dict) -> None:
+    """Adds a line, which is on the disk when this returns."""
+    with path.open("ab") as file:
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _plan(tasks: dict[str, Task], todo: list[Job], workers: int) -> str:
+    """One line a task, and the sum."""
+    lines = [f"{'task':26} {'half':12} {'noise':>6} {'val':>4} {'steps':>6} {'runs':>5}  upstream"]
+    for name, task in tasks.items():
+        runs, data = sum(job.runs for job in todo if job.task == name), task.config.data
+        lines.append(f"{name:26} {task.half:12} {task.noise:6.2f} {data.val:4d} "
+                     f"{task.config.train.steps:6d} {runs:5d}  {task.config.augment}")  # fmt: skip
+    total = estimate(tasks, todo)
+    hours = "not measured" if total is None else f"{total / 3600 / workers:.1f} h"
+    lines.append(f"{len(tasks)} tasks, {sum(job.runs for job in todo)} runs left, estimated time "
+                 f"with {workers} CPU core(s): {hours}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is left; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--suite", default="small", choices=suite_tasks.SUITES)
+    add("--jobs", type=int, default=1, help="processes; each gets its share of the CPU cores")
+    add("--tasks", default="", help="of the tasks those whose name matches, as re.search")
+    add("--arms", default="", help="likewise")
+    add("--half", choices=suite_tasks.HALVES, help="both, if not given")
+    add("--seeds", type=int, help="at most so many for each task")
+    add("--workdir", type=pathlib.Path, default="runs/suite", help="results and errors go here")
+    add("--data", default="data", help="where experiments.prepare put data sets")
+    add("--dry_run", action="store_true", help="say what would be run, and stop")
+    given = parser.parse_args(arguments)
+    if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
+        parser.error(f"--jobs and --seeds must be >= 1; given {given.jobs} and {given.seeds}")
+
+    tasks = suite_tasks.make(given.suite, given.data)
+    tasks = select(tasks, half=given.half, names=given.tasks, seeds=given.seeds)
+    found = {name: configs(task, given.arms) for name, task in tasks.items()}
+    if not any(found.values()):
+        parser.error(f"nothing matches --tasks={given.tasks!r} --arms={given.arms!r}")
+    results, errors = given.workdir / f"{given.suite}.jsonl", given.workdir / "errors.jsonl"
+    records = arms.read_records(results) if given.dry_run else kept(results)
+    done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in records}
+    todo = jobs(tasks, found, done)
+    if given.dry_run:
+        print(_plan(tasks, todo, given.jobs))
+        return 0
+    if lacking := missing(tasks):
+        parser.error(f"first: python -m experiments.prepare --out={given.data} "
+                     f"{' '.join(lacking)}")  # fmt: skip
+
+    given.workdir.mkdir(parents=True, exist_ok=True)
+    errors.unlink(missing_ok=True)
+    # For the workers, which inherit it. Compiled programs are kept: the next pass needs them again.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((given.workdir / "compiled").resolve()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share a GPU
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    failed = 0
+
+    with (
+        Stop() as stop,
+        tqdm(total=sum(job.runs for job in todo), desc=given.suite, file=sys.stderr) as bar,
+    ):
+
+        def record(job, seed, by_arm):
+            task = tasks[job.task]
+            for arm, values in by_arm.items():
+                fixed = {"arm": arm, "seed": seed, "settings": settings_hash(job.arms[arm])}
+                about = described(given.suite, job.task, task)
+                append(results, about | fixed | values | {"versions": versions, "date": _now()})
+            bar.update(len(by_arm))
+
+        def fail(job, seed, error):
+            nonlocal failed
+            failed += len(job.arms)
+            append(errors, {"task": job.task, "arms": [*job.arms], "seed": seed, "error": error,
+                            "date": _now()})  # fmt: skip
+            bar.update(len(job.arms))
+            bar.write(f"failed: {job.task}, {', '.join(job.arms)}, seed {seed}", file=sys.stderr)
+
+        run(todo, workers=given.jobs, stop=stop, record=record, fail=fail)
+
+    if stop.signal is not None:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 128 + stop.signal
+    print(f"results: {results}", file=sys.stderr)
+    if failed:
+        print(f"{failed} runs failed: {errors}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

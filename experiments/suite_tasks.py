@@ -1,0 +1,259 @@
+"""The suite's tasks, the half that each belongs to, and the arms that run on it; configs alone.
+
+The rule and its defaults are chosen on the half "development", by validation accuracy. The half
+"report" is for the frozen defaults. A table is in one half only; Fashion-MNIST and CIFAR-10N are in
+both, with other samples or labels. Both halves have tables and images, clean and noisy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments import arms
+from experiments.configs import digits, methods, sources
+from saflex_jax.methods import METHODS
+
+SUITES = ("small", "full")
+HALVES = ("development", "report")
+
+
+class Task(NamedTuple):
+    """One task: a config with arms, and what the report sorts it by.
+
+    Attributes:
+      half: of HALVES.
+      noise: share of the candidates whose label is wrong, or that are of no class.
+      seeds: how many, from config.seed on.
+      seconds: estimate for one run of the upstream pipeline on one CPU core, compilation apart;
+        None = not measured.
+      config: with the arms of the comparison.
+    """
+
+    half: str
+    noise: float
+    seeds: int
+    seconds: float | None
+    config: ConfigDict
+
+
+class _Images(NamedTuple):
+    """An image task; `milliseconds` a step and `tested` seconds of evaluation, on one CPU core."""
+
+    half: str
+    noise: float
+    augment: str
+    milliseconds: float
+    tested: float
+    data: dict[str, Any]
+    widths: tuple[int, ...] = (16, 32, 64)
+
+
+NOISE = 0.4  # of the noisy twin of every table
+FEW = 200  # training samples of a class up to which it is few on purpose
+_CUTMIX, _MIXUP = "tabular_cutmix(1.0, probability=0.5)", "mixup(0.4, probability=0.5)"
+# Data set -> rows, half, upstream pipeline. In pairs, so that both halves have every pipeline
+# twice. wdbc is in the first half because this project's trials looked at it before.
+TABLES = {
+    "wdbc": (569, "development", _CUTMIX),
+    "appendicitis": (106, "report", _CUTMIX),
+    "cleveland": (297, "development", _MIXUP),
+    "cmc": (1473, "report", _MIXUP),
+    "madelon": (2600, "development", "identity"),
+    "vehicle": (846, "report", "identity"),
+    "australian": (690, "development", _CUTMIX),
+    "german": (1000, "report", _CUTMIX),
+    "pima": (768, "development", _MIXUP),
+    "phoneme": (5404, "report", _MIXUP),
+    "spambase": (4597, "development", "identity"),
+    "segment": (2310, "report", "identity"),
+}
+# These have rows that are equal. A run leaves those out that val or test have too, more or fewer by
+# the seed: with a share that is always there, all seeds share a compilation.
+WITH_COPIES, ALWAYS_THERE = {"cmc", "phoneme", "spambase", "segment"}, 0.9
+TABLE_STEPS, IMAGE_STEPS, FULL_STEPS = 400, 300, 20_000
+TABLE_SECONDS = 0.6  # for a run of the upstream pipeline on one CPU core
+
+_CROP = "shift(2) | flip"
+
+
+def _garments(per_class: int, val: int, **more: Any) -> dict[str, Any]:
+    return sources.section("fashion_mnist", per_class=per_class, val=val, **more)
+
+
+def _generator(share: float) -> dict[str, Any]:
+    """Stands in for a generator: half of its bad samples are of no class, half are mislabelled."""
+    mislabelled = share / 2 / (1 - share / 2)  # of those that are of a class
+    return {"outside": share / 2, "outside_from": "mnist", "noise": mislabelled}
+
+
+IMAGES = {
+    # Few-shot, clean.
+    "fashion_10": _Images("report", 0.0, _CROP, 11, 3, _garments(10, val=50)),
+    "fashion_50": _Images("development", 0.0, "randaugment(2, 9)", 12, 3, _garments(50, val=100)),
+    "fashion_200": _Images(
+        "report", 0.0, f"{_CROP} | cutmix(1.0, probability=0.5)", 11, 3, _garments(200, val=200)
+    ),
+    # A noisy generator; the three with share .4 differ in the number of validation samples alone.
+    **{
+        f"generator_{share:.0%}".removesuffix("%"): _Images(
+            half, share, _CROP, 11, 3, _garments(500, val=200, **_generator(share))
+        )
+        for share, half in ((0.2, "report"), (0.4, "development"), (0.6, "report"))
+    },
+    **{
+        f"generator_40_val_{val}": _Images(
+            "development", 0.4, _CROP, 11, 3, _garments(500, val=val, **_generator(0.4))
+        )
+        for val in (50, 800)
+    },
+    # Labels by people; the share of wrong ones is that of the files.
+    "cifar10n_random1": _Images(
+        "development", 0.1723, f"shift(4) | flip | {_MIXUP}", 22, 4.5,
+        sources.section("cifar10n", per_class=1000, val=500, labels="random1"), (16, 32, 64, 128),
+    ),
+    "cifar10n_worst": _Images(
+        "report", 0.4021, "shift(4) | flip", 22, 4.5,
+        sources.section("cifar10n", per_class=1000, val=500, labels="worst"), (16, 32, 64, 128),
+    ),
+    "chest_xray": _Images(
+        "report", 0.0, "shift(4) | randaugment(1, 5)", 35, 1.5,
+        sources.section("chest_xray", size=64, per_class=1000, val=200), (8, 16, 32, 64),
+    ),
+    # Tested on another distribution.
+    "mnist_usps": _Images(
+        "development", 0.0, _MIXUP, 5, 1,
+        sources.section("mnist", size=16, per_class=300, val=200, test_on="usps"),
+    ),
+    "fashion_fog": _Images(
+        "report", 0.0, "randaugment(2, 9)", 20, 4, _garments(500, val=200, corrupt="fog:3")
+    ),
+}  # fmt: skip
+
+
+def make(suite: str, folder: str = "data") -> dict[str, Task]:
+    """Name -> task, in the order of the suite: tables and images in turn.
+
+    "small" is for 2 CPU cores and two hours. "full" is for an accelerator: every table under all
+    three upstream pipelines, all training images but where there are few on purpose, a ResNet-18
+    and FULL_STEPS.
+
+    Args:
+      suite: of SUITES.
+      folder: where `experiments.prepare` put data sets.
+    """
+    full = suite == "full"
+    pipelines = (_CUTMIX, _MIXUP, "identity")
+    tables = {
+        name: task
+        for table, (_, _, own) in TABLES.items()
+        for augment in (pipelines if full else (own,))
+        for name, task in _tables(table, augment, full=full).items()
+    }
+    images = {name: _images(spec, full=full) for name, spec in IMAGES.items()}
+    found = _in_turn(tables, images)
+    for task in found.values():
+        task.config.data.dir = folder
+    return found
+
+
+def _in_turn(first: dict, second: dict) -> dict:
+    """Both, the shorter one's items spread evenly among the other's."""
+    place = {
+        key: (n + 0.5) / len(group) for group in (first, second) for n, key in enumerate(group)
+    }
+    both = first | second
+    return {key: both[key] for key in sorted(both, key=place.__getitem__)}
+
+
+def _tables(table: str, augment: str, *, full: bool) -> dict[str, Task]:
+    """The clean and the noisy task of a table."""
+    rows, half, _ = TABLES[table]
+    val, test = min(rows // 5, 200), min(3 * rows // 10, 2000)
+    train = int(ALWAYS_THERE * (rows - val - test)) if table in WITH_COPIES else 0
+    steps = FULL_STEPS // 10 if full else TABLE_STEPS
+    found = {}
+    for noise in (0.0, NOISE):
+        config = _base(noise, steps, batch_size=32, val_batch_size=min(val, 64))
+        config.data = sources.section(table, val=val, test=test, train=train, noise=noise)
+        config.augment = augment
+        config.model = {"name": "mlp", "widths": (64, 64), "norm": "none"}
+        config.optimizer.learning_rate = 3e-3
+        of_pipeline = f"_{augment.partition('(')[0]}" if full else ""
+        name = f"{table}{of_pipeline}{'_noisy' if noise else ''}"
+        found[name] = Task(half, noise, 10, None if full else TABLE_SECONDS, config)
+    return found
+
+
+def _images(spec: _Images, *, full: bool) -> Task:
+    steps = FULL_STEPS if full else IMAGE_STEPS
+    batch_size = 128 if full else 32
+    config = _base(spec.noise, steps, batch_size=batch_size, val_batch_size=batch_size)
+    config.data = dict(spec.data)
+    config.augment = spec.augment
+    config.model = {"name": "small_cnn", "widths": spec.widths, "norm": "group"}
+    if full:
+        config.model = {"name": "resnet18", "norm": "group"}
+        config.optimizer.learning_rate = 1e-3
+        config.train.val_batch_size = min(batch_size, spec.data["val"])
+        if config.data.per_class > FEW:
+            config.data.per_class = 0
+    seconds = None if full else steps * spec.milliseconds / 1e3 + spec.tested
+    return Task(spec.half, spec.noise, 5, seconds, config)
+
+
+def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> ConfigDict:
+    """What all tasks have in common; SAFLEX's options are those of digits.py.
+
+    The two baselines that leave out the samples of large loss are told the share of wrong labels,
+    as in their papers; no other arm knows it.
+    """
+    config = digits.get_config()
+    forget = {"forget": noise, "ramp": steps // 4}
+    config.method = methods.all_methods(
+        "saflex",
+        saflex=config.method.saflex.to_dict(),
+        **{name: forget for name in ("small_loss", "co_teaching") if name in METHODS},
+    )
+    config.train = {
+        "steps": steps, "batch_size": batch_size, "val_batch_size": val_batch_size,
+        "log_every": steps // 4, "checkpoint_every": steps,
+    }  # fmt: skip
+    config.arms = all_arms()
+    return config
+
+
+# Baselines, and whether the validation samples train, too: they do where a method does not read
+# them otherwise, since it would be at a disadvantage without.
+BASELINES = {
+    "label_smoothing": True,
+    "bootstrap": True,
+    "small_loss": True,
+    "co_teaching": True,
+    "l2rw": False,
+    "meta_weight_net": False,
+}
+# Further protocols of SAFLEX stand here: arm -> changes, the names with "saflex" in front.
+PROTOCOLS: dict[str, dict] = {}
+
+
+def all_arms() -> dict[str, dict]:
+    """Arm -> changes of a task's config: upstream, SAFLEX's protocols, the baselines there are."""
+    baselines = {
+        name: {"method": {"name": name}, "data": {"train_on_val": trains}}
+        for name, trains in BASELINES.items()
+        if name in METHODS
+    }
+    return {**arms.STANDING, **PROTOCOLS, **baselines}
+
+
+# Of a step, in those of the upstream pipeline (docs/cost.md); 1.2 of what is not named.
+_COST = {"upstream": 1.0, "upstream_train_val": 1.0, "saflex": 1.4, "saflex_train_val": 1.4,
+         "l2rw": 1.9, "meta_weight_net": 2.6, "co_teaching": 2.0}  # fmt: skip
+COMPILATION, LOADING = 6.0, 1.5  # seconds of one CPU core, for each arm of a task and pass
+
+
+def seconds(task: Task, arm: str) -> float | None:
+    """Estimate for one run of an arm on one CPU core, compilation apart."""
+    return None if task.seconds is None else task.seconds * _COST.get(arm, 1.2)

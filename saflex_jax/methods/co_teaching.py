@@ -1,0 +1,109 @@
+"""Co-teaching: two networks, each trained on the samples that the other one fits best.
+
+Source: Han et al., "Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy
+Labels", NeurIPS 2018.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax import checks
+from saflex_jax.core import steps
+from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
+from saflex_jax.core.tree import identity
+from saflex_jax.methods import small_loss
+from saflex_jax.types import Method, Model
+
+OTHER = {"a": "b", "b": "a"}
+PREDICTIONS = ("a", "mean")
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    forget: float = 0.2,
+    ramp: int = 1000,
+    predict: str = "a",
+) -> Method:
+    """Two networks that pick each other's samples of every batch.
+
+        w^a, w^b = `small_loss.select` by the logits of a, of b, with R(t) = forget min(t / ramp, 1)
+        L = mean_i w^b_i CE(a(x_i), q_i) + mean_i w^a_i CE(b(x_i), q_i)
+
+    A step costs two plain ones: samples are picked by the logits of the training step's own forward
+    pass, in training mode, as in the source. The networks differ by their initial parameters and
+    their noise (dropout). One tx has the parameters of both, which matters only to those that look
+    at all of them at once (clipping by the global norm). Under pmap each device ranks its own rows.
+
+    Args:
+      model: see `types.Model`.
+      tx: optax transformation of {"a": parameters, "b": parameters}.
+      loss: of the picked samples, in the place of w_i CE; samples are picked by the cross-entropy.
+      forget, ramp: see `small_loss.refiner`.
+      predict: "a": the logits of network a. "mean": the logarithm of the mean probability of both,
+        two forward passes. The default is what the source reports, and what other methods can be
+        compared with: a mean of two networks is better without any wrong label.
+
+    Returns:
+      Method; the metrics are the networks' means but for "loss", L. `targets` are those of network
+      a, picked by b.
+
+    Raises:
+      ValueError: an unknown name, a value out of range, or clean samples (not supported).
+    """
+    small_loss.check(forget=forget, ramp=ramp)
+    checks.choice("predict", predict, PREDICTIONS)
+
+    def init(key, inputs):
+        keys = {"a": key, "b": jax.random.fold_in(key, 1)}
+        made = {name: model.init(keys[name], inputs) for name in OTHER}
+        params, model_state = ({name: made[name][part] for name in OTHER} for part in (0, 1))
+        return steps.init_state(key, params, model_state, tx)
+
+    def forward(params, state, batch, reduce):
+        """Network -> logits, model_state and targets."""
+        keys = dict(zip(OTHER, jax.random.split(steps.step_key(state, batch.index))))
+        made = {
+            name: model.train(params[name], state.model_state[name], batch.inputs, keys[name])
+            for name in OTHER
+        }
+        logits, model_state = ({name: made[name][part] for name in OTHER} for part in (0, 1))
+        rate = small_loss.rate_at(state.step, forget=forget, ramp=ramp)
+        targets = {
+            name: small_loss.select(logits[other], batch, rate, reduce=reduce)
+            for name, other in OTHER.items()
+        }
+        return logits, model_state, targets
+
+    def step(state, streams, *, reduce):
+        checks.no_clean("co_teaching", streams.clean)
+        batch = streams.candidates
+
+        def loss_fn(params):
+            logits, model_state, targets = forward(params, state, batch, reduce)
+            losses = sum(loss(logits[name], targets[name], batch) for name in OTHER)
+            kept = sum(targets[name].weights > 0 for name in OTHER)
+            metrics = {
+                "candidate_loss": steps.total(losses / 2, batch.mask, reduce),
+                "kept": steps.total(kept / 2, batch.mask, reduce),
+            }
+            return masked_mean(losses, batch.mask, reduce=reduce), (model_state, metrics)
+
+        return steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
+
+    def predict_fn(state, inputs):
+        logits = lambda name: model.logits(state.params[name], state.model_state[name], inputs)
+        if predict == "a":
+            return logits("a")
+        log_p, log_q = (jax.nn.log_softmax(logits(name)) for name in OTHER)
+        return jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+
+    def targets(state, streams):
+        return forward(state.params, state, streams.candidates, identity)[2]["a"]
+
+    return Method(init, step, predict_fn, targets)

@@ -1,0 +1,112 @@
+"""Small-loss selection: of every batch only the samples that the network fits best are trained on.
+
+Source: Han et al., "Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy
+Labels", NeurIPS 2018: its selection and schedule, with one network that picks for itself.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax import checks
+from saflex_jax.core.losses import (
+    CandidateLoss,
+    weighted_cross_entropy,
+    weighted_soft_cross_entropy,
+)
+from saflex_jax.core.steps import total
+from saflex_jax.core.targets import prior_targets, rescale
+from saflex_jax.core.tree import identity
+from saflex_jax.methods.base import supervised
+from saflex_jax.types import Batch, Method, Model, Reduce, Refiner, Targets
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    **options,
+) -> Method:
+    """Small-loss selection as a method of the loop; `options` are those of `refiner`."""
+    return supervised(model, tx, refiner(**options), loss=loss)
+
+
+def check(*, forget: float, ramp: int) -> None:
+    """Raises unless these are options of a schedule, see `refiner`."""
+    checks.decay("forget", forget)
+    checks.whole("ramp", ramp, 1)
+
+
+def rate_at(step: jax.Array, *, forget: float, ramp: int) -> jax.Array:
+    """The share of samples that a step leaves out: R(t) = forget min(t / ramp, 1), f32[]."""
+    return forget * jnp.minimum(step / ramp, 1.0)
+
+
+def select(
+    logits: jax.Array, candidates: Batch, rate: jax.Array, *, reduce: Reduce = identity
+) -> Targets:
+    """Weights of the samples with the smallest loss, zero for the others; labels are the prior.
+
+        w_i = 1[l_i is among the n - floor(R n) smallest] / its mean ,  l_i = CE(z_i, q_i)
+
+    with n the unmasked rows. Of equal losses those in earlier rows come first. Under pmap each
+    device ranks its own rows, and n is the number of these; the mean weight of all is one.
+
+    Args:
+      logits: z, f32[B, K], of the network that picks.
+      candidates: Batch of B.
+      rate: R, f32[], in [0, 1).
+      reduce: mean over the data-parallel axis.
+
+    Returns:
+      Targets, without gradient. A loss that is not finite gives a weight that is not finite.
+
+    Raises:
+      ValueError: shapes disagree.
+
+    Source: Han et al. 2018, algorithm 1; its repository bhanML/Co-teaching rounds the number of
+    picks down, not up.
+    """
+    mask = candidates.mask
+    losses = weighted_cross_entropy(jax.lax.stop_gradient(logits), candidates.labels, mask=mask)
+    count = jnp.sum(mask)
+    # In single precision what is a whole number (.45 * 10 / 12 * 8) may come out just below it.
+    dropped = jnp.floor(rate * count * (1 + 1e-6)).astype(count.dtype)
+    order = jnp.lexsort((losses, ~mask))  # padding last
+    kept = jnp.zeros_like(mask).at[order].set(jnp.arange(len(mask)) < count - dropped)
+    # 0 * loss is NaN where the loss is not finite: such a row must not be dropped in silence.
+    weights = jnp.where(mask, kept + 0.0 * losses, 0.0)
+    targets = prior_targets(candidates.labels, mask)
+    return targets._replace(weights=rescale(weights, mask, reduce=reduce))
+
+
+def refiner(*, forget: float = 0.2, ramp: int = 1000) -> Refiner:
+    """The rule of small-loss selection; it reads no validation samples.
+
+        w = `select` by the current network in evaluation mode, with R(t) = forget min(t / ramp, 1)
+
+    One forward pass more where training mode computes otherwise (batch statistics, dropout), else
+    the training step's own. Under pmap each device ranks its own rows.
+
+    Args:
+      forget: share of samples left out in the end, in [0, 1). The source sets it to the share of
+        wrong labels, which it takes as known.
+      ramp: steps until then, >= 1. The source has 10 epochs, about 3,900 of its steps.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+    check(forget=forget, ramp=ramp)
+
+    def apply(arrays, state, logits_fn, streams, *, reduce):
+        candidates = streams.candidates
+        logits = logits_fn(state.params, candidates.inputs)
+        rate = rate_at(state.step, forget=forget, ramp=ramp)
+        targets = select(logits, candidates, rate, reduce=reduce)
+        kept = total(targets.weights > 0, candidates.mask, reduce)
+        return targets, arrays, {"kept": kept}
+
+    return Refiner(lambda params: (), apply)

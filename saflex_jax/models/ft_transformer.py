@@ -1,0 +1,127 @@
+"""FT-Transformer for tables (Gorishniy et al., NeurIPS 2021): every column is a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saflex_jax import checks
+from saflex_jax.models.vit import Block, layer_norm
+from saflex_jax.types import PyTree
+
+
+def reglu(x: jax.Array) -> jax.Array:
+    """f32[..., 2 H] -> f32[..., H]: a relu(b) of the halves (a, b).
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    a, b = jnp.split(x, 2, axis=-1)
+    return a * nn.relu(b)
+
+
+class Tokens(nn.Module):
+    """The tokens f32[B, 1 + D + E, width] of D numeric and E categorical columns.
+
+        T_0 = t,   T_j = x_j w_j + b_j,   T_j = W_j[c_j] + b_j
+
+    A code that is out of range, as a missing value's, leaves b_j alone. All parameters start as
+    uniform(-1/sqrt(width), 1/sqrt(width)).
+
+    Attributes:
+      width: of a token.
+      categories: how many each categorical column has.
+
+    Source: Gorishniy et al. 2021, section 3.3, "Feature Tokenizer".
+    """
+
+    width: int
+    categories: Sequence[int]
+
+    @nn.compact
+    def __call__(self, numeric: jax.Array, codes: jax.Array) -> jax.Array:
+        bound = self.width**-0.5
+
+        def vectors(name, number):
+            uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+            return self.param(name, uniform, (number, self.width))
+
+        def spread(x, shape, *dims):  # in one operation, for the reason that `GroupNorm` gives
+            return jax.lax.broadcast_in_dim(x, shape, dims)
+
+        rows, number = numeric.shape
+        found = []
+        if number:
+            shape = (rows, number, self.width)
+            weights = vectors("numeric", number)
+            found.append(spread(numeric, shape, 0, 1) * spread(weights, shape, 1, 2))
+        for n, size in enumerate(self.categories):
+            table = vectors(f"category_{n}", size)
+            token = jax.nn.one_hot(codes[:, n], size, dtype=table.dtype) @ table
+            found.append(spread(token, (rows, 1, self.width), 0, 2))
+        columns = jnp.concatenate(found, axis=1)
+        columns = columns + spread(vectors("bias", columns.shape[1]), columns.shape, 1, 2)
+        first = spread(vectors("cls", 1), (rows, 1, self.width), 1, 2)
+        return jnp.concatenate([first, columns], axis=1)
+
+
+class FTTransformer(nn.Module):
+    """Features f32[B, width] of a table: a transformer over its columns, and one token that reads.
+
+        features = relu(norm(T_0)), T_0 the class token after the last block
+
+    A table is f32[B, D], or with categories {"numeric": f32[B, D], "categorical": codes
+    i32[B, E]}. Pre-norm blocks, the first without its first normalisation; the last block computes
+    the class token alone, which is all that is read of it. No dropout, which the paper has in
+    attention (.2) and perceptrons (.1), so training and evaluation mode are the same, and rows
+    are independent. By default the paper's sizes; weights of the blocks start as in `ViT`.
+
+    Attributes:
+      width: of a token; a multiple of heads.
+      depth: blocks.
+      heads: of each attention.
+      mlp_width: hidden width of each block's perceptron, after ReGLU; the paper's is 4/3 width.
+      categories: how many each categorical column has; () for inputs that are one array.
+
+    Raises:
+      ValueError: sizes below 1, heads that do not divide; inputs that are no table, have no columns
+        or not one categorical column for each of `categories`.
+
+    Source: Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data", NeurIPS 2021,
+    section 3.3; the repository yandex-research/rtdl.
+    """
+
+    width: int = 192
+    depth: int = 3
+    heads: int = 8
+    mlp_width: int = 256
+    categories: Sequence[int] = ()
+
+    @nn.compact
+    def __call__(self, x: PyTree, *, train: bool) -> jax.Array:
+        del train
+        for name in ("width", "depth", "heads", "mlp_width"):
+            checks.whole(name, getattr(self, name), least=1)
+        x = Tokens(self.width, self.categories, name="tokens")(*_columns(x, self.categories))
+        for number in range(self.depth):
+            last = number == self.depth - 1
+            block = Block(self.heads, 2 * self.mlp_width, reglu, number > 0, name=f"block_{number}")
+            x = block(x, kept=1 if last else None)
+        return nn.relu(layer_norm(x, "norm")[:, 0])
+
+
+def _columns(x: PyTree, categories: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """A table's numbers f32[B, D] and codes i32[B, E], which there are as said."""
+    table = x if isinstance(x, dict) else {"numeric": x}
+    numeric = table["numeric"]
+    if numeric.ndim != 2:
+        raise ValueError(f"inputs must be a table [B, D]; given shape {list(numeric.shape)}")
+    codes = table.get("categorical", np.zeros((len(numeric), 0), np.int32))
+    if codes.shape[1] != len(categories):
+        raise ValueError(f"categories must name {codes.shape[1]} columns; given {len(categories)}")
+    if not numeric.shape[1] + codes.shape[1]:
+        raise ValueError("inputs must have at least one column; given 0")
+    return numeric, codes
