@@ -197,6 +197,7 @@ def make_method(
     by_run = _mapped(config) | {
         "num_samples": num_samples,
         "num_classes": num_classes,
+        "num_trusted": _trusted(config, pools) * (num_samples // len(labels)),
         # Of all samples at once, since `seen` is linear: of SLA they are M^2 times the labels.
         "counts": np.asarray(seen(labels.sum(0, keepdims=True))).sum(0),
         "num_steps": config.train.steps,
@@ -213,6 +214,11 @@ def make_method(
     loss = LOSSES[config.method.loss]
     found |= taken(METHODS[name], {"loss": loss(**given(loss, {}))})
     return METHODS[name](make_model(config, pools, columns), tx, **found)
+
+
+def _trusted(config: ConfigDict, pools: Streams) -> int:
+    """How many candidates, the last ones, are validation samples."""
+    return len(pools.val.labels) if config.data.train_on_val and not config.data.val_from else 0
 
 
 def _mapped(config: ConfigDict) -> dict[str, str]:

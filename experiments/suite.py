@@ -46,6 +46,7 @@ from saflex_jax.types import Method, TrainState
 
 PASSES = (1, 3)  # the seeds below the first number come first, then those below the second, ...
 BINS = 15  # of the calibration error
+LEARNED = ("step", "kept", "relabelled", "noise_rate")  # of a history, what is recorded
 PACKAGES = ("saflex_jax", "jax", "flax", "optax", "numpy")
 
 
@@ -224,7 +225,12 @@ def _run(job: Job, seed: int, compiled: dict) -> dict[str, dict]:
     found = arms.run(of_seed, compiled, progress=False, look=False, measure=measured)
     if found is None:
         raise RuntimeError("a signal ended the run")
-    return {arm: {k: v for k, v in r.items() if k != "history"} for arm, r in found.items()}
+    return {arm: r | {"history": course(r["history"])} for arm, r in found.items()}
+
+
+def course(history: list[dict]) -> list[dict]:
+    """Of a run's history what a rule learned, for the arms that have one."""
+    return [{k: round(h[k], 4) for k in LEARNED if k in h} for h in history]
 
 
 class _Worker:

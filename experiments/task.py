@@ -21,7 +21,7 @@ from saflex_jax.data.seeds import generator
 from saflex_jax.types import Batch, Method, Streams, TrainState
 
 FIELDS = (
-    *("name", "dir", "size", "task", "test_on", "val", "test", "novel", "per_class"),
+    *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
     *("train", "imbalance", "train_on_val", "val_from", "folds", "labels", "noise", "noise_kind"),
     *("outside", "outside_from", "pool", "corrupt", "on_device"),
 )
@@ -73,7 +73,7 @@ def check(section: ConfigDict) -> None:
     checks.choice("config.data.noise_kind", section.noise_kind, NOISE)
     for name in ("noise", "outside"):
         checks.fraction(f"config.data.{name}", section[name])
-    for name in ("size", "val", "test", "novel", "per_class", "train", "folds"):
+    for name in ("size", "val", "test", "select", "novel", "per_class", "train", "folds"):
         checks.whole(f"config.data.{name}", section[name])
     checks.choice("config.data.val_from", section.val_from, ("", "train"))
     if section.folds and not (section.train_on_val or section.val_from):
@@ -299,6 +299,9 @@ def make_data(config: ConfigDict) -> Data:
         split = data.novel_classes(
             split, source.labels, novel=section.novel, num_classes=source.num_classes
         )
+    if section.select:
+        rest, chosen_on = data.hold_out(split.train, strata(source), size=section.select, seed=seed)
+        split = split._replace(train=rest, test=chosen_on)
     if section.per_class:
         few = data.few_shot(strata(source)[split.train], per_class=section.per_class, seed=seed)
         split = split._replace(train=split.train[few])

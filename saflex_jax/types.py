@@ -81,7 +81,7 @@ class Targets(NamedTuple):
       weights: f32[B], >= 0, global mean one over unmasked rows unless all are zero (or a method
         says otherwise).
       labels: f32[B, K], rows in the simplex.
-      utility: f32[B], <labels, scores> in the scale's units; negative = harmful.
+      utility: f32[B], negative = harmful, in units of the rule: <labels, scores> in the scale's.
     """
 
     weights: jax.Array

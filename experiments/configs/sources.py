@@ -11,6 +11,7 @@ DEFAULTS = {
     "test_on": "",  # another data set, or the rows of a group: "cell=1"
     "val": 0,  # samples held out of training; 0 = the official split
     "test": 0,
+    "select": 0,  # > 0: so many training samples stand in for the test split, to choose options on
     "novel": 0,  # the last so many classes are what is tested on, and nothing else sees them
     "per_class": 0,  # few-shot: training samples of each class; 0 = all
     "train": 0,  # training samples at random; 0 = all. One number for seeds that lose other copies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ Scale = Literal["rms", "raw"]
 Learn = Literal["both", "weights", "labels"]
 Anchor = Literal["linear", "log"]
 
+SCALES = get_args(Scale)
 _LOG_FLOOR = 1e-3  # what a class with prior zero counts as under anchor="log"
 
 
@@ -78,7 +79,7 @@ def solve_targets(
     checks.positive("temperature", temperature)
     checks.at_least_zero("prior_strength", prior_strength)
     checks.at_least_zero("tolerance", tolerance)
-    checks.choice("scale", scale, ("rms", "raw"))
+    checks.choice("scale", scale, SCALES)
     checks.choice("learn", learn, ("both", "weights", "labels"))
     checks.choice("anchor", anchor, ("linear", "log"))
     mask = jnp.ones(scores.shape[0], bool) if mask is None else mask

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from saflex_jax import checks
-from saflex_jax.core import linear_solve, memory, scores, targets
+from saflex_jax.core import linear_solve, memory, posterior, scores, targets
 from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.memory import Memory
+from saflex_jax.core.posterior import Agreement
 from saflex_jax.core.steps import total
 from saflex_jax.core.tree import restrict, select, under
 from saflex_jax.methods.base import supervised
@@ -31,12 +32,15 @@ class Kept(NamedTuple):
     Attributes:
       memory: of scores.
       gradient: of the validation loss, like the selected parameters.
+      agreement: of the network with given labels, for the share of wrong ones.
     """
 
     memory: Memory | None
     gradient: Params | None
+    agreement: Agreement | None
 
 
+RULES = ("posterior", "simplex")
 DIRECTIONS = ("identity", "adam", "neumann", "cg")
 
 
@@ -53,6 +57,7 @@ def make(
 
 def refiner(
     *,
+    rule: str = "posterior",
     direction: str = "cg",
     iterations: int = 10,
     damping: float = 0.1,
@@ -61,6 +66,8 @@ def refiner(
     mode: scores.Mode = "jvp",
     chunk: int | None = None,
     compute_dtype: str | None = None,
+    lookahead: float = 1.0,
+    noise_rate: float | None = None,
     prior_strength: float = 3.0,
     temperature: float = 0.3,
     tolerance: float = 0.25,
@@ -71,6 +78,7 @@ def refiner(
     memory_dtype: str = "float32",
     num_samples: int = 0,
     num_classes: int = 0,
+    num_trusted: int = 0,
     start: int = 0,
     every: int = 1,
     val_every: int = 1,
@@ -79,6 +87,7 @@ def refiner(
     """The SAFLEX rule.
 
     Args:
+      rule: "posterior" or "simplex", see the top of this file.
       direction: "identity" (the paper's greedy step), "adam" (the optimiser's preconditioner),
         "neumann" or "cg" (implicit differentiation with the Gauss-Newton matrix).
       iterations: of Neumann or CG.
@@ -89,12 +98,20 @@ def refiner(
         forward pass (the validation samples') and products with features.
       mode, chunk: see `core.scores.label_scores`.
       compute_dtype: see `core.scores.score`.
-      prior_strength, temperature, tolerance, scale, learn, anchor: see
+      lookahead: >= 0, length of the step after which p' is believed: 1 is all of "cg"'s, a Newton
+        step on the validation loss; along "identity" it is a learning rate. Of "posterior".
+      noise_rate: eta, the share of wrong labels; None = estimated as training goes on. Of
+        "posterior".
+      prior_strength, temperature, tolerance, scale, learn, anchor: of "simplex", see
         `core.targets.solve_targets`.
-      memory_decay: averages a source sample's scores over its visits (`core.memory`), keyed by
-        `Batch.index`; None = no memory. Needs num_samples and num_classes.
+      memory_decay: averages over a source sample's visits (`core.memory`), keyed by `Batch.index`:
+        its p' or, for "simplex", its scores; None = no memory. Needs num_samples and num_classes.
       memory_dtype: "float32" or "bfloat16".
       num_samples, num_classes: size of the memory.
+      num_trusted: the last so many source samples are trusted ones that train, too: they stay as
+        they are, and eta is learned from them. Needs num_samples. 0 = there are none; then eta is
+        learned from the validation samples, which is fair only where these are as hard as the
+        candidates: held out of training against it, without upstream augmentation for it.
       start: first step on which targets are learned; the prior before it.
       every: scores are computed every so many steps; on the others the memory's are used, or,
         without a memory, the prior. The candidates' forward pass is made on all steps: it is the
@@ -106,7 +123,17 @@ def refiner(
     Raises:
       ValueError: an unknown option, or a value out of range.
     """
+    checks.choice("rule", rule, RULES)
     checks.choice("direction", direction, DIRECTIONS)
+    checks.choice("scale", scale, targets.SCALES)
+    checks.amount("lookahead", lookahead)
+    if noise_rate is not None:
+        checks.fraction("noise_rate", noise_rate)
+    checks.whole("num_trusted", num_trusted)
+    if num_trusted > num_samples:
+        raise ValueError(
+            f"num_trusted must be at most num_samples = {num_samples}; given {num_trusted}"
+        )
     scores.check(mode, compute_dtype)
     checks.whole("start", start)
     checks.whole("every", every, 1)
@@ -114,6 +141,7 @@ def refiner(
     checks.decay("val_decay", val_decay)
     checks.choice("memory_dtype", memory_dtype, memory.DTYPES)
     remembers, keeps_gradient = memory_decay is not None, val_every > 1 or val_decay > 0
+    estimates = rule == "posterior" and noise_rate is None
     size = dict(num_samples=num_samples, num_classes=num_classes, dtype=memory_dtype)
     if remembers:
         checks.decay("memory_decay", memory_decay)
@@ -123,6 +151,7 @@ def refiner(
         return Kept(
             memory.init(**size) if remembers else None,
             jax.tree.map(jnp.zeros_like, select(params, predicate)) if keeps_gradient else None,
+            posterior.no_agreement() if estimates else None,
         )
 
     def solver(state) -> LinearSolve:
@@ -139,9 +168,30 @@ def refiner(
             )
         return linear_solve.cg_solve(maxiter=iterations, damping=damping)
 
-    def solve_targets(label_scores, candidates, reduce):
+    def is_trusted(candidates):
+        return candidates.index >= num_samples - num_trusted
+
+    def of_visit(label_scores, log_probs, candidates, reduce):
+        """What a scoring says of a sample; a memory averages it."""
+        if rule == "posterior":
+            return jax.nn.softmax(log_probs + lookahead * label_scores)
+        if not remembers:
+            return label_scores  # which `solve_targets` scales
+        # A raw score shrinks as training goes on: no average of it.
+        return label_scores / targets.score_scale(label_scores, candidates.mask, reduce=reduce)
+
+    def make_targets(evidence, arrays, candidates, reduce):
+        if rule == "posterior":
+            return posterior.posterior_targets(
+                candidates.labels,
+                evidence,
+                wrong_share(arrays, candidates),
+                trusted=is_trusted(candidates) if num_trusted else None,
+                mask=candidates.mask,
+                reduce=reduce,
+            )
         return targets.solve_targets(
-            label_scores,
+            evidence,
             candidates.labels,
             prior_strength=prior_strength,
             temperature=temperature,
@@ -152,6 +202,11 @@ def refiner(
             mask=candidates.mask,
             reduce=reduce,
         )
+
+    def wrong_share(arrays, candidates):
+        if noise_rate is not None:
+            return noise_rate
+        return posterior.noise_rate(arrays.agreement, candidates.labels.shape[1])
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
@@ -188,6 +243,17 @@ def refiner(
                 )
             return gradient, (val_loss, jnp.ones(()))
 
+        def agreed(kept, log_probs):
+            values = posterior.agreement(jnp.exp(log_probs), candidates.labels)
+            others = candidates.mask
+            if num_trusted:
+                trusted = is_trusted(candidates)
+                reference, others = (values, trusted & others), ~trusted & others
+            else:
+                val_probs = jax.lax.stop_gradient(jax.nn.softmax(network(state.params, val.inputs)))
+                reference = posterior.agreement(val_probs, val.labels), val.mask
+            return posterior.add_agreement(kept, reference, (values, others), reduce=reduce)
+
         def scored(arrays):
             if val_every == 1:
                 gradient, val_loss = fresh(arrays.gradient if keeps_gradient else None)
@@ -195,21 +261,23 @@ def refiner(
                 gradient, val_loss = jax.lax.cond(
                     turn % val_every == 0, fresh, lambda kept: (kept, nothing), arrays.gradient
                 )
-            label_scores, _, info = jax.lax.stop_gradient(along(gradient))
+            label_scores, log_probs, info = jax.lax.stop_gradient(along(gradient))
             if keeps_gradient:
                 arrays = arrays._replace(gradient=gradient)
+            if estimates:
+                arrays = arrays._replace(agreement=agreed(arrays.agreement, log_probs))
+            evidence = of_visit(label_scores, log_probs, candidates, reduce)
             if remembers:
-                sigma = targets.score_scale(label_scores, candidates.mask, reduce=reduce)
-                remembered, label_scores = memory.update(
+                remembered, evidence = memory.update(
                     arrays.memory,
                     candidates.index,
-                    label_scores / sigma,
+                    evidence,
                     candidates.mask,
                     decay=memory_decay,
                     reduce=reduce,
                 )
                 arrays = arrays._replace(memory=remembered)
-            learned = solve_targets(label_scores, candidates, reduce)
+            learned = make_targets(evidence, arrays, candidates, reduce)
             return learned, arrays, val_loss, (info.residual, jnp.ones(()))
 
         def unscored(arrays):
@@ -218,7 +286,7 @@ def refiner(
                 remembered = memory.recall(arrays.memory, candidates.index)
                 learned = jax.lax.cond(
                     state.step >= start,
-                    lambda: solve_targets(remembered, candidates, reduce),
+                    lambda: make_targets(remembered, arrays, candidates, reduce),
                     lambda: learned,
                 )
             return learned, arrays, nothing, nothing
@@ -235,6 +303,9 @@ def refiner(
             "kept": total(learned.weights > 0, candidates.mask, reduce),
             "relabelled": total(moved, candidates.mask, reduce),
         }
+        if rule == "posterior":
+            share = wrong_share(arrays, candidates) * jnp.ones(())
+            metrics["noise_rate"] = share, jnp.ones(())
         # Of the other directions, reading the residual would cost a product with the curvature.
         if direction in ("neumann", "cg"):
             metrics["solve_residual"] = residual

@@ -24,6 +24,7 @@ REAL = SIZE - MASKED
 PROBLEM = problems.problem("mlp", size=SIZE, masked=MASKED)
 PRIOR_STRENGTH, TEMPERATURE = 2.0, 0.8
 RULE = dict(
+    rule="simplex",
     direction="identity",
     predicate=None,
     prior_strength=PRIOR_STRENGTH,
@@ -49,7 +50,22 @@ def params_of(step):
     )
 
 
-def runner(refiner, *, logits_fn=PROBLEM.logits_fn):
+def right_streams_of(step, trusted):
+    """`streams_of`, but trusted samples have the label that the network finds likeliest, half of
+    the other candidates the unlikeliest."""
+    candidates, val, _ = streams_of(step)
+
+    def labels(batch, place):
+        logits = np.asarray(PROBLEM.logits_fn(params_of(step), batch.inputs))
+        return np.eye(CLASSES, dtype=np.float32)[np.argsort(logits)[:, place]]
+
+    given = np.where(candidates.index[:, None] % 2, candidates.labels, labels(candidates, 0))
+    rows = candidates.index >= POOL - trusted
+    given = np.where(rows[:, None], labels(candidates, -1), given)
+    return Streams(candidates._replace(labels=given), val._replace(labels=labels(val, -1)))
+
+
+def runner(refiner, *, logits_fn=PROBLEM.logits_fn, streams=streams_of):
     """(first arrays, (arrays, step) -> what apply returns), compiled once."""
     start = refiner.init(PROBLEM.params)
     state = init_state(
@@ -61,9 +77,7 @@ def runner(refiner, *, logits_fn=PROBLEM.logits_fn):
         moved = state._replace(step=step, params=params)
         return refiner.apply(arrays, moved, logits_fn, streams, reduce=identity)
 
-    return start, lambda arrays, step: apply(
-        arrays, np.int32(step), params_of(step), streams_of(step)
-    )
+    return start, lambda arrays, step: apply(arrays, np.int32(step), params_of(step), streams(step))
 
 
 # --- the definitions -------------------------------------------------------------------------
@@ -76,9 +90,9 @@ def _pieces(params, inputs, val_inputs, val_labels):
     return jax.grad(val_loss)(params), jax.jacobian(log_probs)(params, inputs)
 
 
-def pieces(step):
+def pieces(step, streams=streams_of):
     """Gradient of the validation loss, and the Jacobian of the real candidates' log p."""
-    candidates, val, _ = streams_of(step)
+    candidates, val, _ = streams(step)
     real = candidates.inputs[candidates.mask], val.inputs[val.mask], val.labels[val.mask]
     return jax.device_get(_pieces(params_of(step), *real))
 
@@ -198,6 +212,59 @@ def test_the_kept_gradient_has_the_dtype_of_the_params(dtype, options):
     assert {x.dtype.name for x in jax.tree.leaves(after.gradient)} == {dtype}
 
 
+@pytest.mark.parametrize("trusted", [3, 0])
+def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_noise(trusted):
+    lookahead, start, every, decay, forget = 0.7, 1, 2, MEMORY["memory_decay"], 0.99
+    options = {**MEMORY, "num_trusted": trusted, "start": start, "every": every}
+    streams = lambda step: right_streams_of(step, trusted)
+    refiner = saflex.refiner(direction="identity", predicate=None, lookahead=lookahead, **options)
+    arrays, run = runner(refiner, streams=streams)
+    mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(4), 0
+    for step in range(8):
+        candidates, val, _ = streams(step)
+        rows, prior = candidates.index[:REAL], candidates.labels[:REAL]
+        is_trusted = rows >= POOL - trusted
+        if step >= start and (step - start) % every == 0:
+            gradient, jacobian = pieces(step, streams)
+            probs = softmax(np.asarray(PROBLEM.logits_fn(params_of(step), candidates.inputs)))
+            probs = probs[:REAL]
+            agreed = (probs * prior).sum(1) / (prior**2).sum(1)
+            reference = agreed[is_trusted]
+            if not trusted:
+                held = softmax(np.asarray(PROBLEM.logits_fn(params_of(step), val.inputs)))
+                reference = ((held * val.labels).sum(1) / (val.labels**2).sum(1))[val.mask]
+            others = agreed[~is_trusted]
+            new = [reference.sum(), len(reference), others.sum(), len(others)]
+            sums = forget * sums + (1 - forget) * np.array(new)
+            believed = softmax(np.log(probs) + lookahead * scores_along(jacobian, gradient))
+            visits[rows] += 1
+            rates = np.maximum(1 - decay, 1 / visits[rows])[:, None]
+            mean[rows] += rates * (believed - mean[rows])
+        right, given = sums[0] / max(sums[1], 1e-9), sums[2] / max(sums[3], 1e-9)
+        gap = max(right - (1 - right) / (CLASSES - 1), 0.05)
+        eta = np.clip((right - given) / gap, 0, 1)
+        known = mean[rows].any(1) & ~is_trusted
+        hit = (1 - eta) * (prior * mean[rows]).sum(1)
+        off = (1 - prior) * mean[rows]
+        missed = eta * off.sum(1) / (CLASSES - 1)
+        r = np.where(known & (hit + missed > 0), hit / np.maximum(hit + missed, 1e-12), 1)
+        off /= np.maximum(off.sum(1, keepdims=True), 1e-12)
+        parts = r[:, None] * prior + ((1 - r) * (off**2).sum(1) ** 2)[:, None] * off
+        weights = parts.sum(1)
+        found, arrays, metrics = run(arrays, step)
+        assert_trained_on(found, weights / weights.mean(), parts / weights[:, None], 1e-4)
+        assert metrics["noise_rate"][0] == pytest.approx(eta, abs=1e-4)
+        learned += (r < 0.99).any()
+    assert learned >= 2
+
+
+def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
+    arrays, run = runner(saflex.refiner(direction="identity", predicate=None, noise_rate=0.25))
+    assert arrays.agreement is None
+    found, _, metrics = run(arrays, 0)
+    assert metrics["noise_rate"][0] == 0.25 and (found.utility[:REAL] < 0.99).any()
+
+
 # --- implicit --------------------------------------------------------------------------------
 
 MAX_WEIGHT = 1.5
@@ -291,6 +358,12 @@ def test_implicit_trains_on_what_is_feasible(learn, meta_tx):
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"rule": "bayes"}, "rule .*'bayes'"),
+        ({"lookahead": -1.0}, "lookahead .*-1.0"),
+        ({"lookahead": math.inf}, "lookahead .*inf"),
+        ({"noise_rate": 1.5}, "noise_rate .*1.5"),
+        ({"num_trusted": -1}, "num_trusted .*-1"),
+        ({"num_trusted": POOL + 1, **MEMORY}, f"num_trusted .*{POOL + 1}"),
         ({"start": 1.5}, "start .*1.5"),
         ({"every": 2.5}, "every .*2.5"),
         ({"every": 0}, "every .*0"),

@@ -33,8 +33,11 @@ POOL = Batch(
 
 # Damping and temperature keep the map from parameters to targets well conditioned, so that what is
 # left between two runners is the rounding of their sums and not its amplification.
-_CG = {"direction": "cg", "damping": 0.1, "temperature": 0.5}
-_IDENTITY = {"direction": "identity", "predicate": None, "temperature": 0.5, "tolerance": 0.0}
+_CG = {"rule": "simplex", "direction": "cg", "damping": 0.1, "temperature": 0.5}
+_IDENTITY = {
+    **{"rule": "simplex", "direction": "identity", "predicate": None},
+    **{"temperature": 0.5, "tolerance": 0.0},
+}
 _MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
 # name -> (the rule, padding rows, with clean samples and augmentation inside the step)
 VARIANTS = {
@@ -45,6 +48,11 @@ VARIANTS = {
     "cg_head_stale_gradient_memory": (
         saflex.refiner(**_CG, **_MEMORY, val_every=2, val_decay=0.5),
         0,
+        False,
+    ),
+    "posterior_memory_padding": (
+        saflex.refiner(**_MEMORY, num_trusted=8),
+        PADDING,
         False,
     ),
     "implicit_padding": (
