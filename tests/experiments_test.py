@@ -87,7 +87,7 @@ def test_every_method_runs_by_config(method):
 def test_options_reach_the_rule():
     # An infinite prior strength with the weights left alone is the plain upstream step.
     plain, _ = steps(small(**{"method.name": "erm"}))
-    options = {"prior_strength": math.inf, "learn": "labels", "predicate": ""}
+    options = {"rule": "simplex", "prior_strength": math.inf, "learn": "labels", "predicate": ""}
     anchored, metrics = steps(small(**{f"method.saflex.{k}": v for k, v in options.items()}))
     assert metrics["kept"][0] == metrics["kept"][1]
     for name, expected in arrays(plain.params).items():

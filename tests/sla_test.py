@@ -452,7 +452,8 @@ NETWORK = from_linen(sla.network(MLP((6,)), CLASSES))
 def learning_method():
     memory = dict(memory_decay=0.9, num_samples=ROWS * 4, num_classes=CLASSES * 4)
     # Well conditioned, so that rounding is not amplified.
-    refiner = saflex.refiner(direction="identity", temperature=0.5, tolerance=0.0, **memory)
+    rule = dict(rule="simplex", direction="identity", temperature=0.5, tolerance=0.0)
+    refiner = saflex.refiner(**rule, **memory)
     return sla.make(NETWORK, optax.sgd(0.1, momentum=0.9), refiner=refiner, temperature=2.0)
 
 

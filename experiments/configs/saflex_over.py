@@ -9,7 +9,7 @@ The arms in pairs: "automix_saflex" with "automix", the table's base, and "sla_s
 "sla_sd" (--resume --base=sla_sd). SAFLEX reads 500 trusted validation labels, which the others do
 not see.
 
-SAFLEX's options are those of digits.py, with the default damping. Its score memory follows a view
+SAFLEX is its rule "simplex" with options chosen on digits. Its score memory follows a view
 of SLA from visit to visit, but a mixture is never seen twice, so that over AutoMix there is none.
 """
 
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.method = methods.all_methods(
         "automix",
         automix=config.method.automix.to_dict(),
-        saflex={"anchor": "log", "prior_strength": 0.5, "temperature": 0.5},
+        saflex={"rule": "simplex", "anchor": "log", "prior_strength": 0.5, "temperature": 0.5},
     )
     config.arms = {
         "automix": {},

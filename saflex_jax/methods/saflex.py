@@ -129,6 +129,9 @@ def refiner(
     checks.amount("lookahead", lookahead)
     if noise_rate is not None:
         checks.fraction("noise_rate", noise_rate)
+    checks.positive("temperature", temperature)
+    checks.at_least_zero("prior_strength", prior_strength)
+    checks.at_least_zero("tolerance", tolerance)
     checks.whole("num_trusted", num_trusted)
     if num_trusted > num_samples:
         raise ValueError(

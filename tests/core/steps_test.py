@@ -17,7 +17,7 @@ from tests import problems
 from tests.problems import CLASSES, Convex, assert_close
 
 SIZE = 6
-PAPER = dict(direction="identity", tolerance=0.0)  # the cheapest rule to compile
+PAPER = dict(rule="simplex", direction="identity", tolerance=0.0)  # the cheapest rule to compile
 MEMORY = dict(memory_decay=0.5, num_samples=SIZE, num_classes=CLASSES)
 
 
