@@ -103,7 +103,7 @@ def trainings(configs: dict[str, ConfigDict]) -> list[dict[str, ConfigDict]]:
 
 def make_probe(targets: Callable[[TrainState, Streams], Targets], data: task.Data):
     """state -> learned targets of the first training samples, un-augmented; never trains."""
-    pools = data.pools
+    pools = data.pools._replace(clean=None)
     rows = Streams(*(np.arange(len(p.labels)) for p in (pools.candidates, pools.val)))
     shown = take(pools, rows._replace(candidates=rows.candidates[:PROBED]))
     wrong = data.wrong[:PROBED]

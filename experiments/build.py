@@ -80,6 +80,8 @@ def check(config: ConfigDict) -> None:
         checks.fields(f"config.method.{name}", config.method.get(name, {}), option_names(name))
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(f"config.train.{name}", config.train[name])
+    if config.method.name == "fixmatch" and not config.data.unlabelled:
+        raise ValueError("config.data.unlabelled must be True with fixmatch; given False")
     if config.method.name == "protonet":
         _check_episodes(config)
     elif config.data.novel:
@@ -100,6 +102,7 @@ def _check_episodes(config: ConfigDict) -> None:
     for name, given, only in (
         ("method.loss", config.method.loss, "cross_entropy"),
         ("data.pool", config.data.pool, ""),
+        ("data.unlabelled", config.data.unlabelled, False),
         ("model.cosine", config.model.get("cosine", False), False),
     ):
         if given != only:
@@ -202,6 +205,7 @@ def make_method(
         "counts": np.asarray(seen(labels.sum(0, keepdims=True))).sum(0),
         "num_steps": config.train.steps,
         "steps_per_epoch": len(labels) / config.train.batch_size,
+        "weak": config.augment,
     }
 
     def given(taker, options):

@@ -22,8 +22,8 @@ from saflex_jax.types import Batch, Method, Streams, TrainState
 
 FIELDS = (
     *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
-    *("train", "imbalance", "train_on_val", "val_from", "folds", "labels", "noise", "noise_kind"),
-    *("outside", "outside_from", "pool", "corrupt", "on_device"),
+    *("train", "imbalance", "unlabelled", "train_on_val", "val_from", "folds", "labels", "noise"),
+    *("noise_kind", "outside", "outside_from", "pool", "corrupt", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -41,7 +41,8 @@ class Data(NamedTuple):
     """One seed's data.
 
     Attributes:
-      pools: candidates (labels partly wrong), val (trusted, unless it is the candidates again).
+      pools: candidates (labels partly wrong, or hidden), val (trusted, unless it is the candidates
+        again), clean (val again, where the candidates are unlabelled).
       held_out: the validation split, whatever `pools` has of it.
       test: read once, at the end; rows that are not to be scored are masked.
       together: test rows that are predicted together: 1, or those of an episode.
@@ -102,6 +103,13 @@ def check(section: ConfigDict) -> None:
             "config.data.novel must be 0 with other labels, which may be novel classes'; given "
             f"{section.novel}, noise={section.noise} and labels={section.labels!r}"
         )
+    for name in ("train_on_val", "val_from", "labels", "noise", "pool"):
+        if section.unlabelled and section[name]:
+            raise ValueError(
+                f"config.data.{name} must be {sources.DEFAULTS[name]!r} with unlabelled=True: no "
+                "training label is seen, and the validation samples train beside; given "
+                f"{section[name]!r}"
+            )
     checks.choice("config.data.task", section.task, ("", "ordinal"))
     if bool(section.outside) != bool(section.outside_from):
         raise ValueError(
@@ -127,6 +135,7 @@ def title(section: ConfigDict) -> str:
         "novel": f"{section.novel} novel classes",
         "per_class": f"{section.per_class} a class",
         "train": f"{section.train} samples",
+        "unlabelled": f"only {section.val or 'validation'} labelled",
         "imbalance": f"classes {section.imbalance:g} : 1",
         "test_on": f"tested on {section.test_on}",
         "corrupt": f"tested under {section.corrupt}",
@@ -353,6 +362,10 @@ def make_data(config: ConfigDict) -> Data:
     if section.val_from == "train":
         pools = pools._replace(val=pools.candidates)
     clean = pool(None, clean).labels.argmax(1)
+    wrong = (pools.candidates.labels.argmax(1) != clean) | outside
+    if section.unlabelled:
+        hidden = np.full_like(pools.candidates.labels, 1 / pools.candidates.labels.shape[1])
+        pools = Streams(pools.candidates._replace(labels=hidden), held_out, held_out)
     tested, together = pool(test, source.labels[split.test]), 1
     if config.method.name == "protonet":
         if source.task != "multiclass":
@@ -367,7 +380,7 @@ def make_data(config: ConfigDict) -> Data:
         tested,
         together,
         clean,
-        (pools.candidates.labels.argmax(1) != clean) | outside,
+        wrong,
         source,
         removed,
         generated,

@@ -25,7 +25,7 @@ def pool(size, *shape):
 
 
 TABLES, IMAGES = (Streams(pool(SAMPLES, *s), pool(24, *s)) for s in ((5,), (6, 6, 1)))
-OF_IMAGES = ("sla", "automix", "invariance", "madaug", "protonet")
+OF_IMAGES = ("sla", "automix", "fixmatch", "invariance", "madaug", "protonet")
 MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
 # Every method of the package as it comes, and the branches of saflex.
 OPTIONS = {
@@ -74,6 +74,8 @@ def test_a_run_compiles_once_and_moves_nothing_implicitly(name, options, held, c
     pools, backbone, devices = TABLES, MLP((8,)), jax.devices()
     if name in OF_IMAGES:  # dearer
         pools, backbone, devices = IMAGES, SmallCNN((3, 4)), devices[:1]
+    if name == "fixmatch":
+        pools = pools._replace(clean=pools.val)
     model = from_linen(NETWORKS.get(name, Classifier)(backbone, CLASSES))
     method = METHODS[name](model, optax.adam(1e-2), **options)
     runner = parallel.jit_runner(method.step, devices=devices)

@@ -18,15 +18,8 @@ TAKERS = {
 # Given by the run, not by a config.
 BY_RUN = {
     *("model", "tx", "backbone", "refiner", "loss", "parent", "name", "axis_name"),
-    *(
-        "num_samples",
-        "num_classes",
-        "num_trusted",
-        "prior",
-        "counts",
-        "num_steps",
-        "steps_per_epoch",
-    ),
+    *("num_samples", "num_classes", "num_trusted", "prior", "counts", "weak"),
+    *("num_steps", "steps_per_epoch"),
 }
 
 

@@ -16,6 +16,7 @@ DEFAULTS = {
     "per_class": 0,  # few-shot: training samples of each class; 0 = all
     "train": 0,  # training samples at random; 0 = all. One number for seeds that lose other copies
     "imbalance": 1.0,  # of the training classes: the first over the last, between exponentially
+    "unlabelled": False,  # no training label is seen; the validation samples train beside
     "train_on_val": False,
     "val_from": "",  # "train": the training samples, as given, direct the learning themselves
     "folds": 0,  # > 0: no sample directs a batch that it is in; with the two above

@@ -9,6 +9,7 @@ from saflex_jax.methods import (
     co_teaching,
     drw,
     erm,
+    fixmatch,
     implicit,
     invariance,
     l2rw,
@@ -34,12 +35,13 @@ METHODS = {
     "co_teaching": co_teaching.make,
     "sla": sla.make,
     "automix": automix.make,
+    "fixmatch": fixmatch.make,
     "invariance": invariance.make,
     "madaug": madaug.make,
     "protonet": protonet.make,
 }
-# The rules for weights and labels. A method of the same name is plain training with that rule; sla
-# and automix take one as `refiner`.
+# The rules for weights and labels. A method of the same name is plain training with that rule; sla,
+# automix and fixmatch take one as `refiner`.
 REFINERS = {
     "saflex": saflex.refiner,
     "implicit": implicit.refiner,

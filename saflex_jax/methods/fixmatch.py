@@ -1,0 +1,181 @@
+"""FixMatch: confident predictions on weak views are the labels of strong ones.
+
+    weak views -> pseudo-labels, mask of the confident -> strong views -> (weights, labels)
+    -> one step on labelled samples and strong views
+
+Source: Sohn et al., "FixMatch: Simplifying Semi-Supervised Learning with Consistency and
+Confidence", NeurIPS 2020; where the paper is silent, the repository google-research/fixmatch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saflex_jax import checks
+from saflex_jax.augment import Augment, parse
+from saflex_jax.core import steps
+from saflex_jax.core.losses import (
+    CandidateLoss,
+    masked_mean,
+    weighted_cross_entropy,
+    weighted_soft_cross_entropy,
+)
+from saflex_jax.core.tree import identity
+from saflex_jax.methods.base import prior_refiner
+from saflex_jax.types import Method, Model, Params, PyTree, Refiner, TrainState
+
+
+class Kept(NamedTuple):
+    """What the method keeps between steps.
+
+    Attributes:
+      average: moving average of the parameters; None without one.
+      refiner: the refiner's arrays.
+    """
+
+    average: Params | None
+    refiner: PyTree
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    *,
+    refiner: Refiner | None = None,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+    weak: Augment | str = "identity",
+    strong: Augment | str = "randaugment(2, 10) | cutout(8)",
+    threshold: float = 0.95,
+    unlabelled_weight: float = 1.0,
+    ema: float = 0.0,
+) -> Method:
+    """Training on labelled samples, streams.clean, and unlabelled ones, streams.candidates.
+
+        p_u = softmax f(x_u) ,  pseudo_u = one-hot argmax p_u          # without gradient
+        L = mean_l CE(f(weak x_l), y_l)
+            + unlabelled_weight mean_u 1[max p_u >= threshold] CE(f(strong x_u), pseudo_u)
+        theta <- theta + tx(grad L) ,  average <- ema average + (1 - ema) theta
+
+    The candidates come as weak views already, from the upstream pipeline. Labelled samples come as
+    they are, since upstream pipelines leave `clean` alone: hence `weak`. Labels of the candidates
+    are never read. The mean over u is that over all unmasked candidates, confident or not.
+
+    Predictions on weak views are those of evaluation mode, as everything that a label is learned
+    from; labelled samples and strong views share one pass in training mode. The source has all
+    three in one pass of training mode, which differs in batch statistics and dropout alone.
+
+    A rule for weights and labels sees the strong views, their pseudo-labels as prior, and only the
+    confident ones unmasked: what is not trained on enters neither its scale nor its memory, and
+    its weights have mean one over the confident ones, so that their share of L stays the source's.
+
+    Args:
+      model: see `types.Model`.
+      tx: optax transformation.
+      refiner: rule for the strong views' weights and labels; None = the pseudo-labels, weight one.
+      loss: of the strong views with the refined labels (see `core.losses`).
+      weak: augmentation of the labelled samples, or its text (`augment.parse`); give the one that
+        is upstream of the candidates.
+      strong: augmentation of the weak views that keeps the number of rows, or its text.
+      threshold: in [0, 1].
+      unlabelled_weight: >= 0; 0 = the labelled samples alone.
+      ema: in [0, 1), decay of the average that predicts; 0 = the last parameters do. The source has
+        .999 for a million steps; it starts from the first parameters, so short runs want less.
+
+    Returns:
+      Method. The metric "confident" is the share of candidates that reach the threshold; those of
+      the refiner are of these.
+
+    Raises:
+      ValueError: a value out of range, a strong augmentation that changes the number of rows, or no
+        labelled samples.
+    """
+    checks.fraction("threshold", threshold)
+    checks.amount("unlabelled_weight", unlabelled_weight)
+    checks.decay("ema", ema)
+    weak, strong = (parse(a) if isinstance(a, str) else a for a in (weak, strong))
+    refiner = prior_refiner() if refiner is None else refiner
+
+    def init(key, inputs):
+        params, model_state = model.init(key, inputs)
+        average = jax.tree.map(jnp.copy, params) if ema else None  # a step may donate the others
+        return steps.init_state(key, params, model_state, tx, Kept(average, refiner.init(params)))
+
+    def refine(state, streams, *, reduce):
+        """Strong views of the candidates, the unconfident masked, and their targets."""
+
+        def logits_fn(params, inputs):
+            return model.logits(params, state.model_state, inputs)
+
+        batch = streams.candidates
+        labels, confident = pseudo_labels(logits_fn(state.params, batch.inputs), threshold)
+        batch = batch._replace(labels=labels, mask=batch.mask & confident)
+        seen = strong(view_keys(state)[1], batch)
+        if seen.index.shape != batch.index.shape:
+            raise ValueError(
+                f"strong must keep the number of rows; it made {len(seen.index)} of "
+                f"{len(batch.index)}"
+            )
+        streams = streams._replace(candidates=seen)
+        return seen, *refiner.apply(state.extra.refiner, state, logits_fn, streams, reduce=reduce)
+
+    def step(state, streams, *, reduce):
+        if streams.clean is None:
+            raise ValueError("fixmatch needs labelled samples; given streams.clean = None")
+        given = streams.candidates.mask
+        labelled = weak(view_keys(state)[0], streams.clean)
+        seen, targets, arrays, refined = refine(state, streams, reduce=reduce)
+        inputs = jax.tree.map(lambda *x: jnp.concatenate(x), labelled.inputs, seen.inputs)
+        key, size = steps.step_key(state, seen.index), len(labelled.index)
+
+        def loss_fn(params):
+            logits, model_state = model.train(params, state.model_state, inputs, key)
+            clean = weighted_cross_entropy(logits[:size], labelled.labels, mask=labelled.mask)
+            losses = loss(logits[size:], targets, seen)  # 0 where not confident
+            value = masked_mean(clean, labelled.mask, reduce=reduce)
+            value += unlabelled_weight * masked_mean(losses, given, reduce=reduce)
+            metrics = {
+                "clean_loss": steps.total(clean, labelled.mask, reduce),
+                "candidate_loss": steps.total(losses, given, reduce),
+                "confident": steps.total(seen.mask, given, reduce),
+            }
+            return value, (model_state, metrics)
+
+        average = state.extra.average
+        state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
+        if ema:
+            mean = lambda old, new: (ema * old + (1 - ema) * new).astype(new.dtype)
+            average = jax.tree.map(mean, average, state.params)
+        return state._replace(extra=Kept(average, arrays)), {**metrics, **refined}
+
+    def predict(state, inputs):
+        params = state.extra.average if ema else state.params
+        return model.logits(params, state.model_state, inputs)
+
+    # Of the strong views, weight 0 where not confident.
+    targets = lambda state, streams: refine(state, streams, reduce=identity)[1]
+    return Method(init, step, predict, targets)
+
+
+def pseudo_labels(logits: jax.Array, threshold: float) -> tuple[jax.Array, jax.Array]:
+    """The most probable class, and whether it is probable enough.
+
+        p = softmax(logits) ,  (one-hot argmax p, max p >= threshold)
+
+    Args:
+      logits: f32[B, K].
+      threshold: in [0, 1].
+
+    Returns:
+      (f32[B, K], bool[B]).
+    """
+    labels = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[1], dtype=logits.dtype)
+    return labels, jnp.max(jax.nn.softmax(logits), -1) >= threshold
+
+
+def view_keys(state: TrainState) -> jax.Array:
+    """key[2] of this step, for the weak views of labelled samples and for the strong views."""
+    return jax.random.split(steps.draws_key(state))
