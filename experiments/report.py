@@ -1,7 +1,9 @@
 """What the runs of `experiments.suite` say: a page with tables and figures, or five numbers.
 
-    python -m experiments.report runs/suite/small.jsonl [--out=docs/results.md]
-    python -m experiments.report runs/suite/small.jsonl --json [--arm=saflex_train_val]
+    python -m experiments.report [runs/suite/small.jsonl] [--out=docs/results.md]
+    python -m experiments.report [runs/suite/small.jsonl] --json [--arm=saflex_train_val]
+
+Without results it reads those that are kept with the project, docs/results.jsonl.
 
 Differences are paired: an arm and its base on one task and seed share splits, wrong labels and the
 order of the batches. Per task the interval is Student's t over the seeds' differences. Over tasks
@@ -24,6 +26,8 @@ import numpy as np
 from experiments import arms, report_figures
 from experiments.suite_tasks import HALVES
 
+KEPT = "docs/results.jsonl"  # records of the page that is kept with the project
+GALLERY = "results_gallery.png"  # beside the page, of another command
 # task -> arm -> seed -> record
 Runs = dict[str, dict[str, dict[int, dict]]]
 
@@ -32,6 +36,12 @@ RULE = "saflex"  # begins the names of all arms with the rule that is judged
 ARM = "saflex_train_val"  # of these the one judged: it trains on what upstream_train_val has
 NOISY = 0.4  # from this share of wrong labels on, `gain_over_upstream_train_val_noisy` counts
 POINTS = 100  # accuracies are shares, all that is reported is points
+
+
+GALLERY_TITLE = (
+    "What was learned of samples of a noisy generator, by `python -m experiments.compare "
+    "--config=experiments/configs/generator.py --seeds=3`"
+)
 
 
 # --- Pure functions of records
@@ -341,6 +351,22 @@ def points(runs: Runs, arm: str, base: str, by: str) -> list[dict]:
     ]
 
 
+def courses(runs: Runs, arm: str) -> dict[str, dict]:
+    """Task -> {"noise", "steps", a measure: f64[seeds, records]} of an arm that learns."""
+    found = {}
+    for task, by_arm in runs.items():
+        histories = [r.get("history") for r in by_arm.get(arm, {}).values()]
+        histories = [h for h in histories if h and "noise_rate" in h[0]]
+        if histories:
+            found[task] = {
+                "noise": about(runs, task)["noise"],
+                "steps": [h["step"] for h in histories[0]],
+                **{k: np.array([[h[k] for h in one] for one in histories])
+                   for k in ("noise_rate", "relabelled")},
+            }  # fmt: skip
+    return found
+
+
 def draw(runs: Runs, out: pathlib.Path) -> dict[str, str]:
     """Writes the figures beside the page; title -> file name."""
     judged = [arm for arm in all_arms(runs) if arm.startswith(RULE)]
@@ -354,6 +380,12 @@ def draw(runs: Runs, out: pathlib.Path) -> dict[str, str]:
         path = out.with_name(f"{out.stem}_{by}.png")
         report_figures.DRAWN[by](panels).savefig(path, dpi=150)
         found[title] = path.name
+    if taken := courses(runs, ARM):
+        path = out.with_name(f"{out.stem}_course.png")
+        report_figures.course(taken).savefig(path, dpi=150)
+        found[f"What {ARM} learns through a run, both halves"] = path.name
+    if out.with_name(GALLERY).exists():
+        found[GALLERY_TITLE] = GALLERY
     return found
 
 
@@ -361,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the five numbers, or writes the page and its figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("results", nargs="+", help="files that experiments.suite wrote")
+    add("results", nargs="*", default=[KEPT], help="files that experiments.suite wrote")
     add("--json", action="store_true", help='print the five numbers of the half "report" instead')
     add("--arm", default=ARM, help="that they are of")
     add("--out", type=pathlib.Path, default="docs/results.md", help="the page; figures go beside")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -55,6 +56,31 @@ def gain_against_validation(panels: Panels) -> Figure:
         axis.set_xticks(TICKS, map(str, TICKS))
         axis.minorticks_off()
         axis.set_xlabel("validation samples (dot: a task, line: tasks that differ in this alone)")
+    return figure
+
+
+def course(tasks: dict[str, dict]) -> Figure:
+    """The estimated share of wrong labels, and the labels that were changed, through a run.
+
+    A line is the mean over the seeds of a task, its colour the share that is wrong.
+    """
+    figure = Figure(figsize=(12.4, 4.2), layout="constrained")
+    shades = matplotlib.colormaps["viridis"]
+    most = max(task["noise"] for task in tasks.values()) or 1.0
+    titles = {"noise_rate": "share of wrong labels, as estimated",
+              "relabelled": "share of samples whose most probable label changed"}  # fmt: skip
+    for axis, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+        for task in tasks.values():
+            shade = shades(0.9 * task["noise"] / most)
+            axis.plot(task["steps"], task[name].mean(0), color=shade, lw=1.5)
+        axis.set_xlabel("step")
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelleft=True)
+        axis.grid(alpha=0.2)
+    levels = sorted({task["noise"] for task in tasks.values()})
+    for level in levels:
+        axis.plot([], [], color=shades(0.9 * level / most), label=f"{level:.0%} are wrong")
+    axis.legend(fontsize=9)
     return figure
 
 

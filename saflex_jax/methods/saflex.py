@@ -145,6 +145,7 @@ def refiner(
     checks.choice("memory_dtype", memory_dtype, memory.DTYPES)
     remembers, keeps_gradient = memory_decay is not None, val_every > 1 or val_decay > 0
     estimates = rule == "posterior" and noise_rate is None
+    on_val = estimates and not num_trusted
     size = dict(num_samples=num_samples, num_classes=num_classes, dtype=memory_dtype)
     if remembers:
         checks.decay("memory_decay", memory_decay)
@@ -244,31 +245,36 @@ def refiner(
                 gradient = jax.tree.map(
                     lambda g, k: (k + rate * (g - k)).astype(k.dtype), gradient, kept
                 )
-            return gradient, (val_loss, jnp.ones(()))
+            reference = ()
+            if on_val:  # the pass is the gradient's own
+                probs = jax.nn.softmax(network(state.params, val.inputs))
+                reference = posterior.agreement(probs, val.labels), val.mask
+            return gradient, (val_loss, jnp.ones(())), reference
 
-        def agreed(kept, log_probs):
+        def stale(kept):
+            reference = (jnp.zeros(len(val.mask)), jnp.zeros_like(val.mask)) if on_val else ()
+            return kept, nothing, reference
+
+        def agreed(kept, log_probs, reference):
             values = posterior.agreement(jnp.exp(log_probs), candidates.labels)
             others = candidates.mask
             if num_trusted:
                 trusted = is_trusted(candidates)
                 reference, others = (values, trusted & others), ~trusted & others
-            else:
-                val_probs = jax.lax.stop_gradient(jax.nn.softmax(network(state.params, val.inputs)))
-                reference = posterior.agreement(val_probs, val.labels), val.mask
             return posterior.add_agreement(kept, reference, (values, others), reduce=reduce)
 
         def scored(arrays):
             if val_every == 1:
-                gradient, val_loss = fresh(arrays.gradient if keeps_gradient else None)
+                found = fresh(arrays.gradient if keeps_gradient else None)
             else:
-                gradient, val_loss = jax.lax.cond(
-                    turn % val_every == 0, fresh, lambda kept: (kept, nothing), arrays.gradient
-                )
+                found = jax.lax.cond(turn % val_every == 0, fresh, stale, arrays.gradient)
+            gradient, val_loss, reference = jax.lax.stop_gradient(found)
             label_scores, log_probs, info = jax.lax.stop_gradient(along(gradient))
             if keeps_gradient:
                 arrays = arrays._replace(gradient=gradient)
             if estimates:
-                arrays = arrays._replace(agreement=agreed(arrays.agreement, log_probs))
+                kept = agreed(arrays.agreement, log_probs, reference)
+                arrays = arrays._replace(agreement=kept)
             evidence = of_visit(label_scores, log_probs, candidates, reduce)
             if remembers:
                 remembered, evidence = memory.update(
