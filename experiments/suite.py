@@ -38,6 +38,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import arms, suite_tasks
+from experiments.configs import sources
 from experiments.datasets import DATASETS
 from experiments.suite_tasks import Task
 from experiments.task import Data
@@ -91,8 +92,8 @@ def measured(method: Method, state: TrainState, data: Data) -> dict[str, float]:
 def settings_hash(config: ConfigDict) -> str:
     """12 hexadecimal digits of what fixes an arm's runs but for the seed.
 
-    Options of methods that do not take part, and where the data lie, are left out: a new method
-    leaves old results good.
+    Options of methods that do not take part, fields of the data that are at their default, and
+    where the data lie are left out: a new method or field leaves old results good.
     """
     found = arms.settings(config)
     method = found["method"]
@@ -101,7 +102,8 @@ def settings_hash(config: ConfigDict) -> str:
         for name in ("name", "refiner", "loss", method["name"], method["refiner"])
         if name in method
     }
-    del found["data"]["dir"]
+    section = found["data"].items()
+    found["data"] = {k: v for k, v in section if k != "dir" and v != sources.DEFAULTS[k]}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
 

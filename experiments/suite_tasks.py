@@ -48,6 +48,7 @@ class _Images(NamedTuple):
     tested: float
     data: dict[str, Any]
     widths: tuple[int, ...] = (16, 32, 64)
+    soft: str = "soft_crop(3) | flip"  # the pipeline of the baseline Soft Augmentation
 
 
 NOISE = 0.4  # of the noisy twin of every table
@@ -112,19 +113,23 @@ IMAGES = {
     "cifar10n_random1": _Images(
         "development", 0.1723, f"shift(4) | flip | {_MIXUP}", 24, 4.5,
         sources.section("cifar10n", per_class=1000, val=500, labels="random1"),
+        soft="soft_crop(4) | flip",
     ),
     "cifar10n_worst": _Images(
         "report", 0.4021, "shift(4) | flip", 24, 4.5,
         sources.section("cifar10n", per_class=1000, val=500, labels="worst"),
+        soft="soft_crop(4) | flip",
     ),
     "chest_xray": _Images(
         "report", 0.0, "shift(4) | randaugment(1, 5)", 35, 1.5,
         sources.section("chest_xray", size=64, per_class=1000, val=200), (8, 16, 32, 64),
+        "soft_crop(6) | flip",
     ),
     # Tested on another distribution.
     "mnist_usps": _Images(
         "development", 0.0, _MIXUP, 5, 1,
         sources.section("mnist", size=16, per_class=300, val=200, test_on="usps"),
+        soft="soft_crop(2)",
     ),
     "fashion_fog": _Images(
         "report", 0.0, "randaugment(2, 9)", 20, 4, _garments(500, val=200, corrupt="fog:3")
@@ -136,8 +141,8 @@ def make(suite: str, folder: str = "data") -> dict[str, Task]:
     """Name -> task, in the order of the suite: tables and images in turn.
 
     "small" is for 2 CPU cores and two hours. "full" is for an accelerator: every table under all
-    three upstream pipelines, all training images but where there are few on purpose, a ResNet-18
-    and FULL_STEPS.
+    three upstream pipelines, on an MLP and on an FT-Transformer, all training images but where
+    there are few on purpose, a ResNet-18 and FULL_STEPS.
 
     Args:
       suite: of SUITES.
@@ -149,7 +154,8 @@ def make(suite: str, folder: str = "data") -> dict[str, Task]:
         name: task
         for table, (_, _, own) in TABLES.items()
         for augment in (pipelines if full else (own,))
-        for name, task in _tables(table, augment, full=full).items()
+        for backbone in (("mlp", "ft_transformer") if full else ("mlp",))
+        for name, task in _tables(table, augment, backbone, full=full).items()
     }
     images = {name: _images(spec, full=full) for name, spec in IMAGES.items()}
     found = _in_turn(tables, images)
@@ -167,7 +173,7 @@ def _in_turn(first: dict, second: dict) -> dict:
     return {key: both[key] for key in sorted(both, key=place.__getitem__)}
 
 
-def _tables(table: str, augment: str, *, full: bool) -> dict[str, Task]:
+def _tables(table: str, augment: str, backbone: str, *, full: bool) -> dict[str, Task]:
     """The clean and the noisy task of a table."""
     rows, half, _ = TABLES[table]
     val, test = min(rows // 5, 200), min(3 * rows // 10, 2000)
@@ -180,7 +186,10 @@ def _tables(table: str, augment: str, *, full: bool) -> dict[str, Task]:
         config.augment = augment
         config.model = {"name": "mlp", "widths": (64, 64), "norm": "none"}
         config.optimizer.learning_rate = 3e-3
-        of_pipeline = f"_{augment.partition('(')[0]}" if full else ""
+        if backbone == "ft_transformer":
+            config.model = {"name": backbone}
+            config.optimizer.learning_rate = 1e-3
+        of_pipeline = f"_{augment.partition('(')[0]}_{backbone}" if full else ""
         name = f"{table}{of_pipeline}{'_noisy' if noise else ''}"
         found[name] = Task(half, noise, 10, None if full else TABLE_SECONDS, config)
     return found
@@ -192,6 +201,7 @@ def _images(spec: _Images, *, full: bool) -> Task:
     config = _base(spec.noise, steps, batch_size=batch_size, val_batch_size=batch_size)
     config.data = dict(spec.data)
     config.augment = spec.augment
+    config.arms.soft_augmentation = arms.STANDING["upstream_train_val"] | {"augment": spec.soft}
     config.model = {"name": "small_cnn", "widths": spec.widths, "norm": "batch"}
     if full:
         config.model = {"name": "resnet18", "norm": "group"}

@@ -26,6 +26,7 @@ def tiny(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_path):
     file = tmp_path / "out.json"
     arguments = ["--json", "--sizes", "8", "--rounds", "1", "--out", str(file)]

@@ -240,12 +240,13 @@ def on_devices(make_runner, axis_name=None):
     )
     runner = make_runner(method.step)
     state = runner.put_state(method.init(jax.random.key(0), setup_.POOL.inputs[:2]))
-    for batch in setup_.make_batches("cg_head_memory_padding"):
+    for batch in setup_.make_batches("posterior_memory_padding"):
         state, metrics = runner.step(state, runner.put_batch(batch))
     averages = {name: np.divide(*pair) for name, pair in jax.device_get(metrics).items()}
     return setup_.flatten(state), averages
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one():
     expected, metrics = on_devices(functools.partial(jit_runner, devices=jax.devices()[:1]))
     assert expected["extra"] > 0.5 and 0 < metrics["acceptance"] < 1

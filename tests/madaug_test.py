@@ -415,12 +415,13 @@ def on_devices(make_runner):
     )  # fmt: skip
     runner = make_runner(method.step)
     state = runner.put_state(method.init(jax.random.key(0), setup_.POOL.inputs[:2]))
-    for streams in setup_.make_batches("cg_head_memory_padding"):
+    for streams in setup_.make_batches("posterior_memory_padding"):
         state, metrics = runner.step(state, runner.put_batch(streams))
     averages = {name: np.divide(*pair) for name, pair in jax.device_get(metrics).items()}
     return setup_.flatten(state), averages
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one(monkeypatch):
     kept = ("brightness", "cutout")
     monkeypatch.setattr(madaug, "SPACE", {name: madaug.SPACE[name] for name in kept})

@@ -240,6 +240,7 @@ def tiny(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_path):
     file, figure = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ["--json", "--rounds", "1", "--out", str(file), "--figure", str(figure)]

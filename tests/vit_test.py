@@ -135,6 +135,7 @@ def step_flops(make, **options):
     return step.lower(state, STREAMS).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_scores_share_the_training_steps_forward_pass():
     # In plain steps: a forward pass is 1/3, a validation gradient VAL / BATCH, a JVP 2/3.
     plain = step_flops(erm.make)

@@ -49,18 +49,18 @@ def test_pmap_needs_the_axis_name_of_its_batch_norm():
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_twenty_steps_compile_once_donate_and_transfer_nothing(runner, caplog):
     traces = []
-    method = setup_.make_method("cg_head_memory_padding", axis_name=AXIS[runner])
+    method = setup_.make_method("posterior_memory_padding", axis_name=AXIS[runner])
 
     @functools.wraps(method.step)
     def step(*args, **kwargs):
         traces.append(1)
         return method.step(*args, **kwargs)
 
-    given = setup_.make_state("cg_head_memory_padding")
+    given = setup_.make_state("posterior_memory_padding")
     before = leaves(given)
     run = RUNNERS[runner](step)
     state = run.put_state(given)
-    batches = 4 * setup_.make_batches("cg_head_memory_padding")
+    batches = 4 * setup_.make_batches("posterior_memory_padding")
     with warnings.catch_warnings(), jax.log_compiles():
         warnings.filterwarnings("error", message=".*donated buffers were not usable")
         for number, batch in enumerate(batches):
@@ -80,8 +80,8 @@ def test_twenty_steps_compile_once_donate_and_transfer_nothing(runner, caplog):
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_state_moves_between_runners(runner):
-    method = setup_.make_method("cg_head_memory_padding")
-    eight = jit_runner(method.step).put_state(setup_.make_state("cg_head_memory_padding"))
+    method = setup_.make_method("posterior_memory_padding")
+    eight = jit_runner(method.step).put_state(setup_.make_state("posterior_memory_padding"))
     one = jit_runner(method.step, devices=jax.devices()[3:4]).put_state(eight)
     assert {d for x in jax.tree.leaves(one) for d in x.devices()} == {jax.devices()[3]}
     back = RUNNERS[runner](method.step).put_state(one)
@@ -92,10 +92,10 @@ def test_a_state_moves_between_runners(runner):
 
 
 def test_the_memory_is_split_among_devices_and_only_rows_of_the_batch_travel():
-    method = setup_.make_method("cg_head_memory_padding")
+    method = setup_.make_method("posterior_memory_padding")
     run = jit_runner(method.step)
-    state = run.put_state(setup_.make_state("cg_head_memory_padding"))
-    batch = run.put_batch(setup_.make_batches("cg_head_memory_padding")[0])
+    state = run.put_state(setup_.make_state("posterior_memory_padding"))
+    batch = run.put_batch(setup_.make_batches("posterior_memory_padding")[0])
     step = jax.jit(functools.partial(method.step, reduce=identity))
     program = step.lower(state, batch).compile().as_text()
     sizes = [

@@ -42,19 +42,13 @@ _MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
 # name -> (the rule, padding rows, with clean samples and augmentation inside the step)
 VARIANTS = {
     "cg_head": (saflex.refiner(**_CG), 0, False),
-    "cg_head_memory_padding": (saflex.refiner(**_CG, **_MEMORY), PADDING, False),
     "identity_all_augmented_padding": (saflex.refiner(**_IDENTITY), PADDING, True),
-    "identity_all_memory": (saflex.refiner(**_IDENTITY, **_MEMORY), 0, False),
     "cg_head_stale_gradient_memory": (
         saflex.refiner(**_CG, **_MEMORY, val_every=2, val_decay=0.5),
         0,
         False,
     ),
-    "posterior_memory_padding": (
-        saflex.refiner(**_MEMORY, num_trusted=8),
-        PADDING,
-        False,
-    ),
+    "posterior_memory_padding": (saflex.refiner(**_MEMORY, num_trusted=8), PADDING, False),
     "implicit_padding": (
         implicit.refiner(prior=POOL.labels, meta_tx=optax.sgd(30.0), solve=cg_solve(damping=0.1)),
         PADDING,

@@ -57,10 +57,10 @@ def interrupted_fit(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
     The resumed one holds the data on the devices, which must make no difference.
     """
-    method = setup_.make_method("cg_head_memory_padding")
+    method = setup_.make_method("posterior_memory_padding")
     runner = jit_runner(method.step)
     evaluate = make_evaluator(method, setup_.POOL.inputs, setup_.POOL.labels, batch_size=10)
-    state = setup_.make_state("cg_head_memory_padding")
+    state = setup_.make_state("posterior_memory_padding")
     common = {"num_steps": 30, "log_every": 10, "progress": False}
     whole = fit(runner, state, make_stream(), evaluate=evaluate, eval_every=30, **common)
 
