@@ -103,7 +103,7 @@ def settings_hash(config: ConfigDict) -> str:
         if name in method
     }
     section = found["data"].items()
-    found["data"] = {k: v for k, v in section if k != "dir" and v != sources.DEFAULTS[k]}
+    found["data"] = {k: v for k, v in section if k != "dir" and v != sources.DEFAULTS.get(k)}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from experiments import arms
 from experiments.configs import digits, methods, sources
-from saflex_jax.methods import METHODS
 
 SUITES = ("small", "full")
 HALVES = ("development", "report")
@@ -26,15 +25,15 @@ class Task(NamedTuple):
       half: of HALVES.
       noise: share of the candidates whose label is wrong, or that are of no class.
       seeds: how many, from config.seed on.
-      seconds: estimate for one run of the upstream pipeline on one CPU core, compilation apart;
-        None = not measured.
+      seconds: estimates for one run of the upstream pipeline on one CPU core, its steps and its
+        evaluation, compilation apart; None = not measured.
       config: with the arms of the comparison.
     """
 
     half: str
     noise: float
     seeds: int
-    seconds: float | None
+    seconds: tuple[float, float] | None
     config: ConfigDict
 
 
@@ -49,6 +48,7 @@ class _Images(NamedTuple):
     data: dict[str, Any]
     widths: tuple[int, ...] = (16, 32, 64)
     soft: str = "soft_crop(3) | flip"  # the pipeline of the baseline Soft Augmentation
+    baselines: bool = True  # whether more arms are run than arms.STANDING
 
 
 NOISE = 0.4  # of the noisy twin of every table
@@ -74,7 +74,7 @@ TABLES = {
 # the seed: with a share that is always there, all seeds share a compilation.
 WITH_COPIES, ALWAYS_THERE = {"cmc", "phoneme", "spambase", "segment"}, 0.9
 TABLE_STEPS, IMAGE_STEPS, FULL_STEPS = 400, 400, 20_000
-TABLE_SECONDS = 0.6  # for a run of the upstream pipeline on one CPU core
+TABLE_SECONDS = 0.5, 0.1  # the steps of a run, and its evaluation, on one CPU core
 
 _CROP = "shift(2) | flip"
 
@@ -105,7 +105,8 @@ IMAGES = {
     },
     **{
         f"generator_40_val_{val}": _Images(
-            "development", 0.4, _CROP, 15, 3, _garments(200, val=val, **_generator(0.4))
+            "development", 0.4, _CROP, 15, 3, _garments(200, val=val, **_generator(0.4)),
+            baselines=False,
         )
         for val in (50, 800)
     },
@@ -202,6 +203,8 @@ def _images(spec: _Images, *, full: bool) -> Task:
     config.data = dict(spec.data)
     config.augment = spec.augment
     config.arms.soft_augmentation = arms.STANDING["upstream_train_val"] | {"augment": spec.soft}
+    if not spec.baselines:
+        config.arms = arms.STANDING
     config.model = {"name": "small_cnn", "widths": spec.widths, "norm": "batch"}
     if full:
         config.model = {"name": "resnet18", "norm": "group"}
@@ -209,7 +212,7 @@ def _images(spec: _Images, *, full: bool) -> Task:
         config.train.val_batch_size = min(batch_size, spec.data["val"])
         if config.data.per_class > FEW:
             config.data.per_class = 0
-    seconds = None if full else steps * spec.milliseconds / 1e3 + spec.tested
+    seconds = None if full else (steps * spec.milliseconds / 1e3, spec.tested)
     return Task(spec.half, spec.noise, 5, seconds, config)
 
 
@@ -217,8 +220,9 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
     """What all tasks have in common; SAFLEX's options are its defaults, with a memory.
 
     The two baselines that leave out the samples of large loss are told the share of wrong labels,
-    as in their papers; no other arm knows it. The options of label smoothing and bootstrapping are
-    the best of three each, on the half "development".
+    as in their papers; no other arm knows it, and without wrong labels they are plain training. The
+    options of label smoothing and bootstrapping are the best of three each, on the half
+    "development".
     """
     config = digits.get_config()
     forget = {"forget": noise, "ramp": steps // 4}
@@ -227,13 +231,13 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
         saflex={"memory_decay": 0.9},
         label_smoothing={"epsilon": 0.1},
         bootstrap={"hard": True, "beta": 0.5, "start": steps // 4},
-        **{name: forget for name in ("small_loss", "co_teaching") if name in METHODS},
+        **{name: forget for name in TOLD},
     )
     config.train = {
         "steps": steps, "batch_size": batch_size, "val_batch_size": val_batch_size,
         "log_every": steps // 8, "checkpoint_every": steps,
     }  # fmt: skip
-    config.arms = all_arms()
+    config.arms = all_arms(noise)
     return config
 
 
@@ -247,6 +251,7 @@ BASELINES = {
     "l2rw": False,
     "meta_weight_net": False,
 }
+TOLD = ("small_loss", "co_teaching")  # of these those that know the share of wrong labels
 # Of SAFLEX, beside those of arms.STANDING: what directs the learning, and the rule of the paper.
 PROTOCOLS: dict[str, dict] = {
     "saflex_folds": {"data": {"train_on_val": True, "folds": 5}},
@@ -261,12 +266,12 @@ PROTOCOLS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def all_arms() -> dict[str, dict]:
-    """Arm -> changes of a task's config: upstream, SAFLEX's protocols, the baselines there are."""
+def all_arms(noise: float) -> dict[str, dict]:
+    """Arm -> changes of a task's config: upstream, SAFLEX's protocols, the baselines."""
     baselines = {
         name: {"method": {"name": name}, "data": {"train_on_val": trains}}
         for name, trains in BASELINES.items()
-        if name in METHODS
+        if noise or name not in TOLD
     }
     return {**arms.STANDING, **PROTOCOLS, **baselines}
 
@@ -279,4 +284,7 @@ COMPILATION, LOADING = 6.0, 1.5  # seconds of one CPU core, for each arm of a ta
 
 def seconds(task: Task, arm: str) -> float | None:
     """Estimate for one run of an arm on one CPU core, compilation apart."""
-    return None if task.seconds is None else task.seconds * _COST.get(arm, 1.2)
+    if task.seconds is None:
+        return None
+    steps, tested = task.seconds
+    return steps * _COST.get(arm, 1.2) + tested

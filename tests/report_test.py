@@ -256,6 +256,29 @@ def test_figures_draw_the_points():
     assert axis.get_xscale() == "log"
 
 
+def test_the_course_of_a_run_is_that_of_the_seeds_that_learned():
+    history = [
+        [{"step": s, "noise_rate": rate / 10, "relabelled": rate / 20} for s, rate in pairs]
+        for pairs in ([(50, 1), (100, 4)], [(50, 3), (100, 4)])
+    ]
+    records = [line("a", "saflex", n, 50, noise=0.4, history=h) for n, h in enumerate(history)]
+    records += [line("a", "upstream", 0, 50, noise=0.4, history=[{"step": 50}])]
+    records += [line("b", "saflex", 0, 50, history=[{"step": 50, "kept": 1.0}])]
+    found = report.courses(report.by_task(records), "saflex")
+    assert list(found) == ["a"] and found["a"]["noise"] == 0.4
+    left, right = report_figures.course(found).axes
+    assert left.lines[0].get_xydata().tolist() == [[50, pytest.approx(0.2)], [100, 0.4]]
+    assert right.lines[0].get_ydata().tolist() == [pytest.approx(0.1), 0.2]
+
+
+def test_without_results_the_kept_ones_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / report.KEPT).write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    assert report.main(["--json", "--arm=saflex"]) == 0
+    assert json.loads(capsys.readouterr().out) == report.headline(REPORT, "saflex")
+
+
 def test_reading_leaves_out_half_a_line(tmp_path):
     path = tmp_path / "x.jsonl"
     assert arms.read_records(path) == []

@@ -184,6 +184,10 @@ def test_the_hash_is_of_what_fixes_a_run():
         }.items()
     ]  # fmt: skip
     assert len({same, *different}) == len(different) + 1
+    # As if the field were not there: results outlive fields that are added.
+    config = digits.get_config()
+    del config.data["select"]
+    assert suite.settings_hash(config) == same != changed(**{"data.select": 5})
     # A refiner's options count where there is one.
     over = {"method.name": "sla", "method.refiner": "saflex"}
     assert changed(**over) != changed(**over, **{"method.saflex.temperature": 0.7})
@@ -511,7 +515,10 @@ def test_killed_and_resumed_every_run_is_made_once(tmp_path):
     assert all("Traceback" in r["error"] for r in failed)
     for r in records:
         assert 0.5 < r["test_accuracy"] <= 1 and 0.5 < r["val_accuracy"] <= 1
-        assert r["seconds_per_step"] > 0 and r["half"] == "development" and "history" not in r
+        assert r["seconds_per_step"] > 0 and r["half"] == "development"
+        assert [h["step"] for h in r["history"]] == [50 * (n + 1) for n in range(8)]
+        learned = {"kept", "relabelled", "noise_rate"} if r["arm"] == "saflex" else set()
+        assert all(h.keys() == {"step", *learned} for h in r["history"])
         assert r["versions"].keys() == {*suite.PACKAGES} and r["date"].endswith("+00:00")
         assert r["settings"] == suite.settings_hash(suite.configs(SMALL[r["task"]], "")[r["arm"]])
         assert r["noise"] == SMALL[r["task"]].noise and r["val"] == 113
