@@ -24,7 +24,7 @@ class Agreement(NamedTuple):
     """How much probability the network gives to given labels, as running sums.
 
     Attributes:
-      trusted: f32[2], sum and number of trusted samples.
+      trusted: f32[2], sum and number of trusted samples, per row of a batch.
       others: f32[2], likewise.
     """
 
@@ -50,7 +50,7 @@ def add_agreement(
     decay: float = 0.99,
     reduce: Reduce = identity,
 ) -> Agreement:
-    """Forgets a little of the sums and adds a batch to them.
+    """Forgets a little of the sums and adds a batch to them, all batches counting alike.
 
     Args:
       kept: sums so far.
@@ -60,7 +60,9 @@ def add_agreement(
     """
     of = lambda a, rows: jnp.stack([jnp.sum(jnp.where(rows, a, 0.0)), jnp.sum(rows, dtype=a.dtype)])
     new = reduce(Agreement(of(*trusted), of(*others)))
-    return jax.tree.map(lambda old, x: decay * old + (1 - decay) * x, kept, new)
+    rows = jnp.maximum(new.trusted[1] + new.others[1], jnp.finfo(jnp.float32).tiny)
+    # Per row: a mean over devices is no sum over them.
+    return jax.tree.map(lambda old, x: decay * old + (1 - decay) * x / rows, kept, new)
 
 
 def noise_rate(kept: Agreement, num_classes: int) -> jax.Array:

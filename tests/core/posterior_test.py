@@ -122,14 +122,14 @@ def test_agreement_is_the_probability_of_a_label_and_one_for_a_mixture_that_is_h
     np.testing.assert_allclose(posterior.agreement(BELIEF, BELIEF), 1, rtol=1e-6)
 
 
-def test_sums_forget_and_their_ratio_weighs_all_rows_alike():
+def test_sums_forget_and_are_per_row_of_a_batch():
     values = _rng.random((3, SIZE)).astype(np.float32)
     rows = _rng.random((3, SIZE)) < 0.5
     found, sums = posterior.no_agreement(), np.zeros((2, 2))
     for a, trusted in zip(values, rows):
         found = posterior.add_agreement(found, (a, trusted), (a, ~trusted), decay=0.8)
         new = [[a[r].sum(), r.sum()] for r in (trusted, ~trusted)]
-        sums = 0.8 * sums + 0.2 * np.array(new)
+        sums = 0.8 * sums + 0.2 * np.array(new) / SIZE
     np.testing.assert_allclose(np.stack(found), sums, rtol=1e-5)
 
 

@@ -235,7 +235,7 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
                 reference = ((held * val.labels).sum(1) / (val.labels**2).sum(1))[val.mask]
             others = agreed[~is_trusted]
             new = [reference.sum(), len(reference), others.sum(), len(others)]
-            sums = forget * sums + (1 - forget) * np.array(new)
+            sums = forget * sums + (1 - forget) * np.array(new) / (new[1] + new[3])
             believed = softmax(np.log(probs) + lookahead * scores_along(jacobian, gradient))
             visits[rows] += 1
             rates = np.maximum(1 - decay, 1 / visits[rows])[:, None]

@@ -48,7 +48,7 @@ VARIANTS = {
         0,
         False,
     ),
-    "posterior_memory_padding": (saflex.refiner(**_MEMORY, num_trusted=8), PADDING, False),
+    "posterior_memory_padding": (saflex.refiner(**_MEMORY, num_trusted=6), PADDING, False),
     "implicit_padding": (
         implicit.refiner(prior=POOL.labels, meta_tx=optax.sgd(30.0), solve=cg_solve(damping=0.1)),
         PADDING,
