@@ -205,6 +205,33 @@ def test_folds_of_a_config(changes, on_device):
         assert len(val) == (config.train.val_batch_size or trusted // 4)
 
 
+def test_samples_to_choose_on_come_from_training_with_right_labels():
+    # Images, whose values do not depend on what trains.
+    make = lambda n: task.make_data(changed(digits.get_config(), **{"data.select": n}))
+    plain, chosen = make(0), make(90)
+    prints = lambda batch: {x.tobytes() for x in np.asarray(batch.inputs)}
+    assert len(chosen.test.labels) == 90
+    assert prints(chosen.test) <= prints(plain.pools.candidates) - prints(chosen.pools.candidates)
+    assert len(chosen.pools.candidates.labels) == len(plain.pools.candidates.labels) - 90
+    assert prints(chosen.held_out) == prints(plain.held_out)
+    right = {x.tobytes(): y for x, y in zip(chosen.source.inputs, chosen.source.labels)}
+    found = [right[np.asarray(x).tobytes()] for x in chosen.test.inputs]
+    np.testing.assert_array_equal(found, chosen.test.labels.argmax(1))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_validation_samples_that_train_stay_as_given(trains):
+    config = small(**{"data.train_on_val": trains, "method.saflex.noise_rate": 0.5})
+    data = task.make_data(config)
+    method = build.make_method(config, data.pools, data.source.columns)
+    state = build.init_state(config, method, data.pools)
+    candidates = data.pools.candidates
+    learned = method.targets(state, data.pools)
+    as_given = (np.asarray(learned.labels) == candidates.labels).all(1)
+    trusted = np.arange(len(as_given)) >= len(as_given) - trains * len(data.held_out.labels)
+    np.testing.assert_array_equal(as_given, trusted)
+
+
 # --- bad configs -----------------------------------------------------------------------------
 
 
