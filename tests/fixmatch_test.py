@@ -200,9 +200,8 @@ def test_draws_are_of_the_step_and_of_the_kind_of_view():
 
 
 def test_saflex_that_keeps_the_prior_is_fixmatch():
-    kept = dict(prior_strength=np.inf, learn="labels", predicate=None)
     _, plain, _ = after()
-    _, found, metrics = after(refiner=saflex.refiner(**kept))
+    _, found, metrics = after(refiner=saflex.refiner(noise_rate=0.0, predicate=None))
     assert_close(found.params, plain.params, 1e-6)
     assert metrics["kept"][0] == metrics["kept"][1] == metrics["confident"][0] > 0
 
@@ -234,7 +233,7 @@ def on_devices(make_runner, axis_name=None):
     """The state after some steps, and the metrics of all of them; padding among the rows."""
     method = fixmatch.make(
         setup_.make_model(axis_name), setup_.TX, weak="shift(1)", strong="shift(3) | flip",
-        refiner=saflex.refiner(direction="identity", temperature=0.5), threshold=0.4, ema=0.5,
+        refiner=saflex.refiner(direction="identity"), threshold=0.4, ema=0.5,
     )  # fmt: skip
     runner = make_runner(method.step)
     state = runner.put_state(method.init(jax.random.key(0), setup_.POOL.inputs[:2]))
