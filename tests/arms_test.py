@@ -171,6 +171,8 @@ def test_every_arm_of_every_config_builds(config):
     if config.method.name == "protonet":  # whole episodes, and their own classes
         size, classes = config.train.batch_size, config.method.protonet.ways
     data = pools(config.data.name, size)
+    if config.data.unlabelled:
+        data = data._replace(clean=data.val)
     method = build.make_method(config, data)
     if config.model.name == "resnet18":  # slow to trace; what differs is the method
         config = config.copy_and_resolve_references()
