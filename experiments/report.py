@@ -313,6 +313,13 @@ expected calibration error in points, 15 bins. Step cost is the time of a step o
 median over tasks; runs shared the machine. `noise` is the share of wrong labels among the
 candidates, `val` the number of validation samples. The halves were fixed in
 `experiments/suite_tasks.py` before any run: rules and options are chosen on "development".
+
+`upstream` trains on the training split, `upstream_train_val` on the validation samples as well. Of
+SAFLEX (defaults, with a memory) the validation samples are held out in `saflex`, train as well in
+`saflex_train_val`, are cut into five folds in `saflex_folds`, and are not used at all in
+`saflex_train_batch`; `saflex_paper` is the paper's rule with held-out samples. Of the other arms
+`l2rw` and `meta_weight_net` hold the validation samples out, the rest train on them. `small_loss`
+and `co_teaching` are told the share of wrong labels, which no other arm knows.
 """
 
 

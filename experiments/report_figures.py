@@ -77,7 +77,7 @@ def course(tasks: dict[str, dict]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelleft=True)
         axis.grid(alpha=0.2)
-    levels = sorted({task["noise"] for task in tasks.values()})
+    levels = sorted({round(task["noise"], 2) for task in tasks.values()})
     for level in levels:
         axis.plot([], [], color=shades(0.9 * level / most), label=f"{level:.0%} are wrong")
     axis.legend(fontsize=9)

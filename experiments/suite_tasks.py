@@ -221,8 +221,8 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
 
     The two baselines that leave out the samples of large loss are told the share of wrong labels,
     as in their papers; no other arm knows it, and without wrong labels they are plain training. The
-    options of label smoothing and bootstrapping are the best of three each, on the half
-    "development".
+    options of label smoothing and bootstrapping are the best of three each, on the tables of the
+    half "development".
     """
     config = digits.get_config()
     forget = {"forget": noise, "ramp": steps // 4}

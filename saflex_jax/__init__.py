@@ -18,6 +18,7 @@ from saflex_jax.core.linear_solve import (
     preconditioned_solve,
 )
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.posterior import posterior_targets
 from saflex_jax.core.scores import Scores, label_scores, score, validation_gradient
 from saflex_jax.core.steps import bilevel_step, inner_step, outer_step
 from saflex_jax.core.targets import solve_targets
@@ -47,6 +48,7 @@ __all__ = [
     "masked_mean",
     "neumann_solve",
     "outer_step",
+    "posterior_targets",
     "preconditioned_solve",
     "score",
     "solve_targets",
