@@ -210,7 +210,7 @@ def _images(spec: _Images, *, full: bool) -> Task:
         config.model = {"name": "resnet18", "norm": "group"}
         config.optimizer.learning_rate = 1e-3
         config.train.val_batch_size = min(batch_size, spec.data["val"])
-        if config.data.per_class > FEW:
+        if spec.noise or config.data.per_class > FEW:
             config.data.per_class = 0
     seconds = None if full else (steps * spec.milliseconds / 1e3, spec.tested)
     return Task(spec.half, spec.noise, 5, seconds, config)

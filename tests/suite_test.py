@@ -53,11 +53,13 @@ def test_the_small_suite_is_within_two_hours_on_two_cores():
 def test_every_task_has_every_arm_and_fits_its_data():
     # All arms of the full suite are checked, but for the tables' of one kind.
     full = suite_tasks.make("full")
-    assert len(full) == 12 * 3 * 2 + len(suite_tasks.IMAGES)
+    assert len(full) == 12 * 3 * 2 * 2 + len(suite_tasks.IMAGES)
     some = {n: t for n, t in full.items() if n in suite_tasks.IMAGES or n.startswith("wdbc")}
     for t in [*SMALL.values(), *some.values()]:
         found = arms.configs(t.config)
-        assert set(found) >= {*arms.STANDING, "l2rw", "meta_weight_net"}
+        more = {*suite_tasks.PROTOCOLS, "l2rw", "meta_weight_net", "label_smoothing", "bootstrap"}
+        assert set(found) == {*arms.STANDING} or set(found) >= {*arms.STANDING, *more}
+        assert not t.noise or len(found) == 4 or set(found) >= {"small_loss", "co_teaching"}
         for config in found.values():
             section = config.data
             assert config.train.val_batch_size <= section.val
@@ -326,6 +328,9 @@ class Context:
         return ours, Theirs(theirs)
 
 
+HISTORY = {"history": [{"step": 50, "kept": 0.9, "loss": 1.0, "grad_norm": 2.0}]}
+
+
 @pytest.fixture
 def in_threads(monkeypatch):
     """`suite.run` on threads; the test says what a run returns."""
@@ -337,12 +342,15 @@ def in_threads(monkeypatch):
     def start(behave, todo, workers, stop=None, heard=lambda: None):
         def fake(of_seed, compiled, **options):
             assert options["look"] is False and options["measure"] is suite.measured
-            return {arm: behave(arm, *given) for arm, given in of_seed.items()}
+            return {arm: HISTORY | behave(arm, *given) for arm, given in of_seed.items()}
 
         monkeypatch.setattr(suite.arms, "run", fake)
         found, failed = [], []
 
         def record(job, seed, records):
+            short = {"history": [{"step": 50, "kept": 0.9}]}
+            assert all(r.items() >= short.items() for r in records.values())
+            records = {a: {k: r[k] for k in r.keys() - short} for a, r in records.items()}
             found.append((job.task, seed, records))
             heard()
 
@@ -360,7 +368,7 @@ def in_threads(monkeypatch):
 
 def test_one_worker_keeps_the_order_and_records_are_small(in_threads):
     todo = [Job("a", {"x": 1, "y": 2}, (0, 1)), Job("b", {"x": 3}, (5,))]
-    found, failed = in_threads(lambda arm, config, seed: {"v": config, "history": [1]}, todo, 1)
+    found, failed = in_threads(lambda arm, config, seed: {"v": config}, todo, 1)
     both = {"x": {"v": 1}, "y": {"v": 2}}
     assert found == [("a", 0, both), ("a", 1, both), ("b", 5, {"x": {"v": 3}})]
     assert failed == []

@@ -324,7 +324,7 @@ def test_upstream_augments_the_candidates_and_nothing_else():
     jax.tree.map(close, look_at(state, streams.candidates), seen[0].candidates)
     jax.tree.map(close, look_at(later, streams.candidates), seen[1].candidates)
     # Around a real method it is that method on the augmented candidates.
-    method = saflex.make(LINEAR, TX, direction="identity", predicate=None)
+    method = saflex.make(LINEAR, TX, rule="simplex", direction="identity", predicate=None)
     step = jax.jit(partial(method.step, reduce=reduce_nothing))
     whole = jax.jit(partial(upstream(method, augment).step, reduce=reduce_nothing))
     whole = whole(state, streams)[0]
@@ -337,7 +337,7 @@ def test_upstream_augments_the_candidates_and_nothing_else():
 def test_saflex_remembers_a_sample_by_all_its_views():
     size, samples = 6, 60
     augment = views(identity, shift(2))
-    options = {"memory_decay": 0.9, "num_samples": samples, "num_classes": 3}
+    options = {"rule": "simplex", "memory_decay": 0.9, "num_samples": samples, "num_classes": 3}
     method = saflex.make(LINEAR, TX, direction="identity", predicate=None, **options)
     method = upstream(method, augment)
     streams = Streams(images(size), images(8, seed=1))

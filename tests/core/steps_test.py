@@ -195,7 +195,7 @@ def test_direction_is_what_its_solver_makes_of_the_validation_gradient(direction
         "neumann": linear_solve.neumann_solve(steps=3, scale=0.2, damping=0.1),
         "cg": linear_solve.cg_solve(maxiter=3, damping=0.1),
     }
-    options = dict(iterations=3, damping=0.1, neumann_scale=0.2)
+    options = dict(rule="simplex", iterations=3, damping=0.1, neumann_scale=0.2)
     method = saflex.make(p.model, optax.adam(1e-2), direction=direction, **options)
     candidates = p.streams.candidates
 
