@@ -17,7 +17,6 @@ Scale = Literal["rms", "raw"]
 Learn = Literal["both", "weights", "labels"]
 Anchor = Literal["linear", "log"]
 
-SCALES = get_args(Scale)
 _LOG_FLOOR = 1e-3  # what a class with prior zero counts as under anchor="log"
 
 
@@ -27,6 +26,26 @@ def score_scale(
     """Root mean square of the unmasked scores f32[B, K] over all devices, f32[]; 1 if all are 0."""
     square = reduce(masked_mean(jnp.mean(scores**2, axis=-1), mask, reduce=reduce))
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
+
+
+def check(
+    prior_strength: float,
+    temperature: float,
+    tolerance: float,
+    scale: str,
+    learn: str,
+    anchor: str,
+) -> None:
+    """Raises ValueError on what `solve_targets` does not take."""
+    checks.positive("temperature", temperature)
+    checks.at_least_zero("prior_strength", prior_strength)
+    checks.at_least_zero("tolerance", tolerance)
+    for name, value, accepted in (
+        ("scale", scale, Scale),
+        ("learn", learn, Learn),
+        ("anchor", anchor, Anchor),
+    ):
+        checks.choice(name, value, get_args(accepted))
 
 
 def solve_targets(
@@ -76,12 +95,7 @@ def solve_targets(
     """
     checks.same_shape(scores=scores, prior=prior)
     checks.rows(scores.shape[0], mask=mask)
-    checks.positive("temperature", temperature)
-    checks.at_least_zero("prior_strength", prior_strength)
-    checks.at_least_zero("tolerance", tolerance)
-    checks.choice("scale", scale, SCALES)
-    checks.choice("learn", learn, ("both", "weights", "labels"))
-    checks.choice("anchor", anchor, ("linear", "log"))
+    check(prior_strength, temperature, tolerance, scale, learn, anchor)
     mask = jnp.ones(scores.shape[0], bool) if mask is None else mask
     scores = jnp.where(mask[:, None], scores, 0.0)
     checks.finite("scores", scores)

@@ -2,9 +2,19 @@
 
     direction -> scores -> (memory) -> targets -> weighted inner step
 
-Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label Extrapolation",
+Two rules make targets of scores. "simplex" is the paper's, the best point of the simplex.
+"posterior", the default, takes the scores for what they are to first order, the change of log p
+after a step that lowers the validation loss:
+
+    p'_i = softmax(log p_i + lookahead S_i) ,   y_i, w_i = posterior(q_i, mean p'_i, eta)
+
+and learns the share eta of wrong labels from the trusted samples (`core.posterior`). Where no
+label is wrong it is the plain upstream pipeline. How both compare: docs/results.md.
+
+Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label EXtrapolation",
 ICLR 2024.
-The paper's rule is `direction="identity", predicate=None, tolerance=0, memory_decay=None`.
+The paper's rule is `rule="simplex", direction="identity", predicate=None, tolerance=0,
+memory_decay=None`.
 """
 
 from __future__ import annotations
@@ -30,7 +40,7 @@ class Kept(NamedTuple):
     """What the rule keeps between steps; None where it needs nothing.
 
     Attributes:
-      memory: of scores.
+      memory: of scores, or of what is believed after a step.
       gradient: of the validation loss, like the selected parameters.
       agreement: of the network with given labels, for the share of wrong ones.
     """
@@ -125,13 +135,10 @@ def refiner(
     """
     checks.choice("rule", rule, RULES)
     checks.choice("direction", direction, DIRECTIONS)
-    checks.choice("scale", scale, targets.SCALES)
     checks.amount("lookahead", lookahead)
     if noise_rate is not None:
         checks.fraction("noise_rate", noise_rate)
-    checks.positive("temperature", temperature)
-    checks.at_least_zero("prior_strength", prior_strength)
-    checks.at_least_zero("tolerance", tolerance)
+    targets.check(prior_strength, temperature, tolerance, scale, learn, anchor)
     checks.whole("num_trusted", num_trusted)
     if num_trusted > num_samples:
         raise ValueError(
