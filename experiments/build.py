@@ -201,6 +201,7 @@ def make_method(
         "num_samples": num_samples,
         "num_classes": num_classes,
         "num_trusted": _trusted(config, pools) * (num_samples // len(labels)),
+        "num_val": 0 if pools.val is None else len(pools.val.labels),
         # Of all samples at once, since `seen` is linear: of SLA they are M^2 times the labels.
         "counts": np.asarray(seen(labels.sum(0, keepdims=True))).sum(0),
         "num_steps": config.train.steps,

@@ -228,7 +228,7 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
     forget = {"forget": noise, "ramp": steps // 4}
     config.method = methods.all_methods(
         "saflex",
-        saflex={"memory_decay": 0.9},
+        saflex={"memory_decay": 0.97},
         label_smoothing={"epsilon": 0.1},
         bootstrap={"hard": True, "beta": 0.5, "start": steps // 4},
         **{name: forget for name in TOLD},

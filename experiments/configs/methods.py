@@ -18,7 +18,7 @@ TAKERS = {
 # Given by the run, not by a config.
 BY_RUN = {
     *("model", "tx", "backbone", "refiner", "loss", "parent", "name", "axis_name"),
-    *("num_samples", "num_classes", "num_trusted", "prior", "counts", "weak"),
+    *("num_samples", "num_classes", "num_trusted", "num_val", "prior", "counts", "weak"),
     *("num_steps", "steps_per_epoch"),
 }
 

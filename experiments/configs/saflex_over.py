@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         "automix_saflex": {"method": {"refiner": "saflex"}},
         "sla_sd": {"method": {"name": "sla"}},
         "sla_saflex": {
-            "method": {"name": "sla", "refiner": "saflex", "saflex": {"memory_decay": 0.9}}
+            "method": {"name": "sla", "refiner": "saflex", "saflex": {"memory_decay": 0.97}}
         },
     }
     return config

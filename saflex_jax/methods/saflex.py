@@ -9,7 +9,8 @@ after a step that lowers the validation loss:
     p'_i = softmax(log p_i + lookahead S_i) ,   y_i, w_i = posterior(q_i, mean p'_i, eta)
 
 and learns the share eta of wrong labels from the trusted samples (`core.posterior`). Where no
-label is wrong it is the plain upstream pipeline. How both compare: docs/results.md.
+label is wrong it is the plain upstream pipeline. Of rows that upstream mixing made, what is known
+of their parents is mixed as their labels are (`core.parents`). How both compare: docs/results.md.
 
 Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label EXtrapolation",
 ICLR 2024.
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from saflex_jax import checks
-from saflex_jax.core import linear_solve, memory, posterior, scores, targets
+from saflex_jax.core import linear_solve, memory, parents, posterior, scores, targets
 from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.memory import Memory
 from saflex_jax.core.posterior import Agreement
@@ -89,6 +90,7 @@ def refiner(
     num_samples: int = 0,
     num_classes: int = 0,
     num_trusted: int = 0,
+    num_val: int = 0,
     start: int = 0,
     every: int = 1,
     val_every: int = 1,
@@ -115,13 +117,16 @@ def refiner(
       prior_strength, temperature, tolerance, scale, learn, anchor: of "simplex", see
         `core.targets.solve_targets`.
       memory_decay: averages over a source sample's visits (`core.memory`), keyed by `Batch.index`:
-        its p' or, for "simplex", its scores; None = no memory. Needs num_samples and num_classes.
+        its p', from rows that are whole (`core.parents`), or, for "simplex", its scores; None = no
+        memory. Needs num_samples and num_classes.
       memory_dtype: "float32" or "bfloat16".
       num_samples, num_classes: size of the memory.
       num_trusted: the last so many source samples are trusted ones that train, too: they stay as
         they are, and eta is learned from them. Needs num_samples. 0 = there are none; then eta is
         learned from the validation samples, which is fair only where these are as hard as the
         candidates: held out of training against it, without upstream augmentation for it.
+      num_val: how many validation samples there are, for the error of an eta that is learned from
+        them; 0 = unknown, and an eta of few samples is taken as it is (`posterior.noise_rate`).
       start: first step on which targets are learned; the prior before it.
       every: scores are computed every so many steps; on the others the memory's are used, or,
         without a memory, the prior. The candidates' forward pass is made on all steps: it is the
@@ -140,6 +145,7 @@ def refiner(
         checks.fraction("noise_rate", noise_rate)
     targets.check(prior_strength, temperature, tolerance, scale, learn, anchor)
     checks.whole("num_trusted", num_trusted)
+    checks.whole("num_val", num_val)
     if num_trusted > num_samples:
         raise ValueError(
             f"num_trusted must be at most num_samples = {num_samples}; given {num_trusted}"
@@ -179,8 +185,8 @@ def refiner(
             )
         return linear_solve.cg_solve(maxiter=iterations, damping=damping)
 
-    def is_trusted(candidates):
-        return candidates.index >= num_samples - num_trusted
+    def is_trusted(index):
+        return index >= num_samples - num_trusted
 
     def of_visit(label_scores, log_probs, candidates, reduce):
         """What a scoring says of a sample; a memory averages it."""
@@ -191,13 +197,19 @@ def refiner(
         # A raw score shrinks as training goes on: no average of it.
         return label_scores / targets.score_scale(label_scores, candidates.mask, reduce=reduce)
 
+    def remembered(kept, visit, candidates):
+        """The evidence that targets are made of: what the memory says, else this visit."""
+        if rule == "posterior":
+            return parents.mixture(candidates, lambda index: memory.recall(kept, index), visit)
+        return memory.recall(kept, candidates.index)
+
     def make_targets(evidence, arrays, candidates, reduce):
         if rule == "posterior":
             return posterior.posterior_targets(
                 candidates.labels,
                 evidence,
                 wrong_share(arrays, candidates),
-                trusted=is_trusted(candidates) if num_trusted else None,
+                trusted=parents.of_all(candidates, is_trusted) if num_trusted else None,
                 mask=candidates.mask,
                 reduce=reduce,
             )
@@ -217,7 +229,9 @@ def refiner(
     def wrong_share(arrays, candidates):
         if noise_rate is not None:
             return noise_rate
-        return posterior.noise_rate(arrays.agreement, candidates.labels.shape[1])
+        number = num_trusted or num_val
+        classes = candidates.labels.shape[1]
+        return posterior.noise_rate(arrays.agreement, classes, num_trusted=number)
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
@@ -262,13 +276,15 @@ def refiner(
             reference = (jnp.zeros(len(val.mask)), jnp.zeros_like(val.mask)) if on_val else ()
             return kept, nothing, reference
 
-        def agreed(kept, log_probs, reference):
-            values = posterior.agreement(jnp.exp(log_probs), candidates.labels)
-            others = candidates.mask
+        def agreed(kept, log_probs, evidence, reference):
+            rows = candidates.mask & parents.is_whole(candidates)
             if num_trusted:
-                trusted = is_trusted(candidates)
-                reference, others = (values, trusted & others), ~trusted & others
-            return posterior.add_agreement(kept, reference, (values, others), reduce=reduce)
+                values = posterior.agreement(evidence, candidates.labels)
+                trusted = is_trusted(candidates.index)
+                reference, others = (values, rows & trusted), (values, rows & ~trusted)
+            else:  # of the validation samples nothing is remembered: both as the network is now
+                others = posterior.agreement(jnp.exp(log_probs), candidates.labels), rows
+            return posterior.add_agreement(kept, reference, others, reduce=reduce)
 
         def scored(arrays):
             if val_every == 1:
@@ -279,30 +295,34 @@ def refiner(
             label_scores, log_probs, info = jax.lax.stop_gradient(along(gradient))
             if keeps_gradient:
                 arrays = arrays._replace(gradient=gradient)
-            if estimates:
-                kept = agreed(arrays.agreement, log_probs, reference)
-                arrays = arrays._replace(agreement=kept)
             evidence = of_visit(label_scores, log_probs, candidates, reduce)
             if remembers:
-                remembered, evidence = memory.update(
+                rows = candidates.mask
+                if rule == "posterior":
+                    rows &= parents.is_whole(candidates)
+                kept, _ = memory.update(
                     arrays.memory,
                     candidates.index,
                     evidence,
-                    candidates.mask,
+                    rows,
                     decay=memory_decay,
                     reduce=reduce,
                 )
-                arrays = arrays._replace(memory=remembered)
+                arrays = arrays._replace(memory=kept)
+                evidence = remembered(kept, evidence, candidates)
+            if estimates:
+                kept = agreed(arrays.agreement, log_probs, evidence, reference)
+                arrays = arrays._replace(agreement=kept)
             learned = make_targets(evidence, arrays, candidates, reduce)
             return learned, arrays, val_loss, (info.residual, jnp.ones(()))
 
         def unscored(arrays):
             learned = targets.prior_targets(candidates.labels, candidates.mask)
             if remembers:
-                remembered = memory.recall(arrays.memory, candidates.index)
+                evidence = remembered(arrays.memory, jnp.zeros_like(candidates.labels), candidates)
                 learned = jax.lax.cond(
                     state.step >= start,
-                    lambda: make_targets(remembered, arrays, candidates, reduce),
+                    lambda: make_targets(evidence, arrays, candidates, reduce),
                     lambda: learned,
                 )
             return learned, arrays, nothing, nothing

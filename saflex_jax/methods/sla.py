@@ -108,12 +108,16 @@ def make(
     refined = "joint" if joint else "class"
 
     def expand(batch: Batch) -> Batch:
+        trace = jax.tree.map(lambda x: jnp.repeat(x, views, 0), batch.trace)
+        view = jnp.tile(jnp.arange(views), len(batch.index))
+        if trace is not None:  # a view's partner is the same view of the sample's
+            trace = trace._replace(partner=trace.partner * views + view[:, None])
         return Batch(
             inputs=transformed(batch.inputs, transformations),
             labels=priors(batch.labels, mode=mode, transformations=transformations),
             mask=jnp.repeat(batch.mask, views),
-            index=(batch.index[:, None] * views + jnp.arange(views)[None]).ravel(),
-            trace=jax.tree.map(lambda x: jnp.repeat(x, views, 0), batch.trace),
+            index=jnp.repeat(batch.index, views) * views + view,
+            trace=trace,
         )
 
     def refine(state, streams, *, reduce):
