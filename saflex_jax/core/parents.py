@@ -1,7 +1,8 @@
 """Rows that upstream mixing made of several samples: how much is a row's own, and whose the rest.
 
 A row is taken for its own sample from a share of WHOLE on. What is known of samples, that they are
-trusted or what is believed of them, reaches other rows through their parents, as labels do.
+trusted or what is believed of them, reaches other rows through their parents, as labels do. Where
+a pipeline mixes more than once, a partner's own partner is not in the trace and is overlooked.
 """
 
 from __future__ import annotations

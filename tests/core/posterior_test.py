@@ -50,6 +50,48 @@ def test_of_two_classes_the_labels_are_the_posterior_itself():
     np.testing.assert_allclose(found.weights, 1, atol=1e-6)
 
 
+def by_parts(given, belief, eta):
+    """(weights, labels) of one row, from a coupling of given and believed labels that is worked
+    out entry by entry: what agrees stays, what is left of the one goes to what is left of the
+    other; then Bayes' rule for every given label, as if it were the only one."""
+    classes = len(given)
+    belief = belief.astype(np.float64)
+    stays = np.minimum(given, belief)
+    rest = belief - stays
+    rest = rest / rest.sum() if rest.sum() else rest
+    labels, weight = np.zeros(classes), 0.0
+    for c in np.flatnonzero(given):
+        share = stays[c] / given[c]  # below one only where nothing of the rest is in c
+        believed = share * np.eye(classes)[c] + (1 - share) * rest
+        (joint,) = by_enumeration(believed[None], np.eye(classes)[[c]], eta)
+        others = joint * (np.arange(classes) != c)
+        certain = (rest**2).sum() ** 2
+        labels += given[c] * (joint - others + certain * others)
+        weight += given[c] * (joint[c] + certain * others.sum())
+    return weight, labels / weight
+
+
+def test_a_mixed_label_is_several_given_ones_each_with_its_share_of_the_belief():
+    mixed = soft_labels(_rng, SIZE, CLASSES)
+    mixed[:3] = 0.7 * GIVEN[:3] + 0.3 * GIVEN[[1, 2, 0]]
+    found = posterior.posterior_targets(mixed, BELIEF, ETA)
+    weights, labels = zip(*(by_parts(*row, ETA) for row in zip(mixed, BELIEF)))
+    np.testing.assert_allclose(found.weights, weights / np.mean(weights), atol=1e-5)
+    np.testing.assert_allclose(found.labels, labels, atol=1e-5)
+    assert np.abs(found.labels - mixed).max() > 0.1
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.5])
+def test_a_mixture_that_is_believed_stays_and_one_of_a_wrong_label_loses_that_part(share):
+    eye = np.eye(CLASSES, dtype=np.float32)
+    given = share * eye[[0, 0]] + (1 - share) * eye[[1, 1]]
+    belief = np.stack([given[0], share * eye[2] + (1 - share) * eye[1]])  # of the second, 0 is 2
+    found = posterior.posterior_targets(given, belief, ETA)
+    np.testing.assert_allclose(found.labels, belief, atol=1e-6)
+    np.testing.assert_allclose(found.weights, 1, atol=1e-6)
+    np.testing.assert_allclose(found.utility, [1, 1 - 2 * share], atol=1e-6)
+
+
 @pytest.mark.parametrize("prior", [GIVEN, soft_labels(_rng, SIZE, CLASSES)], ids=["hard", "mixed"])
 def test_where_no_label_is_wrong_all_is_as_given_bit_for_bit(prior):
     found = jax.jit(posterior.posterior_targets)(prior, BELIEF, jnp.zeros(()))
@@ -92,9 +134,10 @@ def agreements(accuracy, eta):
     return probs[0], likelihood(eta)[0] @ probs
 
 
-def kept(trusted, others, count=100.0):
-    pair = lambda mean: jnp.array([mean * count, count])
-    return posterior.Agreement(pair(trusted), pair(others))
+def kept(trusted, others, spread=0.0):
+    """Sums of so many samples with these means and this standard deviation."""
+    sums = lambda mean: 100 * jnp.array([1, mean, mean**2 + spread**2])
+    return posterior.Agreement(sums(trusted), sums(others))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.1, 0.4, 0.7])
@@ -115,20 +158,41 @@ def test_the_share_is_never_above_one():
     assert posterior.noise_rate(kept(0.3, 0.0), CLASSES) == 1
 
 
-def test_agreement_is_the_probability_of_a_label_and_one_for_a_mixture_that_is_hit():
+@pytest.mark.parametrize("accuracy", [0.6, 0.9])
+@pytest.mark.parametrize("number", [25, 400])
+def test_an_estimate_is_shrunk_by_its_standard_error_and_a_small_one_is_none(number, accuracy):
+    spread = 0.4
+    chance = (1 - accuracy) / (CLASSES - 1)
+    error = spread / np.sqrt(number) / (accuracy - chance)
+    for eta in (0.5 * error, 1.4 * error, 1.6 * error, 3 * error):
+        sums = kept(*agreements(accuracy, eta), spread)
+        found = posterior.noise_rate(sums, CLASSES, num_trusted=number)
+        wanted = eta - 2.25 * error**2 / eta if eta > 1.5 * error else 0
+        assert found == pytest.approx(wanted, abs=2e-5)
+        assert posterior.noise_rate(sums, CLASSES) == pytest.approx(eta, abs=1e-5)
+
+
+def test_what_all_trusted_samples_say_alike_is_not_shrunk():
+    found = posterior.noise_rate(kept(*agreements(0.8, 0.3)), CLASSES, num_trusted=5)
+    assert found == pytest.approx(0.3, abs=1e-3)
+
+
+def test_agreement_is_the_probability_of_a_label_and_what_a_mixture_has_in_common():
     np.testing.assert_allclose(
         posterior.agreement(BELIEF, GIVEN), BELIEF[np.arange(SIZE), GIVEN.argmax(1)], rtol=1e-6
     )
     np.testing.assert_allclose(posterior.agreement(BELIEF, BELIEF), 1, rtol=1e-6)
+    belief, given = np.array([[0.2, 0.8, 0.0]]), np.array([[0.5, 0.0, 0.5]])
+    np.testing.assert_allclose(posterior.agreement(belief, given), 0.2, rtol=1e-6)
 
 
 def test_sums_forget_and_are_per_row_of_a_batch():
     values = _rng.random((3, SIZE)).astype(np.float32)
     rows = _rng.random((3, SIZE)) < 0.5
-    found, sums = posterior.no_agreement(), np.zeros((2, 2))
+    found, sums = posterior.no_agreement(), np.zeros((2, 3))
     for a, trusted in zip(values, rows):
         found = posterior.add_agreement(found, (a, trusted), (a, ~trusted), decay=0.8)
-        new = [[a[r].sum(), r.sum()] for r in (trusted, ~trusted)]
+        new = [[r.sum(), a[r].sum(), (a[r] ** 2).sum()] for r in (trusted, ~trusted)]
         sums = 0.8 * sums + 0.2 * np.array(new) / SIZE
     np.testing.assert_allclose(np.stack(found), sums, rtol=1e-5)
 

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from saflex_jax.core import linear_solve
+from saflex_jax.core import linear_solve, parents, posterior
 from saflex_jax.core.steps import init_state
 from saflex_jax.core.tree import identity
 from saflex_jax.methods import implicit, saflex
-from saflex_jax.types import Streams
+from saflex_jax.types import Streams, Trace
 from tests import problems
 from tests.problems import CLASSES, assert_close, softmax
 
@@ -219,43 +219,99 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     streams = lambda step: right_streams_of(step, trusted)
     refiner = saflex.refiner(direction="identity", predicate=None, lookahead=lookahead, **options)
     arrays, run = runner(refiner, streams=streams)
-    mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(4), 0
+    mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(6), 0
+    counted = lambda x: [len(x), x.sum(), (x**2).sum()]
     for step in range(8):
         candidates, val, _ = streams(step)
         rows, prior = candidates.index[:REAL], candidates.labels[:REAL]
-        is_trusted = rows >= POOL - trusted
+        is_trusted, whole = rows >= POOL - trusted, prior.max(1) >= parents.WHOLE
+        evidence = np.zeros((REAL, CLASSES))
         if step >= start and (step - start) % every == 0:
             gradient, jacobian = pieces(step, streams)
             probs = softmax(np.asarray(PROBLEM.logits_fn(params_of(step), candidates.inputs)))
             probs = probs[:REAL]
-            agreed = (probs * prior).sum(1) / (prior**2).sum(1)
-            reference = agreed[is_trusted]
+            evidence = softmax(np.log(probs) + lookahead * scores_along(jacobian, gradient))
+            visits[rows[whole]] += 1
+            rates = np.maximum(1 - decay, 1 / visits[rows[whole]])[:, None]
+            mean[rows[whole]] += rates * (evidence[whole] - mean[rows[whole]])
+        evidence = np.where((whole & mean[rows].any(1))[:, None], mean[rows], evidence)
+        if step >= start and (step - start) % every == 0:
+            agreed = np.minimum(evidence if trusted else probs, prior).sum(1)
+            reference = agreed[is_trusted & whole]
             if not trusted:
                 held = softmax(np.asarray(PROBLEM.logits_fn(params_of(step), val.inputs)))
-                reference = ((held * val.labels).sum(1) / (val.labels**2).sum(1))[val.mask]
-            others = agreed[~is_trusted]
-            new = [reference.sum(), len(reference), others.sum(), len(others)]
-            sums = forget * sums + (1 - forget) * np.array(new) / (new[1] + new[3])
-            believed = softmax(np.log(probs) + lookahead * scores_along(jacobian, gradient))
-            visits[rows] += 1
-            rates = np.maximum(1 - decay, 1 / visits[rows])[:, None]
-            mean[rows] += rates * (believed - mean[rows])
-        right, given = sums[0] / max(sums[1], 1e-9), sums[2] / max(sums[3], 1e-9)
+                reference = (held * val.labels).sum(1)[val.mask]
+            new = np.array(counted(reference) + counted(agreed[~is_trusted & whole]))
+            sums = forget * sums + (1 - forget) * new / (new[0] + new[3])
+        right, given = sums[1] / max(sums[0], 1e-9), sums[4] / max(sums[3], 1e-9)
         gap = max(right - (1 - right) / (CLASSES - 1), 0.05)
         eta = np.clip((right - given) / gap, 0, 1)
-        known = mean[rows].any(1) & ~is_trusted
-        hit = (1 - eta) * (prior * mean[rows]).sum(1)
-        off = (1 - prior) * mean[rows]
-        missed = eta * off.sum(1) / (CLASSES - 1)
-        r = np.where(known & (hit + missed > 0), hit / np.maximum(hit + missed, 1e-12), 1)
+        if trusted and eta > 0:
+            variance = sums[2] / max(sums[0], 1e-9) - right**2
+            eta *= max(1 - (1.5 * np.sqrt(max(variance, 0) / trusted) / gap / eta) ** 2, 0)
+        known = evidence.any(1) & ~(is_trusted & whole)
+        hit = np.divide(np.minimum(evidence, prior), prior, where=prior > 0, out=0 * prior)
+        missed = eta * (1 - hit) / (CLASSES - 1)
+        hit *= 1 - eta
+        r = np.where(known[:, None] & (hit + missed > 0), hit / np.maximum(hit + missed, 1e-12), 1)
+        off = np.maximum(evidence - prior, 0)
         off /= np.maximum(off.sum(1, keepdims=True), 1e-12)
-        parts = r[:, None] * prior + ((1 - r) * (off**2).sum(1) ** 2)[:, None] * off
+        lost = (prior * (1 - r)).sum(1)
+        parts = prior * r + (lost * (off**2).sum(1) ** 2)[:, None] * off
         weights = parts.sum(1)
         found, arrays, metrics = run(arrays, step)
         assert_trained_on(found, weights / weights.mean(), parts / weights[:, None], 1e-4)
         assert metrics["noise_rate"][0] == pytest.approx(eta, abs=1e-4)
         learned += (r < 0.99).any()
     assert learned >= 2
+
+
+def traced(batch, partner, share):
+    """The batch with two operations in its trace: one that does not mix, and this one."""
+    trace = Trace(
+        np.zeros((SIZE, 2), np.int32),
+        np.stack([np.full(SIZE, 0.2), share], 1).astype(np.float32),
+        np.stack([batch.index, partner], 1).astype(np.int32),
+    )
+    return batch._replace(trace=trace)
+
+
+def test_what_is_known_of_parents_reaches_mixed_rows_and_only_whole_rows_are_remembered():
+    """Rows 0 to 5 are samples 0 to 5, of which 4 and up are trusted; row 5 is padding."""
+    share = np.array([0.6, 1, 0.95, 1, 0.6, 1])
+    partner = np.array([1, 1, 0, 3, 3, 5])
+
+    def streams(step):
+        # In turn all rows whole, so that something is remembered, and mixed.
+        candidates, val, _ = right_streams_of(0, 6)
+        given = candidates.labels
+        mixed = share[:, None] * given + (1 - share[:, None]) * given[partner]
+        whole = step % 2 == 0
+        candidates = candidates._replace(labels=given if whole else mixed.astype(np.float32))
+        same = candidates.index, np.ones(SIZE)
+        return Streams(traced(candidates, *(same if whole else (partner, share))), val)
+
+    options = {**MEMORY, "memory_decay": 0.9, "num_trusted": 6, "noise_rate": 0.4}
+    arrays, run = runner(
+        saflex.refiner(direction="identity", predicate=None, **options), streams=streams
+    )
+    _, arrays, _ = run(arrays, 0)
+    first = np.array(arrays.memory.mean)
+    found, arrays, _ = run(arrays, 1)
+    # Padding is not remembered; of the real rows those whose own share is .9 or more.
+    np.testing.assert_array_equal(arrays.memory.visits[:7], [1, 2, 2, 2, 1, 0, 0])
+    memory = np.array(arrays.memory.mean[:SIZE])
+    np.testing.assert_array_equal(memory[[0, 4]], first[[0, 4]])
+    evidence = memory.copy()
+    for row in (0, 4):  # as memory is after this step's visits
+        evidence[row] = share[row] * memory[row] + (1 - share[row]) * memory[partner[row]]
+    given = streams(1).candidates.labels
+    # 4 is trusted, but its partner 3 is not; no row is made of trusted samples alone.
+    wanted = posterior.posterior_targets(given[:REAL], evidence[:REAL], 0.4)
+    assert_trained_on(found, wanted.weights, wanted.labels)
+    kept, arrays, _ = run(arrays, 2)
+    np.testing.assert_array_equal(kept.labels[4], streams(2).candidates.labels[4])  # trusted
+    assert kept.utility[4] == 1 > np.asarray(kept.utility[:4]).max()
 
 
 def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
@@ -364,6 +420,7 @@ def test_implicit_trains_on_what_is_feasible(learn, meta_tx):
         ({"noise_rate": 1.5}, "noise_rate .*1.5"),
         ({"num_trusted": -1}, "num_trusted .*-1"),
         ({"num_trusted": POOL + 1, **MEMORY}, f"num_trusted .*{POOL + 1}"),
+        ({"num_val": -1}, "num_val .*-1"),
         ({"start": 1.5}, "start .*1.5"),
         ({"every": 2.5}, "every .*2.5"),
         ({"every": 0}, "every .*0"),
