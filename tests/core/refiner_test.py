@@ -219,8 +219,8 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     streams = lambda step: right_streams_of(step, trusted)
     refiner = saflex.refiner(direction="identity", predicate=None, lookahead=lookahead, **options)
     arrays, run = runner(refiner, streams=streams)
-    mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(6), 0
-    counted = lambda x: [len(x), x.sum(), (x**2).sum()]
+    mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(4), 0
+    seen = 0
     for step in range(8):
         candidates, val, _ = streams(step)
         rows, prior = candidates.index[:REAL], candidates.labels[:REAL]
@@ -241,14 +241,19 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
             if not trusted:
                 held = softmax(np.asarray(PROBLEM.logits_fn(params_of(step), val.inputs)))
                 reference = (held * val.labels).sum(1)[val.mask]
-            new = np.array(counted(reference) + counted(agreed[~is_trusted & whole]))
-            sums = forget * sums + (1 - forget) * new / (new[0] + new[3])
-        right, given = sums[1] / max(sums[0], 1e-9), sums[4] / max(sums[3], 1e-9)
+            others = agreed[~is_trusted & whole]
+            new = np.array([reference.sum(), len(reference), others.sum(), len(others)])
+            sums = forget * sums + (1 - forget) * new / (new[1] + new[3])
+            seen += len(reference)
+        right, given = sums[0] / max(sums[1], 1e-9), sums[2] / max(sums[3], 1e-9)
         gap = max(right - (1 - right) / (CLASSES - 1), 0.05)
-        eta = np.clip((right - given) / gap, 0, 1)
-        if trusted and eta > 0:
-            variance = sums[2] / max(sums[0], 1e-9) - right**2
-            eta *= max(1 - (1.5 * np.sqrt(max(variance, 0) / trusted) / gap / eta) ** 2, 0)
+        eta = np.clip((right - given) / gap, 0, 1) * (sums[3] > 0)
+        number = min(trusted or seen, seen)
+        if eta > 0:
+            eta *= max(1 - right * (1 - right) / number / (gap * eta) ** 2, 0)
+        off = np.maximum(evidence - prior, 0)
+        certain = ((off / np.maximum(off.sum(1, keepdims=True), 1e-12)) ** 2).sum(1) ** 2
+        evidence = evidence**2 / np.maximum((evidence**2).sum(1, keepdims=True), 1e-12)
         known = evidence.any(1) & ~(is_trusted & whole)
         hit = np.divide(np.minimum(evidence, prior), prior, where=prior > 0, out=0 * prior)
         missed = eta * (1 - hit) / (CLASSES - 1)
@@ -257,7 +262,7 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
         off = np.maximum(evidence - prior, 0)
         off /= np.maximum(off.sum(1, keepdims=True), 1e-12)
         lost = (prior * (1 - r)).sum(1)
-        parts = prior * r + (lost * (off**2).sum(1) ** 2)[:, None] * off
+        parts = prior * r + (lost * certain)[:, None] * off
         weights = parts.sum(1)
         found, arrays, metrics = run(arrays, step)
         assert_trained_on(found, weights / weights.mean(), parts / weights[:, None], 1e-4)
