@@ -165,7 +165,11 @@ def jobs(
             for group in arms.trainings(found[name]):
                 left = collections.defaultdict(list)  # arms that are to be run -> seeds
                 for seed in in_passes(range(task.seeds))[number]:
-                    which = [a for a in group if (name, a, seed, hashes[a]) not in done]
+                    which = [
+                        arm
+                        for arm in group
+                        if seed < task.seeds_of(arm) and (name, arm, seed, hashes[arm]) not in done
+                    ]
                     left[tuple(which)].append(seed)
                 result += [
                     Job(name, {arm: group[arm] for arm in which}, tuple(seeds))

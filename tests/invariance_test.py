@@ -240,7 +240,7 @@ def on_devices(make_runner, axis_name=None):
     )
     runner = make_runner(method.step)
     state = runner.put_state(method.init(jax.random.key(0), setup_.POOL.inputs[:2]))
-    for batch in setup_.make_batches("posterior_memory_padding"):
+    for batch in setup_.make_batches("implicit_padding"):
         state, metrics = runner.step(state, runner.put_batch(batch))
     averages = {name: np.divide(*pair) for name, pair in jax.device_get(metrics).items()}
     return setup_.flatten(state), averages

@@ -415,7 +415,7 @@ def on_devices(make_runner):
     )  # fmt: skip
     runner = make_runner(method.step)
     state = runner.put_state(method.init(jax.random.key(0), setup_.POOL.inputs[:2]))
-    for streams in setup_.make_batches("posterior_memory_padding"):
+    for streams in setup_.make_batches("implicit_padding"):
         state, metrics = runner.step(state, runner.put_batch(streams))
     averages = {name: np.divide(*pair) for name, pair in jax.device_get(metrics).items()}
     return setup_.flatten(state), averages

@@ -1,5 +1,7 @@
 """Shares and parents of mixed rows, against the labels that the mixing itself made."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ def batch():
     return Batch(images, labels, np.ones(SIZE, bool), index)
 
 
+@functools.cache
 def augmented(name):
     return jax.jit(augment.parse(PIPELINES[name]))(jax.random.key(3), batch())
 

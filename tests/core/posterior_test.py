@@ -1,11 +1,14 @@
 """The posterior of labels and the estimate of their noise, against Bayes' rule by enumeration."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from saflex_jax.core import posterior
+from saflex_jax.core.tree import Mean
 from tests.problems import soft_labels
 
 CLASSES, SIZE, ETA = 4, 7, 0.3
@@ -205,6 +208,18 @@ def test_sums_forget_and_are_per_row_of_a_batch():
         sums = 0.8 * sums + 0.2 * np.array(new) / SIZE
     np.testing.assert_allclose(np.stack(found[:2]), sums, rtol=1e-5)
     assert found.seen == rows.sum()
+
+
+def test_eight_devices_keep_the_sums_of_one():
+    values = _rng.random((8, SIZE)).astype(np.float32)
+    trusted = np.arange(8)[:, None] * SIZE + np.arange(SIZE) < 2.5 * SIZE  # none on most devices
+    add = lambda a, rows, **how: posterior.add_agreement(
+        posterior.no_agreement(), (a, rows), (a, ~rows), **how
+    )
+    found = jax.pmap(functools.partial(add, reduce=Mean("data")), "data")(values, trusted)
+    for one, eight in zip(add(values.ravel(), trusted.ravel()), found):
+        np.testing.assert_allclose(eight, np.broadcast_to(one, eight.shape), rtol=1e-6)
+    assert found.seen[0] == trusted.sum()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from saflex_jax.methods import implicit, saflex
 from saflex_jax.methods.base import supervised
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import Runner, jit_runner
+from saflex_jax.types import Trace
 
 STEPS, ROWS, SAMPLES, CLASSES = 5, 16, 24, 3
 TX = optax.sgd(0.05, momentum=0.9)
@@ -48,7 +49,12 @@ VARIANTS = {
         0,
         False,
     ),
-    "posterior_memory_padding": (saflex.refiner(**_MEMORY, num_trusted=6), PADDING, False),
+    # Five steps from the start no share of wrong labels would be found, hence one is given.
+    "posterior_memory_padding": (
+        saflex.refiner(**_MEMORY, num_trusted=6, noise_rate=0.4),
+        PADDING,
+        False,
+    ),
     "implicit_padding": (
         implicit.refiner(prior=POOL.labels, meta_tx=optax.sgd(30.0), solve=cg_solve(damping=0.1)),
         PADDING,
@@ -93,7 +99,10 @@ def make_method(variant: str, *, axis_name: str | None = None) -> Method:
 
 
 def make_batches(variant: str) -> list[Streams]:
-    """STEPS global host batches; padding rows are zeros, at the end."""
+    """STEPS global host batches; padding rows are zeros, at the end.
+
+    Candidates of the posterior rule have a trace: most are mixed with another row of the batch.
+    """
     _, padding, clean = VARIANTS[variant]
     rng = np.random.default_rng(1)
 
@@ -103,7 +112,16 @@ def make_batches(variant: str) -> list[Streams]:
         drawn = jax.tree.map(lambda x: x[index], POOL)
         return drawn._replace(inputs=drawn.inputs * mask[:, None, None, None], mask=mask)
 
-    return [Streams(batch(), batch(), batch() if clean else None) for _ in range(STEPS)]
+    def mixed(rows):
+        partner, share = rng.permutation(ROWS - padding), rng.uniform(0.5, 1, ROWS)
+        partner = np.concatenate([partner, np.arange(ROWS - padding, ROWS)])
+        share = np.where((share > 0.85) | (partner == np.arange(ROWS)), 1, share).astype(np.float32)
+        both = lambda x: share[:, None] * x + (1 - share[:, None]) * x[partner]
+        trace = Trace(np.zeros((ROWS, 1), np.int32), share[:, None], rows.index[partner][:, None])
+        return rows._replace(labels=both(rows.labels), trace=trace)
+
+    candidates = (lambda: mixed(batch())) if variant.startswith("posterior") else batch
+    return [Streams(candidates(), batch(), batch() if clean else None) for _ in range(STEPS)]
 
 
 @functools.cache
