@@ -9,7 +9,8 @@ Differences are paired: an arm and its base on one task and seed share splits, w
 order of the batches. Per task the interval is Student's t over the seeds' differences. Over tasks
 it is Student's t over the tasks' means: the question is what another task would gain, so a task is
 one observation, and its seeds only make it less noisy. That holds for tasks like these; the
-clean and the noisy task of one table count as two, although they are related.
+clean and the noisy task of one table count as two, although they are related. How sure the average
+over these tasks is, another question, is said beside it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Iterable
 
 import numpy as np
+from scipy import stats
 
 from experiments import arms, report_figures
 from experiments.suite_tasks import HALVES
@@ -122,6 +124,31 @@ def over_tasks(found: dict[str, list[float]]) -> dict[str, float | None] | None:
     return interval(np.mean(values) for values in found.values()) if found else None
 
 
+def of_these_tasks(found: dict[str, list[float]]) -> dict[str, float | None] | None:
+    """Mean over tasks of the means over seeds, with the interval that other seeds would leave.
+
+        mean +- t_(0.975, v) e / T ,   e^2 = sum_t e_t^2 ,   e_t^2 = sd_t^2 / n_t
+        v = e^4 / sum_t e_t^4 / (n_t - 1)
+
+    The tasks are as they are: the question is how sure the average over these is. None without
+    tasks; no interval where a task has one seed.
+
+    Source: Satterthwaite, "An Approximate Distribution of Estimates of Variance Components",
+    Biometrics Bulletin 1946, for v.
+    """
+    if not found:
+        return None
+    mean, numbers = over_tasks(found)["mean"], [len(values) for values in found.values()]
+    if min(numbers) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    squares = np.array([np.var(values, ddof=1) / len(values) for values in found.values()])
+    if not squares.sum():
+        return {"mean": mean, "low": mean, "high": mean}
+    freedom = squares.sum() ** 2 / np.sum(squares**2 / (np.array(numbers) - 1))
+    half = stats.t.ppf((1 + arms.LEVEL) / 2, freedom) * np.sqrt(squares.sum()) / len(found)
+    return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
+
+
 def outcome(values: list[float]) -> str:
     """A "win" or a "loss" where the interval of a task's gains leaves out zero, else "tie"."""
     found = interval(values)
@@ -213,6 +240,12 @@ def signed(found: dict[str, float | None] | None) -> str:
     return f"{found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
 
 
+def spread(found: dict[str, float | None] | None) -> str:
+    """The interval alone, "+.80 to +1.60" with two digits."""
+    none = found is None or found["low"] is None
+    return "" if none else f"{found['low']:+.2f} to {found['high']:+.2f}"
+
+
 def number(value: float | None, form: str = ".2f") -> str:
     """The number, nothing for None."""
     return "" if value is None else format(value, form)
@@ -222,13 +255,13 @@ def overview(runs: Runs) -> str:
     """A row an arm: what it gains over both bases, wins, ties and losses, calibration, cost."""
     head = ["arm", "tasks"]
     for base in BASES:
-        head += [f"- {base} (95 % interval)", "won, tied, lost"]
+        head += [f"- {base} (95 % interval)", "of these tasks", "won, tied, lost"]
     rows = []
     for arm in all_arms(runs):
         cells = [arm, str(sum(arm in by_arm for by_arm in runs.values()))]
         for base in BASES:
             found = {} if arm == base else gains(runs, arm, base)
-            cells += [signed(over_tasks(found)),
+            cells += [signed(over_tasks(found)), spread(of_these_tasks(found)),
                       ", ".join(map(str, counts(found).values())) if found else ""]  # fmt: skip
         ece = mean_of(runs, arm, "test_ece")
         rows.append([*cells, number(ece and POINTS * ece), number(step_cost(runs, arm))])
@@ -307,8 +340,9 @@ def provenance(runs: Runs, files: list[str]) -> str:
 
 INTRODUCTION = """\
 Points of test accuracy, read once a run with the last parameters. Differences are paired seed by
-seed; an interval over tasks is Student's t over the tasks' means, an interval of a task is
-Student's t over its seeds. A task is won or lost where its interval leaves out zero. ECE is the
+seed; an interval over tasks is Student's t over the tasks' means (what another task would gain),
+"of these tasks" the one that the seeds leave of their average, an interval of a task is Student's t
+over its seeds. A task is won or lost where its interval leaves out zero. ECE is the
 expected calibration error in points, 15 bins. Step cost is the time of a step over upstream's, the
 median over tasks; runs shared the machine. `noise` is the share of wrong labels among the
 candidates, `val` the number of validation samples. The halves were fixed in

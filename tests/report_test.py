@@ -90,6 +90,25 @@ def test_the_interval_is_over_tasks():
     assert report.over_tasks({}) is None
 
 
+def test_the_interval_of_these_tasks_is_that_of_their_seeds():
+    rng = np.random.default_rng(0)
+    one = list(rng.normal(size=5))
+    # Of one task it is the task's own, and of one that never varies half as wide.
+    assert report.of_these_tasks({"a": one}) == pytest.approx(report.interval(one))
+    both, own = report.of_these_tasks({"a": one, "b": [3.0, 3.0]}), report.interval(one)
+    assert both["high"] - both["low"] == pytest.approx((own["high"] - own["low"]) / 2)
+    # It holds the true average as often as it says.
+    draws = [
+        {"a": list(rng.normal(1, 1, size=4)), "b": list(rng.normal(-3, 2, size=10))}
+        for _ in range(2000)
+    ]
+    found = [report.of_these_tasks(draw) for draw in draws]
+    assert np.mean([f["low"] < -1 < f["high"] for f in found]) == pytest.approx(0.95, abs=0.015)
+    assert report.of_these_tasks({"a": [1.0, 2.0], "b": [1.0]})["low"] is None
+    assert report.of_these_tasks({"a": [1.0, 1.0]}) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert report.of_these_tasks({}) is None
+
+
 def test_wins_ties_and_losses_by_the_paired_test():
     assert report.outcome([5.0, 5.0]) == "win" and report.outcome([-5.0, -5.0]) == "loss"
     assert report.outcome([0.0, 0.0]) == "tie" and report.outcome([9.0]) == "tie"
