@@ -345,7 +345,8 @@ seed; an interval over tasks is Student's t over the tasks' means (what another 
 over its seeds. A task is won or lost where its interval leaves out zero. ECE is the
 expected calibration error in points, 15 bins. Step cost is the time of a step over upstream's, the
 median over tasks; runs shared the machine. `noise` is the share of wrong labels among the
-candidates, `val` the number of validation samples. The halves were fixed in
+candidates, `val` the number of validation samples. A table of accuracies has each arm's mean over
+its own seeds; differences are over the common ones. The halves were fixed in
 `experiments/suite_tasks.py` before any run: rules and options are chosen on "development".
 
 `upstream` trains on the training split, `upstream_train_val` on the validation samples as well. Of
