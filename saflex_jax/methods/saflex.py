@@ -126,7 +126,7 @@ def refiner(
         learned from the validation samples, which is fair only where these are as hard as the
         candidates: held out of training against it, without upstream augmentation for it.
       num_val: how many validation samples there are, for the error of an eta that is learned from
-        them; 0 = unknown, and an eta of few samples is taken as it is (`posterior.noise_rate`).
+        them (`posterior.noise_rate`); 0 = unknown, then every visit counts as another sample.
       start: first step on which targets are learned; the prior before it.
       every: scores are computed every so many steps; on the others the memory's are used, or,
         without a memory, the prior. The candidates' forward pass is made on all steps: it is the
