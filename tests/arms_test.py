@@ -63,7 +63,7 @@ def test_arms_are_changes_of_the_config_in_the_order_written():
     assert found["first"].model.widths == (5, 6)
     assert found["a"].method.saflex.memory_decay == 0.5
     assert isinstance(found["a"].method.saflex.damping, float)
-    assert config.method.saflex.memory_decay == 0.9
+    assert config.method.saflex.memory_decay == 0.97
 
 
 def test_without_arms_there_are_the_four():
