@@ -237,7 +237,7 @@ def signed(found: dict[str, float | None] | None) -> str:
         return ""
     if found["low"] is None:
         return f"{found['mean']:+.2f}"
-    return f"{found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+    return f"{found['mean']:+.2f} ({spread(found)})"
 
 
 def spread(found: dict[str, float | None] | None) -> str:

@@ -30,7 +30,7 @@ class Task(NamedTuple):
       seconds: estimates for one run of the upstream pipeline on one CPU core, its steps and its
         evaluation, compilation apart; None = not measured.
       config: with the arms of the comparison.
-      few: seeds of the arms that are not of HEADLINE, which are dear; None = as many.
+      other_seeds: how many the arms that are not of HEADLINE have at most; None = as many.
     """
 
     half: str
@@ -38,11 +38,13 @@ class Task(NamedTuple):
     seeds: int
     seconds: tuple[float, float] | None
     config: ConfigDict
-    few: int | None = None
+    other_seeds: int | None = None
 
     def seeds_of(self, arm: str) -> int:
         """How many seeds this arm has."""
-        return self.seeds if self.few is None or arm in HEADLINE else min(self.few, self.seeds)
+        if arm in HEADLINE or self.other_seeds is None:
+            return self.seeds
+        return min(self.seeds, self.other_seeds)
 
 
 class _Images(NamedTuple):
@@ -222,7 +224,7 @@ def _images(spec: _Images, *, full: bool) -> Task:
             config.data.per_class = 0
     seconds = None if full else (steps * spec.milliseconds / 1e3, spec.tested)
     seeds = 7 if spec.half == "report" else 5
-    return Task(spec.half, spec.noise, seeds, seconds, config, few=5)
+    return Task(spec.half, spec.noise, seeds, seconds, config, other_seeds=5)
 
 
 def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> ConfigDict:

@@ -68,7 +68,8 @@ def mixture(
     for share, other in zip(_shares(batch).T, others):
         mixed = share[:, None] * mixed + (1 - share[:, None]) * other
         complete &= known(other)
-    return jnp.where(whole & known(own), own, jnp.where(~whole & complete, mixed, otherwise))
+    found, complete = jnp.where(whole, own, mixed), jnp.where(whole, known(own), complete)
+    return jnp.where(complete, found, otherwise)
 
 
 def _shares(batch: Batch) -> jax.Array:

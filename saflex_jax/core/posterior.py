@@ -164,22 +164,21 @@ def posterior_targets(
     checks.simplex("prior", prior, mask)
 
     divide = lambda x, y, none: jnp.where(y == 0, none, x / jnp.where(y == 0, 1.0, y))
-    rest = lambda x: divide(x, jnp.sum(x, axis=-1, keepdims=True), 0.0)
-    certain = jnp.sum(rest(jnp.maximum(probs - prior, 0.0)) ** 2, axis=-1) ** 2
+    normalised = lambda x: divide(x, jnp.sum(x, axis=-1, keepdims=True), 0.0)
+    beyond = lambda p: normalised(p - jnp.minimum(p, prior))  # o
+    certain = jnp.sum(beyond(probs) ** 2, axis=-1) ** 2
     as_given = jnp.sum(probs, axis=-1) == 0
     if trusted is not None:
         as_given |= trusted
-    believed = rest(probs**sharpness)
-    hit = jnp.minimum(believed, prior)
-    share = divide(hit, prior, 0.0)
+    believed = normalised(probs**sharpness)
+    share = divide(jnp.minimum(believed, prior), prior, 0.0)
     right, wrong = (1 - noise_rate) * share, noise_rate * (1 - share) / (num_classes - 1)
     right = jnp.where(as_given[:, None], 1.0, divide(right, right + wrong, 1.0))
-    others = rest(believed - hit)
     # A sum of what is moved, which is exactly zero where nothing is.
     lost = jnp.sum(prior * (1 - right), axis=-1)
     moved = lost * certain
     weights = 1 - lost + moved
-    labels = prior - prior * (1 - right) + moved[:, None] * others
+    labels = prior - prior * (1 - right) + moved[:, None] * beyond(believed)
     labels = divide(labels, weights[:, None], prior)
     weights = rescale(jnp.where(mask, weights, 0.0), mask, reduce=reduce)
     labels = jnp.where(mask[:, None], labels, prior)
