@@ -160,7 +160,7 @@ def parts(text: str) -> list[str]:
     """The parts named in "agreement,memory"."""
     names = text.split(",")
     for name in names:
-        checks.choice("part", name, PARTS)
+        checks.choice(PARTS, part=name)
     return names
 
 
@@ -174,8 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     found = Found()
 
     def start(options):
-        checks.whole("seeds", options.seeds, 1)
-        checks.whole("accuracy_seeds", options.accuracy_seeds, 1)
+        checks.whole(1, seeds=options.seeds)
+        checks.whole(1, accuracy_seeds=options.accuracy_seeds)
         options.part = parts(options.part)
         return length(options), lambda bar: measure(options, found, bar)
 

@@ -771,7 +771,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def start(options):
         if options.model is not None:
-            checks.choice("model", options.model, tuple(NETWORKS))
+            checks.choice(tuple(NETWORKS), model=options.model)
         for name in NETWORKS if options.model is None else [options.model]:
             runs[name] = Run(timing.Run({}, {}), {}, {})
         length = len(runs) * len(entries()) * (options.rounds + 1)

@@ -139,7 +139,7 @@ def command(
     parser.add_argument("--out", type=pathlib.Path, help="write the JSON to this file as well")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
-    checks.positive("rounds", options.rounds)
+    checks.positive(rounds=options.rounds)
     total, measure = start(options)
     status = 0
     # Whatever a library prints goes to stderr, beside the progress bar.

@@ -58,16 +58,16 @@ def check(config: ConfigDict) -> None:
 
     `config.arms` is of a comparison, which looks at it (`experiments.arms`); a run does not.
     """
-    checks.fields("config", config, ("seed", "runner", "augment", "model", "arms", *SCHEMA))
+    checks.known("config", config, ("seed", "runner", "augment", "model", "arms", *SCHEMA))
     for section, accepted in SCHEMA.items():
-        checks.fields(f"config.{section}", config[section], accepted)
-    checks.choice("config.runner", config.runner, parallel.RUNNERS)
+        checks.known(f"config.{section}", config[section], accepted)
+    checks.choice(parallel.RUNNERS, **{"config.runner": config.runner})
     task.check(config.data)
-    checks.choice("config.model.name", config.model.name, BACKBONES)
-    checks.choice("config.method.name", config.method.name, METHODS)
-    checks.choice("config.method.loss", config.method.loss, LOSSES)
+    checks.choice(BACKBONES, **{"config.model.name": config.model.name})
+    checks.choice(METHODS, **{"config.method.name": config.method.name})
+    checks.choice(LOSSES, **{"config.method.loss": config.method.loss})
     if refiner := config.method.get("refiner", ""):
-        checks.choice("config.method.refiner", refiner, REFINERS)
+        checks.choice(REFINERS, **{"config.method.refiner": refiner})
         if "refiner" not in parameters(METHODS[config.method.name]):
             raise ValueError(
                 f"config.method.refiner must be '' with {config.method.name}; given {refiner!r}"
@@ -75,11 +75,11 @@ def check(config: ConfigDict) -> None:
     augment.parse(config.augment)
     backbone = inspect.signature(BACKBONES[config.model.name]).parameters
     accepted = {"name", "cosine", *backbone} - {"parent", "axis_name", "categories"}
-    checks.fields("config.model", config.model, accepted)
+    checks.known("config.model", config.model, accepted)
     for name in METHODS:
-        checks.fields(f"config.method.{name}", config.method.get(name, {}), option_names(name))
+        checks.known(f"config.method.{name}", config.method.get(name, {}), option_names(name))
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-        checks.positive(f"config.train.{name}", config.train[name])
+        checks.positive(**{f"config.train.{name}": config.train[name]})
     if config.method.name == "fixmatch" and not config.data.unlabelled:
         raise ValueError("config.data.unlabelled must be True with fixmatch; given False")
     if config.method.name == "protonet":

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     configs = arms.configs(config)
     first = _BASE.value or next(iter(configs))
-    checks.choice("--base", first, configs)
+    checks.choice(configs, **{"--base": first})
     settings = {arm: arms.settings(c) for arm, c in configs.items()}
     workdir.mkdir(parents=True, exist_ok=True)
     log = workdir / "runs.jsonl"

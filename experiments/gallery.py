@@ -142,11 +142,11 @@ def main(argv: list[str]) -> None:
     build.check(config)
     if _ARM.value:
         found = arms.configs(config)
-        checks.choice("--arm", _ARM.value, found)
+        checks.choice(found, **{"--arm": _ARM.value})
         config = found[_ARM.value]
-    checks.choice("config.method.name", config.method.name, ("automix", "sla"))
+    checks.choice(("automix", "sla"), **{"config.method.name": config.method.name})
     if config.method.name == "sla":
-        checks.choice("config.method.sla.mode", config.method.sla.mode, ("sla", "sd"))
+        checks.choice(("sla", "sd"), **{"config.method.sla.mode": config.method.sla.mode})
     data = task.make_data(config)
     model = build.make_model(config, data.pools, data.source.columns)
     method = build.make_method(config, data.pools, data.source.columns)

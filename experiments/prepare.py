@@ -325,7 +325,7 @@ def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | No
       RuntimeError: another process prepares it, a client fails, or the disk is too small.
       OSError: it cannot be written.
     """
-    checks.choice("name", name, [*DATASETS, *EMBEDDED])
+    checks.choice([*DATASETS, *EMBEDDED], name=name)
     if name in EMBEDDED:
         return "nothing to prepare: it is inside scikit-learn"
     dataset, folder = DATASETS[name], out / name

@@ -67,16 +67,16 @@ class Data(NamedTuple):
 
 def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
-    checks.fields("config.data", section, FIELDS)
+    checks.known("config.data", section, FIELDS)
     known = section.name.startswith(TFDS) or (section.name and pathlib.Path(section.name).exists())
     if not known:
-        checks.choice("config.data.name", section.name, {*data.SOURCES, *DATASETS})
-    checks.choice("config.data.noise_kind", section.noise_kind, NOISE)
+        checks.choice({*data.SOURCES, *DATASETS}, **{"config.data.name": section.name})
+    checks.choice(NOISE, **{"config.data.noise_kind": section.noise_kind})
     for name in ("noise", "outside"):
-        checks.fraction(f"config.data.{name}", section[name])
+        checks.fraction(**{f"config.data.{name}": section[name]})
     for name in ("size", "val", "test", "select", "novel", "per_class", "train", "folds"):
-        checks.whole(f"config.data.{name}", section[name])
-    checks.choice("config.data.val_from", section.val_from, ("", "train"))
+        checks.whole(**{f"config.data.{name}": section[name]})
+    checks.choice(("", "train"), **{"config.data.val_from": section.val_from})
     if section.folds and not (section.train_on_val or section.val_from):
         raise ValueError(
             "config.data.folds must be 0 unless train_on_val=True or val_from='train': the samples "
@@ -110,7 +110,7 @@ def check(section: ConfigDict) -> None:
                 "training label is seen, and the validation samples train beside; given "
                 f"{section[name]!r}"
             )
-    checks.choice("config.data.task", section.task, ("", "ordinal"))
+    checks.choice(("", "ordinal"), **{"config.data.task": section.task})
     if bool(section.outside) != bool(section.outside_from):
         raise ValueError(
             "config.data.outside and outside_from must be given together; given "
@@ -118,7 +118,7 @@ def check(section: ConfigDict) -> None:
         )
     if section.corrupt:
         kind, _, severity = section.corrupt.partition(":")
-        checks.choice("config.data.corrupt", kind, corruptions.CORRUPTIONS)
+        checks.choice(corruptions.CORRUPTIONS, **{"config.data.corrupt": kind})
         if severity not in ("1", "2", "3", "4", "5"):
             raise ValueError(
                 f"config.data.corrupt must be KIND:1 to KIND:5; given {section.corrupt!r}"
@@ -244,9 +244,9 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
     rest = official.pop("train", np.arange(len(groups)))
     if "=" in section.test_on:
         name, _, value = section.test_on.partition("=")
-        checks.choice("config.data.test_on", name, source.extra)
+        checks.choice(source.extra, **{"config.data.test_on": name})
         values = source.extra[name].astype(str)
-        checks.choice(f"config.data.test_on: {name}", value, set(values.tolist()))
+        checks.choice(set(values.tolist()), **{f"config.data.test_on: {name}": value})
         rest, official["test"] = rest[values[rest] != value], np.flatnonzero(values == value)
     if section.val and section.test:
         found = data.stratified_split(groups[rest], val=section.val, test=section.test, seed=seed)
@@ -282,7 +282,7 @@ def given_labels(
       ValueError: no such set; noise where labels are no classes.
     """
     if section.labels:
-        checks.choice("config.data.labels", section.labels, source.extra)
+        checks.choice(source.extra, **{"config.data.labels": section.labels})
         return source.extra[section.labels][rows]
     labels = source.labels[rows]
     if not section.noise:
@@ -395,7 +395,7 @@ def episode(config: ConfigDict) -> dict[str, int]:
     """
     found = {name: config.method.protonet[name] for name in ("ways", "shots", "queries")}
     for name, number in found.items():
-        checks.whole(f"config.method.protonet.{name}", number, 1)
+        checks.whole(1, **{f"config.method.protonet.{name}": number})
     return found
 
 

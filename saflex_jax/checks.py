@@ -1,8 +1,9 @@
 """Clear errors for bad input: each names the argument, what was given and what is accepted.
 
-Shape and hyper-parameter checks run while tracing, so before compilation. Value checks
-(`finite`, `simplex`) need concrete arrays: they run on the host where data enter the program, and
-are skipped on traced arrays, where the loop's metrics stop a run that is not finite.
+Shapes and options are checked while tracing, so before compilation: `checks.positive(alpha=alpha)`
+raises "alpha must be positive and finite; given -1". Values of arrays are checked only where they
+can be read: on the host, where data enter the program. A traced array passes; there the loop's
+metrics stop a run that is not finite.
 """
 
 from __future__ import annotations
@@ -10,36 +11,66 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
 from saflex_jax.types import Batch, PyTree, Streams
 
-
-def same_shape(**arrays: jax.Array) -> None:
-    """Raises unless all named arrays have one shape [B, K]."""
-    shapes = {name: np.shape(a) for name, a in arrays.items()}
-    if len(set(shapes.values())) != 1 or any(len(s) != 2 for s in shapes.values()):
-        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"{' and '.join(arrays)} must share one shape [B, K]; given {given}")
+# --- options: keyword = value, any number of them
 
 
-def rows(num_rows: int, **arrays: jax.Array | None) -> None:
-    """Raises unless every given array has shape [num_rows]."""
-    for name, a in arrays.items():
-        if a is not None and np.shape(a) != (num_rows,):
-            raise ValueError(f"{name} must have shape [{num_rows}]; given {np.shape(a)}")
+def _each(values: dict[str, Any], holds: Callable[[Any], bool], accepted: str) -> None:
+    """Raises unless every value is a number for which `holds`; a traced value passes."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            continue
+        number = isinstance(value, numbers.Real | np.ndarray | jax.Array) and np.ndim(value) == 0
+        if not number or not holds(value):
+            raise ValueError(f"{name} must {accepted}; given {value!r}")
 
 
-def choice(name: str, value: str, accepted: Iterable[str]) -> None:
-    """Raises unless `value` is one of `accepted`; names the nearest."""
+def positive(**values: float) -> None:
+    """Raises unless 0 < value < infinity."""
+    _each(values, lambda x: 0 < x < math.inf, "be positive and finite")
+
+
+def at_least_zero(**values: float) -> None:
+    """Raises unless value >= 0; infinity passes."""
+    _each(values, lambda x: x >= 0, "be >= 0")
+
+
+def amount(**values: float) -> None:
+    """Raises unless 0 <= value < infinity."""
+    _each(values, lambda x: 0 <= x < math.inf, "be >= 0 and finite")
+
+
+def decay(**values: float) -> None:
+    """Raises unless 0 <= value < 1."""
+    _each(values, lambda x: 0 <= x < 1, "lie in [0, 1)")
+
+
+def fraction(**values: float) -> None:
+    """Raises unless 0 <= value <= 1."""
+    _each(values, lambda x: 0 <= x <= 1, "lie in [0, 1]")
+
+
+def whole(least: int = 0, /, **values: int) -> None:
+    """Raises unless value is an integer >= `least`."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name} must be a whole number >= {least}; given {value!r}")
+
+
+def choice(accepted: Iterable[str], /, **values: str) -> None:
+    """Raises unless value is one of `accepted`; names the nearest."""
     accepted = sorted(accepted)
-    if value not in accepted:
-        raise ValueError(
-            f"{name} must be one of {accepted}; given {value!r}{nearest(value, accepted)}"
-        )
+    for name, value in values.items():
+        if value not in accepted:
+            near = nearest(value, accepted)
+            raise ValueError(f"{name} must be one of {accepted}; given {value!r}{near}")
 
 
 def nearest(value: str, accepted: Iterable[str]) -> str:
@@ -48,67 +79,45 @@ def nearest(value: str, accepted: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def positive(name: str, value: float) -> None:
-    """Raises unless value > 0 and finite (a traced value passes)."""
-    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite; given {value}")
+def known(section: str, given: Iterable[str], accepted: Iterable[str]) -> None:
+    """Raises on a name in `given` that nobody reads; names the nearest accepted one."""
+    accepted = sorted(accepted)
+    for name in given:
+        if name not in accepted:
+            near = nearest(name, accepted)
+            raise ValueError(f"{section} has no field {name!r}{near}; known fields: {accepted}")
 
 
-def at_least_zero(name: str, value: float) -> None:
-    """Raises unless value >= 0; infinity passes (a traced value too)."""
-    if not isinstance(value, jax.core.Tracer) and not value >= 0:
-        raise ValueError(f"{name} must be >= 0; given {value}")
+# --- shapes
 
 
-def amount(name: str, value: float) -> None:
-    """Raises unless value >= 0 and finite."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be >= 0 and finite; given {value}")
+def same_shape(**arrays: jax.Array) -> None:
+    """Raises unless all arrays have one shape [B, K]."""
+    shapes = {name: np.shape(a) for name, a in arrays.items()}
+    if len(set(shapes.values())) != 1 or any(len(s) != 2 for s in shapes.values()):
+        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{' and '.join(arrays)} must share one shape [B, K]; given {given}")
 
 
-def whole(name: str, value: int, least: int = 0) -> None:
-    """Raises unless value is an integer of at least `least`."""
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}; given {value}")
+def rows(num_rows: int, /, **arrays: jax.Array | None) -> None:
+    """Raises unless every array that is given has shape [num_rows]."""
+    for name, a in arrays.items():
+        if a is not None and np.shape(a) != (num_rows,):
+            raise ValueError(f"{name} must have shape [{num_rows}]; given {np.shape(a)}")
 
 
-def decay(name: str, value: float) -> None:
-    """Raises unless value lies in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must lie in [0, 1); given {value}")
+def images(**inputs: PyTree) -> None:
+    """Raises unless each is one floating-point array [B, H, W, C]."""
+    for name, x in inputs.items():
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise ValueError(f"{name} must be one array of images; given {type(x).__name__}")
+        if x.ndim != 4 or not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+            raise ValueError(
+                f"{name} must be images of floats [B, H, W, C]; given {x.dtype}{x.shape}"
+            )
 
 
-def fraction(name: str, value: float) -> None:
-    """Raises unless value lies in [0, 1] (a traced value passes)."""
-    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1]; given {value}")
-
-
-def interval(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
-    """Raises unless `bounds` = (a, b) with low <= a <= b <= high."""
-    if np.shape(bounds) != (2,) or not low <= bounds[0] <= bounds[1] <= high:
-        raise ValueError(f"{name} must be (a, b) with {low} <= a <= b <= {high}; given {bounds}")
-
-
-def counts(name: str, found: np.ndarray) -> None:
-    """Raises unless `found` are numbers of samples f[K], each > 0 and finite."""
-    a = np.asarray(found, np.float64)
-    if a.ndim != 1:
-        raise ValueError(f"{name} must have shape [K]; given {list(a.shape)}")
-    bad = ~((a > 0) & (a < math.inf))
-    if bad.any():
-        k = int(np.flatnonzero(bad)[0])
-        raise ValueError(f"{name} must be positive and finite; class {k} has {a[k]:g}")
-
-
-def images(name: str, inputs: PyTree) -> None:
-    """Raises unless `inputs` is one floating-point array [B, H, W, C]."""
-    if not isinstance(inputs, jax.Array | np.ndarray):
-        raise ValueError(f"{name} must be one array of images; given {type(inputs).__name__}")
-    if inputs.ndim != 4 or not jax.numpy.issubdtype(inputs.dtype, jax.numpy.floating):
-        raise ValueError(
-            f"{name} must be images of floats [B, H, W, C]; given {inputs.dtype}{inputs.shape}"
-        )
+# --- values of concrete arrays
 
 
 def concrete(tree: PyTree) -> bool:
@@ -119,56 +128,70 @@ def concrete(tree: PyTree) -> bool:
     )
 
 
-def finite(name: str, tree: PyTree) -> None:
+def finite(**trees: PyTree) -> None:
     """Raises if a concrete floating-point leaf holds NaN or infinity; names its first row.
 
     Leaves that are read when they are asked for (`data.images.Rows`) are left unread.
     """
-    if not concrete(tree):
-        return
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not isinstance(leaf, np.ndarray | np.generic | jax.Array | float | int):
+    for name, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree if concrete(tree) else ())[0]:
+            if not isinstance(leaf, np.ndarray | np.generic | jax.Array | float | int):
+                continue
+            a = np.asarray(leaf)
+            if np.issubdtype(a.dtype, np.floating) and not np.isfinite(a).all():
+                where = np.argwhere(~np.isfinite(a))[0].tolist()
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} must be finite; "
+                    f"given {a[tuple(where)]} at {where}"
+                )
+
+
+def simplex(mask: jax.Array | None = None, /, **labels: jax.Array) -> None:
+    """Raises unless each unmasked row of f32[B, K] is >= 0 and sums to one (to 1e-4)."""
+    for name, given in labels.items():
+        if np.ndim(given) != 2:
+            raise ValueError(f"{name} must have shape [B, K]; given {np.shape(given)}")
+        if not concrete((given, mask)):
             continue
-        a = np.asarray(leaf)
-        if np.issubdtype(a.dtype, np.floating) and not np.isfinite(a).all():
-            where = np.argwhere(~np.isfinite(a))[0].tolist()
+        a = np.asarray(given, np.float64)
+        bad = (a < -1e-6).any(1) | ~(np.abs(a.sum(1) - 1) <= 1e-4)
+        bad &= True if mask is None else np.asarray(mask)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
             raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} must be finite; "
-                f"given {a[tuple(where)]} at {where}"
+                f"{name} must have rows >= 0 that sum to one; row {i} is "
+                f"{np.round(a[i], 4).tolist()} (sum {a[i].sum():.6g})"
             )
 
 
-def simplex(name: str, labels: jax.Array, mask: jax.Array | None = None) -> None:
-    """Raises unless each unmasked row of f32[B, K] is >= 0 and sums to one (to 1e-4)."""
-    if np.ndim(labels) != 2:
-        raise ValueError(f"{name} must have shape [B, K]; given {np.shape(labels)}")
-    if not concrete((labels, mask)):
-        return
-    a = np.asarray(labels, np.float64)
-    bad = (a < -1e-6).any(1) | ~(np.abs(a.sum(1) - 1) <= 1e-4)
-    if mask is not None:
-        bad &= np.asarray(mask)
-    if bad.any():
-        i = int(np.flatnonzero(bad)[0])
-        raise ValueError(
-            f"{name} must have rows >= 0 that sum to one; row {i} is {np.round(a[i], 4).tolist()} "
-            f"(sum {a[i].sum():.6g})"
-        )
+def integers(bound: int, /, **arrays: np.ndarray) -> None:
+    """Raises unless i[N] has its values in [0, bound): classes, or rows of a data set."""
+    for name, given in arrays.items():
+        a = np.asarray(given)
+        if a.ndim != 1 or not np.issubdtype(a.dtype, np.integer):
+            raise ValueError(
+                f"{name} must be integers of shape [N]; given {a.dtype}{list(a.shape)}"
+            )
+        bad = (a < 0) | (a >= bound)
+        if bad.any():
+            i = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"{name} must lie in [0, {bound}); row {i} is {a[i]}")
 
 
-def class_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
-    """Raises unless integer labels lie in [0, num_classes)."""
-    a = np.asarray(labels)
-    if a.ndim != 1 or not np.issubdtype(a.dtype, np.integer):
-        raise ValueError(f"{name} must be integers of shape [N]; given {a.dtype}{list(a.shape)}")
-    bad = (a < 0) | (a >= num_classes)
-    if bad.any():
-        i = int(np.flatnonzero(bad)[0])
-        raise ValueError(f"{name} must lie in [0, {num_classes}); row {i} is {a[i]}")
+# --- batches
 
 
-def batch(name: str, b: Batch) -> None:
-    """Raises unless a Batch is well-formed: shapes, finite inputs, labels in the simplex."""
+def streams(s: Streams) -> None:
+    """Raises unless every stream is well-formed and all agree on the number of classes."""
+    given = {name: b for name, b in s._asdict().items() if b is not None}
+    for name, b in given.items():
+        _batch(name, b)
+    classes = {name: b.labels.shape[1] for name, b in given.items()}
+    if len(set(classes.values())) != 1:
+        raise ValueError(f"all streams must have the same number of classes; given {classes}")
+
+
+def _batch(name: str, b: Batch) -> None:
     size = np.shape(b.labels)[0]
     if size == 0:
         raise ValueError(f"{name} must hold at least one sample; given 0")
@@ -178,47 +201,5 @@ def batch(name: str, b: Batch) -> None:
                 f"{name}.inputs must have {size} rows, as its labels have; given {np.shape(leaf)}"
             )
     rows(size, **{f"{name}.mask": b.mask, f"{name}.index": b.index})
-    finite(f"{name}.inputs", b.inputs)
-    simplex(f"{name}.labels", b.labels, b.mask)
-
-
-def streams(s: Streams) -> None:
-    """Raises unless every stream is well-formed and all agree on the number of classes."""
-    given = {name: b for name, b in s._asdict().items() if b is not None}
-    for name, b in given.items():
-        batch(name, b)
-    classes = {name: b.labels.shape[1] for name, b in given.items()}
-    if len(set(classes.values())) != 1:
-        raise ValueError(f"all streams must have the same number of classes; given {classes}")
-
-
-def validation(method: str, val: Batch | None) -> None:
-    """There are validation samples, for a method that learns from them."""
-    if val is None:
-        raise ValueError(f"{method} needs validation samples; given streams.val = None")
-
-
-def no_clean(method: str, clean: Batch | None) -> None:
-    """There are no clean samples, for a method that would leave them out."""
-    if clean is not None:
-        raise ValueError(f"{method} trains on candidates alone; given streams.clean")
-
-
-def outputs(found: PyTree, *wanted: str) -> None:
-    """A model's outputs are a dict that has these."""
-    names = set(found) if isinstance(found, dict) else {"logits"}
-    if not {*wanted} <= names:
-        *first, last = map(repr, wanted)
-        raise ValueError(
-            f"model must hand out {', '.join(first)} and {last}; given {sorted(names)}"
-        )
-
-
-def fields(name: str, given: Iterable[str], accepted: Iterable[str]) -> None:
-    """Raises on a config field that nobody reads; names the nearest known one."""
-    accepted = sorted(accepted)
-    for field in given:
-        if field not in accepted:
-            raise ValueError(
-                f"{name} has no field {field!r}{nearest(field, accepted)}; known fields: {accepted}"
-            )
+    finite(**{f"{name}.inputs": b.inputs})
+    simplex(b.mask, **{f"{name}.labels": b.labels})

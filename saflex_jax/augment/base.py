@@ -26,6 +26,13 @@ OPERATIONS = (
 )  # fmt: skip
 
 
+def check_interval(low: float, high: float, /, **bounds: tuple[float, float]) -> None:
+    """Raises ValueError unless each is (a, b) with low <= a <= b <= high."""
+    for name, given in bounds.items():
+        if len(given) != 2 or not low <= given[0] <= given[1] <= high:
+            raise ValueError(f"{name} must be (a, b) with {low} <= a <= b <= {high}; given {given}")
+
+
 def record(
     batch: Batch,
     operation: str | jax.Array,
@@ -44,7 +51,7 @@ def record(
       ValueError: a name that is not in OPERATIONS.
     """
     if isinstance(operation, str):
-        checks.choice("operation", operation, OPERATIONS)
+        checks.choice(OPERATIONS, operation=operation)
         operation = OPERATIONS.index(operation)
     shape = batch.index.shape
     column = Trace(
@@ -67,7 +74,7 @@ def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.A
 
     The result for a sample depends on its index alone, not on its place or on the devices.
     """
-    checks.choice("name", name, OPERATIONS)
+    checks.choice(OPERATIONS, name=name)
 
     def augment(key, batch):
         inputs, magnitude = jax.vmap(op)(sample_keys(key, batch), batch.inputs)
@@ -86,7 +93,7 @@ def per_image(name: str, op: Callable[[jax.Array, jax.Array], tuple]) -> Augment
     augment = per_example(name, cast)
 
     def checked(key: jax.Array, batch: Batch) -> Batch:
-        checks.images("inputs", batch.inputs)
+        checks.images(inputs=batch.inputs)
         return augment(key, batch)
 
     return checked

@@ -62,10 +62,10 @@ def corrupt(
       ValueError: an unknown name, a severity that is not 1 to 5, or images of another shape, dtype
         or range (the range only where it can be read, so not under jit).
     """
-    checks.choice("name", name, CORRUPTIONS)
+    checks.choice(CORRUPTIONS, name=name)
     if not isinstance(severity, numbers.Integral) or not 1 <= severity <= SEVERITIES:
         raise ValueError(f"severity must be a whole number from 1 to 5; given {severity}")
-    checks.images("images", images)
+    checks.images(images=images)
     size, height, width, _ = images.shape
     index = jnp.arange(size) if index is None else index
     checks.rows(size, index=index)
@@ -83,7 +83,7 @@ def corrupt(
 
 def _unit_range(name: str, images: jax.Array) -> None:
     """Raises if concrete images leave [0, 1] by more than an interpolation's rounding, or NaN."""
-    checks.finite(name, images)
+    checks.finite(**{name: images})
     if checks.concrete(images) and images.size:
         low, high = float(images.min()), float(images.max())
         if low < -1e-3 or high > 1 + 1e-3:

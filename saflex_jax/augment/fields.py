@@ -36,7 +36,7 @@ def gaussian_field(key: jax.Array, shape: tuple[int, int], *, length: float) -> 
     Source: Mansfield et al., "Random Field Augmentations for Self-Supervised Representation
     Learning", PMLR 228, 2024 (arXiv 2311.03629). The squared-exponential spectrum is chosen here.
     """
-    checks.positive("length", length)
+    checks.positive(length=length)
     height, width = shape
     # The filter separates; as two products it stays on its device where batches are sharded, while
     # XLA gathers the whole batch for an FFT.
@@ -149,13 +149,13 @@ def random_field(
     Source: Mansfield et al., PMLR 228, 2024 (arXiv 2311.03629). The list of parameters, their
     units and the chroma plane are chosen here.
     """
-    checks.positive("length", length)
+    checks.positive(length=length)
     amplitudes = {
         "translate": translate, "rotate": rotate, "scale": scale,
         "hue": hue, "saturation": saturation, "brightness": brightness,
     }  # fmt: skip
     for name, value in amplitudes.items():
-        checks.amount(name, value)
+        checks.amount(**{name: value})
 
     def op(key, image):
         height, width, channels = image.shape

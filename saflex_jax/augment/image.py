@@ -69,7 +69,7 @@ def warp(
 
     Source: Pillow, `Image.transform(AFFINE)`.
     """
-    checks.choice("interpolation", interpolation, INTERPOLATIONS)
+    checks.choice(INTERPOLATIONS, interpolation=interpolation)
     height, width, channels = image.shape
     y, x = jnp.arange(height)[:, None], jnp.arange(width)[None]
     pixels = image.reshape(-1, channels)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saflex_jax import checks
-from saflex_jax.augment.base import Augment, record, sample_keys
+from saflex_jax.augment.base import Augment, check_interval, record, sample_keys
 from saflex_jax.types import Batch, PyTree
 
 Shape = tuple[int, int]  # height, width
@@ -54,7 +54,7 @@ def mix(
       ValueError: `own` does not fit the inputs; integers that are not codes [B, E] with keys.
     """
     if own.ndim == 3:
-        checks.images("inputs", batch.inputs)
+        checks.images(inputs=batch.inputs)
     if own.shape not in (partner.shape, getattr(batch.inputs, "shape", ())[:3]):
         raise ValueError(f"own must have shape [B] or the images' [B, H, W]; given {own.shape}")
     partner, own, share = settle(batch, partner, own)
@@ -142,7 +142,7 @@ def sometimes(
     draw: Callable[[jax.Array], jax.Array], probability: float, otherwise: float = 1.0
 ) -> Callable[[jax.Array], jax.Array]:
     """The draw with some probability, and `otherwise` (by default: all one's own) without."""
-    checks.fraction("probability", probability)
+    checks.fraction(probability=probability)
 
     def maybe(key):
         of_use, of_draw = jax.random.split(key)
@@ -272,7 +272,7 @@ def manifold_mixup(
 
     The trace calls it mixup. Source: Verma et al., "Manifold Mixup", ICML 2019.
     """
-    checks.whole("layers", layers, 1)
+    checks.whole(1, layers=layers)
     draw = _shares(alpha, probability)
 
     def augment(key, batch):
@@ -304,7 +304,7 @@ def cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -
 
     Source: Yun et al., "CutMix", ICCV 2019, section 3.
     """
-    checks.positive("alpha", alpha)
+    checks.positive(alpha=alpha)
 
     def draw(key, shape):
         of_share, of_box = jax.random.split(key)
@@ -330,8 +330,8 @@ def fmix(
 
     Source: Harris et al., "FMix", arXiv 2002.12047.
     """
-    checks.positive("alpha", alpha)
-    checks.at_least_zero("decay", decay)
+    checks.positive(alpha=alpha)
+    checks.at_least_zero(decay=decay)
 
     def draw(key, shape):
         of_share, of_noise = jax.random.split(key)
@@ -357,8 +357,8 @@ def gridmix(
 
     Source: Baek et al., "GridMix", Pattern Recognition 2021.
     """
-    checks.positive("alpha", alpha)
-    checks.whole("cells", cells, 1)
+    checks.positive(alpha=alpha)
+    checks.whole(1, cells=cells)
 
     def draw(key, shape):
         if cells > min(shape):
@@ -387,8 +387,8 @@ def smoothmix(
 
     Source: Lee et al., "SmoothMix", CVPR workshops 2020.
     """
-    checks.positive("low", low)
-    checks.interval("low and high", (low, high), 0.0, float("inf"))
+    checks.positive(low=low)
+    check_interval(0.0, float("inf"), **{"low and high": (low, high)})
 
     def draw(key, shape):
         of_sigma, of_place = jax.random.split(key)
@@ -415,12 +415,12 @@ def resizemix(
 
     Source: Qin et al., "ResizeMix", arXiv 2012.11101.
     """
-    checks.positive("low", low)
-    checks.interval("low and high", (low, high), 0.0, 1.0)
-    checks.fraction("probability", probability)
+    checks.positive(low=low)
+    check_interval(0.0, 1.0, **{"low and high": (low, high)})
+    checks.fraction(probability=probability)
 
     def augment(key, batch):
-        checks.images("inputs", batch.inputs)
+        checks.images(inputs=batch.inputs)
         shape = batch.inputs.shape[1:3]
         of_partner, of_box = jax.random.split(key)
 
@@ -452,7 +452,7 @@ def _shrunk(ends: jax.Array, side: int) -> jax.Array:
 
 def _shares(alpha: float, probability: float) -> Callable[[jax.Array], jax.Array]:
     """key -> f32[], the own share of mixup, at least one half."""
-    checks.positive("alpha", alpha)
+    checks.positive(alpha=alpha)
     return sometimes(lambda key: dominating(beta(key, alpha)), probability)
 
 
@@ -464,10 +464,10 @@ def _masked(
 ) -> Augment:
     """Mixing by masks: draw(key, (H, W)) -> f32[H, W], one's own part."""
     maybe = lambda shape: sometimes(lambda key: dominating(draw(key, shape)), probability)
-    checks.fraction("probability", probability)
+    checks.fraction(probability=probability)
 
     def augment(key, batch):
-        checks.images("inputs", batch.inputs)
+        checks.images(inputs=batch.inputs)
         of_partner, of_mask = jax.random.split(key)
         own = draws(maybe(batch.inputs.shape[1:3]), of_mask, batch, per_sample=per_sample)
         return mix(batch, partners(of_partner, batch), own, name)

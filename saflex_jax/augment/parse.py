@@ -73,7 +73,7 @@ def _step(node: ast.expr) -> Augment:
     if not isinstance(call.func, ast.Name):
         raise ValueError(f"augment must be made of steps name(...); given {ast.unparse(node)!r}")
     name = call.func.id
-    checks.choice("augment", name, {*FACTORIES, "identity", "views"})
+    checks.choice({*FACTORIES, "identity", "views"}, augment=name)
     arguments = [_argument(a) for a in call.args]
     keywords = {k.arg: _argument(k.value) for k in call.keywords}
     if len(keywords) < len(call.keywords):

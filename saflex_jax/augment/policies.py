@@ -194,13 +194,13 @@ def _layers(images: jax.Array, operation: jax.Array, value: jax.Array, **options
 
 
 def _check(fill: float, interpolation: str) -> None:
-    checks.fraction("fill", fill)
-    checks.choice("interpolation", interpolation, ops.INTERPOLATIONS)
+    checks.fraction(fill=fill)
+    checks.choice(ops.INTERPOLATIONS, interpolation=interpolation)
 
 
 def _images(batch: Batch) -> tuple[int, int]:
     """(height, width) of the batch's images."""
-    checks.images("inputs", batch.inputs)
+    checks.images(inputs=batch.inputs)
     return batch.inputs.shape[1:3]
 
 
@@ -237,7 +237,7 @@ def randaugment(
 
     Source: Cubuk et al., "RandAugment", NeurIPS 2020; ranges and scale as torchvision's.
     """
-    checks.whole("n", n, 1)
+    checks.whole(1, n=n)
     _check(fill, interpolation)
     if not 0 <= m <= bins - 1:
         raise ValueError(f"m must lie in [0, {bins - 1}]; given {m}")
@@ -284,7 +284,7 @@ def autoaugment(
 
     Source: Cubuk et al., "AutoAugment", CVPR 2019, appendix; ranges as torchvision's (10 bins).
     """
-    checks.choice("policy", policy, POLICIES)
+    checks.choice(POLICIES, policy=policy)
     _check(fill, interpolation)
     pairs = POLICIES[policy]
     space = STANDARD | {"invert": Range()}
@@ -335,9 +335,9 @@ def augmix(
     """
     if not 0.1 <= severity <= 10:
         raise ValueError(f"severity must lie in [0.1, 10]; given {severity}")
-    checks.whole("width", width, 1)
-    checks.whole("depth", depth, 1)
-    checks.positive("alpha", alpha)
+    checks.whole(1, width=width)
+    checks.whole(1, depth=depth)
+    checks.positive(alpha=alpha)
     _check(fill, interpolation)
 
     def augment(key, batch):

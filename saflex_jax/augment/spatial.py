@@ -9,18 +9,18 @@ import jax.numpy as jnp
 
 from saflex_jax import checks
 from saflex_jax.augment import image as ops
-from saflex_jax.augment.base import Augment, per_image, record, sample_keys
+from saflex_jax.augment.base import Augment, check_interval, per_image, record, sample_keys
 
 
 def _positive_interval(name: str, bounds: tuple[float, float]) -> None:
-    checks.interval(name, bounds, 0.0, math.inf)
+    check_interval(0.0, math.inf, **{name: bounds})
     for bound in bounds:
-        checks.positive(name, bound)
+        checks.positive(**{name: bound})
 
 
 def flip(probability: float = 0.5) -> Augment:
     """Mirrors left and right; magnitude 1 where it did."""
-    checks.fraction("probability", probability)
+    checks.fraction(probability=probability)
 
     def op(key, image):
         use = jax.random.bernoulli(key, jnp.float32(probability))
@@ -36,8 +36,8 @@ def shift(pixels: int, *, padding: str = "zero") -> Augment:
       pixels: on every side, >= 0; magnitude is the distance moved.
       padding: "zero" or "reflect".
     """
-    checks.whole("pixels", pixels)
-    checks.choice("padding", padding, ("zero", "reflect"))
+    checks.whole(pixels=pixels)
+    checks.choice(("zero", "reflect"), padding=padding)
     mode = {"zero": "constant", "reflect": "reflect"}[padding]
 
     def op(key, image):
@@ -68,10 +68,10 @@ def affine(
       fill: grey value in [0, 1] outside of the image.
       interpolation: "nearest" or "bilinear".
     """
-    checks.amount("degrees", degrees)
-    checks.amount("shear", shear)
-    checks.fraction("fill", fill)
-    checks.choice("interpolation", interpolation, ops.INTERPOLATIONS)
+    checks.amount(degrees=degrees)
+    checks.amount(shear=shear)
+    checks.fraction(fill=fill)
+    checks.choice(ops.INTERPOLATIONS, interpolation=interpolation)
     if not 0 <= scale < 1:
         raise ValueError(f"scale must lie in [0, 1); given {scale}")
 
@@ -104,9 +104,9 @@ def resized_crop(
       ratio: bounds of width / height, in pixels.
       interpolation: "nearest" or "bilinear".
     """
-    checks.interval("scale", scale, 0.0, 1.0)
+    check_interval(0.0, 1.0, scale=scale)
     _positive_interval("ratio", ratio)
-    checks.choice("interpolation", interpolation, ops.INTERPOLATIONS)
+    checks.choice(ops.INTERPOLATIONS, interpolation=interpolation)
 
     def op(key, image):
         height, width, _ = image.shape
@@ -146,8 +146,8 @@ def cutout(side: int, *, fill: float = 0.0) -> Augment:
 
     Source: DeVries and Taylor, "Cutout", 2017.
     """
-    checks.whole("side", side)
-    checks.fraction("fill", fill)
+    checks.whole(side=side)
+    checks.fraction(fill=fill)
 
     def op(key, image):
         centre = jax.random.randint(key, (2,), 0, jnp.array(image.shape[:2]))
@@ -174,10 +174,10 @@ def random_erasing(
 
     Source: Zhong et al., "Random Erasing", AAAI 2020.
     """
-    checks.fraction("probability", probability)
-    checks.interval("scale", scale, 0.0, 1.0)
+    checks.fraction(probability=probability)
+    check_interval(0.0, 1.0, scale=scale)
     _positive_interval("ratio", ratio)
-    checks.fraction("fill", fill)
+    checks.fraction(fill=fill)
 
     def op(key, image):
         height, width, _ = image.shape
@@ -200,7 +200,7 @@ def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -
       probability: of blurring at all.
     """
     _positive_interval("sigma", sigma)
-    checks.fraction("probability", probability)
+    checks.fraction(probability=probability)
     radius = math.ceil(3 * sigma[1])
 
     def op(key, image):
@@ -233,12 +233,12 @@ def soft_crop(
 
     Source: Liu et al., "Soft Augmentation for Image Classification", CVPR 2023.
     """
-    checks.amount("deviation", deviation)
-    checks.positive("power", power)
-    checks.fraction("fill", fill)
+    checks.amount(deviation=deviation)
+    checks.positive(power=power)
+    checks.fraction(fill=fill)
 
     def augment(key, batch):
-        checks.images("inputs", batch.inputs)
+        checks.images(inputs=batch.inputs)
         size, height, width, _ = batch.inputs.shape
         classes = batch.labels.shape[1]
         chance = 1 / classes

@@ -56,7 +56,7 @@ def feature_noise(deviation: float) -> Augment:
     Args:
       deviation: >= 0, in units of the columns' standard deviation; the trace's magnitude.
     """
-    checks.at_least_zero("deviation", deviation)
+    checks.at_least_zero(deviation=deviation)
 
     def noisy(key, row):
         found = parts(row)
@@ -75,8 +75,8 @@ def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -
       value: of masked numeric columns; 0 is the mean of a standardised one.
       category: code of masked categorical columns; reserve it for "missing".
     """
-    checks.fraction("probability", probability)
-    checks.at_least_zero("category", category)
+    checks.fraction(probability=probability)
+    checks.at_least_zero(category=category)
     instead = {"numeric": value, "categorical": category}
 
     def masked(key, row):
@@ -111,8 +111,8 @@ def tabular_cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool =
 
     Source: CutMix (Yun et al., ICCV 2019) with columns for pixels.
     """
-    checks.positive("alpha", alpha)
-    checks.fraction("probability", probability)
+    checks.positive(alpha=alpha)
+    checks.fraction(probability=probability)
 
     def augment(key, batch):
         found = parts(batch.inputs)

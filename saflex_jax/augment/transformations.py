@@ -56,8 +56,8 @@ def transformed(images: jax.Array, name: str) -> jax.Array:
       ValueError: an unknown name; quarter turns of images that are not square; orders of channels
         where there are not three.
     """
-    checks.choice("transformations", name, TRANSFORMATIONS)
-    checks.images("inputs", images)
+    checks.choice(TRANSFORMATIONS, transformations=name)
+    checks.images(inputs=images)
     found, (_, height, width, channels) = TRANSFORMATIONS[name], images.shape
     if height != width and any(t.turns % 2 for t in found):
         raise ValueError(f"inputs must be square for {name!r}; given {height}x{width}")

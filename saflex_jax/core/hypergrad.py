@@ -120,7 +120,7 @@ def unrolled_argmin(
     Raises:
       ValueError: steps < 1.
     """
-    checks.positive("steps", steps)
+    checks.positive(steps=steps)
 
     def body(carry, _):
         p, opt_state = carry

@@ -32,7 +32,7 @@ def _damped(matvec: Matvec, damping: float) -> Matvec:
 
 def identity_solve(*, scale: float = 1.0) -> LinearSolve:
     """x = scale * b: the greedy direction (a gradient step's own, with scale = learning rate)."""
-    checks.positive("scale", scale)
+    checks.positive(scale=scale)
 
     def solve(matvec, rhs):
         x = jax.tree.map(lambda b: scale * b, rhs)
@@ -89,9 +89,9 @@ def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSo
     Raises:
       ValueError: steps < 0, scale <= 0, damping < 0.
     """
-    checks.at_least_zero("steps", steps)
-    checks.positive("scale", scale)
-    checks.at_least_zero("damping", damping)
+    checks.at_least_zero(steps=steps)
+    checks.positive(scale=scale)
+    checks.at_least_zero(damping=damping)
 
     def solve(matvec, rhs):
         matvec = _damped(matvec, damping)
@@ -114,9 +114,9 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> Li
     Raises:
       ValueError: maxiter < 1, tol < 0, damping < 0.
     """
-    checks.positive("maxiter", maxiter)
-    checks.at_least_zero("tol", tol)
-    checks.at_least_zero("damping", damping)
+    checks.positive(maxiter=maxiter)
+    checks.at_least_zero(tol=tol)
+    checks.at_least_zero(damping=damping)
 
     def solve(matvec, rhs):
         matvec = _damped(matvec, damping)

@@ -146,10 +146,10 @@ def decoupled_mixup(
 
 
 def _check_decoupled(*, eta, mode, threshold, power):
-    checks.choice("mode", mode, ("both", "less", "more"))
-    checks.at_least_zero("eta", eta)
-    checks.fraction("threshold", threshold)
-    checks.at_least_zero("power", power)
+    checks.choice(("both", "less", "more"), mode=mode)
+    checks.at_least_zero(eta=eta)
+    checks.fraction(threshold=threshold)
+    checks.at_least_zero(power=power)
 
 
 def _decoupled(logits, own, partner, share, *, eta, mode, threshold, power):
@@ -204,7 +204,7 @@ def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
     """
     if views < 2:
         raise ValueError(f"views must be at least 2; given {views}")
-    checks.at_least_zero("strength", strength)
+    checks.at_least_zero(strength=strength)
 
     def loss(logits, targets, candidates):
         rows, classes = logits.shape
@@ -255,6 +255,17 @@ def decoupled_mixup_loss(
     return loss
 
 
+def check_counts(counts: np.ndarray) -> None:
+    """Raises ValueError unless `counts` are numbers of samples f[K], each > 0 and finite."""
+    a = np.asarray(counts, np.float64)
+    if a.ndim != 1:
+        raise ValueError(f"counts must have shape [K]; given {list(a.shape)}")
+    bad = ~((a > 0) & (a < np.inf))
+    if bad.any():
+        k = int(np.flatnonzero(bad)[0])
+        raise ValueError(f"counts must be positive and finite; class {k} has {a[k]:g}")
+
+
 def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.0) -> CandidateLoss:
     """Candidate loss of LDAM: cross-entropy with a margin, the larger the rarer the class.
 
@@ -279,9 +290,9 @@ def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     NeurIPS 2019; for the scale, its repository kaidic/LDAM-DRW.
     """
-    checks.counts("counts", counts)
-    checks.positive("max_margin", max_margin)
-    checks.positive("scale", scale)
+    check_counts(counts)
+    checks.positive(max_margin=max_margin)
+    checks.positive(scale=scale)
     margins = np.asarray(counts, np.float64) ** -0.25
     margins = np.asarray(max_margin / margins.max() * margins, np.float32)
 

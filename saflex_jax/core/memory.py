@@ -33,9 +33,9 @@ class Memory(NamedTuple):
 
 def check(num_samples: int, num_classes: int, dtype: str) -> None:
     """Raises ValueError on what `init` does not take."""
-    checks.whole("num_samples", num_samples, 1)
-    checks.whole("num_classes", num_classes, 1)
-    checks.choice("memory_dtype", dtype, DTYPES)
+    checks.whole(1, num_samples=num_samples)
+    checks.whole(1, num_classes=num_classes)
+    checks.choice(DTYPES, memory_dtype=dtype)
 
 
 def init(num_samples: int, num_classes: int, *, dtype: str = "float32") -> Memory:
@@ -83,7 +83,7 @@ def update(
     Raises:
       ValueError: decay outside [0, 1); a reduce that can only average.
     """
-    checks.decay("decay", decay)
+    checks.decay(decay=decay)
     absent = memory.visits.shape[0]  # out of range: dropped by the scatter, filled by the gather
     index = jnp.where(mask, index, absent)
     everyone, scores = gather((index, scores), reduce)

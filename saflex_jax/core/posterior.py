@@ -158,10 +158,10 @@ def posterior_targets(
     size, num_classes = prior.shape
     checks.rows(size, trusted=trusted, mask=mask)
     if not isinstance(noise_rate, jax.Array):
-        checks.fraction("noise_rate", noise_rate)
-    checks.positive("sharpness", sharpness)
+        checks.fraction(noise_rate=noise_rate)
+    checks.positive(sharpness=sharpness)
     mask = jnp.ones(size, bool) if mask is None else mask
-    checks.simplex("prior", prior, mask)
+    checks.simplex(mask, prior=prior)
 
     divide = lambda x, y, none: jnp.where(y == 0, none, x / jnp.where(y == 0, 1.0, y))
     normalised = lambda x: divide(x, jnp.sum(x, axis=-1, keepdims=True), 0.0)

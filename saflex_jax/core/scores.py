@@ -47,7 +47,7 @@ Scorer = Callable[[Params], tuple[jax.Array, jax.Array, SolveInfo]]
 
 def check(mode: str, compute_dtype: str | None) -> None:
     """Raises ValueError on what `score` does not take."""
-    checks.choice("mode", mode, ("jvp", "finite_difference"))
+    checks.choice(("jvp", "finite_difference"), mode=mode)
     if compute_dtype is None:
         return
     try:
@@ -157,8 +157,8 @@ def label_scores(
     Raises:
       ValueError: unknown mode, epsilon <= 0, or a chunk that does not divide B.
     """
-    checks.choice("mode", mode, ("jvp", "finite_difference"))
-    checks.positive("epsilon", epsilon)
+    checks.choice(("jvp", "finite_difference"), mode=mode)
+    checks.positive(epsilon=epsilon)
     if chunk is not None:
         size = jax.tree.leaves(inputs)[0].shape[0]
         if chunk < 1 or size % chunk:
@@ -228,8 +228,8 @@ def scorer(
       reduce: mean over the data-parallel axis.
     """
 
-    checks.choice("mode", mode, ("jvp", "finite_difference"))
-    checks.positive("epsilon", epsilon)
+    checks.choice(("jvp", "finite_difference"), mode=mode)
+    checks.positive(epsilon=epsilon)
     # Where nothing asks for a product, or for these logits, jit drops them.
     logits, push = curvatures.linear_logits(logits_fn, params, inputs, predicate=predicate)
     log_probs = jax.nn.log_softmax(logits)

@@ -37,15 +37,15 @@ def check(
     anchor: str,
 ) -> None:
     """Raises ValueError on what `solve_targets` does not take."""
-    checks.positive("temperature", temperature)
-    checks.at_least_zero("prior_strength", prior_strength)
-    checks.at_least_zero("tolerance", tolerance)
+    checks.positive(temperature=temperature)
+    checks.at_least_zero(prior_strength=prior_strength)
+    checks.at_least_zero(tolerance=tolerance)
     for name, value, accepted in (
         ("scale", scale, Scale),
         ("learn", learn, Learn),
         ("anchor", anchor, Anchor),
     ):
-        checks.choice(name, value, get_args(accepted))
+        checks.choice(get_args(accepted), **{name: value})
 
 
 def solve_targets(
@@ -98,8 +98,8 @@ def solve_targets(
     check(prior_strength, temperature, tolerance, scale, learn, anchor)
     mask = jnp.ones(scores.shape[0], bool) if mask is None else mask
     scores = jnp.where(mask[:, None], scores, 0.0)
-    checks.finite("scores", scores)
-    checks.simplex("prior", prior, mask)
+    checks.finite(scores=scores)
+    checks.simplex(mask, prior=prior)
 
     if scale == "rms":
         scores = scores / score_scale(scores, mask, reduce=reduce)

@@ -49,10 +49,10 @@ class EpisodeStream(IndexStream):
         process_count: int = 1,
     ):
         labels = np.asarray(labels)
-        checks.class_labels("labels", labels, np.max(labels, initial=0) + 1)
-        checks.whole("ways", ways, 2)
+        checks.integers(np.max(labels, initial=0) + 1, labels=labels)
+        checks.whole(2, ways=ways)
         for name, number in {"shots": shots, "queries": queries, "episodes": episodes}.items():
-            checks.whole(name, number, 1)
+            checks.whole(1, **{name: number})
         classes, counts = np.unique(labels, return_counts=True)
         if len(classes) < ways:
             raise ValueError(f"labels must be of at least {ways} classes; given {len(classes)}")
@@ -105,7 +105,7 @@ def novel_classes(split: Split, labels: np.ndarray, *, novel: int, num_classes: 
       ValueError: labels that are no classes; fewer than two of them in train or in test.
     """
     labels = np.asarray(labels)
-    checks.class_labels("labels", labels, num_classes)
+    checks.integers(num_classes, labels=labels)
     is_novel = labels >= num_classes - novel
     known = lambda index: index[~is_novel[index]]
     found = Split(known(split.train), known(split.val), split.test[is_novel[split.test]])

@@ -172,7 +172,7 @@ def _decoder(
             with Image.open(file) as image:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"it must be one image; given {image.n_frames} frames")
-                checks.choice("its mode", image.mode, MODES if channels is None else CONVERTED)
+                checks.choice(MODES if channels is None else CONVERTED, **{"its mode": image.mode})
                 image = image.convert(wanted[channels] if channels else MODES[image.mode])
                 if size is not None:
                     image = image.resize(size[::-1], Image.Resampling.BILINEAR)

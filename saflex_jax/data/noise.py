@@ -96,7 +96,7 @@ def instance_noise(
         return noisy
     scaler = StandardScaler()
     for number, rows in enumerate(chunks(inputs, CHUNK)):
-        checks.finite(f"inputs[{number * CHUNK}:]", rows)
+        checks.finite(**{f"inputs[{number * CHUNK}:]": rows})
         scaler.partial_fit(rows.reshape(len(rows), -1))
     projection = weights.standard_normal((scaler.n_features_in_, num_classes))
     parts = np.split(wrong, np.searchsorted(wrong, np.arange(CHUNK, len(labels), CHUNK)))
@@ -145,7 +145,7 @@ def outside_candidates(
 
 def _chosen(size: int, *, share: float, rng: np.random.Generator) -> np.ndarray:
     """Exactly round(share * size) different places out of `size`, uniformly."""
-    checks.fraction("share", share)
+    checks.fraction(share=share)
     return rng.choice(size, size=round(share * size), replace=False)
 
 
@@ -153,8 +153,8 @@ def _wrong(
     labels: np.ndarray, num_classes: int, *, share: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Places of the labels to corrupt, if there is a way to."""
-    checks.whole("num_classes", num_classes, 2)
-    checks.class_labels("labels", labels, num_classes)
+    checks.whole(2, num_classes=num_classes)
+    checks.integers(num_classes, labels=labels)
     return _chosen(len(labels), share=share, rng=rng)
 
 

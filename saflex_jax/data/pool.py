@@ -51,9 +51,9 @@ class Pool:
                 raise ValueError(
                     "num_classes must be a number where labels are classes; given None"
                 )
-            checks.class_labels("labels", labels, num_classes)
+            checks.integers(num_classes, labels=labels)
         else:
-            checks.simplex("labels", labels)
+            checks.simplex(labels=labels)
             if num_classes not in (None, labels.shape[1]):
                 raise ValueError(f"labels must have {num_classes} columns; given {labels.shape[1]}")
         checks.rows(len(labels), source=source)
@@ -93,7 +93,7 @@ class Pool:
                 f"inputs must be floats with a row for each of {np.size(source)} sources; "
                 f"given {inputs.dtype}{list(inputs.shape)}"
             )
-        checks.finite("inputs", inputs)
+        checks.finite(inputs=inputs)
         return cls(
             lambda places: inputs[places].astype(np.float32),
             labels,
@@ -202,7 +202,7 @@ class Pool:
                     raise ValueError(
                         f"{name} must have shape {shape}, as the first has; given {made.shape}"
                     )
-                checks.finite(name, made)
+                checks.finite(**{name: made})
                 inputs[row] = made
             return inputs
 

@@ -66,13 +66,13 @@ def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np
     Source: Mahajan et al., "Exploring the Limits of Weakly Supervised Pretraining", ECCV 2018,
     section 2.2 (their k labels with 1 / k each).
     """
-    checks.choice("task", task, TASKS)
+    checks.choice(TASKS, task=task)
     labels = np.asarray(labels)
     if labels.ndim == 1:
-        checks.class_labels("labels", labels, num_classes)
+        checks.integers(num_classes, labels=labels)
         return np.eye(num_classes, dtype=np.float32)[labels]
     if task != "multilabel":
-        checks.simplex("labels", labels)
+        checks.simplex(labels=labels)
         return labels.astype(np.float32)
     if not np.isin(labels, (0, 1)).all():
         raise ValueError("multilabel labels must be 0 or 1; given others")
@@ -113,7 +113,7 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
 
     Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
     """
-    checks.choice("task", task or "multiclass", ("multiclass", "ordinal"))
+    checks.choice(("multiclass", "ordinal"), task=task or "multiclass")
     images, labels = [], []
     try:
         with np.load(path) as file:

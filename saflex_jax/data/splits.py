@@ -42,7 +42,7 @@ def stratified_split(labels: np.ndarray, *, val: int, test: int, seed: int) -> S
         single sample.
     """
     labels = np.asarray(labels)
-    checks.whole("val", val), checks.whole("test", test)
+    checks.whole(val=val), checks.whole(test=test)
     _enough(labels, train=len(labels) - val - test, val=val, test=test)
     rest, test_index = _hold_out(np.arange(len(labels)), labels, test, seed)
     train_index, val_index = _hold_out(rest, labels, val, seed)
@@ -64,8 +64,8 @@ def hold_out(
       ValueError: places out of range; too few samples on either side; a class with a single one.
     """
     index, labels = np.asarray(index), np.asarray(labels)
-    checks.class_labels("index", index, len(labels))
-    checks.whole("size", size)
+    checks.integers(len(labels), index=index)
+    checks.whole(size=size)
     _enough(labels[index], rest=len(index) - size, held=size)
     rest, held = _hold_out(index, labels, size, seed)
     return np.sort(rest), np.sort(held)
@@ -110,7 +110,7 @@ def in_order(size: int, *, val: int, test: int) -> Split:
       ValueError: a split would be empty.
     """
     for name, number in {"size": size, "val": val, "test": test}.items():
-        checks.whole(name, number, 1)
+        checks.whole(1, **{name: number})
     if val + test >= size:
         raise ValueError(f"val + test must be less than {size} samples; given {val} + {test}")
     return Split(*np.split(np.arange(size), [size - test - val, size - test]))
@@ -129,7 +129,7 @@ def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
     """
     labels = np.asarray(labels)
     checks.rows(len(labels), labels=labels)
-    checks.whole("per_class", per_class, 1)
+    checks.whole(1, per_class=per_class)
     if not labels.size:
         raise ValueError("labels must hold at least one sample; given 0")
     rng, drawn = generator("few_shot", seed), []
@@ -196,7 +196,7 @@ def fingerprints(inputs: Any, *, chunk: int) -> np.ndarray:
 
     Source: BLAKE2b, RFC 7693, with 16 bytes.
     """
-    checks.whole("chunk", chunk, 1)
+    checks.whole(1, chunk=chunk)
     digests = [
         hashlib.blake2b(row.tobytes(), digest_size=16).digest()
         for rows in chunks(inputs, chunk)
@@ -221,7 +221,7 @@ def without_copies(split: Split, prints: np.ndarray) -> tuple[Split, dict[str, i
       ValueError: places out of range.
     """
     for name, index in split._asdict().items():
-        checks.class_labels(name, index, len(prints))
+        checks.integers(len(prints), **{name: index})
 
     def unlike(index, *others):
         return index[~np.isin(prints[index], prints[np.concatenate(others)])]
@@ -250,7 +250,7 @@ def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bo
     for name, index in split._asdict().items():
         if not len(index):
             raise ValueError(f"the {name} split must hold at least one sample; given 0")
-        checks.class_labels(name, index, len(labels))
+        checks.integers(len(labels), **{name: index})
     for (a, first), (b, second) in itertools.combinations(split._asdict().items(), 2):
         both = np.intersect1d(first, second)
         if both.size:
@@ -259,7 +259,7 @@ def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bo
             )
     if labels.ndim == 2:
         return
-    checks.class_labels("labels", labels, num_classes)
+    checks.integers(num_classes, labels=labels)
     train, val, test = (np.bincount(labels[i], minlength=num_classes) for i in split)
     known = {"val": val} if novel else {"val": val, "test": test}
     for name, counts in known.items():

@@ -82,10 +82,10 @@ class IndexStream(_Stream):
         process_index: int = 0,
         process_count: int = 1,
     ):
-        checks.positive("batch_size", batch_size)
+        checks.positive(batch_size=batch_size)
         if val_batch_size is not None:
-            checks.positive("val_batch_size", val_batch_size)
-        checks.whole("process_count", process_count, 1)
+            checks.positive(val_batch_size=val_batch_size)
+        checks.whole(1, process_count=process_count)
         if process_index not in range(process_count):
             raise ValueError(
                 f"process_index must lie in [0, {process_count}); given {process_index}"
@@ -94,7 +94,7 @@ class IndexStream(_Stream):
         for name, size in sizes._asdict().items():
             if size is None:
                 continue
-            checks.whole(f"the number of {name}", size, 1)
+            checks.whole(1, **{f"the number of {name}": size})
             if rows[name] % process_count:
                 raise ValueError(
                     f"the batch of {name} must be a multiple of {process_count} processes; "
@@ -169,7 +169,7 @@ class FoldStream(_Stream):
         **options,
     ):
         number = sizes.val or 0
-        checks.whole("folds", folds, 2)
+        checks.whole(2, folds=folds)
         if sizes.clean is not None:
             raise ValueError("clean samples are not supported by folds; given some")
         if len(trusted) != number or folds > number:
@@ -268,8 +268,8 @@ class Prefetched(_Stream):
         ahead: int = 4,
         place: Callable[[Streams], Streams] | None = None,
     ):
-        checks.whole("threads", threads, 1)
-        checks.whole("ahead", ahead, 1)
+        checks.whole(1, threads=threads)
+        checks.whole(1, ahead=ahead)
         try:
             import grain
         except ImportError as error:

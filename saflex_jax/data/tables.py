@@ -231,7 +231,7 @@ def _split(
     for n, line in takewhile(lambda item: item[1].startswith("@"), list(rows.items())):
         del rows[n]
         directive, *rest = line.split(maxsplit=1)
-        checks.choice(f"{path}, line {n}: the directive", directive.lower(), DIRECTIVES)
+        checks.choice(DIRECTIVES, **{f"{path}, line {n}: the directive": directive.lower()})
         if directive.lower() == "@attribute":
             declared.append(_attribute(path, n, line))
         if directive.lower() in ("@output", "@outputs"):

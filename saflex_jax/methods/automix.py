@@ -30,7 +30,7 @@ from saflex_jax.core.losses import (
     weighted_soft_cross_entropy,
 )
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import prior_refiner
+from saflex_jax.methods.base import check_outputs, no_clean, prior_refiner
 from saflex_jax.models import AdversarialMixBlock, Heads, MixBlock
 from saflex_jax.types import Batch, Method, Model, Params, PyTree, Refiner, TrainState
 
@@ -157,20 +157,20 @@ def make(
       ValueError: an unknown name, a value out of range, switches of the other rule, or clean
         samples (not supported).
     """
-    checks.choice("mask_loss", mask_loss, MASK_LOSSES)
-    checks.choice("predict", predict, [f"{head}_{net}" for head in HEADS for net in NETWORKS])
-    checks.positive("alpha", alpha)
-    checks.whole("num_steps", num_steps, 1)
-    checks.whole("images", images, 2)
-    checks.whole("adversarial_every", adversarial_every)
+    checks.choice(MASK_LOSSES, mask_loss=mask_loss)
+    checks.choice([f"{head}_{net}" for head in HEADS for net in NETWORKS], predict=predict)
+    checks.positive(alpha=alpha)
+    checks.whole(1, num_steps=num_steps)
+    checks.whole(2, images=images)
+    checks.whole(adversarial_every=adversarial_every)
     for name, value in {"mask_weight": mask_weight, "mask_margin": mask_margin}.items():
-        checks.at_least_zero(name, value)
+        checks.at_least_zero(**{name: value})
     for name, value in {
         "lam_margin": lam_margin, "mask_adjust": mask_adjust, "momentum": momentum,
         "momentum_end": momentum_end, "adversarial_share": adversarial_share,
         "linear_share": linear_share,
     }.items():  # fmt: skip
-        checks.fraction(name, value)
+        checks.fraction(**{name: value})
     if images > 2 and not adversarial_every:
         raise ValueError(f"images must be 2 without adversarial_every; given {images}")
     if adversarial_every and (mask_loss != "none" or mask_adjust):
@@ -198,10 +198,10 @@ def make(
         return {name: part for name, part in params.items() if name != "mix_block"}
 
     def init(key, inputs):
-        checks.images("inputs", inputs)
+        checks.images(inputs=inputs)
         params, model_state = model.init(key, inputs)
         outputs = jax.eval_shape(model.logits, params, model_state, inputs)
-        checks.outputs(outputs, *HEADS, "map")
+        check_outputs(outputs, *HEADS, "map")
         maps = jnp.zeros((images, *outputs["map"].shape))
         of_block = jax.random.fold_in(key, 1)
         phi = block.init(of_block, maps, jnp.ones(images) / images, size=inputs.shape[1:3])
@@ -220,7 +220,7 @@ def make(
         return jnp.where(at_margin, mixture.shares[:, None, None, None], own)
 
     def step(state, streams, *, reduce):
-        checks.no_clean("automix", streams.clean)
+        no_clean("automix", streams.clean)
         batch = streams.candidates
         keys = jax.random.split(steps.step_key(state, batch.index), 8)
         train = lambda number, params, stats, x: model.train(params, stats, x, keys[number])

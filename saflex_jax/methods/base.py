@@ -10,7 +10,7 @@ from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import identity
-from saflex_jax.types import Method, Model, Refiner, Streams, Targets, TrainState
+from saflex_jax.types import Batch, Method, Model, PyTree, Refiner, Streams, Targets, TrainState
 
 
 def supervised(
@@ -61,3 +61,25 @@ def prior_refiner() -> Refiner:
         return as_given(state, streams), arrays, {}
 
     return Refiner(lambda params: (), apply)
+
+
+def needs_val(who: str, val: Batch | None) -> None:
+    """Raises ValueError if there are no validation samples, for what learns from them."""
+    if val is None:
+        raise ValueError(f"{who} needs validation samples; given streams.val = None")
+
+
+def no_clean(who: str, clean: Batch | None) -> None:
+    """Raises ValueError if streams.clean is set, for a method that would leave them out."""
+    if clean is not None:
+        raise ValueError(f"{who} trains on candidates alone; given streams.clean")
+
+
+def check_outputs(outputs: PyTree, *wanted: str) -> None:
+    """Raises ValueError unless a model's outputs are a dict that has these."""
+    given = set(outputs) if isinstance(outputs, dict) else {"logits"}
+    if not {*wanted} <= given:
+        *first, last = map(repr, wanted)
+        raise ValueError(
+            f"model must hand out {', '.join(first)} and {last}; given {sorted(given)}"
+        )

@@ -48,8 +48,8 @@ def refiner(*, beta: float = 0.95, hard: bool = False, start: int = 0) -> Refine
     Raises:
       ValueError: a value out of range.
     """
-    checks.fraction("beta", beta)
-    checks.whole("start", start)
+    checks.fraction(beta=beta)
+    checks.whole(start=start)
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         del reduce

@@ -15,6 +15,7 @@ from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
 from saflex_jax.core.tree import identity
 from saflex_jax.methods import small_loss
+from saflex_jax.methods.base import no_clean
 from saflex_jax.types import Method, Model
 
 OTHER = {"a": "b", "b": "a"}
@@ -57,7 +58,7 @@ def make(
       ValueError: an unknown name, a value out of range, or clean samples (not supported).
     """
     small_loss.check(forget=forget, ramp=ramp)
-    checks.choice("predict", predict, PREDICTIONS)
+    checks.choice(PREDICTIONS, predict=predict)
 
     def init(key, inputs):
         keys = {"a": key, "b": jax.random.fold_in(key, 1)}
@@ -81,7 +82,7 @@ def make(
         return logits, model_state, targets
 
     def step(state, streams, *, reduce):
-        checks.no_clean("co_teaching", streams.clean)
+        no_clean("co_teaching", streams.clean)
         batch = streams.candidates
 
         def loss_fn(params):

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from saflex_jax import checks
-from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
+from saflex_jax.core.losses import CandidateLoss, check_counts, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets, rescale
 from saflex_jax.methods.base import supervised
 from saflex_jax.types import Method, Model, Refiner
@@ -57,9 +57,9 @@ def refiner(*, counts: np.ndarray, beta: float = 0.9999, start: int = 0) -> Refi
     Raises:
       ValueError: a value out of range, or labels of another number of classes.
     """
-    checks.counts("counts", counts)
-    checks.decay("beta", beta)
-    checks.whole("start", start)
+    check_counts(counts)
+    checks.decay(beta=beta)
+    checks.whole(start=start)
     of_class = class_weights(counts, beta)
 
     def apply(arrays, state, logits_fn, streams, *, reduce):

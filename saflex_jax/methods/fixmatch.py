@@ -93,9 +93,9 @@ def make(
       ValueError: a value out of range, a strong augmentation that changes the number of rows, or no
         labelled samples.
     """
-    checks.fraction("threshold", threshold)
-    checks.amount("unlabelled_weight", unlabelled_weight)
-    checks.decay("ema", ema)
+    checks.fraction(threshold=threshold)
+    checks.amount(unlabelled_weight=unlabelled_weight)
+    checks.decay(ema=ema)
     weak, strong = (parse(a) if isinstance(a, str) else a for a in (weak, strong))
     refiner = prior_refiner() if refiner is None else refiner
 

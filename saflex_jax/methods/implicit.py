@@ -24,7 +24,7 @@ from saflex_jax.core.losses import (
 )
 from saflex_jax.core.targets import rescale
 from saflex_jax.core.tree import gather, merge, select, under
-from saflex_jax.methods.base import supervised
+from saflex_jax.methods.base import needs_val, supervised
 from saflex_jax.types import LinearSolve, Method, Model, PathPredicate, Refiner, Targets
 
 
@@ -69,13 +69,13 @@ def refiner(
     Raises:
       ValueError: prior not in the simplex; an unknown option or a value out of range.
     """
-    checks.simplex("prior", prior)
-    checks.positive("max_weight", max_weight)
-    checks.choice("learn", learn, ("both", "weights", "labels"))
-    checks.whole("start", start)
+    checks.simplex(prior=prior)
+    checks.positive(max_weight=max_weight)
+    checks.choice(("both", "weights", "labels"), learn=learn)
+    checks.whole(start=start)
     prior = np.asarray(prior)  # on the host: a refiner may be built before JAX starts
     if isinstance(meta_tx, int | float):
-        checks.positive("meta_tx", meta_tx)
+        checks.positive(meta_tx=meta_tx)
         meta_tx = optax.sgd(meta_tx)
 
     def project(meta, rows):  # of the pool it would cost a sort of each of its N rows
@@ -97,7 +97,7 @@ def refiner(
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        checks.validation("implicit", val)
+        needs_val("implicit", val)
 
         def logits(part, batch):
             return logits_fn(merge(part, state.params), batch.inputs)

@@ -20,7 +20,7 @@ from saflex_jax.augment import Augment, parse, sample_keys
 from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
-from saflex_jax.methods.base import as_given
+from saflex_jax.methods.base import as_given, no_clean
 from saflex_jax.types import Batch, Method, Model
 
 
@@ -70,9 +70,9 @@ def make(
       ValueError: a value out of range, an augmentation that changes the number of rows, or clean
         samples (the candidates are the clean samples here).
     """
-    checks.amount("epsilon", epsilon)
-    checks.amount("dual_rate", dual_rate)
-    checks.whole("mh_steps", mh_steps, 1)
+    checks.amount(epsilon=epsilon)
+    checks.amount(dual_rate=dual_rate)
+    checks.whole(1, mh_steps=mh_steps)
     propose = parse(augment) if isinstance(augment, str) else augment
 
     def init(key, inputs):
@@ -82,7 +82,7 @@ def make(
         return loss(logits, prior_targets(batch.labels, batch.mask), batch)
 
     def step(state, streams, *, reduce):
-        checks.no_clean("invariance", streams.clean)
+        no_clean("invariance", streams.clean)
         batch, gamma = streams.candidates, state.extra
 
         def seen(proposed):

@@ -15,7 +15,7 @@ from saflex_jax.core.scores import Mode, scorer, validation_gradient
 from saflex_jax.core.steps import total
 from saflex_jax.core.targets import prior_targets, rescale
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import supervised
+from saflex_jax.methods.base import needs_val, supervised
 from saflex_jax.types import Method, Model, PathPredicate, Reduce, Refiner, Targets
 
 
@@ -85,11 +85,11 @@ def refiner(
     Raises:
       ValueError: a value out of range.
     """
-    checks.whole("start", start)
+    checks.whole(start=start)
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        checks.validation("l2rw", val)
+        needs_val("l2rw", val)
 
         # The candidates' forward pass, outside of the branch (see `scorer`).
         along = scorer(

@@ -37,7 +37,7 @@ def refiner(*, epsilon: float = 0.1) -> Refiner:
     Raises:
       ValueError: a value out of range.
     """
-    checks.fraction("epsilon", epsilon)
+    checks.fraction(epsilon=epsilon)
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         del state, logits_fn, reduce

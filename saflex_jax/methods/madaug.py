@@ -28,7 +28,7 @@ from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cro
 from saflex_jax.core.scores import validation_gradient
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import axpy, identity
-from saflex_jax.methods.base import as_given
+from saflex_jax.methods.base import as_given, check_outputs, needs_val
 from saflex_jax.models import Heads
 from saflex_jax.types import Batch, Method, Model, Params, PyTree, Reduce
 
@@ -116,27 +116,27 @@ def make(
         "steps_per_epoch": steps_per_epoch, "tau": tau, "temperature": temperature,
         "inner_learning_rate": inner_learning_rate,
     }.items():  # fmt: skip
-        checks.positive(name, value)
-    checks.whole("layers", layers, 1)
-    checks.whole("search_every", search_every, 1)
-    checks.fraction("jitter", jitter)
+        checks.positive(**{name: value})
+    checks.whole(1, layers=layers)
+    checks.whole(1, search_every=search_every)
+    checks.fraction(jitter=jitter)
     if layers > len(SPACE):
         raise ValueError(f"layers must be at most {len(SPACE)}; given {layers}")
     if isinstance(policy_tx, int | float):
-        checks.positive("policy_tx", policy_tx)
+        checks.positive(policy_tx=policy_tx)
         policy_tx = optax.adam(policy_tx)
 
     def init(key, inputs):
-        checks.images("inputs", inputs)
+        checks.images(inputs=inputs)
         params, model_state = model.init(key, inputs)
         outputs = jax.eval_shape(model.logits, params, model_state, inputs)
-        checks.outputs(outputs, "class", "features")
+        check_outputs(outputs, "class", "features")
         width = outputs["features"].shape[1]
         h = {"kernel": jnp.zeros((width, 2 * len(SPACE))), "bias": jnp.zeros(2 * len(SPACE))}
         return steps.init_state(key, params, model_state, tx, Kept(h, policy_tx.init(h)))
 
     def step(state, streams, *, reduce):
-        checks.validation("madaug", streams.val)
+        needs_val("madaug", streams.val)
         batch, val = streams.candidates, streams.val
         of_search, of_use = jax.random.split(steps.draws_key(state))
 

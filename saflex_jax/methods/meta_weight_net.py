@@ -23,7 +23,7 @@ from saflex_jax.core.scores import validation_gradient
 from saflex_jax.core.steps import total
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import axpy, identity, merge, select
-from saflex_jax.methods.base import supervised
+from saflex_jax.methods.base import needs_val, supervised
 from saflex_jax.types import (
     Batch,
     LogitsFn,
@@ -205,11 +205,11 @@ def refiner(
     Raises:
       ValueError: a value out of range.
     """
-    checks.whole("hidden", hidden, 1)
-    checks.positive("inner_learning_rate", inner_learning_rate)
-    checks.whole("start", start)
+    checks.whole(1, hidden=hidden)
+    checks.positive(inner_learning_rate=inner_learning_rate)
+    checks.whole(start=start)
     if isinstance(meta_tx, int | float):
-        checks.positive("meta_tx", meta_tx)
+        checks.positive(meta_tx=meta_tx)
         meta_tx = optax.chain(optax.add_decayed_weights(_L2), optax.adam(meta_tx))
 
     def init(params):
@@ -219,7 +219,7 @@ def refiner(
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        checks.validation("meta_weight_net", val)
+        needs_val("meta_weight_net", val)
         mask = candidates.mask
         losses, push = linear_losses(logits_fn, state.params, candidates, predicate=predicate)
 

@@ -18,7 +18,7 @@ from saflex_jax import checks
 from saflex_jax.augment.transformations import TRANSFORMATIONS, transformed
 from saflex_jax.core import steps
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
-from saflex_jax.methods.base import as_given
+from saflex_jax.methods.base import as_given, no_clean
 from saflex_jax.methods.sla import PREDICTIONS, aggregate, joint_labels
 from saflex_jax.types import Method, Model
 
@@ -66,11 +66,11 @@ def make(
       ValueError: an unknown name, a number out of range, clean samples (not supported), rows that
         are no whole episodes.
     """
-    checks.whole("ways", ways, 2)
-    checks.whole("shots", shots, 1)
-    checks.whole("queries", queries, 1)
-    checks.choice("transformations", transformations, TRANSFORMATIONS)
-    checks.choice("predict", predict, PREDICTIONS)
+    checks.whole(2, ways=ways)
+    checks.whole(1, shots=shots)
+    checks.whole(1, queries=queries)
+    checks.choice(TRANSFORMATIONS, transformations=transformations)
+    checks.choice(PREDICTIONS, predict=predict)
     views, of_class = len(TRANSFORMATIONS[transformations]), shots + queries
 
     def logits_of(features, views):
@@ -81,7 +81,7 @@ def make(
         return steps.init_state(key, params, model_state, tx)
 
     def step(state, streams, *, reduce):
-        checks.no_clean("protonet", streams.clean)
+        no_clean("protonet", streams.clean)
         batch, place = streams.candidates, jnp.arange(len(streams.candidates.mask))
         inputs = transformed(batch.inputs, transformations)
         labels = joint_labels(jax.nn.one_hot(place // of_class % ways, ways), views)

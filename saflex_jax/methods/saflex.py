@@ -33,7 +33,7 @@ from saflex_jax.core.memory import Memory
 from saflex_jax.core.posterior import Agreement
 from saflex_jax.core.steps import total
 from saflex_jax.core.tree import restrict, select, under
-from saflex_jax.methods.base import supervised
+from saflex_jax.methods.base import needs_val, supervised
 from saflex_jax.types import LinearSolve, Method, Model, Params, PathPredicate, Refiner
 
 
@@ -138,30 +138,30 @@ def refiner(
     Raises:
       ValueError: an unknown option, or a value out of range.
     """
-    checks.choice("rule", rule, RULES)
-    checks.choice("direction", direction, DIRECTIONS)
-    checks.amount("lookahead", lookahead)
+    checks.choice(RULES, rule=rule)
+    checks.choice(DIRECTIONS, direction=direction)
+    checks.amount(lookahead=lookahead)
     if noise_rate is not None:
-        checks.fraction("noise_rate", noise_rate)
+        checks.fraction(noise_rate=noise_rate)
     targets.check(prior_strength, temperature, tolerance, scale, learn, anchor)
-    checks.whole("num_trusted", num_trusted)
-    checks.whole("num_val", num_val)
+    checks.whole(num_trusted=num_trusted)
+    checks.whole(num_val=num_val)
     if num_trusted > num_samples:
         raise ValueError(
             f"num_trusted must be at most num_samples = {num_samples}; given {num_trusted}"
         )
     scores.check(mode, compute_dtype)
-    checks.whole("start", start)
-    checks.whole("every", every, 1)
-    checks.whole("val_every", val_every, 1)
-    checks.decay("val_decay", val_decay)
-    checks.choice("memory_dtype", memory_dtype, memory.DTYPES)
+    checks.whole(start=start)
+    checks.whole(1, every=every)
+    checks.whole(1, val_every=val_every)
+    checks.decay(val_decay=val_decay)
+    checks.choice(memory.DTYPES, memory_dtype=memory_dtype)
     remembers, keeps_gradient = memory_decay is not None, val_every > 1 or val_decay > 0
     estimates = rule == "posterior" and noise_rate is None
     on_val = estimates and not num_trusted
     size = dict(num_samples=num_samples, num_classes=num_classes, dtype=memory_dtype)
     if remembers:
-        checks.decay("memory_decay", memory_decay)
+        checks.decay(memory_decay=memory_decay)
         memory.check(**size)
 
     def init(params):
@@ -235,7 +235,7 @@ def refiner(
 
     def apply(arrays, state, logits_fn, streams, *, reduce):
         candidates, val = streams.candidates, streams.val
-        checks.validation("saflex", val)
+        needs_val("saflex", val)
         network = scores.in_dtype(logits_fn, compute_dtype)
         along = scores.scorer(
             network,

@@ -23,7 +23,7 @@ from saflex_jax.core.losses import (
     weighted_soft_cross_entropy,
 )
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import prior_refiner
+from saflex_jax.methods.base import no_clean, prior_refiner
 from saflex_jax.models import Heads
 from saflex_jax.types import Batch, Method, Model, Refiner, Streams
 
@@ -100,9 +100,9 @@ def make(
       ValueError: an unknown name, a value out of range, or clean samples (not supported).
     """
     mode, views = _mode(mode, transformations)
-    checks.choice("predict", predict, PREDICTIONS)
-    checks.positive("temperature", temperature)
-    checks.at_least_zero("beta", beta)
+    checks.choice(PREDICTIONS, predict=predict)
+    checks.positive(temperature=temperature)
+    checks.at_least_zero(beta=beta)
     refiner = prior_refiner() if refiner is None else refiner
     joint = mode in ("sla", "sd")
     refined = "joint" if joint else "class"
@@ -122,7 +122,7 @@ def make(
 
     def refine(state, streams, *, reduce):
         """Views of the candidates, and their targets."""
-        checks.no_clean("sla", streams.clean)
+        no_clean("sla", streams.clean)
         val = None if streams.val is None else expand(streams.val)
         seen = Streams(expand(streams.candidates), val)
 
@@ -196,8 +196,8 @@ def make(
 
 def _mode(mode: str, transformations: str) -> tuple[str, int]:
     """The mode in effect, and M."""
-    checks.choice("mode", mode, MODES)
-    checks.choice("transformations", transformations, TRANSFORMATIONS)
+    checks.choice(MODES, mode=mode)
+    checks.choice(TRANSFORMATIONS, transformations=transformations)
     views = len(TRANSFORMATIONS[transformations])
     return ("sla" if mode == "sd" and views == 1 else mode), views
 

@@ -36,8 +36,8 @@ def make(
 
 def check(*, forget: float, ramp: int) -> None:
     """Raises unless these are options of a schedule, see `refiner`."""
-    checks.decay("forget", forget)
-    checks.whole("ramp", ramp, 1)
+    checks.decay(forget=forget)
+    checks.whole(1, ramp=ramp)
 
 
 def rate_at(step: jax.Array, *, forget: float, ramp: int) -> jax.Array:

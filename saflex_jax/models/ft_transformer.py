@@ -104,7 +104,7 @@ class FTTransformer(nn.Module):
     def __call__(self, x: PyTree, *, train: bool) -> jax.Array:
         del train
         for name in ("width", "depth", "heads", "mlp_width"):
-            checks.whole(name, getattr(self, name), least=1)
+            checks.whole(1, **{name: getattr(self, name)})
         x = Tokens(self.width, self.categories, name="tokens")(*_columns(x, self.categories))
         for number in range(self.depth):
             last = number == self.depth - 1

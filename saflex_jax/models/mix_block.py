@@ -111,7 +111,7 @@ class MixBlock(nn.Module):
 
     @nn.compact
     def __call__(self, maps: jax.Array, shares: jax.Array, *, size: Sequence[int]) -> jax.Array:
-        checks.choice("upsample", self.upsample, UPSAMPLING)
+        checks.choice(UPSAMPLING, upsample=self.upsample)
         if len(maps) != 2:
             raise ValueError(f"maps must be of 2 images; given {len(maps)}")
         for other in ("lam_concat_v", "lam_mul", "qk_concat"):
@@ -176,7 +176,7 @@ class AdversarialMixBlock(nn.Module):
 
     @nn.compact
     def __call__(self, maps: jax.Array, shares: jax.Array, *, size: Sequence[int]) -> jax.Array:
-        checks.choice("upsample", self.upsample, UPSAMPLING)
+        checks.choice(UPSAMPLING, upsample=self.upsample)
         if len(maps) < 2:
             raise ValueError(f"maps must be of at least 2 images; given {len(maps)}")
         number, batch, *grid, channels = maps.shape

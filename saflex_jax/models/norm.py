@@ -58,7 +58,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        checks.choice("norm", self.kind, ("group", "batch"))
+        checks.choice(("group", "batch"), norm=self.kind)
         if self.kind == "group":
             return GroupNorm()(x)
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(

@@ -38,7 +38,7 @@ class ResNet18(nn.Module):
     def __call__(
         self, x: jax.Array, *, train: bool, stage: int | None = None
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        checks.choice("stem", self.stem, ("cifar", "imagenet"))
+        checks.choice(("cifar", "imagenet"), stem=self.stem)
 
         def conv(width, size, stride, name=None):
             return nn.Conv(

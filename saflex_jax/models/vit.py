@@ -82,7 +82,7 @@ class ViT(nn.Module):
         self, x: jax.Array, *, train: bool, stage: int | None = None
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         del train
-        checks.images("inputs", x)
+        checks.images(inputs=x)
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(
                 f"inputs must have sides that are multiples of patch = {self.patch}; "

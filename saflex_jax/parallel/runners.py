@@ -129,7 +129,7 @@ def _runner(
         def put_rows(rows):
             for name, pool, found in zip(Streams._fields, pools, rows):
                 if isinstance(found, np.ndarray):
-                    checks.class_labels(f"rows of {name}", found, len(pool.labels))
+                    checks.integers(len(pool.labels), **{f"rows of {name}": found})
             return put_batch(rows)
 
         return holding(_put(pools, replicated), put_rows)

@@ -58,9 +58,9 @@ def make_evaluator(
     for leaf in jax.tree.leaves(inputs):
         if len(leaf) != size:
             raise ValueError(f"inputs must have {size} rows, as labels have; given {len(leaf)}")
-    checks.finite("inputs", inputs)
-    checks.simplex("labels", labels)
-    checks.whole("batch_size", batch_size, 1)
+    checks.finite(inputs=inputs)
+    checks.simplex(labels=labels)
+    checks.whole(1, batch_size=batch_size)
     batch_size = min(batch_size, size)
 
     sums = _compiled(method.predict)

@@ -137,7 +137,7 @@ def fit(
         shapes or dtypes differ from the first one's (it would compile again).
       CheckpointError: the checkpoint is damaged or of another run.
     """
-    checks.positive("log_every", log_every)
+    checks.positive(log_every=log_every)
     if eval_every is not None and eval_every % log_every:
         raise ValueError(
             f"eval_every must be a multiple of log_every = {log_every}; given {eval_every}"

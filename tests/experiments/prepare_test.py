@@ -309,7 +309,7 @@ SLOW_CLIENT = """
 import sys
 from absl import app
 from experiments import prepare
-from tests import prepare_test as t
+from tests.experiments import prepare_test as t
 prepare.DATASETS, prepare.ARCHIVES = {"tiny": t.table()}, {"tiny": t.archive()}
 prepare.command = lambda archive: "echo half > tiny.zip; sleep 300 & echo $! > pid; wait"
 app.run(prepare.main)

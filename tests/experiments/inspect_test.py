@@ -6,7 +6,7 @@ from absl import flags
 
 from experiments import inspect, task
 from saflex_jax import data
-from tests.task_test import images
+from tests.experiments.task_test import images
 
 
 def test_inspection_counts_and_finds_copies(tmp_path):

@@ -18,9 +18,9 @@ from saflex_jax.models import MLP, Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import jit_runner, pmap_runner
 from saflex_jax.types import Trace
 from tests import cost_test
+from tests.augment.transformations_test import views
 from tests.parallel import setup_
 from tests.problems import assert_close, log_softmax, soft_labels, softmax
-from tests.transformations_test import views
 
 CLASSES, SIZE, VAL_SIZE, FEATURES, SIDE = 3, 5, 2, 4, 2
 GAIN = 0.5  # of the network's logits in evaluation mode

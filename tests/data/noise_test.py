@@ -9,7 +9,7 @@ from saflex_jax.data.noise import (
     pairwise_noise,
     symmetric_noise,
 )
-from tests.data_splits_test import Slices
+from tests.data.splits_test import Slices
 
 SIZE, CLASSES = 240, 5
 LABELS = np.random.default_rng(0).integers(CLASSES, size=SIZE)

@@ -15,9 +15,9 @@ from saflex_jax.core.tree import identity
 from saflex_jax.methods import erm, fixmatch, saflex
 from saflex_jax.parallel import RUNNERS, jit_runner
 from tests import problems
+from tests.experiments.task_test import forget, images
 from tests.parallel import setup_
 from tests.problems import assert_close, log_softmax, softmax
-from tests.task_test import forget, images
 
 FEATURES, CLASSES, LABELLED, SIZE = 4, 3, 5, 12
 
