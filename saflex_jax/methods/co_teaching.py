@@ -6,6 +6,8 @@ Labels", NeurIPS 2018.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,22 +16,44 @@ from saflex_jax import checks
 from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
 from saflex_jax.core.tree import identity
-from saflex_jax.methods import small_loss
-from saflex_jax.methods.base import no_clean
+from saflex_jax.methods.base import MethodSpec, no_clean
+from saflex_jax.rules.small_loss import SmallLoss, select
 from saflex_jax.types import Method, Model
 
 OTHER = {"a": "b", "b": "a"}
 PREDICTIONS = ("a", "mean")
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of co-teaching.
+
+    Attributes:
+      forget: share of samples left out in the end, in [0, 1); see `rules.small_loss.SmallLoss`.
+      ramp: steps until then, >= 1.
+      predict: "a": the logits of network a. "mean": the logarithm of the mean probability of both,
+        two forward passes. The default is what the source reports, and what other methods can be
+        compared with: a mean of two networks is better without any wrong label.
+
+    Raises:
+      ValueError: an unknown name, or a value out of range.
+    """
+
+    forget: float = 0.2
+    ramp: int = 1000
+    predict: str = "a"
+
+    def __post_init__(self):
+        SmallLoss(self.forget, self.ramp)
+        checks.choice(PREDICTIONS, predict=self.predict)
+
+
 def make(
     model: Model,
     tx: optax.GradientTransformation,
+    options: Options = Options(),
     *,
     loss: CandidateLoss = weighted_soft_cross_entropy,
-    forget: float = 0.2,
-    ramp: int = 1000,
-    predict: str = "a",
 ) -> Method:
     """Two networks that pick each other's samples of every batch.
 
@@ -44,44 +68,39 @@ def make(
     Args:
       model: see `types.Model`.
       tx: optax transformation of {"a": parameters, "b": parameters}.
+      options: see `Options`.
       loss: of the picked samples, in the place of w_i CE; samples are picked by the cross-entropy.
-      forget, ramp: see `small_loss.refiner`.
-      predict: "a": the logits of network a. "mean": the logarithm of the mean probability of both,
-        two forward passes. The default is what the source reports, and what other methods can be
-        compared with: a mean of two networks is better without any wrong label.
 
     Returns:
       Method; the metrics are the networks' means but for "loss", L. `targets` are those of network
       a, picked by b.
 
     Raises:
-      ValueError: an unknown name, a value out of range, or clean samples (not supported).
+      ValueError: clean samples (not supported).
     """
-    small_loss.check(forget=forget, ramp=ramp)
-    checks.choice(PREDICTIONS, predict=predict)
+    rate_at = SmallLoss(options.forget, options.ramp).rate_at
 
     def init(key, inputs):
         keys = {"a": key, "b": jax.random.fold_in(key, 1)}
-        made = {name: model.init(keys[name], inputs) for name in OTHER}
-        params, model_state = ({name: made[name][part] for name in OTHER} for part in (0, 1))
+        networks = {name: model.init(keys[name], inputs) for name in OTHER}
+        params, model_state = _split(networks)
         return steps.init_state(key, params, model_state, tx)
 
     def forward(params, state, batch, reduce):
         """Network -> logits, model_state and targets."""
         keys = dict(zip(OTHER, jax.random.split(steps.step_key(state, batch.index))))
-        made = {
+        outputs = {
             name: model.train(params[name], state.model_state[name], batch.inputs, keys[name])
             for name in OTHER
         }
-        logits, model_state = ({name: made[name][part] for name in OTHER} for part in (0, 1))
-        rate = small_loss.rate_at(state.step, forget=forget, ramp=ramp)
+        logits, model_state = _split(outputs)
+        rate = rate_at(state.step)
         targets = {
-            name: small_loss.select(logits[other], batch, rate, reduce=reduce)
-            for name, other in OTHER.items()
+            name: select(logits[other], batch, rate, reduce=reduce) for name, other in OTHER.items()
         }
         return logits, model_state, targets
 
-    def step(state, streams, *, reduce):
+    def step(state, streams, *, reduce=identity):
         no_clean("co_teaching", streams.clean)
         batch = streams.candidates
 
@@ -97,9 +116,11 @@ def make(
 
         return steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
 
-    def predict_fn(state, inputs):
-        logits = lambda name: model.logits(state.params[name], state.model_state[name], inputs)
-        if predict == "a":
+    def predict(state, inputs):
+        def logits(name):
+            return model.logits(state.params[name], state.model_state[name], inputs)
+
+        if options.predict == "a":
             return logits("a")
         log_p, log_q = (jax.nn.log_softmax(logits(name)) for name in OTHER)
         return jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
@@ -107,4 +128,12 @@ def make(
     def targets(state, streams):
         return forward(state.params, state, streams.candidates, identity)[2]["a"]
 
-    return Method(init, step, predict_fn, targets)
+    return Method(init, step, predict, targets)
+
+
+def _split(pairs):
+    """Network -> (x, y) as network -> x and network -> y."""
+    return ({name: pair[part] for name, pair in pairs.items()} for part in (0, 1))
+
+
+SPEC = MethodSpec(make, takes=("options", "loss"), options=Options())

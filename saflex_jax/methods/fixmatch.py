@@ -9,6 +9,7 @@ Confidence", NeurIPS 2020; where the paper is silent, the repository google-rese
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -25,33 +26,62 @@ from saflex_jax.core.losses import (
     weighted_soft_cross_entropy,
 )
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import prior_refiner
-from saflex_jax.types import Method, Model, Params, PyTree, Refiner, TrainState
+from saflex_jax.methods.base import MethodSpec
+from saflex_jax.rules import AsGiven
+from saflex_jax.types import Method, Model, Params, PyTree, Rule, RunInfo, TrainState
 
 
-class Kept(NamedTuple):
-    """What the method keeps between steps.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of FixMatch.
+
+    Attributes:
+      weak: augmentation of the labelled samples, or its text (`augment.parse`); "" = the pipeline
+        upstream of the candidates, `run.upstream`.
+      strong: augmentation of the weak views that keeps the number of rows, or its text.
+      threshold: probability from which on a prediction is a label, in [0, 1].
+      unlabelled_weight: >= 0; 0 = the labelled samples alone.
+      ema: in [0, 1), decay of the average that predicts; 0 = the last parameters do. The source has
+        .999 for a million steps; it starts from the first parameters, so short runs want less.
+
+    Raises:
+      ValueError: a value out of range, or a text that names no pipeline.
+    """
+
+    weak: Augment | str = ""
+    strong: Augment | str = "randaugment(2, 10) | cutout(8)"
+    threshold: float = 0.95
+    unlabelled_weight: float = 1.0
+    ema: float = 0.0
+
+    def __post_init__(self):
+        for augment in (self.weak, self.strong):
+            _pipeline(augment)
+        checks.fraction(threshold=self.threshold)
+        checks.amount(unlabelled_weight=self.unlabelled_weight)
+        checks.decay(ema=self.ema)
+
+
+class AverageAndRule(NamedTuple):
+    """`TrainState.extra` of FixMatch.
 
     Attributes:
       average: moving average of the parameters; None without one.
-      refiner: the refiner's arrays.
+      rule: the rule's arrays.
     """
 
     average: Params | None
-    refiner: PyTree
+    rule: PyTree
 
 
 def make(
     model: Model,
     tx: optax.GradientTransformation,
+    options: Options = Options(),
     *,
-    refiner: Refiner | None = None,
+    rule: Rule | None = None,
     loss: CandidateLoss = weighted_soft_cross_entropy,
-    weak: Augment | str = "identity",
-    strong: Augment | str = "randaugment(2, 10) | cutout(8)",
-    threshold: float = 0.95,
-    unlabelled_weight: float = 1.0,
-    ema: float = 0.0,
+    run: RunInfo | None = None,
 ) -> Method:
     """Training on labelled samples, streams.clean, and unlabelled ones, streams.candidates.
 
@@ -75,88 +105,83 @@ def make(
     Args:
       model: see `types.Model`.
       tx: optax transformation.
-      refiner: rule for the strong views' weights and labels; None = the pseudo-labels, weight one.
+      options: see `Options`.
+      rule: for the strong views' weights and labels; None = the pseudo-labels, weight one.
       loss: of the strong views with the refined labels (see `core.losses`).
-      weak: augmentation of the labelled samples, or its text (`augment.parse`); give the one that
-        is upstream of the candidates.
-      strong: augmentation of the weak views that keeps the number of rows, or its text.
-      threshold: in [0, 1].
-      unlabelled_weight: >= 0; 0 = the labelled samples alone.
-      ema: in [0, 1), decay of the average that predicts; 0 = the last parameters do. The source has
-        .999 for a million steps; it starts from the first parameters, so short runs want less.
+      run: for its upstream pipeline; None = the identity.
 
     Returns:
       Method. The metric "confident" is the share of candidates that reach the threshold; those of
-      the refiner are of these.
+      the rule are of these. `targets` are of the strong views, weight 0 where not confident.
 
     Raises:
-      ValueError: a value out of range, a strong augmentation that changes the number of rows, or no
-        labelled samples.
+      ValueError: a strong augmentation that changes the number of rows, or no labelled samples.
     """
-    checks.fraction(threshold=threshold)
-    checks.amount(unlabelled_weight=unlabelled_weight)
-    checks.decay(ema=ema)
-    weak, strong = (parse(a) if isinstance(a, str) else a for a in (weak, strong))
-    refiner = prior_refiner() if refiner is None else refiner
+    rule = AsGiven() if rule is None else rule
+    upstream = "identity" if run is None else run.upstream
+    weak, strong = _pipeline(options.weak or upstream), _pipeline(options.strong)
 
     def init(key, inputs):
         params, model_state = model.init(key, inputs)
-        average = jax.tree.map(jnp.copy, params) if ema else None  # a step may donate the others
-        return steps.init_state(key, params, model_state, tx, Kept(average, refiner.init(params)))
+        # A copy, since a step may donate the parameters.
+        average = jax.tree.map(jnp.copy, params) if options.ema else None
+        extra = AverageAndRule(average, rule.init(params))
+        return steps.init_state(key, params, model_state, tx, extra)
 
     def refine(state, streams, *, reduce):
-        """Strong views of the candidates, the unconfident masked, and their targets."""
+        """Strong views of the candidates, the unconfident masked, and what the rule gives."""
 
         def logits_fn(params, inputs):
             return model.logits(params, state.model_state, inputs)
 
-        batch = streams.candidates
-        labels, confident = pseudo_labels(logits_fn(state.params, batch.inputs), threshold)
-        batch = batch._replace(labels=labels, mask=batch.mask & confident)
-        seen = strong(view_keys(state)[1], batch)
-        if seen.index.shape != batch.index.shape:
+        weak_views = streams.candidates
+        logits = logits_fn(state.params, weak_views.inputs)
+        labels, confident = pseudo_labels(logits, options.threshold)
+        pseudo_labelled = weak_views._replace(labels=labels, mask=weak_views.mask & confident)
+        views = strong(view_keys(state)[1], pseudo_labelled)
+        if views.index.shape != weak_views.index.shape:
             raise ValueError(
-                f"strong must keep the number of rows; it made {len(seen.index)} of "
-                f"{len(batch.index)}"
+                f"strong must keep the number of rows; it made {len(views.index)} of "
+                f"{len(weak_views.index)}"
             )
-        streams = streams._replace(candidates=seen)
-        return seen, *refiner.apply(state.extra.refiner, state, logits_fn, streams, reduce=reduce)
+        streams = streams._replace(candidates=views)
+        return views, *rule.apply(state.extra.rule, state, logits_fn, streams, reduce=reduce)
 
-    def step(state, streams, *, reduce):
+    def step(state, streams, *, reduce=identity):
         if streams.clean is None:
             raise ValueError("fixmatch needs labelled samples; given streams.clean = None")
-        given = streams.candidates.mask
+        mask = streams.candidates.mask
         labelled = weak(view_keys(state)[0], streams.clean)
-        seen, targets, arrays, refined = refine(state, streams, reduce=reduce)
-        inputs = jax.tree.map(lambda *x: jnp.concatenate(x), labelled.inputs, seen.inputs)
-        key, size = steps.step_key(state, seen.index), len(labelled.index)
+        views, targets, arrays, of_rule = refine(state, streams, reduce=reduce)
+        inputs = jax.tree.map(lambda *x: jnp.concatenate(x), labelled.inputs, views.inputs)
+        key, size = steps.step_key(state, views.index), len(labelled.index)
 
         def loss_fn(params):
             logits, model_state = model.train(params, state.model_state, inputs, key)
             clean = weighted_cross_entropy(logits[:size], labelled.labels, mask=labelled.mask)
-            losses = loss(logits[size:], targets, seen)  # 0 where not confident
+            losses = loss(logits[size:], targets, views)  # 0 where not confident
             value = masked_mean(clean, labelled.mask, reduce=reduce)
-            value += unlabelled_weight * masked_mean(losses, given, reduce=reduce)
+            value += options.unlabelled_weight * masked_mean(losses, mask, reduce=reduce)
             metrics = {
                 "clean_loss": steps.total(clean, labelled.mask, reduce),
-                "candidate_loss": steps.total(losses, given, reduce),
-                "confident": steps.total(seen.mask, given, reduce),
+                "candidate_loss": steps.total(losses, mask, reduce),
+                "confident": steps.total(views.mask, mask, reduce),
             }
             return value, (model_state, metrics)
 
         average = state.extra.average
         state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
-        if ema:
-            mean = lambda old, new: (ema * old + (1 - ema) * new).astype(new.dtype)
-            average = jax.tree.map(mean, average, state.params)
-        return state._replace(extra=Kept(average, arrays)), {**metrics, **refined}
+        if options.ema:
+            average = optax.incremental_update(state.params, average, 1 - options.ema)
+        return state._replace(extra=AverageAndRule(average, arrays)), {**metrics, **of_rule}
 
     def predict(state, inputs):
-        params = state.extra.average if ema else state.params
+        params = state.extra.average if options.ema else state.params
         return model.logits(params, state.model_state, inputs)
 
-    # Of the strong views, weight 0 where not confident.
-    targets = lambda state, streams: refine(state, streams, reduce=identity)[1]
+    def targets(state, streams):
+        return refine(state, streams, reduce=identity)[1]
+
     return Method(init, step, predict, targets)
 
 
@@ -179,3 +204,12 @@ def pseudo_labels(logits: jax.Array, threshold: float) -> tuple[jax.Array, jax.A
 def view_keys(state: TrainState) -> jax.Array:
     """key[2] of this step, for the weak views of labelled samples and for the strong views."""
     return jax.random.split(steps.draws_key(state))
+
+
+def _pipeline(augment: Augment | str) -> Augment:
+    return parse(augment) if isinstance(augment, str) else augment
+
+
+SPEC = MethodSpec(
+    make, takes=("options", "rule", "loss", "run"), options=Options(), needs=("clean",)
+)

@@ -9,6 +9,7 @@ Learning", ICML 2023; where the paper is silent, the repository ihounie/daug.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -20,19 +21,43 @@ from saflex_jax.augment import Augment, parse, sample_keys
 from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
-from saflex_jax.methods.base import as_given, no_clean
+from saflex_jax.core.tree import identity
+from saflex_jax.methods.base import MethodSpec, as_given, no_clean
 from saflex_jax.types import Batch, Method, Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of invariance-constrained training.
+
+    Attributes:
+      augment: p, an augmentation that keeps the number of rows, or its text (`augment.parse`).
+      epsilon: the bound, >= 0, nats. The source has .2 to 2.1, by data set and network.
+      dual_rate: learning rate of the multiplier, >= 0.
+      mh_steps: proposals for each sample and step, >= 1; each costs a forward pass. 1 = plain
+        augmentation.
+
+    Raises:
+      ValueError: a value out of range, or a text that names no pipeline.
+    """
+
+    augment: Augment | str = "trivialaugment"
+    epsilon: float = 0.6
+    dual_rate: float = 1e-4
+    mh_steps: int = 2
+
+    def __post_init__(self):
+        _pipeline(self.augment)
+        checks.amount(epsilon=self.epsilon, dual_rate=self.dual_rate)
+        checks.whole(1, mh_steps=self.mh_steps)
 
 
 def make(
     model: Model,
     tx: optax.GradientTransformation,
+    options: Options = Options(),
     *,
     loss: CandidateLoss = weighted_soft_cross_entropy,
-    augment: Augment | str = "trivialaugment",
-    epsilon: float = 0.6,
-    dual_rate: float = 1e-4,
-    mh_steps: int = 2,
 ) -> Method:
     """Training on the candidates as they are, under a bound on the loss of their hard variants.
 
@@ -54,26 +79,19 @@ def make(
     Args:
       model: see `types.Model`.
       tx: optax transformation.
+      options: see `Options`.
       loss: of candidates and proposals (see `core.losses`), >= 0, in the place of the
         cross-entropy.
-      augment: p, an augmentation that keeps the number of rows, or its text (`augment.parse`).
-      epsilon: >= 0, nats. The source has .2 to 2.1, by data set and network.
-      dual_rate: >= 0.
-      mh_steps: proposals for each sample and step, >= 1; each costs a forward pass. 1 = plain
-        augmentation.
 
     Returns:
       Method; `extra` is gamma, f32[]. The metric "gamma" is the one after the step, "acceptance"
       the share of proposals that a chain moved to, its start not counted.
 
     Raises:
-      ValueError: a value out of range, an augmentation that changes the number of rows, or clean
-        samples (the candidates are the clean samples here).
+      ValueError: an augmentation that changes the number of rows, or clean samples (the candidates
+        are the clean samples here).
     """
-    checks.amount(epsilon=epsilon)
-    checks.amount(dual_rate=dual_rate)
-    checks.whole(1, mh_steps=mh_steps)
-    propose = parse(augment) if isinstance(augment, str) else augment
+    propose = _pipeline(options.augment)
 
     def init(key, inputs):
         return steps.init_state(key, *model.init(key, inputs), tx, jnp.zeros(()))
@@ -81,34 +99,41 @@ def make(
     def losses_of(logits, batch):
         return loss(logits, prior_targets(batch.labels, batch.mask), batch)
 
-    def step(state, streams, *, reduce):
+    def step(state, streams, *, reduce=identity):
         no_clean("invariance", streams.clean)
         batch, gamma = streams.candidates, state.extra
 
-        def seen(proposed):
+        def proposal_losses(proposed):
             logits = model.logits(state.params, state.model_state, proposed.inputs)
             return losses_of(logits, proposed)
 
         hard, moves = metropolis_hastings(
-            steps.draws_key(state), batch, propose=propose, losses_of=seen, steps=mh_steps
+            steps.draws_key(state),
+            batch,
+            propose=propose,
+            losses_of=proposal_losses,
+            steps=options.mh_steps,
         )
         moved, count = steps.total(moves, batch.mask, reduce)
+        clean_key = steps.step_key(state, batch.index)
+        hard_key = jax.random.fold_in(clean_key, 1)
 
         def loss_fn(params):
-            of_clean = steps.step_key(state, batch.index)
-            of_hard = jax.random.fold_in(of_clean, 1)
-            logits, model_state = model.train(params, state.model_state, batch.inputs, of_clean)
+            logits, model_state = model.train(params, state.model_state, batch.inputs, clean_key)
             clean_losses = losses_of(logits, batch)
-            logits, _ = model.train(params, state.model_state, hard.inputs, of_hard)
+            logits, _ = model.train(params, state.model_state, hard.inputs, hard_key)
             hard_losses = losses_of(logits, hard)
-            mean = lambda losses: masked_mean(losses, batch.mask, reduce=reduce)
-            clean, bounded = mean(clean_losses), mean(hard_losses)
-            raised = jax.nn.relu(gamma + dual_rate * (reduce(bounded) - epsilon))
+            clean, bounded = (
+                masked_mean(losses, batch.mask, reduce=reduce)
+                for losses in (clean_losses, hard_losses)
+            )
+            excess = reduce(bounded) - options.epsilon
+            raised = jax.nn.relu(gamma + options.dual_rate * excess)
             metrics = {
                 "clean_loss": steps.total(clean_losses, batch.mask, reduce),
                 "hard_loss": steps.total(hard_losses, batch.mask, reduce),
                 "gamma": (raised, jnp.ones(())),
-                "acceptance": (moved, count * (mh_steps - 1)),
+                "acceptance": (moved, count * (options.mh_steps - 1)),
             }
             return clean + gamma * bounded, (model_state, metrics)
 
@@ -163,11 +188,11 @@ def metropolis_hastings(
     start = nowhere, jnp.full(batch.index.shape, -1.0)
 
     def move(chain, key):
-        of_proposal, of_move = jax.random.split(key)
-        proposed = propose(of_proposal, batch)
+        proposal_key, move_key = jax.random.split(key)
+        proposed = propose(proposal_key, batch)
         losses = losses_of(proposed)
         # In (0, 1], so that no chain leaves a positive loss for zero.
-        uniform = 1 - jax.vmap(jax.random.uniform)(sample_keys(of_move, batch))
+        uniform = 1 - jax.vmap(jax.random.uniform)(sample_keys(move_key, batch))
         moves = ~(uniform * chain[1] > losses)  # also to NaN, which must reach the loss
 
         def keep(new, old):
@@ -177,3 +202,10 @@ def metropolis_hastings(
 
     (chosen, _), moves = jax.lax.scan(move, start, jax.random.split(key, steps))
     return chosen, jnp.sum(moves[1:], axis=0, dtype=jnp.float32)
+
+
+def _pipeline(augment: Augment | str) -> Augment:
+    return parse(augment) if isinstance(augment, str) else augment
+
+
+SPEC = MethodSpec(make, takes=("options", "loss"), options=Options())

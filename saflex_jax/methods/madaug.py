@@ -10,6 +10,7 @@ ICCV 2023; where the paper is silent, the repository JackHck/MADAug.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,16 +29,63 @@ from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cro
 from saflex_jax.core.scores import validation_gradient
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import axpy, identity
-from saflex_jax.methods.base import as_given, check_outputs, needs_val
+from saflex_jax.methods.base import MethodSpec, as_given, check_outputs
 from saflex_jax.models import Heads
-from saflex_jax.types import Batch, Method, Model, Params, PyTree, Reduce
+from saflex_jax.rules.base import needs_val
+from saflex_jax.types import Batch, Method, Model, Params, PyTree, Reduce, RunInfo
 
 # RandAugment's 14 operations and ranges, and three more. Cutout takes its share of each side.
 SPACE = STANDARD | {"invert": Range(), "flip": Range(1.0, 1.0), "cutout": Range(0.0, 0.2)}
 
 
-class Policy(NamedTuple):
-    """What the policy says of every sample.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of MADAug.
+
+    Attributes:
+      tau: time constant of the curriculum, epochs, > 0; see `share_at`.
+      layers: operations that an augmented sample meets, >= 1, all different.
+      jitter: strengths are moved by U(-jitter, jitter) where they are drawn, in [0, 1].
+      temperature: T > 0, of the probabilities p.
+      search_every: the policy learns on every so many steps, >= 1. A search costs n augmented
+        images a sample.
+      inner_learning_rate: lr > 0, of the look-ahead.
+      policy_tx: optax transformation for h; a number is the learning rate of the paper's Adam.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+
+    tau: float = 40.0
+    layers: int = 2
+    jitter: float = 0.3
+    temperature: float = 3.0
+    search_every: int = 3
+    inner_learning_rate: float = 0.1
+    policy_tx: optax.GradientTransformation | float = 1e-3
+
+    def __post_init__(self):
+        checks.positive(
+            tau=self.tau,
+            temperature=self.temperature,
+            inner_learning_rate=self.inner_learning_rate,
+        )
+        checks.whole(1, layers=self.layers, search_every=self.search_every)
+        checks.fraction(jitter=self.jitter)
+        if self.layers > len(SPACE):
+            raise ValueError(f"layers must be at most {len(SPACE)}; given {self.layers}")
+        if isinstance(self.policy_tx, int | float):
+            checks.positive(policy_tx=self.policy_tx)
+
+    @property
+    def policy_optimizer(self) -> optax.GradientTransformation:
+        """The transformation that `policy_tx` stands for."""
+        tx = self.policy_tx
+        return optax.adam(tx) if isinstance(tx, int | float) else tx
+
+
+class PolicyOutput(NamedTuple):
+    """What the policy gives for every sample.
 
     Attributes:
       strength: f32[B, n], in [0, 1], of the n operations of SPACE.
@@ -48,36 +96,31 @@ class Policy(NamedTuple):
     logits: jax.Array
 
 
-class Kept(NamedTuple):
-    """What the method keeps between steps.
+class PolicyState(NamedTuple):
+    """`TrainState.extra` of MADAug.
 
     Attributes:
-      policy: parameters of the policy, see `policy`.
-      opt_state: optax state of them.
+      params: h, see `policy`.
+      opt_state: optax state of h.
     """
 
-    policy: Params
+    params: Params
     opt_state: PyTree
 
 
-def network(backbone: nn.Module, num_classes: int) -> nn.Module:
+def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
     """The backbone with a head "class" that also hands out its features."""
+    del options
     return Heads(backbone, {"class": num_classes}, features=True)
 
 
 def make(
     model: Model,
     tx: optax.GradientTransformation,
+    options: Options = Options(),
     *,
     loss: CandidateLoss = weighted_soft_cross_entropy,
-    steps_per_epoch: float,
-    tau: float = 40.0,
-    layers: int = 2,
-    jitter: float = 0.3,
-    temperature: float = 3.0,
-    search_every: int = 3,
-    inner_learning_rate: float = 0.1,
-    policy_tx: optax.GradientTransformation | float = 1e-3,
+    run: RunInfo | None = None,
 ) -> Method:
     """MADAug.
 
@@ -96,35 +139,20 @@ def make(
     Args:
       model: of `network`.
       tx: optax transformation.
+      options: see `Options`.
       loss: of the candidates (see `core.losses`), in the place of the cross-entropy.
-      steps_per_epoch: > 0; the clock of the curriculum.
-      tau: epochs, > 0.
-      layers: operations that an augmented sample meets, >= 1, all different.
-      jitter: strengths are moved by U(-jitter, jitter) where they are drawn, in [0, 1].
-      temperature: T > 0, of p.
-      search_every: >= 1. A search costs n augmented images a sample.
-      inner_learning_rate: lr > 0.
-      policy_tx: optax transformation for h; a number is the learning rate of the paper's Adam.
+      run: for its `steps_per_epoch`, the clock of the curriculum; it must be known.
 
     Returns:
-      Method; `extra` is `Kept`. The metric "val_loss" is that of theta^, "augmented" the share.
+      Method; `extra` is `PolicyState`. The metric "val_loss" is that of theta^, "augmented" the
+      share.
 
     Raises:
-      ValueError: a value out of range, a model without features, or no validation samples.
+      ValueError: a run that does not know its steps per epoch, a model without features, or no
+        validation samples.
     """
-    for name, value in {
-        "steps_per_epoch": steps_per_epoch, "tau": tau, "temperature": temperature,
-        "inner_learning_rate": inner_learning_rate,
-    }.items():  # fmt: skip
-        checks.positive(**{name: value})
-    checks.whole(1, layers=layers)
-    checks.whole(1, search_every=search_every)
-    checks.fraction(jitter=jitter)
-    if layers > len(SPACE):
-        raise ValueError(f"layers must be at most {len(SPACE)}; given {layers}")
-    if isinstance(policy_tx, int | float):
-        checks.positive(policy_tx=policy_tx)
-        policy_tx = optax.adam(policy_tx)
+    steps_per_epoch = 0.0 if run is None else run.steps_per_epoch
+    checks.positive(**{"run.steps_per_epoch": steps_per_epoch})
 
     def init(key, inputs):
         checks.images(inputs=inputs)
@@ -133,65 +161,47 @@ def make(
         check_outputs(outputs, "class", "features")
         width = outputs["features"].shape[1]
         h = {"kernel": jnp.zeros((width, 2 * len(SPACE))), "bias": jnp.zeros(2 * len(SPACE))}
-        return steps.init_state(key, params, model_state, tx, Kept(h, policy_tx.init(h)))
+        extra = PolicyState(h, options.policy_optimizer.init(h))
+        return steps.init_state(key, params, model_state, tx, extra)
 
-    def step(state, streams, *, reduce):
+    def step(state, streams, *, reduce=identity):
         needs_val("madaug", streams.val)
-        batch, val = streams.candidates, streams.val
-        of_search, of_use = jax.random.split(steps.draws_key(state))
+        batch = streams.candidates
+        search_key, draw_key = jax.random.split(steps.draws_key(state))
+        features = model.logits(state.params, state.model_state, batch.inputs)["features"]
 
-        def outputs(params, inputs):
-            return model.logits(params, state.model_state, inputs)
-
-        logits_fn = lambda params, inputs: outputs(params, inputs)["class"]
-        features = outputs(state.params, batch.inputs)["features"]
-
-        def search(kept):
-            said = policy(kept.policy, features, temperature)
-            made = all_operations(of_search, batch, said.strength)
-
-            def inner_loss(params, h):
-                mixed = mixture(made, policy(h, features, temperature))
-                logits = logits_fn(params, mixed.astype(batch.inputs.dtype))
-                losses = loss(logits, prior_targets(batch.labels, batch.mask), batch)
-                return masked_mean(losses, batch.mask, reduce=reduce)
-
-            def val_gradient(params):
-                return validation_gradient(
-                    logits_fn, params, val.inputs, val.labels, mask=val.mask, reduce=reduce
-                )
-
-            val_loss, grads = lookahead_gradient(
-                inner_loss, val_gradient, state.params, kept.policy,
-                learning_rate=inner_learning_rate, reduce=reduce,
+        def search(extra):
+            return _search(
+                search_key, state, extra, streams, features, options,
+                model=model, loss=loss, reduce=reduce,
             )  # fmt: skip
-            updates, opt_state = policy_tx.update(grads, kept.opt_state, kept.policy)
-            h = optax.apply_updates(kept.policy, updates)
-            return Kept(h, opt_state), (val_loss, jnp.ones(()))
 
-        def wait(kept):
-            return kept, (jnp.zeros(()), jnp.zeros(()))
+        def wait(extra):
+            return extra, (jnp.zeros(()), jnp.zeros(()))
 
-        if search_every == 1:
-            kept, val_loss = search(state.extra)
+        if options.search_every == 1:
+            extra, val_loss = search(state.extra)
         else:
-            due = state.step % search_every == 0
-            kept, val_loss = jax.lax.cond(due, search, wait, state.extra)
+            due = state.step % options.search_every == 0
+            extra, val_loss = jax.lax.cond(due, search, wait, state.extra)
 
-        share = share_at(state.step, steps_per_epoch=steps_per_epoch, tau=tau)
-        said = policy(kept.policy, features, temperature)
-        made, used = drawn_operations(
-            of_use, batch, said, share=share, layers=layers, jitter=jitter
+        augmented, used = drawn_operations(
+            draw_key,
+            batch,
+            policy(extra.params, features, options.temperature),
+            share=share_at(state.step, steps_per_epoch=steps_per_epoch, tau=options.tau),
+            layers=options.layers,
+            jitter=options.jitter,
         )
 
         def train_fn(params, model_state, inputs, key):
-            out, model_state = model.train(params, model_state, inputs, key)
-            return out["class"], model_state
+            outputs, model_state = model.train(params, model_state, inputs, key)
+            return outputs["class"], model_state
 
         state, metrics = steps.inner_step(
             state,
-            made,
-            prior_targets(made.labels, made.mask),
+            augmented,
+            prior_targets(augmented.labels, augmented.mask),
             train_fn=train_fn,
             tx=tx,
             clean=streams.clean,
@@ -199,7 +209,7 @@ def make(
             reduce=reduce,
         )
         metrics |= {"val_loss": val_loss, "augmented": steps.total(used, batch.mask, reduce)}
-        return state._replace(extra=kept), metrics
+        return state._replace(extra=extra), metrics
 
     def predict(state, inputs):
         return model.logits(state.params, state.model_state, inputs)["class"]
@@ -207,12 +217,45 @@ def make(
     return Method(init, step, predict, as_given)
 
 
+def _search(key, state, extra, streams, features, options, *, model, loss, reduce):
+    """One step of the policy, "explore" of `make`: (PolicyState, metric of the validation loss)."""
+    batch, val = streams.candidates, streams.val
+    strength = policy(extra.params, features, options.temperature).strength
+    variants = all_operations(key, batch, strength)
+
+    def logits_fn(params, inputs):
+        return model.logits(params, state.model_state, inputs)["class"]
+
+    def inner_loss(params, h):
+        mixed = mixture(variants, policy(h, features, options.temperature))
+        logits = logits_fn(params, mixed.astype(batch.inputs.dtype))
+        losses = loss(logits, prior_targets(batch.labels, batch.mask), batch)
+        return masked_mean(losses, batch.mask, reduce=reduce)
+
+    def val_gradient(params):
+        return validation_gradient(
+            logits_fn, params, val.inputs, val.labels, mask=val.mask, reduce=reduce
+        )
+
+    val_loss, grads = lookahead_gradient(
+        inner_loss,
+        val_gradient,
+        state.params,
+        extra.params,
+        learning_rate=options.inner_learning_rate,
+        reduce=reduce,
+    )
+    updates, opt_state = options.policy_optimizer.update(grads, extra.opt_state, extra.params)
+    h = optax.apply_updates(extra.params, updates)
+    return PolicyState(h, opt_state), (val_loss, jnp.ones(()))
+
+
 def share_at(step: jax.Array, *, steps_per_epoch: float, tau: float) -> jax.Array:
     """The share of augmented samples, f32[]: min(tanh(epoch / tau) + .01, 1)."""
     return jnp.minimum(jnp.tanh(step / (steps_per_epoch * tau)) + 0.01, 1.0)
 
 
-def policy(params: Params, features: jax.Array, temperature: float) -> Policy:
+def policy(params: Params, features: jax.Array, temperature: float) -> PolicyOutput:
     """h, one linear map: strength = sigmoid(f W_1 + b_1), logits = (f W_2 + b_2) / T.
 
     Args:
@@ -222,7 +265,7 @@ def policy(params: Params, features: jax.Array, temperature: float) -> Policy:
     """
     out = features @ params["kernel"] + params["bias"][None]
     strength, logits = jnp.split(out, 2, axis=1)
-    return Policy(jax.nn.sigmoid(strength), logits / temperature)
+    return PolicyOutput(jax.nn.sigmoid(strength), logits / temperature)
 
 
 def lookahead_gradient(
@@ -258,7 +301,7 @@ def lookahead_gradient(
     return val_loss, jax.tree.map(lambda c: -learning_rate * c, reduce(cross))
 
 
-def mixture(made: jax.Array, said: Policy) -> jax.Array:
+def mixture(variants: jax.Array, output: PolicyOutput) -> jax.Array:
     """Every sample's mixture of its operations, differentiable in the policy.
 
         x~ = sum_k p_k op_k(x, m_k) ,  p = softmax(logits) ,  d op_k / d m_k := 1 at every pixel
@@ -266,15 +309,15 @@ def mixture(made: jax.Array, said: Policy) -> jax.Array:
     The last is a straight-through estimate: most operations have no useful derivative.
 
     Args:
-      made: op_k(x, m_k), f32[B, n, H, W, C], constants.
-      said: Policy of B.
+      variants: op_k(x, m_k), f32[B, n, H, W, C], constants.
+      output: PolicyOutput of B.
 
     Returns:
       f32[B, H, W, C].
     """
-    p = jax.nn.softmax(said.logits)
-    through = said.strength - jax.lax.stop_gradient(said.strength)  # zero, with a gradient
-    return jnp.einsum("bn,bnhwc->bhwc", p, made) + jnp.sum(p * through, 1)[:, None, None, None]
+    p = jax.nn.softmax(output.logits)
+    through = output.strength - jax.lax.stop_gradient(output.strength)  # zero, with a gradient
+    return jnp.einsum("bn,bnhwc->bhwc", p, variants) + jnp.sum(p * through, 1)[:, None, None, None]
 
 
 def all_operations(key: jax.Array, batch: Batch, strength: jax.Array) -> jax.Array:
@@ -299,7 +342,13 @@ def all_operations(key: jax.Array, batch: Batch, strength: jax.Array) -> jax.Arr
 
 
 def drawn_operations(
-    key: jax.Array, batch: Batch, said: Policy, *, share: jax.Array, layers: int, jitter: float
+    key: jax.Array,
+    batch: Batch,
+    output: PolicyOutput,
+    *,
+    share: jax.Array,
+    layers: int,
+    jitter: float,
 ) -> tuple[Batch, jax.Array]:
     """The batch, a share of its samples under operations drawn from the policy, and which: bool[B].
 
@@ -310,17 +359,17 @@ def drawn_operations(
     shape = batch.inputs.shape[1:3]
 
     def draw(key, strength, logits):
-        of_use, of_operation, of_value = jax.random.split(key, 3)
+        use_key, operation_key, value_key = jax.random.split(key, 3)
         # The largest of logits with Gumbel noise are draws without replacement, in order.
-        noise = jax.random.gumbel(of_operation, logits.shape)
+        noise = jax.random.gumbel(operation_key, logits.shape)
         _, drawn = jax.lax.top_k(logits + noise, layers)
-        u = jax.random.uniform(of_value, (layers, 4))
+        u = jax.random.uniform(value_key, (layers, 4))
         moved = jnp.clip(strength[drawn] + jitter * (2 * u[:, 3] - 1), 0, 1)
-        use = jax.random.uniform(of_use) < share
+        use = jax.random.uniform(use_key) < share
         return use, *_settled(drawn, moved, u[:, :3], shape)
 
     use, operation, value, centre = jax.vmap(draw)(
-        sample_keys(key, batch), said.strength, said.logits
+        sample_keys(key, batch), output.strength, output.logits
     )
     operation = jnp.where(use[:, None], operation, OPERATIONS.index("identity"))
     value = jnp.where(use[:, None], value, 0.0)
@@ -357,10 +406,10 @@ def apply(
       value: f32[B], see `augment.policies.apply`; of a cutout its share of each side.
       centre: f32[B, 2], of a cutout, in shares of height and width.
     """
-    rows = lambda name: operation == OPERATIONS.index(name)
+    flipped, cut = (operation == OPERATIONS.index(name) for name in ("flip", "cutout"))
     images = policies.apply(images, operation, value, names=SPACE)
-    images = map_rows(lambda image: image[:, ::-1], rows("flip"), images)
-    return map_rows(_cutout, rows("cutout"), images, value, centre)
+    images = map_rows(lambda image: image[:, ::-1], flipped, images)
+    return map_rows(_cutout, cut, images, value, centre)
 
 
 def _cutout(image, share, centre):
@@ -370,3 +419,12 @@ def _cutout(image, share, centre):
         for side, middle in zip(image.shape, centre)
     ]
     return jnp.where((inside[0][:, None] & inside[1][None])[..., None], 0.0, image)
+
+
+SPEC = MethodSpec(
+    make,
+    takes=("options", "loss", "run"),
+    options=Options(),
+    network=network,
+    needs=("val",),
+)

@@ -9,6 +9,8 @@ ICML 2020, the few-shot experiments, for which the repository hankook/SLA has no
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,27 +20,59 @@ from saflex_jax import checks
 from saflex_jax.augment.transformations import TRANSFORMATIONS, transformed
 from saflex_jax.core import steps
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
-from saflex_jax.methods.base import as_given, no_clean
+from saflex_jax.core.tree import identity
+from saflex_jax.methods.base import Episode, MethodSpec, as_given, no_clean
 from saflex_jax.methods.sla import PREDICTIONS, aggregate, joint_labels
 from saflex_jax.types import Method, Model
 
 
-def network(backbone: nn.Module, num_classes: int) -> nn.Module:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of prototypical networks.
+
+    Attributes:
+      ways: classes of an episode, >= 2.
+      shots: support samples of each class, >= 1.
+      queries: other samples of each class, >= 1.
+      transformations: name of `augment.transformations.TRANSFORMATIONS`, of M; "none" = one view.
+      predict: logits f32[B, ways] of all rows, support included, from the prototypes of their
+        episode. "single": of the sample itself and p_w0, one forward pass (SI). "aggregated": mean
+        over j of those of view j and p_wj, M forward passes (AG).
+
+    Raises:
+      ValueError: an unknown name, or a number out of range.
+    """
+
+    ways: int = 5
+    shots: int = 1
+    queries: int = 15
+    transformations: str = "none"
+    predict: str = "single"
+
+    def __post_init__(self):
+        checks.whole(2, ways=self.ways)
+        checks.whole(1, shots=self.shots, queries=self.queries)
+        checks.choice(TRANSFORMATIONS, transformations=self.transformations)
+        checks.choice(PREDICTIONS, predict=self.predict)
+
+    @property
+    def views(self) -> int:
+        """M."""
+        return len(TRANSFORMATIONS[self.transformations])
+
+
+def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
     """The backbone alone: its features f32[B, D] take the place of logits, and no class has any."""
-    del num_classes
+    del num_classes, options
     return backbone
 
 
-def make(
-    model: Model,
-    tx: optax.GradientTransformation,
-    *,
-    ways: int = 5,
-    shots: int = 1,
-    queries: int = 15,
-    transformations: str = "none",
-    predict: str = "single",
-) -> Method:
+def episode(options: Options) -> Episode:
+    """What a batch is made of."""
+    return Episode(options.ways, options.shots, options.queries)
+
+
+def make(model: Model, tx: optax.GradientTransformation, options: Options = Options()) -> Method:
     """Training on episodes: every query's views are to be nearest to their own prototype.
 
         p_wk = mean_s f(x_swk)                        s over the support samples of class w, view k
@@ -54,70 +88,60 @@ def make(
     Args:
       model: gives features f32[B, D], as that of `network` does.
       tx: optax transformation.
-      ways: classes of an episode.
-      shots: support samples of each class.
-      queries: other samples of each class.
-      transformations: name of `augment.transformations.TRANSFORMATIONS`, of M; "none" = one view.
-      predict: logits f32[B, ways] of all rows, support included, from the prototypes of their
-        episode. "single": of the sample itself and p_w0, one forward pass (SI). "aggregated": mean
-        over j of those of view j and p_wj, M forward passes (AG).
+      options: see `Options`.
 
     Raises:
-      ValueError: an unknown name, a number out of range, clean samples (not supported), rows that
-        are no whole episodes.
+      ValueError: clean samples (not supported), rows that are no whole episodes.
     """
-    checks.whole(2, ways=ways)
-    checks.whole(1, shots=shots)
-    checks.whole(1, queries=queries)
-    checks.choice(TRANSFORMATIONS, transformations=transformations)
-    checks.choice(PREDICTIONS, predict=predict)
-    views, of_class = len(TRANSFORMATIONS[transformations]), shots + queries
-
-    def logits_of(features, views):
-        return joint_logits(features, ways=ways, shots=shots, queries=queries, views=views)
+    views, shape = options.views, episode(options)
 
     def init(key, inputs):
-        params, model_state = model.init(key, transformed(inputs, transformations))
+        params, model_state = model.init(key, transformed(inputs, options.transformations))
         return steps.init_state(key, params, model_state, tx)
 
-    def step(state, streams, *, reduce):
+    def step(state, streams, *, reduce=identity):
         no_clean("protonet", streams.clean)
-        batch, place = streams.candidates, jnp.arange(len(streams.candidates.mask))
-        inputs = transformed(batch.inputs, transformations)
-        labels = joint_labels(jax.nn.one_hot(place // of_class % ways, ways), views)
-        asked = jnp.repeat(batch.mask & (place % of_class >= shots), views)
+        batch = streams.candidates
+        classes, of_query = _places(len(batch.mask), shape)
+        inputs = transformed(batch.inputs, options.transformations)
+        labels = joint_labels(jax.nn.one_hot(classes, shape.ways), views)
+        queries = jnp.repeat(batch.mask & of_query, views)
+        key = steps.step_key(state, batch.index)
 
         def loss_fn(params):
-            key = steps.step_key(state, batch.index)
             features, model_state = model.train(params, state.model_state, inputs, key)
-            losses = weighted_cross_entropy(logits_of(features, views), labels, mask=asked)
-            metrics = {"candidate_loss": steps.total(losses, asked, reduce)}
-            return masked_mean(losses, asked, reduce=reduce), (model_state, metrics)
+            logits = joint_logits(features, shape, views)
+            losses = weighted_cross_entropy(logits, labels, mask=queries)
+            metrics = {"candidate_loss": steps.total(losses, queries, reduce)}
+            return masked_mean(losses, queries, reduce=reduce), (model_state, metrics)
 
         return steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
 
-    def predict_fn(state, inputs):
-        seen = 1 if predict == "single" else views
-        if seen > 1:
-            inputs = transformed(inputs, transformations)
+    def predict(state, inputs):
+        read = 1 if options.predict == "single" else views
+        if read > 1:
+            inputs = transformed(inputs, options.transformations)
         features = model.logits(state.params, state.model_state, inputs)
-        return aggregate(logits_of(features, seen), seen)
+        return aggregate(joint_logits(features, shape, read), read)
 
-    return Method(init, step, predict_fn, as_given)
+    return Method(init, step, predict, as_given)
 
 
-def joint_logits(
-    features: jax.Array, *, ways: int, shots: int, queries: int, views: int
-) -> jax.Array:
+def _places(size, shape):
+    """Of every row its class in the episode, i32[B], and whether it is a query, bool[B]."""
+    ways, shots, queries = shape
+    place = jnp.arange(size)
+    return place // (shots + queries) % ways, place % (shots + queries) >= shots
+
+
+def joint_logits(features: jax.Array, episode: Episode, views: int) -> jax.Array:
     """Minus the squared distances of all views to all prototypes of their episode.
 
         z_(i j)(w k) = -|f_ij - p_wk|^2 ,  p_wk = mean_s f_swk
 
     Args:
       features: f32[B M, D], rows in the order [episode, class, shots + queries, view].
-      ways: classes of an episode.
-      shots: support samples of each class, which come first.
-      queries: other samples of each class.
+      episode: what it is made of; the support samples of a class come first.
       views: M.
 
     Returns:
@@ -129,16 +153,20 @@ def joint_logits(
     if getattr(features, "ndim", None) != 2:
         given = jax.tree.map(jnp.shape, features)
         raise ValueError(f"model must give features f32[B, D]; given {given}")
-    of_class, (size, width) = shots + queries, features.shape
-    if size % (ways * of_class * views):
+    ways, shots, queries = episode
+    per_class, (size, width) = shots + queries, features.shape
+    if size % (ways * per_class * views):
         raise ValueError(
             f"rows must be whole episodes of {ways} x ({shots} + {queries}), on every device; "
             f"given {size // views}"
         )
-    by_class = features.reshape(-1, ways, of_class, views, width)
+    by_class = features.reshape(-1, ways, per_class, views, width)
     p = jnp.mean(by_class[:, :, :shots], 2).reshape(-1, ways * views, width)
     f = features.reshape(len(p), -1, width)
     # Not from the differences, which would be `width` times as many numbers.
     product = jnp.einsum("erd,ecd->erc", f, p, precision=jax.lax.Precision.HIGHEST)
-    of_f, of_p = (jnp.sum(x**2, -1) for x in (f, p))
-    return (2 * product - of_f[:, :, None] - of_p[:, None, :]).reshape(size, ways * views)
+    f_square, p_square = (jnp.sum(x**2, -1) for x in (f, p))
+    return (2 * product - f_square[:, :, None] - p_square[:, None, :]).reshape(size, ways * views)
+
+
+SPEC = MethodSpec(make, takes=("options",), options=Options(), network=network, episode=episode)
