@@ -25,9 +25,9 @@ from experiments.configs import methods, sources
 STRONG = "randaugment(2, 10) | cutout(4)"
 
 ARMS = {
-    "labelled": {"method": {"refiner": "", "fixmatch": {"unlabelled_weight": 0.0}}},
-    "fixmatch": {"method": {"refiner": ""}},
-    "fixmatch_saflex": {"method": {"refiner": "saflex"}},
+    "labelled": {"method": {"rule": "as_given", "fixmatch": {"unlabelled_weight": 0.0}}},
+    "fixmatch": {"method": {"rule": "as_given"}},
+    "fixmatch_saflex": {"method": {"rule": "saflex"}},
 }
 
 

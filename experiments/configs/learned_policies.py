@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import methods, sla
 
-PLAIN = {"name": "erm"}
+PLAIN = {"name": "supervised"}
 ARMS = {
     "baseline": {"method": PLAIN},
     "randaugment": {"method": PLAIN, "augment": "randaugment(2, 9)"},
