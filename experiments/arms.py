@@ -16,7 +16,7 @@ from saflex_jax import parallel
 from saflex_jax.batches import take
 from saflex_jax.types import Method, Streams, Targets, TrainState
 
-_PLAIN = {"name": "erm", "refiner": ""}
+_PLAIN = {"name": "supervised", "rule": "as_given"}
 # Arm -> changes, where a config has no arms of its own. What learns from validation labels is
 # compared with the upstream pipeline on training + validation, too.
 STANDING = {
@@ -153,8 +153,9 @@ def run(
     # Copies that are left out may differ by seed, and with them the size of a score memory.
     key = (training(config), tuple(arms), len(data.pools.candidates.labels))
     if key not in compiled or build.of_labels(config):
-        make = lambda c: build.make_method(c, data.pools, data.source.columns)
-        methods = {arm: make(c) for arm, c in arms.items()}
+        methods = {
+            arm: build.make_method(c, data.pools, data.source.columns) for arm, c in arms.items()
+        }
         method, *_ = methods.values()
         runner = parallel.RUNNERS[config.runner](build.with_upstream(config, method).step)
         targets = jax.jit(method.targets) if look and build.learns(config) else None

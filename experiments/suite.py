@@ -42,7 +42,7 @@ from experiments.configs import sources
 from experiments.datasets import DATASETS
 from experiments.suite_tasks import Task
 from experiments.task import Data
-from saflex_jax import train
+from saflex_jax import configure, train
 from saflex_jax.types import Method, TrainState
 
 PASSES = (1, 3)  # the seeds below the first number come first, then those below the second, ...
@@ -92,19 +92,31 @@ def measured(method: Method, state: TrainState, data: Data) -> dict[str, float]:
 def settings_hash(config: ConfigDict) -> str:
     """12 hexadecimal digits of what fixes an arm's runs but for the seed.
 
-    Options of methods that do not take part, fields of the data that are at their default, and
-    where the data lie are left out: a new method or field leaves old results good.
+    Left out are the options of methods and rules that do not take part, options and fields of the
+    data that are at their defaults, and where the data lie: a new method, option or field leaves
+    old results good.
     """
     found = arms.settings(config)
-    method = found["method"]
-    found["method"] = {
-        name: method[name]
-        for name in ("name", "refiner", "loss", method["name"], method["refiner"])
-        if name in method
+    method, defaults = found["method"], configure.all_options()
+    found["method"] = {name: method[name] for name in configure.KEYS} | {
+        name: _changes(method[name], defaults[name])
+        for name in (method["name"], method["rule"])
+        if name in defaults
     }
-    section = found["data"].items()
-    found["data"] = {k: v for k, v in section if k != "dir" and v != sources.DEFAULTS.get(k)}
+    found["data"] = _changes(found["data"], sources.DEFAULTS | {"dir": found["data"]["dir"]})
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _changes(section: dict, defaults: dict) -> dict:
+    """What a section has that is not its default; of an option without one, what is set."""
+    changes = {}
+    for name, value in section.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value, default = _changes(value, default), {}
+        if value != (None if isinstance(default, type) else default):
+            changes[name] = value
+    return changes
 
 
 # --- What is to be done

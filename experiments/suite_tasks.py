@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments import arms
 from experiments.configs import digits, methods, sources
+from saflex_jax.methods import METHODS
 
 SUITES = ("small", "full")
 HALVES = ("development", "report")
@@ -228,7 +229,7 @@ def _images(spec: _Images, *, full: bool) -> Task:
 
 
 def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> ConfigDict:
-    """What all tasks have in common; SAFLEX's options are its defaults, with a memory.
+    """What all tasks have in common; SAFLEX's options are its defaults.
 
     The two baselines that leave out the samples of large loss are told the share of wrong labels,
     as in their papers; no other arm knows it, and without wrong labels they are plain training. The
@@ -238,8 +239,7 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
     config = digits.get_config()
     forget = {"forget": noise, "ramp": steps // 4}
     config.method = methods.all_methods(
-        "saflex",
-        saflex={"memory_decay": 0.97},
+        rule="saflex",
         label_smoothing={"epsilon": 0.1},
         bootstrap={"hard": True, "beta": 0.5, "start": steps // 4},
         **{name: forget for name in TOLD},
@@ -269,18 +269,18 @@ PROTOCOLS: dict[str, dict] = {
     "saflex_train_batch": {"data": {"train_on_val": False, "val_from": "train"}},
     "saflex_paper": {
         "data": {"train_on_val": False},
-        "method": {
-            "saflex": {"rule": "simplex", "direction": "identity", "predicate": "",
-                       "tolerance": 0.0, "memory_decay": None}
-        },
+        "method": {"rule": "saflex_paper"},
     },
-}  # fmt: skip
+}
 
 
 def all_arms(noise: float) -> dict[str, dict]:
     """Arm -> changes of a task's config: upstream, SAFLEX's protocols, the baselines."""
     baselines = {
-        name: {"method": {"name": name}, "data": {"train_on_val": trains}}
+        name: {
+            "method": {"name": name, "rule": "as_given"} if name in METHODS else {"rule": name},
+            "data": {"train_on_val": trains},
+        }
         for name, trains in BASELINES.items()
         if noise or name not in TOLD
     }

@@ -14,7 +14,7 @@ from sklearn import metrics
 
 from experiments.configs import sources
 from experiments.datasets import DATASETS
-from saflex_jax import checks, data, train
+from saflex_jax import checks, configure, data, train
 from saflex_jax.augment import corruptions
 from saflex_jax.batches import floats
 from saflex_jax.data.seeds import generator
@@ -189,7 +189,10 @@ def beside(source: data.Source, other: data.Source) -> data.Source:
     Raises:
       ValueError: they differ in classes, labels or the kind of an input.
     """
-    kind = lambda x: f"{x.dtype}{list(x.shape[1:])}"
+
+    def kind(x):
+        return f"{x.dtype}{list(x.shape[1:])}"
+
     names = source.class_names and other.class_names  # as far as they have names
     for what, mine, its in (
         ("classes", source.num_classes, other.num_classes),
@@ -367,13 +370,13 @@ def make_data(config: ConfigDict) -> Data:
         hidden = np.full_like(pools.candidates.labels, 1 / pools.candidates.labels.shape[1])
         pools = Streams(pools.candidates._replace(labels=hidden), held_out, held_out)
     tested, together = pool(test, source.labels[split.test]), 1
-    if config.method.name == "protonet":
+    if episode := configure.episode(config.method.to_dict()):
         if source.task != "multiclass":
             raise ValueError(
-                "config.data.name must be of classes without order for protonet; "
+                f"config.data.name must be of classes without order for {config.method.name}; "
                 f"{section.name} is {source.task}"
             )
-        tested, together = in_episodes(tested, seed=seed, **episode(config))
+        tested, together = in_episodes(tested, seed=seed, **episode._asdict())
     return Data(
         pools,
         held_out,
@@ -385,18 +388,6 @@ def make_data(config: ConfigDict) -> Data:
         removed,
         generated,
     )
-
-
-def episode(config: ConfigDict) -> dict[str, int]:
-    """The ways, shots and queries of protonet's episodes.
-
-    Raises:
-      ValueError: one that is no whole number >= 1.
-    """
-    found = {name: config.method.protonet[name] for name in ("ways", "shots", "queries")}
-    for name, number in found.items():
-        checks.whole(1, **{f"config.method.protonet.{name}": number})
-    return found
 
 
 def in_episodes(

@@ -18,35 +18,49 @@ from saflex_jax.core.linear_solve import (
     preconditioned_solve,
 )
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
-from saflex_jax.core.posterior import posterior_targets
+from saflex_jax.core.posterior import (
+    Agreement,
+    add_agreement,
+    agreement,
+    estimate_noise_rate,
+    no_agreement,
+    posterior_targets,
+)
 from saflex_jax.core.scores import Scores, label_scores, score, validation_gradient
 from saflex_jax.core.steps import bilevel_step, inner_step, outer_step
 from saflex_jax.core.targets import solve_targets
-from saflex_jax.core.tree import Mean, under
-from saflex_jax.types import Batch, Method, Model, Refiner, Streams, Targets, TrainState
+from saflex_jax.core.tree import Mean, identity, under
+from saflex_jax.types import Batch, Method, Model, Rule, RunInfo, Streams, Targets, TrainState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "Batch",
     "Mean",
     "Method",
     "Model",
-    "Refiner",
+    "Rule",
+    "RunInfo",
     "Scores",
     "Streams",
     "Targets",
     "TrainState",
     "adam_inverse_diagonal",
+    "add_agreement",
+    "agreement",
     "bilevel_step",
     "cg_solve",
     "differentiable_argmin",
+    "estimate_noise_rate",
+    "identity",
     "identity_solve",
     "implicit_hypergradient",
     "inner_step",
     "label_scores",
     "masked_mean",
     "neumann_solve",
+    "no_agreement",
     "outer_step",
     "posterior_targets",
     "preconditioned_solve",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 PyTree = Any
 Params = PyTree
@@ -90,9 +91,9 @@ class Targets(NamedTuple):
 
 
 class SolveInfo(NamedTuple):
-    """How well a linear system was solved: ||A x - b|| / ||b||, f32[]."""
+    """How well a linear system was solved: ||A x - b|| / ||b||, f32[]; None if none was."""
 
-    residual: jax.Array
+    residual: jax.Array | None
 
 
 class LinearSolve(Protocol):
@@ -140,16 +141,50 @@ class Model(NamedTuple):
     logits: Callable[[Params, ModelState, PyTree], jax.Array]
 
 
-class Refiner(NamedTuple):
-    """The rule that turns candidates into targets, with arrays of its own between steps.
+class Rule(Protocol):
+    """What to train on: turns candidates into targets, with arrays of its own between steps.
 
-    Attributes:
-      init: params -> arrays (a score memory, for instance), () when it keeps none.
-      apply: (own arrays, state, logits_fn, streams, *, reduce) -> (targets, own arrays, metrics).
+    `saflex_jax.rules` has them; any of them goes into any method that takes a rule.
     """
 
-    init: Callable[[Params], PyTree]
-    apply: Callable[..., tuple[Targets, PyTree, Metrics]]
+    def init(self, params: Params) -> PyTree:
+        """The rule's arrays before the first step (a score memory, for instance); () for none."""
+        ...
+
+    def apply(
+        self, arrays: PyTree, state: TrainState, logits_fn: LogitsFn, streams: Streams, *,
+        reduce: Reduce,
+    ) -> tuple[Targets, PyTree, Metrics]:  # fmt: skip
+        """Targets of the candidates, the arrays after this step, and what to log."""
+        ...
+
+
+class RunInfo(NamedTuple):
+    """What a run knows before its first step, and a rule or method may ask.
+
+    Attributes:
+      num_samples: N; `Batch.index` of the candidates lies in [0, N).
+      num_classes: K.
+      num_trusted: the last so many source samples are trusted ones that also train.
+      num_val: M, number of validation samples; 0 = unknown.
+      num_steps: of the run; 0 = unknown.
+      steps_per_epoch: N / batch size; 0 = unknown.
+      counts: f[K], training samples of each class (the sum of their prior labels).
+      labels: gives the prior labels f32[N, K] of all source samples, on the host.
+      upstream: text of the pipeline that made the candidates (`augment.parse`).
+      axis_name: mapped axis of the step, for batch statistics under pmap; None under jit.
+    """
+
+    num_samples: int
+    num_classes: int
+    num_trusted: int = 0
+    num_val: int = 0
+    num_steps: int = 0
+    steps_per_epoch: float = 0.0
+    counts: np.ndarray | None = None
+    labels: Callable[[], np.ndarray] | None = None
+    upstream: str = "identity"
+    axis_name: str | None = None
 
 
 class Method(NamedTuple):

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
             "augment": "shift(1) | affine(degrees=10, scale=0.1) | mixup(0.4, probability=0.25)",
             "model": {"name": "small_cnn", "widths": (16, 32), "norm": "group"},
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 1e-4},
-            "method": methods.all_methods("saflex", saflex={"memory_decay": 0.97}),
+            "method": methods.all_methods(rule="saflex"),
             "train": {"steps": 800, "batch_size": 128, "val_batch_size": 0, "log_every": 50,
                       "checkpoint_every": 200},
         }

@@ -9,8 +9,8 @@ The arms in pairs: "automix_saflex" with "automix", the table's base, and "sla_s
 "sla_sd" (--resume --base=sla_sd). SAFLEX reads 500 trusted validation labels, which the others do
 not see.
 
-SAFLEX is its rule "simplex" with options chosen on digits. Its score memory follows a view
-of SLA from visit to visit, but a mixture is never seen twice, so that over AutoMix there is none.
+SAFLEX is the paper's rule along the implicit direction, with options chosen on digits. Its score
+memory follows a view of SLA from visit to visit, but a mixture is never seen twice, so that over AutoMix there is none.
 """
 
 from ml_collections import ConfigDict
@@ -25,14 +25,21 @@ def get_config() -> ConfigDict:
     config.method = methods.all_methods(
         "automix",
         automix=config.method.automix.to_dict(),
-        saflex={"rule": "simplex", "anchor": "log", "prior_strength": 0.5, "temperature": 0.5},
+        saflex_paper={
+            "scoring": {"direction": "cg", "predicate": "head"},
+            "rule": {"anchor": "log", "prior_strength": 0.5, "temperature": 0.5, "tolerance": 0.25},
+        },
     )
     config.arms = {
         "automix": {},
-        "automix_saflex": {"method": {"refiner": "saflex"}},
+        "automix_saflex": {"method": {"rule": "saflex_paper"}},
         "sla_sd": {"method": {"name": "sla"}},
         "sla_saflex": {
-            "method": {"name": "sla", "refiner": "saflex", "saflex": {"memory_decay": 0.97}}
+            "method": {
+                "name": "sla",
+                "rule": "saflex_paper",
+                "saflex_paper": {"rule": {"memory": {"decay": 0.97}}},
+            }
         },
     }
     return config

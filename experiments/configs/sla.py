@@ -21,7 +21,7 @@ from experiments.configs import methods, sources
 
 # The base is plain training; "sla_sd" is the method as published, with one forward pass at test.
 ARMS = {
-    "baseline": {"method": {"name": "erm"}},
+    "baseline": {"method": {"name": "supervised"}},
     "da": {"method": {"sla": {"mode": "da"}}},
     "mt": {"method": {"sla": {"mode": "mt"}}},
     "sla_si": {"method": {"sla": {"mode": "sla", "predict": "single"}}},

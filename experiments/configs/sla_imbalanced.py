@@ -23,15 +23,15 @@ def get_config() -> ConfigDict:
     config = sla.get_config()
     config.data.update({"per_class": 5000, "imbalance": 100.0})
     config.method = methods.all_methods(
-        "drw",
+        rule="drw",
         drw={"start": int(0.8 * config.train.steps)},
         sla={"mode": "sla", "predict": "aggregated"},
     )
     config.method.loss = "ldam"
     config.model.cosine = True
     config.arms = {
-        "ce": {"model": {"cosine": False}, "method": {"name": "erm", "loss": "cross_entropy"}},
+        "ce": {"model": {"cosine": False}, "method": {"rule": "as_given", "loss": "cross_entropy"}},
         "ldam_drw": {},
-        "ldam_drw_sla": {"method": {"name": "sla", "refiner": "drw"}},
+        "ldam_drw_sla": {"method": {"name": "sla"}},
     }
     return config

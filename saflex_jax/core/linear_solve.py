@@ -16,7 +16,7 @@ import optax
 
 from saflex_jax import checks
 from saflex_jax.core.curvature import Matvec, dot
-from saflex_jax.core.tree import axpy
+from saflex_jax.core.tree import axpy, restrict
 from saflex_jax.types import LinearSolve, PyTree, SolveInfo
 
 
@@ -42,10 +42,10 @@ def identity_solve(*, scale: float = 1.0) -> LinearSolve:
 
 
 def preconditioned_solve(inverse_diagonal: PyTree) -> LinearSolve:
-    """x = D b with a diagonal D, given as a tree like b (see `adam_inverse_diagonal`)."""
+    """x = D b with a diagonal D, a tree like b or with more leaves (`adam_inverse_diagonal`)."""
 
     def solve(matvec, rhs):
-        x = jax.tree.map(lambda d, b: d * b, inverse_diagonal, rhs)
+        x = jax.tree.map(lambda d, b: d * b, restrict(inverse_diagonal, rhs), rhs)
         return x, _info(matvec, x, rhs)
 
     return solve

@@ -27,6 +27,8 @@ class Memory(NamedTuple):
       visits: i32[N].
     """
 
+    by_rows = True  # see `types.TrainState`
+
     mean: jax.Array
     visits: jax.Array
 

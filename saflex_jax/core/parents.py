@@ -20,7 +20,7 @@ WHOLE = 0.9
 def own_share(batch: Batch) -> jax.Array:
     """How much of each row is its own sample, f32[B]: the product of its mixings' shares.
 
-    Without a trace nobody says what was mixed: then it is the largest entry of the label.
+    Without a trace, use the largest entry of the label.
     """
     if batch.trace is None:
         return jnp.max(batch.labels, axis=-1)
@@ -55,7 +55,10 @@ def mixture(
       recall: index i32[...] of source samples -> f32[..., K] >= 0, all 0 where nothing is known.
       otherwise: f32[B, K], of rows with a parent of which nothing is known.
     """
-    known = lambda values: jnp.any(values != 0, axis=-1, keepdims=True)  # NaN is known
+
+    def known(values):  # NaN is known
+        return jnp.any(values != 0, axis=-1, keepdims=True)
+
     whole = is_whole(batch)[:, None]
     if batch.trace is None:
         own = recall(batch.index)

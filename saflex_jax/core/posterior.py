@@ -45,7 +45,7 @@ def agreement(probs: jax.Array, prior: jax.Array) -> jax.Array:
 
 
 def add_agreement(
-    kept: Agreement,
+    sums: Agreement,
     trusted: tuple[jax.Array, jax.Array],
     others: tuple[jax.Array, jax.Array],
     *,
@@ -55,22 +55,34 @@ def add_agreement(
     """Forgets a little of the sums and adds a batch to them, all batches counting alike.
 
     Args:
-      kept: sums so far.
+      sums: so far.
       trusted, others: (a, rows), the values f32[B] of `agreement` and which of them count, bool[B].
       decay: in [0, 1), of the sums.
       reduce: mean over the data-parallel axis.
     """
 
-    of = lambda a, rows: jnp.stack([jnp.sum(jnp.where(rows, a, 0.0)), jnp.sum(rows, dtype=a.dtype)])
-    new = reduce((of(*trusted), of(*others)))
-    rows = jnp.maximum(new[0][1] + new[1][1], jnp.finfo(jnp.float32).tiny)
+    checks.decay(decay=decay)
+    of_trusted, of_others = reduce((_sum_and_count(*trusted), _sum_and_count(*others)))
     # Per row: a mean over devices is no sum over them.
-    forget = lambda old, x: decay * old + (1 - decay) * x / rows
-    seen = kept.seen + jnp.sum(gather(trusted[1], reduce), dtype=jnp.float32)
-    return Agreement(forget(kept.trusted, new[0]), forget(kept.others, new[1]), seen)
+    rows = jnp.maximum(of_trusted[1] + of_others[1], jnp.finfo(jnp.float32).tiny)
+
+    def forget(old, new):
+        return decay * old + (1 - decay) * new / rows
+
+    seen = sums.seen + jnp.sum(gather(trusted[1], reduce), dtype=jnp.float32)
+    return Agreement(forget(sums.trusted, of_trusted), forget(sums.others, of_others), seen)
 
 
-def noise_rate(kept: Agreement, num_classes: int, *, num_trusted: int = 0) -> jax.Array:
+def _sum_and_count(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """f32[2], over the rows that count."""
+    return jnp.stack([jnp.sum(jnp.where(rows, values, 0.0)), jnp.sum(rows, dtype=values.dtype)])
+
+
+def _mean(sum_and_count: jax.Array) -> jax.Array:
+    return sum_and_count[0] / jnp.where(sum_and_count[1] > 0, sum_and_count[1], 1.0)
+
+
+def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int = 0) -> jax.Array:
     """The share of given labels that are wrong, f32[] in [0, 1].
 
         eta = (a - u) / (a - (1 - a) / (K - 1)) ,   a = trusted agreement, u = the others'
@@ -89,22 +101,23 @@ def noise_rate(kept: Agreement, num_classes: int, *, num_trusted: int = 0) -> ja
     [0, 1]; M is at most the number seen so far, so that nothing is claimed of the first batches.
 
     Args:
-      kept: sums, see `add_agreement`.
+      sums: see `add_agreement`.
       num_classes: K >= 2.
       num_trusted: M; 0 = unknown, then every visit counts as another sample.
 
     Source: this project's (docs/results.md); the shrinkage is the non-negative garrotte's, Breiman,
     "Better Subset Regression Using the Nonnegative Garrote", Technometrics 1995.
     """
-    mean = lambda sums: sums[0] / jnp.where(sums[1] > 0, sums[1], 1.0)
-    right, given = mean(kept.trusted), mean(kept.others)
+    checks.whole(2, num_classes=num_classes)
+    checks.whole(num_trusted=num_trusted)
+    right, given = _mean(sums.trusted), _mean(sums.others)
     above_chance = jnp.maximum(right - (1 - right) / (num_classes - 1), _LEAST)
-    found = jnp.where(kept.others[1] > 0, (right - given) / above_chance, 0.0)
-    found = jnp.clip(found, 0.0, 1.0)
-    number = jnp.minimum(kept.seen, num_trusted) if num_trusted else kept.seen
+    rate = jnp.where(sums.others[1] > 0, (right - given) / above_chance, 0.0)
+    rate = jnp.clip(rate, 0.0, 1.0)
+    number = jnp.minimum(sums.seen, num_trusted) if num_trusted else sums.seen
     error = jnp.sqrt(right * (1 - right) / jnp.maximum(number, 1.0)) / above_chance
-    signal = error / jnp.where(found > 0, found, 1.0)
-    return found * jnp.maximum(1 - signal**2, 0.0)
+    ratio = error / jnp.where(rate > 0, rate, 1.0)
+    return rate * jnp.maximum(1 - ratio**2, 0.0)
 
 
 def posterior_targets(
@@ -135,7 +148,7 @@ def posterior_targets(
     Args:
       prior: q, f32[B, K].
       probs: p, f32[B, K], >= 0; a row of zeros = nothing is known, as given.
-      noise_rate: eta, f32[] in [0, 1], see `noise_rate`.
+      noise_rate: eta, f32[] in [0, 1], see `estimate_noise_rate`.
       sharpness: a > 0. Networks that see wrong labels, and averages over a network's past, are less
         certain than they are right; 1 believes them as they are.
       trusted: bool[B]; True rows stay as given, weight one. None = no row.
@@ -144,11 +157,12 @@ def posterior_targets(
 
     Returns:
       Targets, without gradient; the utility is 1 - 2 l_i, negative where the given label is more
-      likely wrong than right. Probabilities that are not finite give weights that are not finite.
+      likely wrong than right. Probabilities that are not finite, or a traced noise_rate outside
+      [0, 1], give weights that are not finite.
 
     Raises:
-      ValueError: shapes disagree; noise_rate outside [0, 1]; sharpness <= 0; and, on concrete
-        arrays, prior not in the simplex.
+      ValueError: shapes disagree; fewer than two classes; noise_rate outside [0, 1]; sharpness <=
+        0; and, on concrete arrays, prior not in the simplex or negative probs.
 
     Source: this project's (docs/results.md). The label's likelihood is that of Patrini et al.,
     "Making Deep Neural Networks Robust to Label Noise", CVPR 2017, for symmetric noise; beliefs are
@@ -157,29 +171,43 @@ def posterior_targets(
     checks.same_shape(prior=prior, probs=probs)
     size, num_classes = prior.shape
     checks.rows(size, trusted=trusted, mask=mask)
-    if not isinstance(noise_rate, jax.Array):
-        checks.fraction(noise_rate=noise_rate)
+    checks.whole(2, num_classes=num_classes)
+    checks.fraction(noise_rate=noise_rate)
     checks.positive(sharpness=sharpness)
     mask = jnp.ones(size, bool) if mask is None else mask
     checks.simplex(mask, prior=prior)
+    if checks.concrete((probs, mask)) and (jnp.where(mask[:, None], probs, 0.0) < 0).any():
+        raise ValueError("probs must be >= 0: probabilities, not logits; given a negative one")
+    if isinstance(noise_rate, jax.core.Tracer):  # cannot be refused: let it surface in the loss
+        noise_rate = jnp.where((noise_rate >= 0) & (noise_rate <= 1), noise_rate, jnp.nan)
 
-    divide = lambda x, y, none: jnp.where(y == 0, none, x / jnp.where(y == 0, 1.0, y))
-    normalised = lambda x: divide(x, jnp.sum(x, axis=-1, keepdims=True), 0.0)
-    beyond = lambda p: normalised(p - jnp.minimum(p, prior))  # o
+    def beyond(p):  # o
+        return _normalised(p - jnp.minimum(p, prior))
+
     certain = jnp.sum(beyond(probs) ** 2, axis=-1) ** 2
     as_given = jnp.sum(probs, axis=-1) == 0
     if trusted is not None:
         as_given |= trusted
-    believed = normalised(probs**sharpness)
-    share = divide(jnp.minimum(believed, prior), prior, 0.0)
+    believed = _normalised(probs**sharpness)
+    share = _divide(jnp.minimum(believed, prior), prior, 0.0)
     right, wrong = (1 - noise_rate) * share, noise_rate * (1 - share) / (num_classes - 1)
-    right = jnp.where(as_given[:, None], 1.0, divide(right, right + wrong, 1.0))
+    right = jnp.where(as_given[:, None], 1.0, _divide(right, right + wrong, 1.0))
     # A sum of what is moved, which is exactly zero where nothing is.
     lost = jnp.sum(prior * (1 - right), axis=-1)
     moved = lost * certain
     weights = 1 - lost + moved
     labels = prior - prior * (1 - right) + moved[:, None] * beyond(believed)
-    labels = divide(labels, weights[:, None], prior)
+    labels = _divide(labels, weights[:, None], prior)
     weights = rescale(jnp.where(mask, weights, 0.0), mask, reduce=reduce)
     labels = jnp.where(mask[:, None], labels, prior)
     return jax.lax.stop_gradient(Targets(weights, labels, jnp.where(mask, 1 - 2 * lost, 0.0)))
+
+
+def _divide(x: jax.Array, y: jax.Array, otherwise: jax.Array | float) -> jax.Array:
+    """x / y, and `otherwise` where y is 0."""
+    return jnp.where(y == 0, otherwise, x / jnp.where(y == 0, 1.0, y))
+
+
+def _normalised(x: jax.Array) -> jax.Array:
+    """Rows divided by their sums; rows of zeros stay so."""
+    return _divide(x, jnp.sum(x, axis=-1, keepdims=True), 0.0)

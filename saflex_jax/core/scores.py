@@ -244,8 +244,14 @@ def scorer(
         if mode == "jvp":
             return _along(push(direction), log_probs), log_probs, info
         start = restrict(params, direction)
-        moved = lambda part: logits_fn(merge(part, params), inputs)
-        return _difference(moved, log_probs, start, direction, epsilon), log_probs, info
+        moved = _difference(
+            lambda part: logits_fn(merge(part, params), inputs),
+            log_probs,
+            start,
+            direction,
+            epsilon,
+        )
+        return moved, log_probs, info
 
     return along
 

@@ -28,7 +28,7 @@ from saflex_jax.types import (
     Params,
     PyTree,
     Reduce,
-    Refiner,
+    Rule,
     Streams,
     Targets,
     TrainFn,
@@ -63,7 +63,9 @@ def draws_key(state: TrainState) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x7DA06A7C)
 
 
-def total(values: jax.Array, mask: jax.Array, reduce: Reduce) -> tuple[jax.Array, jax.Array]:
+def total(
+    values: jax.Array, mask: jax.Array, reduce: Reduce = identity
+) -> tuple[jax.Array, jax.Array]:
     """(sum, count) of values f32[B] over unmasked rows; reduced, so that their ratio is exact."""
     values, mask = jnp.where(mask, values, 0.0), mask.astype(jnp.float32)
     return reduce((jnp.sum(values), jnp.sum(mask)))
@@ -166,7 +168,7 @@ def bilevel_step(
     logits_fn: Callable[[Params, ModelState, PyTree], jax.Array],
     train_fn: TrainFn,
     tx: optax.GradientTransformation,
-    refiner: Refiner,
+    rule: Rule,
     loss: CandidateLoss = weighted_soft_cross_entropy,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
@@ -174,7 +176,7 @@ def bilevel_step(
 
         scores -> targets -> theta <- theta + tx(grad of the weighted soft-label loss)
 
-    `state.extra` holds the refiner's arrays.
+    `state.extra` holds the rule's arrays.
 
     Args:
       state: TrainState.
@@ -182,7 +184,7 @@ def bilevel_step(
       logits_fn: (params, model_state, inputs) -> logits, evaluation mode; used for scores only.
       train_fn: training mode; used for the inner step only.
       tx: optax transformation.
-      refiner: the rule (see `saflex_jax.methods`).
+      rule: what to train on (see `saflex_jax.rules`).
       loss: of the candidates (see `losses`).
       reduce: mean over the data-parallel axis.
     """
@@ -190,7 +192,7 @@ def bilevel_step(
     def frozen(params, inputs):  # running statistics: rows stay independent
         return logits_fn(params, state.model_state, inputs)
 
-    targets, extra, refined = refiner.apply(state.extra, state, frozen, streams, reduce=reduce)
+    targets, extra, of_rule = rule.apply(state.extra, state, frozen, streams, reduce=reduce)
     state, metrics = inner_step(
         state,
         streams.candidates,
@@ -201,7 +203,7 @@ def bilevel_step(
         loss=loss,
         reduce=reduce,
     )
-    return state._replace(extra=extra), {**metrics, **refined}
+    return state._replace(extra=extra), {**metrics, **of_rule}
 
 
 def outer_step(

@@ -1,72 +1,65 @@
-"""What supervised methods share: a model, an optimiser and the rule that sets the targets."""
+"""What methods share: their record, and checks of what they are given."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import optax
+import flax.linen as nn
 
-from saflex_jax.core import steps
-from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
-from saflex_jax.core.tree import identity
-from saflex_jax.types import Batch, Method, Model, PyTree, Refiner, Streams, Targets, TrainState
+from saflex_jax.models import Classifier
+from saflex_jax.types import Batch, Method, PyTree, RunInfo, Streams, Targets, TrainState
 
 
-def supervised(
-    model: Model,
-    tx: optax.GradientTransformation,
-    refiner: Refiner,
-    *,
-    loss: CandidateLoss = weighted_soft_cross_entropy,
-) -> Method:
-    """A Method that refines the candidates' targets by `refiner` and trains on them by `loss`."""
+class Episode(NamedTuple):
+    """What a batch of episodes is made of: `ways` classes, each of shots + queries samples."""
 
-    def init(key, inputs):
-        params, model_state = model.init(key, inputs)
-        return steps.init_state(key, params, model_state, tx, refiner.init(params))
+    ways: int
+    shots: int
+    queries: int
 
-    def targets(state, streams):
-        def logits_fn(params, inputs):
-            return model.logits(params, state.model_state, inputs)
 
-        return refiner.apply(state.extra, state, logits_fn, streams, reduce=identity)[0]
+def classifier(backbone: nn.Module, num_classes: int, options: Any) -> nn.Module:
+    """The network of a method that needs one head on the backbone."""
+    del options
+    return Classifier(backbone, num_classes)
 
-    return Method(
-        init=init,
-        step=partial(
-            steps.bilevel_step,
-            logits_fn=model.logits,
-            train_fn=model.train,
-            tx=tx,
-            refiner=refiner,
-            loss=loss,
-        ),
-        predict=lambda state, inputs: model.logits(state.params, state.model_state, inputs),
-        targets=targets,
-    )
+
+def samples(run: RunInfo, options: Any) -> RunInfo:
+    """What the rule of a method sees that shows it the samples themselves."""
+    del options
+    return run
+
+
+class MethodSpec(NamedTuple):
+    """What a method is, for configs; every method's file has one, named SPEC.
+
+    Attributes:
+      make: (model, tx, **what `takes` names) -> Method.
+      takes: keywords of `make`, of "options", "rule", "loss" and "run" (a `RunInfo`).
+      options: a frozen dataclass with the defaults, whose fields are the method's options; None
+        where there are none.
+      network: (backbone, num_classes, options) -> the module that the method trains.
+      seen: (run, options) -> the run as the method's rule and loss see it, whose samples or classes
+        may be others (views, joint labels).
+      episode: options -> what an episode is, where batches are whole episodes; else None.
+      needs: streams without which it cannot train: "val", "clean".
+    """
+
+    make: Callable[..., Method]
+    takes: tuple[str, ...]
+    options: Any = None
+    network: Callable[[nn.Module, int, Any], nn.Module] = classifier
+    seen: Callable[[RunInfo, Any], RunInfo] = samples
+    episode: Callable[[Any], Episode] | None = None
+    needs: tuple[str, ...] = ()
 
 
 def as_given(state: TrainState, streams: Streams) -> Targets:
     """The targets of a method that learns none: prior labels, weight one."""
     del state
     return prior_targets(streams.candidates.labels, streams.candidates.mask)
-
-
-def prior_refiner() -> Refiner:
-    """The rule that learns nothing: prior labels, weight one."""
-
-    def apply(arrays, state, logits_fn, streams, *, reduce):
-        del logits_fn, reduce
-        return as_given(state, streams), arrays, {}
-
-    return Refiner(lambda params: (), apply)
-
-
-def needs_val(who: str, val: Batch | None) -> None:
-    """Raises ValueError if there are no validation samples, for what learns from them."""
-    if val is None:
-        raise ValueError(f"{who} needs validation samples; given streams.val = None")
 
 
 def no_clean(who: str, clean: Batch | None) -> None:

@@ -6,43 +6,18 @@ Labels", NeurIPS 2018: its selection and schedule, with one network that picks f
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-import optax
 
 from saflex_jax import checks
-from saflex_jax.core.losses import (
-    CandidateLoss,
-    weighted_cross_entropy,
-    weighted_soft_cross_entropy,
-)
+from saflex_jax.core.losses import weighted_cross_entropy
 from saflex_jax.core.steps import total
 from saflex_jax.core.targets import prior_targets, rescale
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import supervised
-from saflex_jax.types import Batch, Method, Model, Reduce, Refiner, Targets
-
-
-def make(
-    model: Model,
-    tx: optax.GradientTransformation,
-    *,
-    loss: CandidateLoss = weighted_soft_cross_entropy,
-    **options,
-) -> Method:
-    """Small-loss selection as a method of the loop; `options` are those of `refiner`."""
-    return supervised(model, tx, refiner(**options), loss=loss)
-
-
-def check(*, forget: float, ramp: int) -> None:
-    """Raises unless these are options of a schedule, see `refiner`."""
-    checks.decay(forget=forget)
-    checks.whole(1, ramp=ramp)
-
-
-def rate_at(step: jax.Array, *, forget: float, ramp: int) -> jax.Array:
-    """The share of samples that a step leaves out: R(t) = forget min(t / ramp, 1), f32[]."""
-    return forget * jnp.minimum(step / ramp, 1.0)
+from saflex_jax.rules.base import RuleSpec
+from saflex_jax.types import Batch, Reduce, Targets
 
 
 def select(
@@ -83,15 +58,16 @@ def select(
     return targets._replace(weights=rescale(weights, mask, reduce=reduce))
 
 
-def refiner(*, forget: float = 0.2, ramp: int = 1000) -> Refiner:
-    """The rule of small-loss selection; it reads no validation samples.
+@dataclasses.dataclass(frozen=True)
+class SmallLoss:
+    """Small-loss selection; a `types.Rule` that reads no validation samples.
 
         w = `select` by the current network in evaluation mode, with R(t) = forget min(t / ramp, 1)
 
     One forward pass more where training mode computes otherwise (batch statistics, dropout), else
     the training step's own. Under pmap each device ranks its own rows.
 
-    Args:
+    Attributes:
       forget: share of samples left out in the end, in [0, 1). The source sets it to the share of
         wrong labels, which it takes as known.
       ramp: steps until then, >= 1. The source has 10 epochs, about 3,900 of its steps.
@@ -99,14 +75,30 @@ def refiner(*, forget: float = 0.2, ramp: int = 1000) -> Refiner:
     Raises:
       ValueError: a value out of range.
     """
-    check(forget=forget, ramp=ramp)
 
-    def apply(arrays, state, logits_fn, streams, *, reduce):
+    forget: float = 0.2
+    ramp: int = 1000
+
+    def __post_init__(self):
+        checks.decay(forget=self.forget)
+        checks.whole(1, ramp=self.ramp)
+
+    def rate_at(self, step: jax.Array) -> jax.Array:
+        """The share of samples that a step leaves out: R(t) = forget min(t / ramp, 1), f32[]."""
+        return self.forget * jnp.minimum(step / self.ramp, 1.0)
+
+    def init(self, params):
+        """Nothing to keep."""
+        del params
+        return ()
+
+    def apply(self, arrays, state, logits_fn, streams, *, reduce=identity):
+        """See `types.Rule`."""
         candidates = streams.candidates
         logits = logits_fn(state.params, candidates.inputs)
-        rate = rate_at(state.step, forget=forget, ramp=ramp)
-        targets = select(logits, candidates, rate, reduce=reduce)
+        targets = select(logits, candidates, self.rate_at(state.step), reduce=reduce)
         kept = total(targets.weights > 0, candidates.mask, reduce)
         return targets, arrays, {"kept": kept}
 
-    return Refiner(lambda params: (), apply)
+
+SPEC = RuleSpec(lambda run: SmallLoss())

@@ -6,6 +6,7 @@ NeurIPS 2019.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,26 +14,18 @@ import jax.numpy as jnp
 import optax
 
 from saflex_jax import checks
-from saflex_jax.core.losses import (
-    CandidateLoss,
-    masked_mean,
-    weighted_cross_entropy,
-    weighted_soft_cross_entropy,
-)
+from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.scores import validation_gradient
 from saflex_jax.core.steps import total
-from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import axpy, identity, merge, select
-from saflex_jax.methods.base import needs_val, supervised
+from saflex_jax.rules.base import RuleSpec, needs_val, predicate_of
+from saflex_jax.rules.schedule import Schedule
 from saflex_jax.types import (
     Batch,
     LogitsFn,
-    Method,
-    Model,
     Params,
     PathPredicate,
     Reduce,
-    Refiner,
     Streams,
     Targets,
 )
@@ -40,17 +33,6 @@ from saflex_jax.types import (
 Push = Callable[[Params], jax.Array]
 
 _L2 = 1e-4  # of V's parameters, in the paper's code
-
-
-def make(
-    model: Model,
-    tx: optax.GradientTransformation,
-    *,
-    loss: CandidateLoss = weighted_soft_cross_entropy,
-    **options,
-) -> Method:
-    """Meta-Weight-Net as a method of the loop; `options` are those of `refiner`."""
-    return supervised(model, tx, refiner(**options), loss=loss)
 
 
 def init_net(key: jax.Array, hidden: int) -> Params:
@@ -66,9 +48,11 @@ def init_net(key: jax.Array, hidden: int) -> Params:
 
     def layer(key, fan_in, width):
         bound = fan_in**-0.5
-        draw = lambda key, *shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         of_kernel, of_bias = jax.random.split(key)
-        return {"kernel": draw(of_kernel, fan_in, width), "bias": draw(of_bias, width)}
+        return {
+            "kernel": jax.random.uniform(of_kernel, (fan_in, width), minval=-bound, maxval=bound),
+            "bias": jax.random.uniform(of_bias, (width,), minval=-bound, maxval=bound),
+        }
 
     first, second = jax.random.split(key)
     return {"hidden": layer(first, 1, hidden), "out": layer(second, hidden, 1)}
@@ -86,7 +70,10 @@ def apply_net(net: Params, losses: jax.Array) -> jax.Array:
     Returns:
       f32[B], in (0, 1).
     """
-    dense = lambda layer, x: x @ layer["kernel"] + layer["bias"][None]
+
+    def dense(layer, x):
+        return x @ layer["kernel"] + layer["bias"][None]
+
     hidden = jax.nn.relu(dense(net["hidden"], losses[:, None]))
     return jax.nn.sigmoid(dense(net["out"], hidden))[:, 0]
 
@@ -173,57 +160,67 @@ def meta_gradient(
     return jax.tree.map(lambda d: -inner_learning_rate * d, descent), utility, val_loss
 
 
-def refiner(
-    *,
-    hidden: int = 100,
-    inner_learning_rate: float = 0.1,
-    meta_tx: optax.GradientTransformation | float = 1e-3,
-    predicate: PathPredicate | None = None,
-    start: int = 0,
-    seed: int = 0,
-) -> Refiner:
-    """The rule of Meta-Weight-Net.
+@dataclasses.dataclass(frozen=True)
+class MetaWeightNet:
+    """The rule of Meta-Weight-Net, a `types.Rule`.
 
         V <- V + meta_tx(d L_val(theta^) / d V) ,   w_i = V(l_i)              (see `meta_gradient`)
 
-    The weights lie in (0, 1) and are not rescaled to mean one, unlike those of other methods: where
+    The weights lie in (0, 1) and are not rescaled to mean one, unlike those of other rules: where
     V shrinks, so does the step. Labels stay the prior. The utility is <grad L_val(theta^), grad
     l_i(theta)>: > 0 = more weight lowers the validation loss. The metric "val_loss" is that of the
     look-ahead theta^, "weight" the mean of the weights.
 
-    Args:
+    Attributes:
       hidden: width of V.
       inner_learning_rate: lr of the look-ahead, plain gradient descent whatever the training
         optimiser is; the default is the paper's initial rate.
       meta_tx: optax transformation for V; a number is the learning rate of the paper's Adam, with
         1e-4 times V's parameters added to the gradient (L2, not decoupled). Where too large a rate
         takes all weights to one early, they stay: the sigmoid has no gradient there.
-      predicate: the parameters that the look-ahead moves; None = all, as in the paper.
+      predicate: the parameters that the look-ahead moves, as a predicate on paths or a path; "" =
+        all, as in the paper.
       start: first step on which V learns and weighs; the prior, weight one, before it.
       seed: of V's initial parameters.
 
     Raises:
       ValueError: a value out of range.
     """
-    checks.whole(1, hidden=hidden)
-    checks.positive(inner_learning_rate=inner_learning_rate)
-    checks.whole(start=start)
-    if isinstance(meta_tx, int | float):
-        checks.positive(meta_tx=meta_tx)
-        meta_tx = optax.chain(optax.add_decayed_weights(_L2), optax.adam(meta_tx))
 
-    def init(params):
+    hidden: int = 100
+    inner_learning_rate: float = 0.1
+    meta_tx: optax.GradientTransformation | float = 1e-3
+    predicate: PathPredicate | str = ""
+    start: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        checks.whole(1, hidden=self.hidden)
+        checks.positive(inner_learning_rate=self.inner_learning_rate)
+        checks.whole(start=self.start)
+        if isinstance(self.meta_tx, int | float):
+            checks.positive(meta_tx=self.meta_tx)
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        if isinstance(self.meta_tx, int | float):
+            return optax.chain(optax.add_decayed_weights(_L2), optax.adam(self.meta_tx))
+        return self.meta_tx
+
+    def init(self, params):
+        """(V's parameters, state of its optimiser)."""
         del params
-        net = init_net(jax.random.key(seed), hidden)
-        return net, meta_tx.init(net)
+        net = init_net(jax.random.key(self.seed), self.hidden)
+        return net, self._optimizer().init(net)
 
-    def apply(arrays, state, logits_fn, streams, *, reduce):
-        candidates, val = streams.candidates, streams.val
-        needs_val("meta_weight_net", val)
+    def apply(self, arrays, state, logits_fn, streams, *, reduce=identity):
+        """See `types.Rule`."""
+        needs_val("meta_weight_net", streams.val)
+        candidates, predicate = streams.candidates, predicate_of(self.predicate)
         mask = candidates.mask
         losses, push = linear_losses(logits_fn, state.params, candidates, predicate=predicate)
 
-        def learned(net, opt_state):
+        def learn(arrays):
+            net, opt_state = arrays
             grads, utility, val_loss = meta_gradient(
                 net,
                 losses,
@@ -231,31 +228,24 @@ def refiner(
                 logits_fn,
                 state.params,
                 streams,
-                inner_learning_rate=inner_learning_rate,
+                inner_learning_rate=self.inner_learning_rate,
                 predicate=predicate,
                 reduce=reduce,
             )
-            updates, opt_state = meta_tx.update(grads, opt_state, net)
+            updates, opt_state = self._optimizer().update(grads, opt_state, net)
             net = optax.apply_updates(net, updates)
             weights = jnp.where(mask, apply_net(net, losses), 0.0)
             targets = Targets(weights, candidates.labels, utility)
-            return targets, (net, opt_state), val_loss, jnp.ones(())
+            return targets, (net, opt_state), {"val_loss": (val_loss, jnp.ones(()))}
 
-        def prior(*arrays):
-            targets = prior_targets(candidates.labels, mask)
-            return targets, arrays, jnp.zeros(()), jnp.zeros(())
-
-        if start == 0:
-            targets, arrays, val_loss, count = learned(*arrays)
-        else:
-            targets, arrays, val_loss, count = jax.lax.cond(
-                state.step >= start, learned, prior, *arrays
-            )
-        metrics = {
-            "val_loss": (val_loss, count),
+        targets, arrays, metrics = Schedule(self.start).run(
+            state.step, candidates, learn, learn, arrays
+        )
+        metrics |= {
             "kept": total(targets.weights > 0, mask, reduce),
             "weight": total(targets.weights, mask, reduce),
         }
         return jax.lax.stop_gradient(targets), arrays, metrics
 
-    return Refiner(init, apply)
+
+SPEC = RuleSpec(lambda run: MetaWeightNet())

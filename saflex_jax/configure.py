@@ -1,0 +1,245 @@
+"""From configs to rules and methods: options as nested dicts, by the records of each file.
+
+A method's `Options` and a rule are frozen dataclasses. Their fields are what a config may set; a
+field that is a dataclass is a section of its own. Nothing here knows a rule or a method by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import optax
+
+from saflex_jax import checks, models
+from saflex_jax.core import losses
+from saflex_jax.core.losses import CandidateLoss
+from saflex_jax.methods import METHODS, Episode
+from saflex_jax.rules import RULES
+from saflex_jax.types import Method, Model, Rule, RunInfo
+
+SCALARS = (bool, int, float, str)
+KEYS = ("name", "rule", "loss")  # of a method's section, beside the sections of METHODS and RULES
+
+
+class LossSpec(NamedTuple):
+    """A candidates' loss for configs.
+
+    Attributes:
+      make: run -> loss.
+      of_labels: as of `rules.RuleSpec`.
+    """
+
+    make: Callable[[RunInfo], CandidateLoss]
+    of_labels: bool = False
+
+
+LOSSES = {
+    "cross_entropy": LossSpec(lambda run: losses.weighted_soft_cross_entropy),
+    "augmix": LossSpec(lambda run: losses.augmix_loss()),
+    "decoupled_mixup": LossSpec(lambda run: losses.decoupled_mixup_loss()),
+    "ldam": LossSpec(lambda run: losses.ldam_loss(run.counts), of_labels=True),
+}
+BACKBONES = {
+    "mlp": models.MLP,
+    "ft_transformer": models.FTTransformer,
+    "small_cnn": models.SmallCNN,
+    "resnet18": models.ResNet18,
+    "vit": models.ViT,
+}
+BY_RUN = {"parent", "name", "axis_name", "categories"}  # of a backbone, and never in a config
+
+
+# --- options
+
+
+def options(part: Any) -> dict[str, Any]:
+    """Field -> default of a frozen dataclass, for every field that a config can express.
+
+    Args:
+      part: a dataclass; None has no options.
+
+    Returns:
+      Scalars and nested dicts; of a field that is None by default the type that it takes.
+
+    >>> from saflex_jax.rules import Schedule
+    >>> options(Schedule())
+    {'start': 0, 'every': 1}
+    """
+    if part is None:
+        return {}
+    hints = typing.get_type_hints(type(part))
+    found = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = options(value)
+        elif isinstance(value, SCALARS):
+            found[field.name] = value
+        elif value is None and (kind := _scalar(hints[field.name])):
+            found[field.name] = kind
+    return found
+
+
+def _scalar(hint: Any) -> type | None:
+    """The scalar type of "kind | None"; None where there is none."""
+    union = isinstance(hint, types.UnionType)
+    kinds = [kind for kind in typing.get_args(hint) if kind in SCALARS] if union else []
+    return kinds[0] if kinds else None
+
+
+def changed(part: Any, section: Mapping[str, Any], name: str = "options") -> Any:
+    """The dataclass with the fields that a config's section sets.
+
+    Args:
+      part: a frozen dataclass, or None.
+      section: field -> value or section.
+      name: of the section, for errors.
+
+    Raises:
+      ValueError: a field that it does not have (names the nearest), or a value that it refuses.
+    """
+    accepted = options(part)
+    checks.known(name, section, accepted)
+    changes = {}
+    for field, value in section.items():
+        if isinstance(accepted[field], dict):
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{name}.{field} must be a section with fields of {sorted(accepted[field])}; "
+                    f"given {value!r}"
+                )
+            value = changed(getattr(part, field), value, f"{name}.{field}")
+        changes[field] = value
+    try:
+        return dataclasses.replace(part, **changes) if changes else part
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def all_options() -> dict[str, dict[str, Any]]:
+    """Method or rule -> its `options`, for all that have some."""
+    found = {name: options(spec.options) for name, spec in METHODS.items()}
+    found |= {name: options(spec.make(None)) for name, spec in RULES.items()}
+    return {name: section for name, section in found.items() if section}
+
+
+# --- networks
+
+
+def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
+    """Raises ValueError unless a model's section has a "name" of BACKBONES and fields of it.
+
+    "cosine" beside them makes the logits of every head cosines (`models.Classifier`).
+    """
+    checks.choice(BACKBONES, **{f"{name}.name": section["name"]})
+    fields = {field.name for field in dataclasses.fields(BACKBONES[section["name"]])}
+    checks.known(name, section, {"name", "cosine", *fields} - BY_RUN)
+
+
+def make_backbone(
+    section: Mapping[str, Any],
+    *,
+    axis_name: str | None = None,
+    categories: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """The backbone of a model's section.
+
+    Args:
+      section: see `check_model`.
+      axis_name: mapped axis, for batch statistics under pmap.
+      categories: of a table with categorical columns, the number of values of each column.
+    """
+    check_model(section)
+    backbone = BACKBONES[section["name"]]
+    fields = {k: v for k, v in section.items() if k not in ("name", "cosine")}
+    if categories is not None:
+        fields["categories"] = categories
+    if axis_name is not None and "axis_name" in {f.name for f in dataclasses.fields(backbone)}:
+        fields["axis_name"] = axis_name
+    return backbone(**fields)
+
+
+# --- methods
+
+
+def check(section: Mapping[str, Any], name: str = "config.method") -> None:
+    """Raises ValueError unless a method's section can be built, whatever the run.
+
+    Args:
+      section: "name" of METHODS, "rule" of RULES, "loss" of LOSSES, and for methods and rules a
+        section with their options.
+      name: of the section, for errors.
+    """
+    checks.known(name, section, (*KEYS, *METHODS, *RULES))
+    for key, accepted in (("name", METHODS), ("rule", RULES), ("loss", LOSSES)):
+        checks.choice(accepted, **{f"{name}.{key}": section[key]})
+    spec = METHODS[section["name"]]
+    for key, only in (("rule", "as_given"), ("loss", "cross_entropy")):
+        if section[key] != only and key not in spec.takes:
+            raise ValueError(
+                f"{name}.{key} must be {only!r} with {section['name']}; given {section[key]!r}"
+            )
+    for method, spec in METHODS.items():
+        changed(spec.options, section.get(method, {}), f"{name}.{method}")
+    for rule, spec in RULES.items():
+        changed(spec.make(None), section.get(rule, {}), f"{name}.{rule}")
+
+
+def of_labels(section: Mapping[str, Any]) -> bool:
+    """Whether the method holds the run's labels, so that its compiled step serves one seed."""
+    return RULES[section["rule"]].of_labels or LOSSES[section["loss"]].of_labels
+
+
+def method_options(section: Mapping[str, Any]) -> Any:
+    """The `Options` of the section's method; None where it has none."""
+    name = section["name"]
+    return changed(METHODS[name].options, section.get(name, {}), f"method.{name}")
+
+
+def episode(section: Mapping[str, Any]) -> Episode | None:
+    """What an episode is, where the method's batches are whole episodes; else None."""
+    spec = METHODS[section["name"]]
+    return None if spec.episode is None else spec.episode(method_options(section))
+
+
+def make_network(section: Mapping[str, Any], backbone: nn.Module, num_classes: int) -> nn.Module:
+    """The module that the section's method trains."""
+    spec = METHODS[section["name"]]
+    return spec.network(backbone, num_classes, method_options(section))
+
+
+def make_rule(section: Mapping[str, Any], run: RunInfo) -> Rule:
+    """The section's rule, for a run as the method shows it (`MethodSpec.seen`)."""
+    name = section["rule"]
+    return changed(RULES[name].make(run), section.get(name, {}), f"method.{name}")
+
+
+def make_method(
+    section: Mapping[str, Any], model: Model, tx: optax.GradientTransformation, run: RunInfo
+) -> Method:
+    """The method that a config's section says.
+
+    Args:
+      section: see `check`.
+      model: of `make_network`.
+      tx: optax transformation.
+      run: what the run knows of its samples.
+
+    Raises:
+      ValueError: see `check`.
+    """
+    check(section, "method")
+    spec, chosen = METHODS[section["name"]], method_options(section)
+    seen = spec.seen(run, chosen)
+    makers = {
+        "options": lambda: chosen,
+        "rule": lambda: make_rule(section, seen),
+        "loss": lambda: LOSSES[section["loss"]].make(seen),
+        "run": lambda: run,
+    }
+    return spec.make(model, tx, **{keyword: makers[keyword]() for keyword in spec.takes})

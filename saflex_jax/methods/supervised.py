@@ -1,0 +1,62 @@
+"""Plain training of one network on what a rule says; with no rule, the upstream pipeline alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import optax
+
+from saflex_jax.core import steps
+from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
+from saflex_jax.core.tree import identity
+from saflex_jax.methods.base import MethodSpec
+from saflex_jax.rules import AsGiven
+from saflex_jax.types import Method, Model, Rule
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    rule: Rule | None = None,
+    *,
+    loss: CandidateLoss = weighted_soft_cross_entropy,
+) -> Method:
+    """Plain training of one network on the candidates, with the targets that a rule gives.
+
+        theta <- theta + tx(grad mean_i w_i CE(f(x_i), y_i)) ,   w, y by the rule
+
+    Args:
+      model: see `types.Model`.
+      tx: optax transformation.
+      rule: what to train on (see `saflex_jax.rules`); None = as given: the baseline of every
+        comparison, the upstream pipeline alone.
+      loss: of the candidates (see `core.losses`), in the place of the weighted cross-entropy.
+    """
+    rule = AsGiven() if rule is None else rule
+
+    def init(key, inputs):
+        params, model_state = model.init(key, inputs)
+        return steps.init_state(key, params, model_state, tx, rule.init(params))
+
+    def targets(state, streams):
+        def logits_fn(params, inputs):
+            return model.logits(params, state.model_state, inputs)
+
+        return rule.apply(state.extra, state, logits_fn, streams, reduce=identity)[0]
+
+    return Method(
+        init=init,
+        step=partial(
+            steps.bilevel_step,
+            logits_fn=model.logits,
+            train_fn=model.train,
+            tx=tx,
+            rule=rule,
+            loss=loss,
+        ),
+        predict=lambda state, inputs: model.logits(state.params, state.model_state, inputs),
+        targets=targets,
+    )
+
+
+SPEC = MethodSpec(make, takes=("rule", "loss"))

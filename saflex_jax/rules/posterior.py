@@ -1,0 +1,161 @@
+"""SAFLEX's default rule: how likely is each given label to be right, and which is, if it is not?
+
+    p'_i = softmax(log p_i + lookahead S_i) ,   y_i, w_i = posterior(q_i, mean p'_i, eta)
+
+To first order scores are the change of log p after a step that lowers the validation loss, so p' is
+what the network would believe after it. The share eta of wrong labels is learned from the trusted
+samples (`core.posterior`). Where no label is wrong it is the plain upstream pipeline, bit for bit.
+Of rows that upstream mixing made, what is known of their parents is mixed as their labels are
+(`core.parents`). How it compares with the paper's rule: docs/results.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+from saflex_jax.core import memory, parents, posterior
+from saflex_jax.core.memory import Memory
+from saflex_jax.core.posterior import Agreement
+from saflex_jax.core.targets import prior_targets
+from saflex_jax.rules.visits import VisitMean
+from saflex_jax.types import Batch, RunInfo
+
+
+class Beliefs(NamedTuple):
+    """What the rule keeps between steps; None where it needs nothing.
+
+    Attributes:
+      memory: mean over visits of what is believed after a step, f32[N, K].
+      agreement: with given labels, for the share of wrong ones.
+    """
+
+    memory: Memory | None
+    agreement: Agreement | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Posterior:
+    """Labels as their posterior; a `refinement.ScoreRule`.
+
+    Attributes:
+      run: what the run knows. With it samples are remembered over their visits, and the run's
+        trusted samples, which train like the others, stay as they are and say how many labels are
+        wrong. Without trusted samples the validation samples say it, which is fair only where
+        these are as hard as the candidates: held out of training against it, without upstream
+        augmentation for it.
+      noise_rate: eta, the share of wrong labels; None = estimate it as training goes on.
+      lookahead: >= 0, length of the step after which p' is believed: 1 is all of "cg"'s, a Newton
+        step on the validation loss; along "identity" it is a learning rate.
+      sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
+      agreement_decay: in [0, 1), how slowly the estimate of eta forgets.
+      memory: how visits are averaged; needs `run`.
+
+    Raises:
+      ValueError: a value out of range, or options of a memory without a run.
+    """
+
+    run: RunInfo | None = None
+    noise_rate: float | None = None
+    lookahead: float = 1.0
+    sharpness: float = 2.0
+    agreement_decay: float = 0.99
+    memory: VisitMean = VisitMean()
+
+    def __post_init__(self):
+        if self.noise_rate is not None:
+            checks.fraction(noise_rate=self.noise_rate)
+        checks.amount(lookahead=self.lookahead)
+        checks.positive(sharpness=self.sharpness)
+        checks.decay(agreement_decay=self.agreement_decay)
+        run = self.run
+        if run is None and self.memory != VisitMean():
+            raise ValueError(f"memory needs run, for the number of samples; given {self.memory}")
+        if run is not None:
+            checks.whole(1, num_samples=run.num_samples)
+            checks.whole(2, num_classes=run.num_classes)
+            checks.whole(num_trusted=run.num_trusted, num_val=run.num_val)
+            if run.num_trusted > run.num_samples:
+                raise ValueError(
+                    f"num_trusted must be at most num_samples = {run.num_samples}; "
+                    f"given {run.num_trusted}"
+                )
+
+    def init(self):
+        """See `ScoreRule`."""
+        estimates = self.noise_rate is None
+        return Beliefs(self.memory.init(self.run), posterior.no_agreement() if estimates else None)
+
+    def update(self, arrays, scored, streams, *, reduce):
+        """Remembers what is believed of the candidates, and how far it agrees with their labels."""
+        candidates = streams.candidates
+        kept, agreement = arrays
+        if kept is not None:
+            rows = candidates.mask & parents.is_whole(candidates)
+            kept = self.memory.add(kept, candidates, self._visit(scored), rows, reduce)
+        if agreement is not None:
+            belief = self._belief(kept, scored, candidates)
+            agreement = self._agreement(agreement, belief, scored, streams, reduce)
+        return Beliefs(kept, agreement)
+
+    def targets(self, arrays, scored, candidates, *, reduce):
+        """`posterior_targets` of what is believed; the prior where nothing can be known."""
+        noise_rate = self._noise_rate(arrays, candidates)
+        metrics = {"noise_rate": (noise_rate * jnp.ones(()), jnp.ones(()))}
+        if scored is None and arrays.memory is None:
+            return prior_targets(candidates.labels, candidates.mask), metrics
+        targets = posterior.posterior_targets(
+            candidates.labels,
+            self._belief(arrays.memory, scored, candidates),
+            noise_rate,
+            sharpness=self.sharpness,
+            trusted=parents.of_all(candidates, self._is_trusted) if self._num_trusted else None,
+            mask=candidates.mask,
+            reduce=reduce,
+        )
+        return targets, metrics
+
+    @property
+    def _num_trusted(self) -> int:
+        return 0 if self.run is None else self.run.num_trusted
+
+    def _is_trusted(self, index: jax.Array) -> jax.Array:
+        return index >= self.run.num_samples - self.run.num_trusted
+
+    def _visit(self, scored) -> jax.Array:
+        """p', f32[B, K]: what the network would believe after a step."""
+        return jax.nn.softmax(scored.log_probs + self.lookahead * scored.scores)
+
+    def _belief(self, kept: Memory | None, scored, candidates: Batch) -> jax.Array:
+        """What is remembered of the candidates, f32[B, K]; where nothing is, this visit's p'."""
+        visit = jnp.zeros_like(candidates.labels) if scored is None else self._visit(scored)
+        if kept is None:
+            return visit
+        return parents.mixture(candidates, lambda index: memory.recall(kept, index), visit)
+
+    def _noise_rate(self, arrays: Beliefs, candidates: Batch) -> float | jax.Array:
+        if self.noise_rate is not None:
+            return self.noise_rate
+        num_val = 0 if self.run is None else self.run.num_val
+        return posterior.estimate_noise_rate(
+            arrays.agreement, candidates.labels.shape[1], num_trusted=self._num_trusted or num_val
+        )
+
+    def _agreement(self, agreement, belief, scored, streams, reduce) -> Agreement:
+        candidates, val = streams.candidates, streams.val
+        rows = candidates.mask & parents.is_whole(candidates)
+        if self._num_trusted:
+            values = posterior.agreement(belief, candidates.labels)
+            trusted = self._is_trusted(candidates.index)
+            reference, others = (values, rows & trusted), (values, rows & ~trusted)
+        else:  # nothing is remembered of validation samples: both by the network as it is now
+            values = posterior.agreement(scored.val_probs, val.labels)
+            reference = values, val.mask & scored.fresh
+            others = posterior.agreement(jnp.exp(scored.log_probs), candidates.labels), rows
+        return posterior.add_agreement(
+            agreement, reference, others, decay=self.agreement_decay, reduce=reduce
+        )

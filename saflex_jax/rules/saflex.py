@@ -1,0 +1,46 @@
+"""SAFLEX: weights and soft labels for every upstream sample, from the validation gradient.
+
+    direction -> scores -> (memory) -> targets -> weighted inner step
+
+Two compositions of the parts beside this file: `posterior`, the default and what docs/results.md
+measures, and `paper`. For another option write the composition out, or replace a part:
+
+    >>> import dataclasses
+    >>> rule = posterior(RunInfo(num_samples=1000, num_classes=10))
+    >>> rule = dataclasses.replace(rule, scoring=Scoring("cg(20, damping=0.03)"))
+
+Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label EXtrapolation",
+ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from saflex_jax.rules.base import RuleSpec
+from saflex_jax.rules.posterior import Posterior
+from saflex_jax.rules.refinement import Refinement
+from saflex_jax.rules.scoring import Scoring
+from saflex_jax.rules.simplex import Simplex
+from saflex_jax.types import RunInfo
+
+
+def posterior(run: RunInfo | None = None) -> Refinement:
+    """SAFLEX by its default rule, as measured: implicit direction on the head, `Posterior`.
+
+    Args:
+      run: what the run knows; with it samples are remembered over their visits. Give it where the
+        candidates come from a finite pool.
+    """
+    return Refinement(Scoring(), Posterior(run))
+
+
+def paper(run: RunInfo | None = None) -> Refinement:
+    """SAFLEX as in the paper: the greedy direction over all parameters, `Simplex`, no memory.
+
+    Args:
+      run: what the run knows; read only by a memory, which the paper does not have.
+    """
+    return Refinement(Scoring("identity", predicate=""), Simplex(tolerance=0.0, run=run))
+
+
+SPEC = RuleSpec(posterior)
+PAPER = RuleSpec(paper)

@@ -1,0 +1,86 @@
+"""When a rule learns: from step `start` on, every `every` steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+from saflex_jax.core.targets import prior_targets
+from saflex_jax.types import Batch, Metrics, PyTree, Targets
+
+# arrays -> (targets, arrays, metrics)
+Branch = Callable[[PyTree], tuple[Targets, PyTree, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The steps on which a rule learns, and what it does on the others.
+
+    Attributes:
+      start: first step on which it learns; the prior, weight one, before it.
+      every: it learns every so many steps.
+    """
+
+    start: int = 0
+    every: int = 1
+
+    def __post_init__(self):
+        checks.whole(start=self.start)
+        checks.whole(1, every=self.every)
+
+    def turn(self, step: jax.Array) -> jax.Array:
+        """How often the rule learned before this step, i32[]; negative before `start`."""
+        return (step - self.start) // self.every
+
+    def run(
+        self, step: jax.Array, candidates: Batch, learn: Branch, between: Branch, arrays: PyTree
+    ) -> tuple[Targets, PyTree, Metrics]:
+        """The branch of this step; the only `lax.cond` of a schedule.
+
+        What costs nothing extra outside of a branch, such as the candidates' forward pass, must
+        stay outside: XLA shares it with the training step only there.
+
+        Args:
+          step: i32[].
+          candidates: Batch of B, whose prior is trained on before `start`.
+          learn: branch on the steps that learn.
+          between: branch on the other steps from `start` on.
+          arrays: the rule's.
+
+        Returns:
+          What the branch gives. A metric that it does not report has the count 0.
+        """
+
+        def before(arrays):
+            return prior_targets(candidates.labels, candidates.mask), arrays, {}
+
+        branches = [learn]
+        index = jnp.zeros((), jnp.int32)
+        if self.every > 1:
+            branches.append(between)
+            index = jnp.where((step - self.start) % self.every == 0, 0, 1)
+        if self.start > 0:
+            branches.append(before)
+            index = jnp.where(step >= self.start, index, len(branches) - 1)
+        if len(branches) == 1:
+            return learn(arrays)
+        return jax.lax.switch(index, _with_equal_metrics(branches, arrays), arrays)
+
+
+def _with_equal_metrics(branches: list[Branch], arrays: PyTree) -> list[Branch]:
+    """The branches, each with the metrics of all; those that it lacks are (0, 0)."""
+    names = {name for branch in branches for name in jax.eval_shape(branch, arrays)[2]}
+    missing = dict.fromkeys(names, (jnp.zeros(()), jnp.zeros(())))
+
+    def completed(branch):
+        def run(arrays):
+            targets, arrays, metrics = branch(arrays)
+            return targets, arrays, missing | metrics
+
+        return run
+
+    return [completed(branch) for branch in branches]

@@ -1,0 +1,78 @@
+"""The paper's rule: the point of the simplex that the scores ask for (`core.targets`).
+
+Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label EXtrapolation",
+ICLR 2024, section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from saflex_jax.core import memory, targets
+from saflex_jax.rules.visits import VisitMean
+from saflex_jax.types import RunInfo
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Simplex:
+    """Weights and labels in closed form from scores; a `refinement.ScoreRule`.
+
+    Attributes:
+      prior_strength, temperature, tolerance: see `core.targets.solve_targets`.
+      scale, learn, anchor: likewise.
+      run: what the run knows, for the memory.
+      memory: averages scores over a sample's visits; by default there is none. Needs `run`.
+
+    Raises:
+      ValueError: a value out of range, or a memory without a run.
+    """
+
+    prior_strength: float = 3.0
+    temperature: float = 0.3
+    tolerance: float = 0.25
+    scale: str = "rms"
+    learn: str = "both"
+    anchor: str = "linear"
+    run: RunInfo | None = None
+    memory: VisitMean = VisitMean(decay=None)
+
+    def __post_init__(self):
+        targets.check(**self._options())
+        if self.run is None and self.memory.decay is not None:
+            raise ValueError(f"memory needs run, for the number of samples; given {self.memory}")
+
+    def _options(self) -> dict:
+        return dict(
+            prior_strength=self.prior_strength,
+            temperature=self.temperature,
+            tolerance=self.tolerance,
+            scale=self.scale,
+            learn=self.learn,
+            anchor=self.anchor,
+        )
+
+    def init(self):
+        """The memory; None without one."""
+        return self.memory.init(self.run)
+
+    def update(self, arrays, scored, streams, *, reduce):
+        """Remembers the scores, in a scale of their own."""
+        if arrays is None:
+            return None
+        candidates = streams.candidates
+        # A raw score shrinks as training goes on: no average of it.
+        scale = targets.score_scale(scored.scores, candidates.mask, reduce=reduce)
+        return self.memory.add(arrays, candidates, scored.scores / scale, candidates.mask, reduce)
+
+    def targets(self, arrays, scored, candidates, *, reduce):
+        """`solve_targets` of the remembered scores, or of this scoring's; else the prior."""
+        if arrays is not None:
+            scores = memory.recall(arrays, candidates.index)
+        elif scored is None:
+            return targets.prior_targets(candidates.labels, candidates.mask), {}
+        else:
+            scores = scored.scores
+        learned = targets.solve_targets(
+            scores, candidates.labels, **self._options(), mask=candidates.mask, reduce=reduce
+        )
+        return learned, {}
