@@ -33,6 +33,7 @@ from experiments import build
 from experiments.configs import digits
 from saflex_jax import augment, parallel
 from saflex_jax.augment import policies
+from saflex_jax.methods.upstream import upstream
 from saflex_jax.types import Batch, Streams
 
 OPERATIONS, MAGNITUDE, LARGEST = 2, 9, 30
@@ -298,7 +299,7 @@ def saflex_steps(batch_size: int) -> dict[str, Callable[[], timing.Job]]:
         return job
 
     def randaugmented(method):
-        return augment.upstream(method, augment.randaugment(OPERATIONS, MAGNITUDE))
+        return upstream(method, augment.randaugment(OPERATIONS, MAGNITUDE))
 
     return {"without": lambda: setup(lambda method: method), "with": lambda: setup(randaugmented)}
 

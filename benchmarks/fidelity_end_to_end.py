@@ -17,10 +17,11 @@ import tqdm
 from benchmarks import fidelity_problems as problems
 from benchmarks import truths
 from benchmarks.fidelity_problems import Problem, Training
-from saflex_jax import augment, data, parallel
+from saflex_jax import data, parallel
 from saflex_jax.core import steps
 from saflex_jax.core.linear_solve import cg_solve
 from saflex_jax.methods import erm, implicit, l2rw, meta_weight_net, saflex
+from saflex_jax.methods.upstream import upstream as with_upstream
 from saflex_jax.types import Method, Params, Streams
 
 SECONDS = {"mlp": 3.0, "cnn": 8.0}  # a run, compilation excluded
@@ -76,14 +77,14 @@ def method(name: str, arm: str, size: int) -> tuple[Method, parallel.Runner]:
         "l2rw": lambda: l2rw.make(model, TX),
         "meta_weight_net": lambda: meta_weight_net.make(model, TX),
     }[arm]()
-    made = augment.upstream(made, upstream)
+    made = with_upstream(made, upstream)
     return made, problems.on_one_device(made)
 
 
 def implicit_method(problem: Problem) -> tuple[Method, parallel.Runner]:
     """`method` for the one that is made of a seed's labels."""
     made = implicit.make(problem.model, TX, prior=problem.pools.candidates.labels)
-    made = augment.upstream(made, problem.upstream)
+    made = with_upstream(made, problem.upstream)
     return made, problems.on_one_device(made)
 
 

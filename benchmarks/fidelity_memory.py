@@ -16,13 +16,13 @@ from sklearn.metrics import roc_auc_score
 from benchmarks import fidelity_problems as problems
 from benchmarks import truths
 from benchmarks.fidelity_problems import Problem
-from saflex_jax import augment
 from saflex_jax.core import memory, targets
 from saflex_jax.core.linear_solve import cg_solve
 from saflex_jax.core.scores import score
 from saflex_jax.core.tree import under
 from saflex_jax.data.seeds import generator
 from saflex_jax.methods import erm, saflex
+from saflex_jax.methods.upstream import upstream as with_upstream
 
 NAMES = ("mlp", "cnn")
 VISITS = (1, 2, 4, 8, 16, 32)  # epochs, of full batches alone, after which fidelity is read
@@ -195,7 +195,7 @@ def arm_of(arm: str, augmented: bool, size: int) -> tuple:
             num_classes=problems.CLASSES[ACCURACY_ON],
             **RULE,
         )
-    method = augment.upstream(method, upstream) if augmented else method
+    method = with_upstream(method, upstream) if augmented else method
     return method, problems.on_one_device(method)
 
 

@@ -6,13 +6,12 @@ from saflex_jax.augment.base import (
     by_operation,
     chain,
     choice,
-    drawn,
     identity,
     on,
     per_example,
     record,
+    register_operation,
     sample_keys,
-    upstream,
     views,
 )
 from saflex_jax.augment.corruptions import corrupt
@@ -26,7 +25,7 @@ from saflex_jax.augment.mixing import (
     resizemix,
     smoothmix,
 )
-from saflex_jax.augment.parse import parse
+from saflex_jax.augment.parse import parse, register
 from saflex_jax.augment.policies import augmix, autoaugment, randaugment, trivialaugment
 from saflex_jax.augment.spatial import (
     affine,
@@ -53,7 +52,6 @@ __all__ = [
     "corrupt",
     "cutmix",
     "cutout",
-    "drawn",
     "feature_mask",
     "feature_noise",
     "flip",
@@ -69,6 +67,8 @@ __all__ = [
     "random_erasing",
     "random_field",
     "record",
+    "register",
+    "register_operation",
     "resized_crop",
     "resizemix",
     "sample_keys",
@@ -78,6 +78,5 @@ __all__ = [
     "soft_crop",
     "tabular_cutmix",
     "trivialaugment",
-    "upstream",
     "views",
 ]

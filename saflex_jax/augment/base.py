@@ -1,4 +1,4 @@
-"""What an augmentation is, how several make one, and how one goes in front of any method."""
+"""What an augmentation is, how several make one, and what a trace names."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from saflex_jax import checks
-from saflex_jax.types import Batch, Method, Metrics, PyTree, Trace, TrainState
+from saflex_jax.types import Batch, Metrics, PyTree, Trace
 
 # (key, batch) -> batch whose inputs are augmented, whose labels are the prior of the new samples
 # and whose trace names what was done
 Augment = Callable[[jax.Array, Batch], Batch]
 
-# Every name that a trace can hold; `Trace.operation` counts places in this tuple.
-OPERATIONS = (
+# Every name that a trace can hold; `Trace.operation` counts places in this list. It only grows, at
+# its end: the package's own names first, then those of `register_operation`.
+OPERATIONS = [
     "identity", "autocontrast", "equalize", "rotate", "solarize", "color", "posterize", "contrast",
     "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "invert",
     "flip", "shift", "soft_crop", "resized_crop", "cutout", "random_erasing", "blur", "affine",
@@ -23,7 +25,40 @@ OPERATIONS = (
     "augmix", "mixup", "cutmix", "resizemix", "fmix", "gridmix", "smoothmix",
     "feature_noise", "feature_mask", "tabular_cutmix", "smote",
     "automix",
-)  # fmt: skip
+]  # fmt: skip
+
+
+def register_operation(name: str) -> int:
+    """The operation's place in OPERATIONS, after adding the name if it is new.
+
+    Call it where your augmentation is defined, before any trace is recorded:
+
+    >>> place = register_operation("film_grain")
+    >>> OPERATIONS[place]
+    'film_grain'
+
+    Places of names that the package does not know follow the order of registration: in programs of
+    several processes register in the same order everywhere, and store names rather than places.
+
+    Raises:
+      ValueError: the name is not a Python identifier.
+    """
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"name must be an identifier, as 'film_grain' is; given {name!r}")
+    if name not in OPERATIONS:
+        OPERATIONS.append(name)
+    return OPERATIONS.index(name)
+
+
+def _check_operation(**names: str) -> None:
+    """Raises ValueError unless each is a name of OPERATIONS."""
+    for argument, name in names.items():
+        if name not in OPERATIONS:
+            raise ValueError(
+                f"{argument} must be one of {sorted(OPERATIONS)}, or a name that "
+                f"`augment.register_operation` adds; given {name!r}"
+                f"{checks.nearest(name, OPERATIONS)}"
+            )
 
 
 def check_interval(low: float, high: float, /, **bounds: tuple[float, float]) -> None:
@@ -39,19 +74,24 @@ def record(
     magnitude: jax.Array | float,
     partner: jax.Array | None = None,
 ) -> Batch:
-    """The batch with one more column in its trace.
+    """Adds one column to the batch's trace.
+
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> trace = record(record(batch, "rotate", 30.0), "flip", 1.0).trace
+    >>> [OPERATIONS[place] for place in trace.operation[0]], trace.magnitude[0].tolist()
+    (['rotate', 'flip'], [30.0, 1.0])
 
     Args:
       batch: of B rows.
       operation: a name of OPERATIONS, or i32[B] places in it.
-      magnitude: f32[B] or f32[].
+      magnitude: f32[B] or f32[], in units of the operation.
       partner: i32[B], source sample of the second parent; None = there is none.
 
     Raises:
       ValueError: a name that is not in OPERATIONS.
     """
     if isinstance(operation, str):
-        checks.choice(OPERATIONS, operation=operation)
+        _check_operation(operation=operation)
         operation = OPERATIONS.index(operation)
     shape = batch.index.shape
     column = Trace(
@@ -65,16 +105,36 @@ def record(
 
 
 def sample_keys(key: jax.Array, batch: Batch) -> jax.Array:
-    """key[B]: row i's is fold_in(key, index i), whatever its place and the number of devices."""
+    """One key for each row, fold_in(key, index), the same at any place and on any device.
+
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.array([7, 4]))
+    >>> bool(sample_keys(jax.random.key(0), batch)[1] == jax.random.fold_in(jax.random.key(0), 4))
+    True
+
+    Returns:
+      key[B].
+    """
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(batch.index)
 
 
 def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.Array]]) -> Augment:
-    """Lifts (key, one input) -> (input, magnitude) to batches.
+    """An augmentation of batches from one of a single input.
 
-    The result for a sample depends on its index alone, not on its place or on the devices.
+    A sample's result depends on its index alone, not on its place or on the devices.
+
+    >>> augment = per_example("shift", lambda key, x: (x + 1, 1.0))
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> augment(jax.random.key(0), batch).inputs[0].tolist()
+    [1.0, 1.0, 1.0]
+
+    Args:
+      name: of OPERATIONS, for the trace; `register_operation` adds one of your own.
+      op: (key, one input) -> (input, magnitude f32[]).
+
+    Raises:
+      ValueError: a name that is not in OPERATIONS.
     """
-    checks.choice(OPERATIONS, name=name)
+    _check_operation(name=name)
 
     def augment(key, batch):
         inputs, magnitude = jax.vmap(op)(sample_keys(key, batch), batch.inputs)
@@ -84,23 +144,30 @@ def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.A
 
 
 def per_image(name: str, op: Callable[[jax.Array, jax.Array], tuple]) -> Augment:
-    """`per_example` for images: computed in f32, handed back in their own dtype; others refused."""
+    """`per_example` for images: computes in f32, returns their dtype, refuses other inputs."""
 
-    def cast(key, image):
-        made, magnitude = op(key, image.astype(jnp.float32))
-        return made.astype(image.dtype), magnitude
+    def in_float32(key, image):
+        out, magnitude = op(key, image.astype(jnp.float32))
+        return out.astype(image.dtype), magnitude
 
-    augment = per_example(name, cast)
+    unchecked = per_example(name, in_float32)
 
-    def checked(key: jax.Array, batch: Batch) -> Batch:
+    def augment(key: jax.Array, batch: Batch) -> Batch:
         checks.images(inputs=batch.inputs)
-        return augment(key, batch)
+        return unchecked(key, batch)
 
-    return checked
+    return augment
 
 
 def chain(*augments: Augment) -> Augment:
-    """One after the other, each with a key of its own."""
+    """Applies augmentations one after the other, each with a key of its own.
+
+    >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
+    >>> double = per_example("flip", lambda key, x: (2 * x, 2.0))
+    >>> batch = Batch(jnp.zeros((1, 2)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> chain(plus, double)(jax.random.key(0), batch).inputs.tolist()
+    [[2.0, 2.0]]
+    """
 
     def augment(key, batch):
         for number, a in enumerate(augments):
@@ -111,7 +178,9 @@ def chain(*augments: Augment) -> Augment:
 
 
 def choice(*augments: Augment, p: Sequence[float] | None = None) -> Augment:
-    """One of several for every sample, drawn by its index; all run, and one is kept.
+    """Draws one of several augmentations for each sample, by its index.
+
+    All of them run on the whole batch; `policies.apply` is cheaper where they are operations.
 
     Args:
       augments: at least one; none may change the number of rows.
@@ -127,113 +196,126 @@ def choice(*augments: Augment, p: Sequence[float] | None = None) -> Augment:
         )
 
     def augment(key, batch):
-        of_choice, *keys = jax.random.split(key, 1 + len(augments))
+        choice_key, *keys = jax.random.split(key, 1 + len(augments))
         draw = jax.vmap(lambda k: jax.random.choice(k, len(p), p=jnp.asarray(p)))
-        drawn = draw(sample_keys(of_choice, batch))
-        made = [a(k, batch) for a, k in zip(augments, keys)]
-        for number, b in enumerate(made):
-            if b.index.shape != batch.index.shape:
+        drawn = draw(sample_keys(choice_key, batch))
+        branches = [a(k, batch) for a, k in zip(augments, keys)]
+        for number, branch in enumerate(branches):
+            if branch.index.shape != batch.index.shape:
                 raise ValueError(
                     f"choice needs augmentations that keep the number of rows; number {number} "
-                    f"made {b.index.shape[0]} of {batch.index.shape[0]}"
+                    f"made {branch.index.shape[0]} of {batch.index.shape[0]}"
                 )
-        made = _aligned(made)
 
         def keep(*leaves):
             which = drawn.reshape(-1, *[1] * (leaves[0].ndim - 1))
             return jnp.select([which == n for n in range(len(leaves))], leaves, leaves[0])
 
-        return jax.tree.map(keep, *made)
+        return jax.tree.map(keep, *_with_equal_traces(branches))
 
     return augment
 
 
-def _aligned(batches: Sequence[Batch]) -> list[Batch]:
-    """The batches, their traces filled up with `identity` to the longest of them."""
-    length = lambda batch: 0 if batch.trace is None else batch.trace.operation.shape[1]
-    longest, made = max(map(length, batches)), []
+def _with_equal_traces(batches: Sequence[Batch]) -> list[Batch]:
+    """The batches, with `identity` appended to all traces but the longest."""
+
+    def length(batch):
+        return 0 if batch.trace is None else batch.trace.operation.shape[1]
+
+    longest, padded = max(map(length, batches)), []
     for batch in batches:
         while length(batch) < longest:
             batch = record(batch, "identity", 0.0)
-        made.append(batch)
-    return made
+        padded.append(batch)
+    return padded
 
 
 def views(*augments: Augment) -> Augment:
-    """Several rows for each sample, one by each augmentation: [B, ...] -> [B * V, ...].
+    """Makes several rows of each sample, one by each augmentation: [B, ...] -> [B * V, ...].
 
     Row i * V + v is sample i under augmentation v, so a sample's rows stay on its device. For n
-    draws of one pipeline give it n times: `views(*[pipeline] * n)`; each has a key of its own. What
+    draws of one pipeline pass it n times: `views(*[pipeline] * n)`; each has a key of its own. What
     comes after `views` in a chain draws by the sample, hence alike for all of its rows.
+
+    >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
+    >>> batch = Batch(jnp.array([[0.0], [5.0]]), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> views(identity, plus)(jax.random.key(0), batch).inputs.ravel().tolist()
+    [0.0, 1.0, 5.0, 6.0]
+
+    Raises:
+      ValueError: no augmentation.
     """
     if not augments:
         raise ValueError("views must have at least one augmentation; given 0")
 
     def augment(key, batch):
         made = [a(jax.random.fold_in(key, n), batch) for n, a in enumerate(augments)]
-        made = _aligned(made)
-        stack = lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:])
-        return jax.tree.map(stack, *made)
+
+        def interleave(*leaves):
+            return jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:])
+
+        return jax.tree.map(interleave, *_with_equal_traces(made))
 
     return augment
 
 
 def identity(key: jax.Array, batch: Batch) -> Batch:
-    """The augmentation that does nothing: the clean view beside augmented ones."""
+    """Returns the batch as it is: a clean view among augmented ones."""
     del key
     return batch
 
 
 def on(name: str, augment: Augment) -> Augment:
-    """Augments one entry of dictionary inputs, such as "image" beside "tokens"; keeps the rest."""
+    """Augments one entry of dictionary inputs, such as "image" next to "tokens".
+
+    Raises:
+      ValueError: inputs without that entry, or an augmentation that changes the number of rows.
+    """
 
     def augmented(key, batch):
         if not isinstance(batch.inputs, dict) or name not in batch.inputs:
             given = sorted(batch.inputs) if isinstance(batch.inputs, dict) else type(batch.inputs)
             raise ValueError(f"inputs must be a dict with the entry {name!r}; given {given}")
-        made = augment(key, batch._replace(inputs=batch.inputs[name]))
-        if made.index.shape != batch.index.shape:
+        entry = augment(key, batch._replace(inputs=batch.inputs[name]))
+        if entry.index.shape != batch.index.shape:
             raise ValueError("on needs an augmentation that keeps the number of rows")
-        return made._replace(inputs={**batch.inputs, name: made.inputs})
+        return entry._replace(inputs={**batch.inputs, name: entry.inputs})
 
     return augmented
 
 
-def drawn(augment: Augment, state: TrainState, candidates: Batch) -> Batch:
-    """The very candidates that a step at `state` trains on; to look at, with their traces."""
-    # The method's own draws of this step fold a sample index in next, never this constant.
-    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
-    return augment(key, candidates)
-
-
-def upstream(method: Method, augment: Augment) -> Method:
-    """The method, its candidates augmented by an upstream pipeline inside the compiled step."""
-
-    def augmented(state, streams):
-        return streams._replace(candidates=drawn(augment, state, streams.candidates))
-
-    def step(state, streams, *, reduce):
-        return method.step(state, augmented(state, streams), reduce=reduce)
-
-    targets = method.targets
-    if targets is not None:
-
-        def targets(state, streams):
-            return method.targets(state, augmented(state, streams))
-
-    return method._replace(step=step, targets=targets)
-
-
 def by_operation(values: jax.Array, batch: Batch) -> Metrics:
-    """name -> (sum, count) of `values` f32[B], over the unmasked rows that an operation touched.
+    """Sums `values` over the unmasked rows that met each operation: name -> (sum, count).
 
     What a pipeline's operations are worth: `by_operation(targets.weights, batch)` is the learned
-    weight of each, with `batch` from `drawn`. An operation that a row met twice counts once.
+    weight of each, with `batch` from `methods.upstream.drawn`. An operation that a row met twice
+    counts once.
+
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> batch = record(batch, "cutout", 0.1)
+    >>> {name: float(total / n) for name, (total, n) in by_operation(jnp.ones(2), batch).items()}
+    {'cutout': 1.0}
+
+    Args:
+      values: f32[B].
+      batch: of B rows, with a trace.
+
+    Returns:
+      The operations that occur in unmasked rows. Under jit, where the trace cannot be read, all of
+      OPERATIONS, with a count of 0 for those that do not.
+
+    Raises:
+      ValueError: a batch without a trace.
     """
     if batch.trace is None:
         raise ValueError("batch must have a trace; it was not made by an augmentation")
-    found = {}
-    for number, name in enumerate(OPERATIONS):
-        rows = (batch.trace.operation == number).any(1) & batch.mask
-        found[name] = jnp.sum(jnp.where(rows, values, 0.0)), jnp.sum(rows, dtype=jnp.float32)
-    return found
+    operation = batch.trace.operation
+    places = range(len(OPERATIONS))
+    if checks.concrete((operation, batch.mask)):
+        places = np.unique(np.asarray(operation)[np.asarray(batch.mask)])
+    sums = {}
+    for place in places:
+        rows = (operation == place).any(1) & batch.mask
+        total, count = jnp.sum(jnp.where(rows, values, 0.0)), jnp.sum(rows, dtype=jnp.float32)
+        sums[OPERATIONS[place]] = total, count
+    return sums

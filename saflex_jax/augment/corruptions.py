@@ -1,8 +1,4 @@
-"""Common corruptions at five severities, on the device: a test set that shifts, not training data.
-
-    corrupted = jax.jit(corrupt, static_argnames=("name", "severity"))(
-        key, images, name="fog", severity=3
-    )
+"""Common corruptions at five severities, on the device: for shifted test sets, not for training.
 
 All constants, kernels and borders are the source's code's (github.com/hendrycks/robustness): those
 of CIFAR-10-C for images whose smaller side is below 64 pixels, of ImageNet-C from 64 on. Its draws
@@ -22,6 +18,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,10 +40,16 @@ def corrupt(
     severity: int,
     index: jax.Array | None = None,
 ) -> jax.Array:
-    """The images under one corruption, clipped to [0, 1].
+    """Applies one corruption to every image and clips to [0, 1].
 
-    A row depends on `key`, its index and its image alone: not on its place or on the other rows.
-    The draws of one key are the same for every severity.
+    A row depends on `key`, its index and its image alone, not on its place or on the other rows.
+    One key gives the same draws at every severity. Under jit make `name` and `severity` static:
+    `jax.jit(corrupt, static_argnames=("name", "severity"))`.
+
+    >>> images = jnp.full((2, 8, 8, 3), 0.5)
+    >>> darker = corrupt(jax.random.key(0), images.at[:, :4].set(0.1), name="contrast", severity=5)
+    >>> darker.shape, round(float(darker.max() - darker.min()), 2)
+    ((2, 8, 8, 3), 0.06)
 
     Args:
       key: of all draws; row i draws from fold_in(key, index[i]).
@@ -75,14 +78,14 @@ def corrupt(
 
     def one(index, image):
         clean = jnp.clip(image.astype(jnp.float32), 0, 1)
-        made = kind.op(jax.random.fold_in(key, index), clean, constants)
-        return jnp.clip(made, 0, 1).astype(image.dtype)
+        corrupted = kind.op(jax.random.fold_in(key, index), clean, constants)
+        return jnp.clip(corrupted, 0, 1).astype(image.dtype)
 
     return jax.vmap(one)(index, images)
 
 
 def _unit_range(name: str, images: jax.Array) -> None:
-    """Raises if concrete images leave [0, 1] by more than an interpolation's rounding, or NaN."""
+    """Raises on concrete images with NaN, or outside [0, 1] by more than rounding."""
     checks.finite(**{name: images})
     if checks.concrete(images) and images.size:
         low, high = float(images.min()), float(images.max())
@@ -104,7 +107,7 @@ def shot_noise(key: jax.Array, image: jax.Array, photons: float) -> jax.Array:
 
 
 def impulse_noise(key: jax.Array, image: jax.Array, share: float) -> jax.Array:
-    """A share of all values becomes 0 or 1, with equal probability, each channel for itself."""
+    """Sets a share of all values to 0 or 1 with equal probability, channels independently."""
     u = jax.random.uniform(key, image.shape)
     return jnp.where(u < share / 2, 0.0, jnp.where(u < share, 1.0, image))
 
@@ -142,7 +145,10 @@ def _disk(radius: float, sigma: float) -> np.ndarray:
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     padded = np.pad(disk / disk.sum(), reach, mode="reflect")
     for axis in (0, 1):
-        soften = lambda line: np.convolve(line, taps / taps.sum(), "valid")
+
+        def soften(line):
+            return np.convolve(line, taps / taps.sum(), "valid")
+
         padded = np.apply_along_axis(soften, axis, padded)
     used = np.abs(place) <= math.floor(radius) + reach  # all else is zero
     return padded[np.ix_(used, used)].astype(np.float32)
@@ -175,10 +181,13 @@ def _streak(image: jax.Array, angle: jax.Array, radius: int, sigma: float) -> ja
 
 
 def zoom_blur(key: jax.Array, image: jax.Array, factors: Sequence[float]) -> jax.Array:
-    """The mean of the image and its enlargements by all factors."""
+    """Averages the image with its enlargements by all factors."""
     del key
     rows, columns = (np.stack([_zoom(n, f) for f in factors]) for n in image.shape[:2])
-    add = lambda total, matrices: (total + _resample(image, *matrices), None)
+
+    def add(total, matrices):
+        return total + _resample(image, *matrices), None
+
     total, _ = jax.lax.scan(add, image, (jnp.asarray(rows), jnp.asarray(columns)))
     return total / (len(factors) + 1)
 
@@ -242,18 +251,18 @@ def plasma(key: jax.Array, least: int, decay: float) -> jax.Array:
 
 
 def snow(key: jax.Array, image: jax.Array, constants: Sequence[float]) -> jax.Array:
-    """Whitens the image, and lets flakes fall from above and, turned by 180 degrees, from below.
+    """Whitens the image and adds falling flakes, once as drawn and once turned by 180 degrees.
 
     The flakes are what N(mean, deviation^2) has above `least`, enlarged by `factor`, as streaks of
-    (radius, sigma) at U(-135, -45) degrees; `kept` is the image's share beside the whitened one.
+    (radius, sigma) at U(-135, -45) degrees; `kept` is the share of the image against its white.
     """
     mean, deviation, factor, least, radius, sigma, kept = constants
-    of_flakes, of_angle = jax.random.split(key)
+    flakes_key, angle_key = jax.random.split(key)
     height, width, _ = image.shape
-    flakes = mean + deviation * jax.random.normal(of_flakes, (height, width, 1))
+    flakes = mean + deviation * jax.random.normal(flakes_key, (height, width, 1))
     flakes = _resample(flakes, _zoom(height, factor), _zoom(width, factor))
     flakes = jnp.where(flakes < least, 0.0, jnp.minimum(flakes, 1.0))
-    angle = jax.random.uniform(of_angle, minval=-0.75 * math.pi, maxval=-0.25 * math.pi)
+    angle = jax.random.uniform(angle_key, minval=-0.75 * math.pi, maxval=-0.25 * math.pi)
     flakes = _streak(flakes, angle, radius, sigma)
     white = jnp.maximum(image, 1.5 * ops.grey(image) + 0.5)
     return kept * image + (1 - kept) * white + flakes + flakes[::-1, ::-1]
@@ -304,13 +313,13 @@ def pixelate(key: jax.Array, image: jax.Array, factor: float) -> jax.Array:
     return _resample(image, *map(jnp.asarray, matrices))
 
 
-def _box(size: int, made: int) -> np.ndarray:
-    """f32[made, size]: resizing of one axis; a pixel is the mean of those centred within its width.
+def _box(size: int, new_size: int) -> np.ndarray:
+    """f32[new_size, size]: resizes one axis; a pixel is the mean of those centred in its width.
 
     Source: Pillow, `Image.resize(BOX)`.
     """
-    scale = size / made
-    width, centre = max(scale, 1), (np.arange(made)[:, None] + 0.5) * scale
+    scale = size / new_size
+    width, centre = max(scale, 1), (np.arange(new_size)[:, None] + 0.5) * scale
     place = np.arange(size)
     # Ties are frequent; both of Pillow's tests, as it rounds them.
     first, end = (np.floor(centre + side * width / 2 + 0.5) for side in (-1, 1))
@@ -336,9 +345,13 @@ def jpeg_compression(key: jax.Array, image: jax.Array, quality: int) -> jax.Arra
     """JPEG of libjpeg's `quality`: chroma at half the resolution (4:2:0); all luma unless C = 3."""
     del key
     height, width, channels = image.shape
-    pad = lambda size: (0, -size % 16)
+
+    def pad(size):
+        return (0, -size % 16)
+
     padded = jnp.pad(255 * image, (pad(height), pad(width), (0, 0)), mode="edge") - 128
-    product = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     planes = _round(product(padded, np.float32(YCBCR.T)) if channels == 3 else padded)
 
     def chroma(plane):
@@ -349,7 +362,9 @@ def jpeg_compression(key: jax.Array, image: jax.Array, quality: int) -> jax.Arra
         doubled = jax.image.resize(coded, [2 * n for n in coded.shape], "linear")
         return doubled[:height, :width]
 
-    luma = lambda plane: _coded(plane, _steps(LUMA, quality))[:height, :width]
+    def luma(plane):
+        return _coded(plane, _steps(LUMA, quality))[:height, :width]
+
     coders = [luma, chroma, chroma] if channels == 3 else [luma] * channels
     coded = jnp.stack([code(planes[..., n]) for n, code in enumerate(coders)], -1)
     if channels == 3:
@@ -364,16 +379,17 @@ def _steps(table: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _coded(plane: jax.Array, steps: np.ndarray) -> jax.Array:
-    """f32[H, W] in levels, -128 to 127: cosine transform of 8x8 blocks, quantised, and back."""
+    """f32[H, W] in levels, -128 to 127, after the quantised cosine transform of 8x8 blocks."""
     height, width = plane.shape
     n = np.arange(8)
     cosines = np.cos(np.pi / 8 * n[:, None] * (n + 0.5)) * np.where(n, 0.5, 0.125**0.5)[:, None]
     cosines, steps = np.float32(cosines), np.float32(steps)[None, :, None]
-    einsum = lambda *a: jnp.einsum(*a, precision=jax.lax.Precision.HIGHEST)
+
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     blocks = plane.reshape(height // 8, 8, width // 8, 8)
-    found = einsum("ui,aibj,vj->aubv", cosines, blocks, cosines) / steps
-    found = steps * jnp.sign(found) * _round(jnp.abs(found))
-    decoded = einsum("ui,aubv,vj->aibj", cosines, found, cosines)
+    coefficients = einsum("ui,aibj,vj->aubv", cosines, blocks, cosines) / steps
+    quantised = steps * jnp.sign(coefficients) * _round(jnp.abs(coefficients))
+    decoded = einsum("ui,aubv,vj->aibj", cosines, quantised, cosines)
     return jnp.clip(_round(decoded), -128, 127).reshape(height, width)
 
 
@@ -397,7 +413,9 @@ class Corruption(NamedTuple):
 
 
 # NumPy's `arange` with a fractional step may pass its end by one; so it did in the source.
-_zooms = lambda *ends_and_steps: [np.arange(1, *pair) for pair in ends_and_steps]
+def _zooms(*ends_and_steps):
+    return [np.arange(1, *pair) for pair in ends_and_steps]
+
 
 CORRUPTIONS = {
     "gaussian_noise": Corruption(

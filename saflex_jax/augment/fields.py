@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +16,16 @@ YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5
 
 
 def gaussian_field(key: jax.Array, shape: tuple[int, int], *, length: float) -> jax.Array:
-    """A stationary Gaussian random field of zero mean and unit variance on the torus.
+    """Draws a stationary Gaussian random field of zero mean and unit variance on the torus.
 
         z = F^-1[ a(k) F[white noise] ] ,  a(k)^2 ~ exp(-2 pi^2 length^2 |k|^2) ,  mean_k a(k)^2 = 1
 
     so that points at distance d correlate as exp(-d^2 / (2 length^2)), for length >= 1 and summed
     over the images of the torus: opposite edges are neighbours. Scaled by its spectrum, not by what
     was drawn: a single draw need not have mean zero and variance one, and is Gaussian.
+
+    >>> gaussian_field(jax.random.key(0), (4, 6), length=2.0).shape
+    (4, 6)
 
     Args:
       key: of the draw.
@@ -38,9 +43,10 @@ def gaussian_field(key: jax.Array, shape: tuple[int, int], *, length: float) -> 
     """
     checks.positive(length=length)
     height, width = shape
+
     # The filter separates; as two products it stays on its device where batches are sharded, while
     # XLA gathers the whole batch for an FFT.
-    product = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     noise = jax.random.normal(key, shape)
     return product(product(_filter(height, length), noise), _filter(width, length))
 
@@ -54,7 +60,7 @@ def _filter(size: int, length: float) -> np.ndarray:
 
 
 def bilinear(image: jax.Array, where: jax.Array) -> jax.Array:
-    """The image at real-valued places; it is zero outside, and linear down to that zero.
+    """Reads the image at real-valued places, bilinearly; outside it is zero.
 
         x(r) = sum_n x[n] max(0, 1 - |r_1 - n_1|) max(0, 1 - |r_2 - n_2|)
 
@@ -78,9 +84,9 @@ def bilinear(image: jax.Array, where: jax.Array) -> jax.Array:
         return low.astype(jnp.int32) + 1, (at - low)[..., None]
 
     (row, down), (column, right) = split(where[0], height), split(where[1], width)
-    found = corners.at[row, column].get(mode="promise_in_bounds").astype(jnp.float32)
+    pixels = corners.at[row, column].get(mode="promise_in_bounds").astype(jnp.float32)
     weights = [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right]
-    return sum(w * x for w, x in zip(weights, jnp.split(found, 4, -1)))
+    return sum(w * x for w, x in zip(weights, jnp.split(pixels, 4, -1)))
 
 
 def recolour(
@@ -90,9 +96,13 @@ def recolour(
     saturation: jax.Array | float = 0.0,
     brightness: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Turns the hue, blends with the grey image, and scales; parameters of zero change nothing.
+    """Rotates the hue, blends with the grey image and scales; zeros change nothing.
 
         (Y, I, Q) -> (1 + brightness) (Y, (1 + saturation) rotation(2 pi hue) (I, Q))
+
+    >>> grey = recolour(jnp.array([[[1.0, 0.0, 0.0]]]), saturation=-1.0)
+    >>> [round(float(x), 3) for x in grey.ravel()]
+    [0.299, 0.299, 0.299]
 
     Args:
       image: f32[H, W, 3], RGB; not clipped.
@@ -103,7 +113,8 @@ def recolour(
     Returns:
       f32[H, W, 3].
     """
-    product = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     luma, first, second = jnp.moveaxis(product(image, np.float32(YIQ.T)), -1, 0)
     angle = 2 * jnp.pi * jnp.asarray(hue)
     cos, sin = (1 + saturation) * jnp.cos(angle), (1 + saturation) * jnp.sin(angle)
@@ -122,19 +133,19 @@ def random_field(
     saturation: float = 0.0,
     brightness: float = 0.0,
 ) -> Augment:
-    """Affine and colour transforms whose every parameter is a Gaussian random field.
+    """Affine and colour transforms whose parameters are Gaussian random fields over the image.
 
         x_out(r) = colour_r( x_in( A(r) (r - c) + c + t(r) ) ) ,  A = (1 + s) rotation(phi)
 
     with c the centre, and at every pixel t (two fields), phi, s and the colour's parameters (see
     `recolour`) each an independent `gaussian_field` times its amplitude. Bilinear, zeros outside,
     nothing clipped. An amplitude is a standard deviation; one of zero leaves its part out, and all
-    zero are the identity. The magnitude in the trace is the root mean square displacement of the
+    at zero are the identity. The magnitude in the trace is the root mean square displacement of the
     pixels, in pixels. For images f[B, H, W, C]; `hue` and `saturation` do nothing unless C = 3.
 
     Args:
-      length: of the correlation of all fields, in pixels: much longer than the image, it is one
-        affine and colour transform for the whole image; short, it tears the structure apart.
+      length: of the correlation of all fields, in pixels. Much longer than the image gives one
+        transform for the whole image; short lengths tear the structure apart.
       translate: in pixels, along each axis.
       rotate: in degrees.
       scale: of s.
@@ -154,8 +165,7 @@ def random_field(
         "translate": translate, "rotate": rotate, "scale": scale,
         "hue": hue, "saturation": saturation, "brightness": brightness,
     }  # fmt: skip
-    for name, value in amplitudes.items():
-        checks.amount(**{name: value})
+    checks.amount(**amplitudes)
 
     def op(key, image):
         height, width, channels = image.shape
@@ -166,7 +176,7 @@ def random_field(
                 return 0.0
             return amplitude * gaussian_field(keys[number], (height, width), length=length)
 
-        found, magnitude = image, 0.0
+        out, magnitude = image, 0.0
         if translate or rotate or scale:
             row = jnp.arange(height, dtype=jnp.float32)[:, None] - (height - 1) / 2
             column = jnp.arange(width, dtype=jnp.float32)[None, :] - (width - 1) / 2
@@ -180,16 +190,16 @@ def random_field(
             )
             magnitude = jnp.sqrt(jnp.mean(jnp.sum(move**2, 0)))
             rest = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
-            found = bilinear(image, rest + move)
+            out = bilinear(image, rest + move)
         if channels == 3 and (hue or saturation):
-            found = recolour(
-                found,
+            out = recolour(
+                out,
                 hue=field(4, hue),
                 saturation=field(5, saturation),
                 brightness=field(6, brightness),
             )
         elif brightness:
-            found = (1 + field(6, brightness)[..., None]) * found
-        return found, magnitude
+            out = (1 + field(6, brightness)[..., None]) * out
+        return out, magnitude
 
     return per_image("random_field", op)

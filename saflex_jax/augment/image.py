@@ -16,12 +16,20 @@ INTERPOLATIONS = ("nearest", "bilinear")
 
 
 def levels(image: jax.Array) -> jax.Array:
-    """i32, the nearest of the 256 levels of an 8-bit image; values outside [0, 1] at the ends."""
+    """i32, the nearest of the 256 levels of an 8-bit image; values outside [0, 1] are clipped.
+
+    >>> levels(jnp.array([0.0, 0.5, 1.2])).tolist()
+    [0, 128, 255]
+    """
     return jnp.clip(jnp.round(image * 255), 0, 255).astype(jnp.int32)
 
 
 def grey(image: jax.Array) -> jax.Array:
-    """[..., C] -> [..., 1]: 0.299 R + 0.587 G + 0.114 B, or the mean where C is not three."""
+    """[..., C] -> [..., 1]: 0.299 R + 0.587 G + 0.114 B, or the mean where C is not three.
+
+    >>> grey(jnp.array([0.25, 0.25, 0.25])).tolist(), grey(jnp.array([0.0, 1.0])).tolist()
+    ([0.25], [0.5])
+    """
     if image.shape[-1] != 3:
         return image.mean(-1, keepdims=True)
     red, green, blue = jnp.split(image, 3, -1)
@@ -33,15 +41,15 @@ def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Ar
 
 
 def _over_pixels(reduce, image: jax.Array) -> jax.Array:
-    """f[C], a reduction over height and width; rows first, since that one runs along memory."""
+    """f[C], a reduction over height, which runs along memory, and then over width."""
     height, width, channels = image.shape
     columns = reduce(image.reshape(height, width * channels), 0)
-    # Without the barrier XLA makes one reduction of the two, over a last axis of a few channels.
+    # Without the barrier XLA merges the two into one slow reduction over a short last axis.
     return reduce(jax.lax.optimization_barrier(columns).reshape(width, channels), 0)
 
 
 def _stretch(image: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-    """scale x + offset, each f[C]; along memory, since XLA does not vectorise over few channels."""
+    """scale x + offset, each f[C]; on flat rows, as XLA does not vectorise over few channels."""
     height, width, channels = image.shape
     flat = image.reshape(height, width * channels)
     return (jnp.tile(scale, width)[None] * flat + jnp.tile(offset, width)[None]).reshape(
@@ -64,8 +72,11 @@ def warp(
     Args:
       image: f32[H, W, C], sides below 2^15.
       matrix: f32[2, 3], Pillow's (a, b, c), (d, e, f).
-      fill: value outside of the image.
+      fill: value outside the image.
       interpolation: "nearest" or "bilinear" (which repeats the border by half a pixel).
+
+    Raises:
+      ValueError: another interpolation.
 
     Source: Pillow, `Image.transform(AFFINE)`.
     """
@@ -76,30 +87,33 @@ def warp(
 
     def look(row, column):
         place = (row * width + column).reshape(-1, 1)
-        found = jnp.take_along_axis(pixels, place, 0, mode="promise_in_bounds")
-        return found.reshape(image.shape)
+        values = jnp.take_along_axis(pixels, place, 0, mode="promise_in_bounds")
+        return values.reshape(image.shape)
 
     def clipped(row, column):
         return look(jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1))
 
-    # The pixel that a place falls into is read off in fixed point, 16 bits after the point: what
-    # Pillow does, and no compiler's way of rounding can move a place across a border.
+    # In fixed point with 16 fractional bits, as in Pillow: no compiler's rounding can then move a
+    # place across the border of a pixel.
     corner = matrix[:, 2] + (matrix[:, 0] + matrix[:, 1]) / 2
     fixed = jnp.floor(jnp.column_stack([matrix[:, :2], corner]) * 2**16 + 0.5).astype(jnp.int32)
     column, row = (jnp.right_shift(a * x + b * y + c, 16) for a, b, c in fixed)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     if interpolation == "nearest":
-        found = look(jnp.where(inside, row, 0), jnp.where(inside, column, 0))
+        out = look(jnp.where(inside, row, 0), jnp.where(inside, column, 0))
     else:
         x_in, y_in = (a * x + b * y + c - 0.5 for (a, b, _), c in zip(matrix, corner))
         left, top = jnp.floor(x_in), jnp.floor(y_in)
         column, row = left.astype(jnp.int32), top.astype(jnp.int32)
         right, below = (x_in - left)[..., None], (y_in - top)[..., None]
-        near = lambda down, aside: clipped(row + down, column + aside)
+
+        def near(down, aside):
+            return clipped(row + down, column + aside)
+
         upper = _blend(near(0, 0), near(0, 1), right)
         lower = _blend(near(1, 0), near(1, 1), right)
-        found = _blend(upper, lower, below)
-    return jnp.where(inside[..., None], found, jnp.asarray(fill, image.dtype))
+        out = _blend(upper, lower, below)
+    return jnp.where(inside[..., None], out, jnp.asarray(fill, image.dtype))
 
 
 def rotation(degrees: jax.Array, height: int, width: int) -> jax.Array:
@@ -164,10 +178,10 @@ def equalize(image: jax.Array) -> jax.Array:
     below = jnp.cumsum(counts, 0) - counts + step[None] // 2
     table = jnp.minimum(below // jnp.maximum(step, 1)[None], 255)
     table = jnp.where(step[None] > 0, table, jnp.arange(256)[:, None])
-    # A scatter is a wall to XLA's fusion, which would work out the table anew for every pixel.
+    # The scatter keeps XLA from fusing, which would compute the table again for every pixel.
     table = jnp.zeros((256, channels)).at[jnp.arange(256)].set(table / 255, unique_indices=True)
-    found = jnp.take_along_axis(table, level, 0, mode="promise_in_bounds")
-    return found.reshape(image.shape).astype(image.dtype)
+    out = jnp.take_along_axis(table, level, 0, mode="promise_in_bounds")
+    return out.reshape(image.shape).astype(image.dtype)
 
 
 def invert(image: jax.Array) -> jax.Array:
@@ -177,7 +191,7 @@ def invert(image: jax.Array) -> jax.Array:
 
 def solarize(image: jax.Array, threshold: jax.Array) -> jax.Array:
     """1 - x where x >= threshold, which is in [0, 1]."""
-    # A hair below: a level that equals the threshold is at it, however k / 255 was rounded.
+    # 1e-4 below, so that a level equal to the threshold counts however k / 255 was rounded.
     return jnp.where(image < threshold - 1e-4, image, 1 - image)
 
 

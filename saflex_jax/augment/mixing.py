@@ -1,12 +1,12 @@
 """Augmentations that mix two samples of a batch: the label's share is the realised share.
 
-A sample's partner is another row of the batch, named explicitly. Partners come from one random
-permutation: under jit of the global batch, under pmap of each device's rows. Everything else is
-drawn by the sample's index.
+A sample's partner is another row of the batch. Partners come from one random permutation: of the
+global batch under jit, of each device's rows under pmap. Everything else is drawn by the sample's
+index.
 
 The larger share is the sample's own (save for `resizemix`): a share below one half is replaced by
-its complement. Since (a, b) and (b, a) are equally likely pairs, this changes which parent is
-called the own one and not the distribution of mixed images and labels; and `Batch.index` names the
+its complement. Since the pairs (a, b) and (b, a) are equally likely, this changes which parent
+counts as the own one, not the distribution of mixed images and labels; and `Batch.index` is the
 parent that dominates.
 """
 
@@ -41,7 +41,12 @@ def mix(
         x_i <- m_i x_i + (1 - m_i) x_p(i) ,  q_i <- s_i q_i + (1 - s_i) q_p(i) ,  s_i = mean(m_i)
 
     Integers are codes, which have no average: each column comes whole from one parent, the own one
-    with probability s_i. Nobody is mixed with padding (nor with itself): its m is 1.
+    with probability s_i. No row is mixed with padding or with itself: its m is then 1.
+
+    >>> batch = Batch(jnp.array([[0.0], [8.0]]), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> mixed = mix(batch, jnp.array([1, 0]), jnp.array([0.75, 1.0]), "mixup")
+    >>> mixed.inputs.tolist(), mixed.labels.tolist()
+    ([[2.0], [8.0]], [[0.75, 0.25], [0.0, 1.0]])
 
     Args:
       batch: inputs are any pytree of arrays [B, ...] for shares, images f32[B, H, W, C] for masks.
@@ -77,7 +82,7 @@ def mix(
 def settle(
     batch: Batch, partner: jax.Array, own: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Partners and own parts such that nobody is mixed with padding or with itself, and the shares.
+    """Sets own parts to 1 where the partner is padding or the row itself, and takes their means.
 
     Args:
       batch: of B rows.
@@ -85,19 +90,19 @@ def settle(
       own: f32[B, ...] in [0, 1].
 
     Returns:
-      (partner, the row itself where nothing is mixed; own; share f32[B], the mean of own).
+      (partner i32[B], the row itself where nothing is mixed; own; share f32[B], the mean of own).
     """
     rows = jnp.arange(partner.shape[0])
     other = batch.mask[partner] & (partner != rows)
     own = jnp.where(_spread(other, own), own, 1.0)
-    # By way of the partner's share, so that the own one is exactly 1 where nothing is mixed: a
-    # compiled mean multiplies by 1/n, and 49 * (1/49) may not be 1.
+    # 1 - the mean of the partner's part, so that the share is exactly 1 where nothing is mixed: a
+    # compiled mean multiplies by 1/n, and 49 * (1/49) need not be 1.
     share = own if own.ndim == 1 else 1 - jnp.mean(1 - own, tuple(range(1, own.ndim)))
     return jnp.where(share < 1, partner, rows), own, share
 
 
 def blend(x: jax.Array, other: jax.Array, own: jax.Array) -> jax.Array:
-    """own x + (1 - own) other in f32, `own` over the leading axes; the dtype is that of x."""
+    """own x + (1 - own) other in f32, `own` over the leading axes, in the dtype of x."""
     own = _spread(own, x)
     return (own * x + (1 - own) * other).astype(x.dtype)
 
@@ -105,7 +110,7 @@ def blend(x: jax.Array, other: jax.Array, own: jax.Array) -> jax.Array:
 def labelled(
     batch: Batch, inputs: PyTree, partner: jax.Array, share: jax.Array, name: str
 ) -> Batch:
-    """The batch with mixed inputs, its labels mixed by `share` f32[B], and its trace."""
+    """The batch with these mixed inputs, labels mixed by `share` f32[B], and the trace of both."""
     labels = blend(batch.labels, batch.labels[partner], share)
     return record(batch._replace(inputs=inputs, labels=labels), name, share, batch.index[partner])
 
@@ -131,7 +136,7 @@ def partners(key: jax.Array, batch: Batch) -> jax.Array:
 def draws(
     draw: Callable[[jax.Array], jax.Array], key: jax.Array, batch: Batch, *, per_sample: bool
 ) -> jax.Array:
-    """draw(key) for each sample by its index, or one for all of them; the leading axis is B."""
+    """draw(key) for each sample by its index, or one draw for all of them: [B, ...]."""
     if per_sample:
         return jax.vmap(draw)(sample_keys(key, batch))
     one = draw(key)
@@ -141,13 +146,13 @@ def draws(
 def sometimes(
     draw: Callable[[jax.Array], jax.Array], probability: float, otherwise: float = 1.0
 ) -> Callable[[jax.Array], jax.Array]:
-    """The draw with some probability, and `otherwise` (by default: all one's own) without."""
+    """Draws with the given probability and else returns `otherwise`, by default a share of 1."""
     checks.fraction(probability=probability)
 
     def maybe(key):
-        of_use, of_draw = jax.random.split(key)
+        use_key, draw_key = jax.random.split(key)
         return jnp.where(
-            jax.random.bernoulli(of_use, jnp.float32(probability)), draw(of_draw), otherwise
+            jax.random.bernoulli(use_key, jnp.float32(probability)), draw(draw_key), otherwise
         )
 
     return maybe
@@ -158,8 +163,8 @@ def beta(key: jax.Array, alpha: float) -> jax.Array:
 
         1/2 + sign(c) / 2 sqrt((1 - w) c^2 / (w + (1 - w) c^2)) ,  w = u^(1/alpha), c = cos(2 pi v)
 
-    It is t / sqrt(1 + t^2) of Bailey's Student t, for every alpha; `jax.random.beta`, a rejection
-    sampler, compiles for seconds.
+    It is t / sqrt(1 + t^2) of Bailey's Student t, for every alpha. The rejection sampler of
+    `jax.random.beta` takes seconds to compile.
 
     Source: Devroye, "Random variate generation in one line of code", WSC 1996.
     """
@@ -170,14 +175,18 @@ def beta(key: jax.Array, alpha: float) -> jax.Array:
 
 
 def dominating(own: jax.Array) -> jax.Array:
-    """The share or mask, or its complement where less than half of it is one's own."""
+    """The share or mask, or its complement where its mean is below one half.
+
+    >>> float(dominating(jnp.array(0.25)))
+    0.75
+    """
     return jnp.where(jnp.mean(own) < 0.5, 1 - own, own)
 
 
 def box(key: jax.Array, ratio: jax.Array, shape: Shape) -> jax.Array:
-    """i32[2, 2], (first, past the last) row, then column, of a box of `ratio` of each side.
+    """i32[2, 2], (first, past the last) row, then column, of a box of `ratio` times each side.
 
-    Its centre is uniform over the pixels, its sides rounded; what leaves the image is cut off.
+    Its centre is uniform over the pixels, its sides are rounded and cut at the image's border.
     """
     sides = jnp.array(shape)
     length = jnp.round(ratio * sides).astype(jnp.int32)
@@ -226,12 +235,17 @@ def bell(key: jax.Array, sigma: jax.Array, shape: Shape) -> jax.Array:
 
 
 def mixup(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -> Augment:
-    """Convex combination with a random partner; any pytree of inputs.
+    """Mixes each sample with a random partner; any pytree of inputs.
 
         x_i <- l_i x_i + (1 - l_i) x_p(i) ,  q_i likewise
         l_i = max(l, 1 - l) ,  l ~ Beta(alpha, alpha)
 
-    Integer leaves are codes, as `mix` says: a table's categories stay categories.
+    Integer leaves are codes (see `mix`): a table's categories stay categories.
+
+    >>> batch = Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> mixed = mixup(1.0)(jax.random.key(0), batch)
+    >>> bool((mixed.inputs == mixed.labels).all())  # labels are mixed by the same share
+    True
 
     Args:
       alpha: > 0.
@@ -243,10 +257,10 @@ def mixup(alpha: float, *, probability: float = 1.0, per_sample: bool = True) ->
     draw = _shares(alpha, probability)
 
     def augment(key, batch):
-        of_partner, of_share, of_codes = jax.random.split(key, 3)
-        share = draws(draw, of_share, batch, per_sample=per_sample)
-        keys = sample_keys(of_codes, batch)
-        return mix(batch, partners(of_partner, batch), share, "mixup", keys=keys)
+        partner_key, share_key, codes_key = jax.random.split(key, 3)
+        share = draws(draw, share_key, batch, per_sample=per_sample)
+        keys = sample_keys(codes_key, batch)
+        return mix(batch, partners(partner_key, batch), share, "mixup", keys=keys)
 
     return augment
 
@@ -254,15 +268,16 @@ def mixup(alpha: float, *, probability: float = 1.0, per_sample: bool = True) ->
 def manifold_mixup(
     alpha: float, *, layers: int = 2, probability: float = 1.0, per_sample: bool = True
 ) -> Augment:
-    """Mixup inside the network, at a layer drawn for every batch; here only labels are mixed.
+    """Mixup inside the network, at a layer drawn for every batch; mixes only the labels here.
 
         h_i <- l_i h_i + (1 - l_i) h_p(i)  at layer t ~ U{0, ..., layers - 1} ;  q_i likewise
 
-    The inputs become {"inputs": as they were, "partner": rows i32[B], "share": l f32[B], "layer":
-    i32[B], the same number in every row}. The network must know such a dict and mix at each of the
-    layers, else labels are mixed and features are not: `models.Classifier` has two, 0 = the inputs
-    and 1 = the backbone's features. A mixed row's logits depend on its partner's row, in evaluation
-    mode too: the batch must be neither split (`chunk`) nor joined (`clean`) before the network.
+    The inputs become {"inputs": unchanged, "partner": rows i32[B], "share": l f32[B], "layer":
+    i32[B], the same number in every row}. The network must take such a dict and mix at each of the
+    layers, else labels are mixed and features are not. `models.Classifier` has two layers, 0 = the
+    inputs and 1 = the backbone's features. A mixed row's logits depend on its partner's row, in
+    evaluation mode too: do not split the batch (`chunk`) or join it with others (`clean`) before
+    the network.
 
     Args:
       alpha: > 0, l = max(l', 1 - l') with l' ~ Beta(alpha, alpha).
@@ -270,16 +285,18 @@ def manifold_mixup(
       probability: of mixing at all.
       per_sample: False = one l for the whole batch.
 
-    The trace calls it mixup. Source: Verma et al., "Manifold Mixup", ICML 2019.
+    In the trace it is "mixup".
+
+    Source: Verma et al., "Manifold Mixup", ICML 2019.
     """
     checks.whole(1, layers=layers)
     draw = _shares(alpha, probability)
 
     def augment(key, batch):
-        of_partner, of_share, of_layer = jax.random.split(key, 3)
-        share = draws(draw, of_share, batch, per_sample=per_sample)
-        partner, share, _ = settle(batch, partners(of_partner, batch), share)
-        layer = jax.random.randint(of_layer, (), 0, layers)
+        partner_key, share_key, layer_key = jax.random.split(key, 3)
+        share = draws(draw, share_key, batch, per_sample=per_sample)
+        partner, share, _ = settle(batch, partners(partner_key, batch), share)
+        layer = jax.random.randint(layer_key, (), 0, layers)
         inputs = {
             "inputs": batch.inputs,
             "partner": partner,
@@ -292,10 +309,16 @@ def manifold_mixup(
 
 
 def cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -> Augment:
-    """The partner's pixels in a box of sqrt(1 - l) of each side, l ~ Beta(alpha, alpha).
+    """Pastes a box of the partner, sqrt(1 - l) of each side, l ~ Beta(alpha, alpha).
 
-    The centre is uniform over the pixels and the box is cut off at the border, so the share is
-    1 - its area and not l. Where the box is more than half of the image, its inside is one's own.
+    The centre is uniform over the pixels and the box is cut at the border, so the label's share is
+    1 - its area, not l. Where it covers more than half of the image, the own pixels are inside.
+
+    >>> images = np.float32([0, 1]).reshape(2, 1, 1, 1).repeat(4, 1).repeat(4, 2)
+    >>> batch = Batch(images, np.eye(2), np.ones(2, bool), np.arange(2))
+    >>> mixed = jax.jit(cutmix(1.0))(jax.random.key(1), batch)
+    >>> bool((mixed.labels[:, 1] == np.mean(mixed.inputs, (1, 2, 3))).all())
+    True
 
     Args:
       alpha: > 0.
@@ -307,9 +330,9 @@ def cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -
     checks.positive(alpha=alpha)
 
     def draw(key, shape):
-        of_share, of_box = jax.random.split(key)
-        ratio = jnp.sqrt(1 - beta(of_share, alpha))
-        return outside(box(of_box, ratio, shape), shape)
+        share_key, box_key = jax.random.split(key)
+        ratio = jnp.sqrt(1 - beta(share_key, alpha))
+        return outside(box(box_key, ratio, shape), shape)
 
     return _masked("cutmix", draw, probability, per_sample)
 
@@ -317,10 +340,10 @@ def cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -
 def fmix(
     alpha: float, decay: float = 3.0, *, probability: float = 1.0, per_sample: bool = True
 ) -> Augment:
-    """One's own pixels where low-frequency noise is largest.
+    """Keeps the own pixels where low-frequency noise is largest, the partner's elsewhere.
 
-    The mask has exactly round(l H W) ones, l ~ Beta(alpha, alpha), or is the complement where
-    that is less than half.
+    The mask has exactly round(l H W) ones, l ~ Beta(alpha, alpha), or is the complement where that
+    is less than half.
 
     Args:
       alpha: > 0.
@@ -334,9 +357,9 @@ def fmix(
     checks.at_least_zero(decay=decay)
 
     def draw(key, shape):
-        of_share, of_noise = jax.random.split(key)
-        share = beta(of_share, alpha)
-        return largest(low_frequency(of_noise, shape, decay), share)
+        share_key, noise_key = jax.random.split(key)
+        share = beta(share_key, alpha)
+        return largest(low_frequency(noise_key, shape, decay), share)
 
     return _masked("fmix", draw, probability, per_sample)
 
@@ -344,7 +367,7 @@ def fmix(
 def gridmix(
     alpha: float, cells: int = 4, *, probability: float = 1.0, per_sample: bool = True
 ) -> Augment:
-    """Cells of a grid, each one's own with probability l ~ Beta(alpha, alpha), or the partner's.
+    """Keeps each cell of a grid with probability l ~ Beta(alpha, alpha), else takes the partner's.
 
     Args:
       alpha: > 0.
@@ -363,9 +386,9 @@ def gridmix(
     def draw(key, shape):
         if cells > min(shape):
             raise ValueError(f"cells must be at most {min(shape)}, the shorter side; given {cells}")
-        of_share, of_cells = jax.random.split(key)
-        share = beta(of_share, alpha)
-        own = jax.random.bernoulli(of_cells, share, (cells, cells)).astype(jnp.float32)
+        share_key, cells_key = jax.random.split(key)
+        share = beta(share_key, alpha)
+        own = jax.random.bernoulli(cells_key, share, (cells, cells)).astype(jnp.float32)
         rows, columns = (np.arange(side) * cells // side for side in shape)
         return own[rows[:, None], columns[None]]
 
@@ -375,7 +398,7 @@ def gridmix(
 def smoothmix(
     low: float = 0.25, high: float = 0.5, *, probability: float = 1.0, per_sample: bool = True
 ) -> Augment:
-    """The partner's pixels under a Gaussian bell, softly; the share is the mean of the mask.
+    """Blends in the partner under a Gaussian bell; the label's share is the mean of the mask.
 
         m = 1 - exp(-(dy / (sigma H))^2 / 2 - (dx / (sigma W))^2 / 2) ,  sigma ~ U(low, high)
 
@@ -391,9 +414,9 @@ def smoothmix(
     check_interval(0.0, float("inf"), **{"low and high": (low, high)})
 
     def draw(key, shape):
-        of_sigma, of_place = jax.random.split(key)
-        sigma = jax.random.uniform(of_sigma, minval=low, maxval=high)
-        return 1 - bell(of_place, sigma, shape)
+        sigma_key, place_key = jax.random.split(key)
+        sigma = jax.random.uniform(sigma_key, minval=low, maxval=high)
+        return 1 - bell(place_key, sigma, shape)
 
     return _masked("smoothmix", draw, probability, per_sample)
 
@@ -401,11 +424,11 @@ def smoothmix(
 def resizemix(
     low: float = 0.1, high: float = 0.8, *, probability: float = 1.0, per_sample: bool = True
 ) -> Augment:
-    """The whole partner, shrunk (nearest pixel) into a box of tau ~ U(low, high) of each side.
+    """Pastes the whole partner, shrunk to tau ~ U(low, high) of each side (nearest pixel).
 
-    The box's centre is uniform over the pixels, its outside is cut off before the partner is
-    shrunk into what is left. The own share is 1 - its area; it may be below one half, since the
-    complement would not be an image of this kind: `index` then names the lesser parent.
+    The box's centre is uniform over the pixels; what leaves the image is cut off before the partner
+    is shrunk into the rest. The own share is 1 - the box's area. It may be below one half, where
+    `index` names the lesser parent: the complement would not be an image of this kind.
 
     Args:
       low: > 0, smallest tau.
@@ -422,16 +445,16 @@ def resizemix(
     def augment(key, batch):
         checks.images(inputs=batch.inputs)
         shape = batch.inputs.shape[1:3]
-        of_partner, of_box = jax.random.split(key)
+        partner_key, box_key = jax.random.split(key)
 
         def draw(key):
-            of_ratio, of_place = jax.random.split(key)
-            ratio = jax.random.uniform(of_ratio, minval=low, maxval=high)
-            return box(of_place, ratio, shape)
+            ratio_key, place_key = jax.random.split(key)
+            ratio = jax.random.uniform(ratio_key, minval=low, maxval=high)
+            return box(place_key, ratio, shape)
 
-        boxes = draws(sometimes(draw, probability, 0), of_box, batch, per_sample=per_sample)
+        boxes = draws(sometimes(draw, probability, 0), box_key, batch, per_sample=per_sample)
         own = jax.vmap(partial(outside, shape=shape))(boxes)
-        partner, own, share = settle(batch, partners(of_partner, batch), own)
+        partner, own, share = settle(batch, partners(partner_key, batch), own)
         rows, columns = (
             jax.vmap(partial(_shrunk, side=side))(boxes[:, axis]) for axis, side in enumerate(shape)
         )
@@ -443,7 +466,7 @@ def resizemix(
 
 
 def _shrunk(ends: jax.Array, side: int) -> jax.Array:
-    """i32[side], where a pixel looks in an image that is shrunk into [first, last)."""
+    """i32[side], the source pixel of each pixel when an image is shrunk into [first, last)."""
     first, last = ends
     # floor((place + 1/2) * side / length), in integers
     place = 2 * (jnp.arange(side) - first) + 1
@@ -462,14 +485,15 @@ def _masked(
     probability: float,
     per_sample: bool,
 ) -> Augment:
-    """Mixing by masks: draw(key, (H, W)) -> f32[H, W], one's own part."""
-    maybe = lambda shape: sometimes(lambda key: dominating(draw(key, shape)), probability)
+    """Mixing by masks: draw(key, (H, W)) -> f32[H, W], the own part."""
     checks.fraction(probability=probability)
 
     def augment(key, batch):
         checks.images(inputs=batch.inputs)
-        of_partner, of_mask = jax.random.split(key)
-        own = draws(maybe(batch.inputs.shape[1:3]), of_mask, batch, per_sample=per_sample)
-        return mix(batch, partners(of_partner, batch), own, name)
+        shape = batch.inputs.shape[1:3]
+        partner_key, mask_key = jax.random.split(key)
+        mask = sometimes(lambda key: dominating(draw(key, shape)), probability)
+        own = draws(mask, mask_key, batch, per_sample=per_sample)
+        return mix(batch, partners(partner_key, batch), own, name)
 
     return augment

@@ -10,7 +10,7 @@ from saflex_jax import checks
 from saflex_jax.augment import base, fields, mixing, policies, spatial, tabular
 from saflex_jax.augment.base import Augment
 
-# name -> what makes the augmentation
+# name in the text -> function that makes the augmentation; `register` adds one
 FACTORIES: dict[str, Callable[..., Augment]] = {
     factory.__name__: factory
     for factory in (
@@ -24,24 +24,57 @@ FACTORIES: dict[str, Callable[..., Augment]] = {
         base.choice, base.on,
     )
 }  # fmt: skip
+RESERVED = ("identity", "views")  # names of the text that are no factories
+
+
+def register(factory: Callable[..., Augment]) -> Callable[..., Augment]:
+    """Decorator that makes an augmentation of your own known to `parse` and to traces by its name.
+
+    >>> @register
+    ... def dimmed(factor):
+    ...     return base.per_example("dimmed", lambda key, x: (factor * x, factor))
+    >>> augment = parse("flip | dimmed(0.5)")
+
+    A config finds it once the module that defines it is imported. What it may do is up to the
+    function: its result need not be made by `per_example`.
+
+    Args:
+      factory: (options) -> Augment; its `__name__` is the name.
+
+    Raises:
+      ValueError: another function has the name already.
+    """
+    name = factory.__name__
+    known = FACTORIES.get(name)
+    origin = (factory.__module__, factory.__qualname__)
+    if name in RESERVED or (known and (known.__module__, known.__qualname__) != origin):
+        raise ValueError(f"factory must have a name of its own; {name!r} is taken")
+    base.register_operation(name)
+    FACTORIES[name] = factory
+    return factory
 
 
 def parse(text: str) -> Augment:
-    """The pipeline that a text names; nothing is evaluated, only names and literals are read.
+    """Reads a pipeline from a text; evaluates nothing, reads only names and literals.
 
         pipeline = step | step | ...          one after the other (`chain`)
         step     = name(argument, ..., keyword=argument)
         argument = a literal, or a pipeline
 
-    `identity` needs no parentheses; `choice(a, b, p=(.3, .7))` and `views(3, a)` (three draws of a)
-    or `views(identity, a, a)` take pipelines. The empty text is the identity.
+    Parentheses without arguments may be left out; `choice(a, b, p=(.3, .7))` and `views(3, a)`
+    (three draws of a) or `views(identity, a, a)` take pipelines. The empty text is the identity.
+
+    >>> augment = parse("shift(4, padding='reflect') | flip | randaugment(2, 9)")
+    >>> parse("shfit(4)")
+    Traceback (most recent call last):
+        ...
+    ValueError: augment must be one of [...]; given 'shfit'; did you mean 'shift'?
 
     Args:
       text: for example "shift(4, padding='reflect') | flip | randaugment(2, 9)".
 
     Raises:
-      ValueError: a syntax error, an unknown name (with the nearest known one), an argument that the
-        augmentation does not take or accept.
+      ValueError: a syntax error, an unknown name, or an argument that the augmentation refuses.
     """
     if not text.strip():
         return base.identity
@@ -73,7 +106,7 @@ def _step(node: ast.expr) -> Augment:
     if not isinstance(call.func, ast.Name):
         raise ValueError(f"augment must be made of steps name(...); given {ast.unparse(node)!r}")
     name = call.func.id
-    checks.choice({*FACTORIES, "identity", "views"}, augment=name)
+    checks.choice({*FACTORIES, *RESERVED}, augment=name)
     arguments = [_argument(a) for a in call.args]
     keywords = {k.arg: _argument(k.value) for k in call.keywords}
     if len(keywords) < len(call.keywords):
@@ -111,7 +144,7 @@ def _views(node: ast.expr, arguments: list, keywords: dict) -> Augment:
 def _argument(node: ast.expr):
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError):  # TypeError: a dict or a set of what cannot be hashed
+    except (ValueError, TypeError):  # TypeError: unhashable entries of a dict or a set
         return _pipeline(node)
 
 

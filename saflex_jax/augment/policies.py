@@ -1,8 +1,8 @@
 """RandAugment, TrivialAugment, AutoAugment and AugMix, on whole batches inside the compiled step.
 
 A policy draws an operation and a value for every sample and layer; `apply` runs one layer. Images
-are f32[B, H, W, C] in [0, 1] (or bf16). Values may leave [0, 1] between the layers and are clipped
-once, at the end, as the 8-bit image of the original recipes would have been.
+are f32[B, H, W, C] in [0, 1] (or bf16). Pixels may leave [0, 1] between the layers and are clipped
+once, at the end.
 """
 
 from __future__ import annotations
@@ -47,17 +47,22 @@ def apply(
     fill: float = 0.0,
     interpolation: str = "nearest",
 ) -> jax.Array:
-    """One operation on every image, each sample its own, at the cost of one operation a sample.
+    """Applies to each image its own operation, at the cost of one operation a sample.
 
     `vmap(lax.switch)` would run all operations on all samples. Here each runs on its own samples
-    (`map_rows`), and all of geometry is one affine warp.
+    (`map_rows`), and all geometric ones are one affine warp.
+
+    >>> images = jnp.full((2, 1, 1, 1), 0.25)
+    >>> operation = jnp.array([OPERATIONS.index("brightness"), OPERATIONS.index("identity")])
+    >>> apply(images, operation, jnp.full(2, 3.0), names=["brightness"]).ravel().tolist()
+    [0.75, 0.25]
 
     Args:
       images: f32[B, H, W, C].
       operation: i32[B], places in OPERATIONS.
       value: f32[B], what the operation takes: degrees, slope, pixels, factor, threshold, bits.
-      names: operations that can occur; others leave the image as it is.
-      fill: value outside of the image after a geometric operation.
+      names: operations that can occur; any other leaves the image unchanged.
+      fill: value outside the image after a geometric operation.
       interpolation: of geometric operations, "nearest" or "bilinear".
     """
     geometric = [_NUMBER[name] for name in _GEOMETRIC if name in names]
@@ -73,20 +78,23 @@ def apply(
 
 def _matrix(shape: tuple[int, int], operation: jax.Array, value: jax.Array) -> jax.Array:
     """f32[2, 3], the affine map of a geometric operation."""
-    one = lambda name: jnp.where(operation == _NUMBER[name], value, 0.0)
-    moved = jnp.array([[1, one("shear_x"), one("translate_x")],
-                       [one("shear_y"), 1, one("translate_y")]])  # fmt: skip
+
+    def entry(name):
+        return jnp.where(operation == _NUMBER[name], value, 0.0)
+
+    moved = jnp.array([[1, entry("shear_x"), entry("translate_x")],
+                       [entry("shear_y"), 1, entry("translate_y")]])  # fmt: skip
     return jnp.where(operation == _NUMBER["rotate"], ops.rotation(value, *shape), moved)
 
 
 class Range(NamedTuple):
-    """Values of an operation: low + (high - low) strength, strength in [0, 1].
+    """The values of an operation: low + (high - low) strength, strength in [0, 1].
 
     Attributes:
       low, high: at strength 0 and 1.
-      signed: the sign of the deviation from `low` is drawn.
-      integer: the deviation is rounded.
-      of_side: in units of the image's width (translate_x) or height (translate_y).
+      signed: whether the sign of the deviation from `low` is drawn.
+      integer: whether the deviation is rounded.
+      of_side: whether in units of the image's width (translate_x) or height (translate_y).
     """
 
     low: float = 0.0
@@ -118,7 +126,7 @@ def _space(*, shear, translate, of_side, rotate, enhance, posterize, solarize=0.
     }
 
 
-# torchvision's ranges for RandAugment and AutoAugment; those of the papers for TrivialAugment.
+# RandAugment and AutoAugment have torchvision's ranges, TrivialAugment those of its paper.
 STANDARD = _space(
     shear=0.3, translate=150 / 331, of_side=True, rotate=30.0, enhance=0.9, posterize=4
 )
@@ -140,7 +148,11 @@ _AUGMIX = {
 def values(
     space: dict[str, Range], drawn: jax.Array, strength: jax.Array, sign: jax.Array, shape: tuple
 ) -> jax.Array:
-    """f32, the value of operation number `drawn` of a space at a strength in [0, 1].
+    """The values of drawn operations of a space at strengths in [0, 1].
+
+    >>> drawn = jnp.array([list(STANDARD).index("posterize")])
+    >>> values(STANDARD, drawn, jnp.array([0.5]), jnp.ones(1), (32, 32)).tolist()  # bits
+    [6.0]
 
     Args:
       space: name -> Range.
@@ -148,6 +160,9 @@ def values(
       strength: f32[...].
       sign: f32[...], -1 or 1; used by signed ranges.
       shape: (height, width) of the images.
+
+    Returns:
+      f32[...], in units of the operation.
     """
     height, width = shape
     side = {"translate_x": width, "translate_y": height}
@@ -157,7 +172,7 @@ def values(
     ]
     low, span, signed, integer = (jnp.asarray(column)[drawn] for column in zip(*rows))
     deviation = span * strength
-    # Towards the even number, as NumPy and hence torchvision's table of bits.
+    # Halves go to the even number, as in torchvision's table of bits.
     deviation = jnp.where(integer, jnp.round(deviation), deviation)
     return low + jnp.where(signed, sign, 1.0) * deviation
 
@@ -167,7 +182,7 @@ def _numbers(space: dict[str, Range]) -> jax.Array:
 
 
 def _one_of(count: int, uniform: jax.Array) -> jax.Array:
-    """i32[...] in [0, count); one draw of uniforms for all choices costs least."""
+    """i32[...] in [0, count), from a uniform: one draw of uniforms for all choices costs least."""
     return (count * uniform).astype(jnp.int32)
 
 
@@ -177,29 +192,29 @@ def _sign(uniform: jax.Array) -> jax.Array:
 
 def _dirichlet(key: jax.Array, alpha: float, size: int) -> jax.Array:
     """f32[size] ~ Dirichlet(alpha, ..., alpha)."""
-    # Exponentials where they will do: the general sampler alone compiles for seconds.
+    # The general sampler takes seconds to compile; exponentials do not.
     gamma = jax.random.exponential if alpha == 1 else partial(jax.random.gamma, a=alpha)
     parts = gamma(key, shape=(size,))
     return parts / parts.sum()
 
 
 def _layers(images: jax.Array, operation: jax.Array, value: jax.Array, **options) -> jax.Array:
-    """`apply` with operation i32[B, L] and value f32[B, L], one layer after the other, clipped."""
+    """Applies the L layers operation i32[B, L] and value f32[B, L] in turn, and clips."""
 
     def layer(images, drawn):
         return apply(images, *drawn, **options), None
 
-    # A loop, so that one layer is compiled whatever their number.
+    # A scan compiles one layer, whatever their number.
     return jnp.clip(jax.lax.scan(layer, images, (operation.T, value.T))[0], 0, 1)
 
 
-def _check(fill: float, interpolation: str) -> None:
+def _check_warp(fill: float, interpolation: str) -> None:
     checks.fraction(fill=fill)
     checks.choice(ops.INTERPOLATIONS, interpolation=interpolation)
 
 
-def _images(batch: Batch) -> tuple[int, int]:
-    """(height, width) of the batch's images."""
+def _image_shape(batch: Batch) -> tuple[int, int]:
+    """(height, width) of the batch's images, which it checks."""
     checks.images(inputs=batch.inputs)
     return batch.inputs.shape[1:3]
 
@@ -209,10 +224,10 @@ def _policy(
     draw: Callable[[jax.Array, tuple[int, int]], tuple[jax.Array, jax.Array]],
     **options,
 ) -> Augment:
-    """Layers drawn for each sample: (key, (height, width)) -> places in `space` i32[L], f32[L]."""
+    """An augmentation from a draw (key, (height, width)) -> (places in `space` i32[L], f32[L])."""
 
     def augment(key, batch):
-        shape = _images(batch)
+        shape = _image_shape(batch)
         drawn, value = jax.vmap(lambda key: draw(key, shape))(sample_keys(key, batch))
         operation = _numbers(space)[drawn]
         images = _layers(batch.inputs.astype(jnp.float32), operation, value, **options)
@@ -226,19 +241,22 @@ def _policy(
 def randaugment(
     n: int = 2, m: float = 9, *, bins: int = 31, fill: float = 0.0, interpolation: str = "nearest"
 ) -> Augment:
-    """n operations out of 14, uniform with replacement, each at strength m / (bins - 1).
+    """Applies n operations out of 14, uniform with replacement, at strength m / (bins - 1).
 
     Args:
       n: operations a sample, >= 1.
-      m: strength on the scale 0..bins - 1; signs are drawn.
-      bins: of the scale (31 as in torchvision; the paper's scale is 0..30 as well).
-      fill: grey value in [0, 1] outside of the image.
+      m: strength in [0, bins - 1]; signs are drawn.
+      bins: of the scale; 31 as in torchvision and the paper.
+      fill: grey value in [0, 1] outside the image.
       interpolation: "nearest" or "bilinear".
+
+    Raises:
+      ValueError: an option out of range.
 
     Source: Cubuk et al., "RandAugment", NeurIPS 2020; ranges and scale as torchvision's.
     """
     checks.whole(1, n=n)
-    _check(fill, interpolation)
+    _check_warp(fill, interpolation)
     if not 0 <= m <= bins - 1:
         raise ValueError(f"m must lie in [0, {bins - 1}]; given {m}")
 
@@ -253,16 +271,16 @@ def randaugment(
 def trivialaugment(
     wide: bool = True, *, fill: float = 0.0, interpolation: str = "nearest"
 ) -> Augment:
-    """One operation out of 14, uniform, at one of 31 strengths, uniform: nothing to tune.
+    """Applies one operation out of 14, uniform, at one of 31 strengths, uniform: nothing to tune.
 
     Args:
-      wide: the paper's wide ranges (shear .99, 32 pixels, 135 degrees, factors .01 to 1.99, 2 bits)
-        instead of the standard ones (.3, 10 pixels, 30 degrees, .1 to 1.9, 4 bits).
+      wide: whether to take the paper's wide ranges (shear .99, 32 pixels, 135 degrees, factors .01
+        to 1.99, 2 bits) or the standard ones (.3, 10 pixels, 30 degrees, .1 to 1.9, 4 bits).
       fill, interpolation: as in `randaugment`.
 
     Source: Müller and Hutter, "TrivialAugment", ICCV 2021.
     """
-    _check(fill, interpolation)
+    _check_warp(fill, interpolation)
     space = TRIVIAL_WIDE if wide else TRIVIAL
 
     def draw(key, shape):
@@ -276,7 +294,7 @@ def trivialaugment(
 def autoaugment(
     policy: str = "cifar10", *, fill: float = 0.0, interpolation: str = "nearest"
 ) -> Augment:
-    """One of 25 published pairs of operations, uniform; each half with its own probability.
+    """Applies one of 25 published pairs of operations, uniform, each half with its probability.
 
     Args:
       policy: "cifar10", "imagenet" or "svhn".
@@ -285,7 +303,7 @@ def autoaugment(
     Source: Cubuk et al., "AutoAugment", CVPR 2019, appendix; ranges as torchvision's (10 bins).
     """
     checks.choice(POLICIES, policy=policy)
-    _check(fill, interpolation)
+    _check_warp(fill, interpolation)
     pairs = POLICIES[policy]
     space = STANDARD | {"invert": Range()}
     names = list(space)
@@ -315,14 +333,14 @@ def augmix(
     fill: float = 0.0,
     interpolation: str = "nearest",
 ) -> Augment:
-    """A convex mixture of the image and `width` chains of 1 to `depth` operations.
+    """Mixes the image with `width` chains of 1 to `depth` operations.
 
         x <- (1 - m) x + m sum_i w_i chain_i(x) ,  m ~ Beta(alpha, alpha) ,  w ~ Dirichlet(alpha)
 
-    Nine operations (no colour, contrast, brightness, sharpness, which corruption benchmarks hold),
-    each at a strength of U(.1, severity) / 10. The trace holds one column, magnitude m. Its
-    Jensen-Shannon loss over a clean and two augmented views: `views(identity, a, a)` upstream and
-    `core.losses.augmix_loss` as the method's loss.
+    The chains draw from nine operations (without color, contrast, brightness and sharpness, which
+    corruption benchmarks contain), each at strength U(.1, severity) / 10. The trace has one column,
+    magnitude m. For the paper's Jensen-Shannon loss over a clean and two augmented views take
+    `views(identity, a, a)` upstream and `core.losses.augmix_loss` as the method's loss.
 
     Args:
       severity: in [.1, 10].
@@ -335,22 +353,21 @@ def augmix(
     """
     if not 0.1 <= severity <= 10:
         raise ValueError(f"severity must lie in [0.1, 10]; given {severity}")
-    checks.whole(1, width=width)
-    checks.whole(1, depth=depth)
+    checks.whole(1, width=width, depth=depth)
     checks.positive(alpha=alpha)
-    _check(fill, interpolation)
+    _check_warp(fill, interpolation)
 
     def augment(key, batch):
-        shape = _images(batch)
+        shape = _image_shape(batch)
 
         def draw(key):
-            of_chains, of_length, of_weight, of_share = jax.random.split(key, 4)
-            u, v, w = jax.random.uniform(of_chains, (3, width, depth))
+            chains_key, length_key, weight_key, share_key = jax.random.split(key, 4)
+            u, v, w = jax.random.uniform(chains_key, (3, width, depth))
             drawn, strength = _one_of(len(_AUGMIX), u), (0.1 + (severity - 0.1) * v) / 10
             value = values(_AUGMIX, drawn, strength, _sign(w), shape)
-            length = 1 + _one_of(depth, jax.random.uniform(of_length, (width, 1)))
+            length = 1 + _one_of(depth, jax.random.uniform(length_key, (width, 1)))
             operation = jnp.where(jnp.arange(depth)[None] < length, _numbers(_AUGMIX)[drawn], 0)
-            return operation, value, _dirichlet(of_weight, alpha, width), beta(of_share, alpha)
+            return operation, value, _dirichlet(weight_key, alpha, width), beta(share_key, alpha)
 
         operation, value, weight, share = jax.vmap(draw)(sample_keys(key, batch))
         images = batch.inputs.astype(jnp.float32)
@@ -362,16 +379,22 @@ def augmix(
         ).reshape(-1, width, *images.shape[1:])
         mixed = jnp.einsum("bw,bwhvc->bhvc", weight, chains)
         part = share[:, None, None, None]
-        made = ((1 - part) * images + part * mixed).astype(batch.inputs.dtype)
-        return record(batch._replace(inputs=made), "augmix", share)
+        out = ((1 - part) * images + part * mixed).astype(batch.inputs.dtype)
+        return record(batch._replace(inputs=out), "augmix", share)
 
     return augment
 
 
 def _pairs(text: str) -> tuple:
     """Lines of "name probability level, name probability level" as nested tuples."""
-    half = lambda h: (lambda name, p, level: (name, float(p), int(level)))(*h.split())
-    return tuple(tuple(half(h) for h in line.split(",")) for line in text.strip().splitlines())
+
+    def half(words):
+        name, probability, level = words.split()
+        return name, float(probability), int(level)
+
+    return tuple(
+        tuple(half(words) for words in line.split(",")) for line in text.strip().splitlines()
+    )
 
 
 # Level 0 where an operation takes no value.

@@ -1,4 +1,4 @@
-"""Work on some rows of a batch at the cost of those rows alone."""
+"""Applies an operation to selected rows of a batch, at the cost of those rows alone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ _PIXELS_ELSEWHERE = 2**18
 def map_rows(
     op: Callable[..., jax.Array], select: jax.Array, images: jax.Array, *params: PyTree
 ) -> jax.Array:
-    """op(image, *params) on the selected rows; the others stay as they are.
+    """Applies op(image, *params) to the selected rows; the others stay unchanged.
 
         out_i = op(images_i, params_i)  if select_i  else  images_i
 
-    `vmap(where(select, op(x), x))` gives the same and pays for all rows, `vmap(lax.cond)` too. Here
-    the selected rows are brought together, a fixed number at a time, for as long as there are any.
-    Rows move within equal groups of neighbours only, one for each device, so that on a mesh no
-    image leaves its device.
+    `vmap(where(select, op(x), x))` gives the same at the cost of all rows, and so does
+    `vmap(lax.cond)`. Here a loop gathers the selected rows, a fixed number at a time, until none is
+    left. Rows move only within equal groups of neighbours, one group for each device, so that on a
+    mesh no image leaves its device.
+
+    >>> images = jnp.ones((3, 1, 1, 1))
+    >>> map_rows(jnp.negative, jnp.array([True, False, True]), images).ravel().tolist()
+    [-1.0, 1.0, -1.0]
 
     Args:
       op: keeps the shape and dtype of its image.
@@ -40,7 +44,9 @@ def map_rows(
     pixels = _PIXELS.get(jax.default_backend(), _PIXELS_ELSEWHERE)
     taken = max(1, min(members, pixels // (height * width)))
 
-    grouped = lambda x: x.reshape(groups, members, *x.shape[1:])
+    def grouped(x):
+        return x.reshape(groups, members, *x.shape[1:])
+
     select, params = grouped(select), jax.tree.map(grouped, params)
     order = jax.vmap(_selected)(select)
     count = select.sum(1, keepdims=True)

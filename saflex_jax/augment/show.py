@@ -58,39 +58,39 @@ def photographs(paths: Sequence[str] = ()) -> np.ndarray:
         whole = [Image.fromarray(photo) for photo in load_sample_images().images]
         lefts = (0, 106, 213)
         images = [photo.crop((x, 0, x + 427, 427)) for x in lefts for photo in whole]
-    found = []
+    squares = []
     for image in images:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
-        found.append(np.asarray(square, np.float32) / 255)
-    return np.stack([found[n % len(found)] for n in range(COLUMNS)])
+        squares.append(np.asarray(square, np.float32) / 255)
+    return np.stack([squares[n % len(squares)] for n in range(COLUMNS)])
 
 
 def rows_of_operations(images: np.ndarray) -> dict[str, tuple[np.ndarray, list[str]]]:
     """name -> (f32[columns, H, W, 3], captions): the first photograph at every value."""
     apply = jax.jit(lambda *a: policies.apply(*a, names=tuple(VALUES)))
-    found = {}
+    rows = {}
     for name, values in VALUES.items():
         given = np.resize(np.asarray(values, np.float32), COLUMNS)
         views = images if len(values) == 1 else np.repeat(images[:1], COLUMNS, 0)
         number = jnp.full(COLUMNS, OPERATIONS.index(name))
         captions = [""] * COLUMNS if len(values) == 1 else [f"{v:.3g}" for v in given]
-        found[name] = np.asarray(apply(jnp.asarray(views), number, jnp.asarray(given))), captions
-    return found
+        rows[name] = np.asarray(apply(jnp.asarray(views), number, jnp.asarray(given))), captions
+    return rows
 
 
 def rows_of_pipelines(images: np.ndarray, seed: int) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """pipeline -> (f32[columns, H, W, 3], captions): what the trace says of every photograph."""
+    """pipeline -> (f32[columns, H, W, 3], captions): all photographs, captioned by their traces."""
     batch = Batch(
         jnp.asarray(images), jnp.eye(COLUMNS), jnp.ones(COLUMNS, bool), jnp.arange(COLUMNS)
     )
-    found = {}
+    rows = {}
     for text in PIPELINES:
-        made = jax.jit(parse(text))(jax.random.key(seed), batch)
-        captions = [_caption(made, row) for row in range(COLUMNS)]
-        found[text] = np.asarray(made.inputs), captions
-    return found
+        augmented = jax.jit(parse(text))(jax.random.key(seed), batch)
+        captions = [_caption(augmented, row) for row in range(COLUMNS)]
+        rows[text] = np.asarray(augmented.inputs), captions
+    return rows
 
 
 def rows_of_corruptions(images: np.ndarray, seed: int) -> dict[str, tuple[np.ndarray, list[str]]]:
@@ -98,18 +98,18 @@ def rows_of_corruptions(images: np.ndarray, seed: int) -> dict[str, tuple[np.nda
     apply = jax.jit(corruptions.corrupt, static_argnames=("name", "severity"))
     key, clean = jax.random.key(seed), jnp.asarray(images[:1])
     severities = range(1, corruptions.SEVERITIES + 1)
-    found = {}
+    rows = {}
     for name in corruptions.NAMES:
-        made = [clean, *(apply(key, clean, name=name, severity=n) for n in severities)]
-        found[name] = np.concatenate(made), ["clean", *map(str, severities)]
-    return found
+        images = [clean, *(apply(key, clean, name=name, severity=n) for n in severities)]
+        rows[name] = np.concatenate(images), ["clean", *map(str, severities)]
+    return rows
 
 
-def _caption(made: Batch, row: int) -> str:
-    """Operations with their magnitudes; the prior's own share where the label is mixed."""
-    columns = zip(*(np.asarray(x[row]) for x in made.trace))
+def _caption(augmented: Batch, row: int) -> str:
+    """Operations with their magnitudes, and the label's own share where it is mixed."""
+    columns = zip(*(np.asarray(x[row]) for x in augmented.trace))
     steps = [f"{OPERATIONS[number]} {magnitude:.2g}" for number, magnitude, _ in columns]
-    own = float(made.labels[row, row])
+    own = float(augmented.labels[row, row])
     return "\n".join([*steps, f"prior {own:.2f}"] if own < 0.995 else steps)
 
 

@@ -12,14 +12,22 @@ from saflex_jax.augment import image as ops
 from saflex_jax.augment.base import Augment, check_interval, per_image, record, sample_keys
 
 
-def _positive_interval(name: str, bounds: tuple[float, float]) -> None:
-    check_interval(0.0, math.inf, **{name: bounds})
-    for bound in bounds:
-        checks.positive(**{name: bound})
+def _check_positive_interval(**intervals: tuple[float, float]) -> None:
+    check_interval(0.0, math.inf, **intervals)
+    for name, bounds in intervals.items():
+        for bound in bounds:
+            checks.positive(**{name: bound})
 
 
 def flip(probability: float = 0.5) -> Augment:
-    """Mirrors left and right; magnitude 1 where it did."""
+    """Mirrors left and right with the given probability; magnitude 1 where it did.
+
+    >>> from saflex_jax import Batch
+    >>> images = jnp.arange(3.0).reshape(1, 1, 3, 1)
+    >>> batch = Batch(images, jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> flip(1.0)(jax.random.key(0), batch).inputs.ravel().tolist()
+    [2.0, 1.0, 0.0]
+    """
     checks.fraction(probability=probability)
 
     def op(key, image):
@@ -30,7 +38,7 @@ def flip(probability: float = 0.5) -> Augment:
 
 
 def shift(pixels: int, *, padding: str = "zero") -> Augment:
-    """Pads by `pixels` and crops back at a random place (the crop of CIFAR recipes).
+    """Pads by `pixels` and crops back at a uniform place, as CIFAR recipes do.
 
     Args:
       pixels: on every side, >= 0; magnitude is the distance moved.
@@ -57,7 +65,7 @@ def affine(
     fill: float = 0.0,
     interpolation: str = "bilinear",
 ) -> Augment:
-    """Random rotation, scaling and shear about the centre.
+    """Rotates, scales and shears at random about the centre.
 
         x_out(r) = x_in(A r),  A = rotation(U(-degrees, degrees)) [[s, h], [0, s]],  r = (x, y)
 
@@ -65,11 +73,10 @@ def affine(
       degrees: largest rotation; magnitude is the one drawn.
       scale: s ~ U(1 - scale, 1 + scale), with 0 <= scale < 1.
       shear: h ~ U(-shear, shear).
-      fill: grey value in [0, 1] outside of the image.
+      fill: grey value in [0, 1] outside the image.
       interpolation: "nearest" or "bilinear".
     """
-    checks.amount(degrees=degrees)
-    checks.amount(shear=shear)
+    checks.amount(degrees=degrees, shear=shear)
     checks.fraction(fill=fill)
     checks.choice(ops.INTERPOLATIONS, interpolation=interpolation)
     if not 0 <= scale < 1:
@@ -94,10 +101,10 @@ def resized_crop(
     *,
     interpolation: str = "bilinear",
 ) -> Augment:
-    """A random box of the image, enlarged to the whole (the crop of ImageNet recipes).
+    """Enlarges a random box to the whole image, as ImageNet recipes do.
 
     Area ~ U(scale) of the image, log(width / height) ~ U(log ratio), place uniform. A side longer
-    than the image is cut to it (the usual recipe draws again), so the area can fall short.
+    than the image is cut to it, so the area can fall short (the usual recipe draws again).
 
     Args:
       scale: bounds of the area share, within [0, 1]; magnitude is the realised share.
@@ -105,15 +112,17 @@ def resized_crop(
       interpolation: "nearest" or "bilinear".
     """
     check_interval(0.0, 1.0, scale=scale)
-    _positive_interval("ratio", ratio)
+    _check_positive_interval(ratio=ratio)
     checks.choice(ops.INTERPOLATIONS, interpolation=interpolation)
 
     def op(key, image):
         height, width, _ = image.shape
-        of_area, of_ratio, of_place = jax.random.split(key, 3)
-        rows, columns = _sides(of_area, of_ratio, scale, ratio, (height, width))
+        area_key, ratio_key, place_key = jax.random.split(key, 3)
+        rows, columns = _sides(area_key, ratio_key, scale, ratio, (height, width))
         rows, columns = jnp.minimum(rows, height), jnp.minimum(columns, width)
-        top, left = jax.random.uniform(of_place, (2,)) * jnp.array([height - rows, width - columns])
+        top, left = jax.random.uniform(place_key, (2,)) * jnp.array(
+            [height - rows, width - columns]
+        )
         matrix = jnp.array([[columns / width, 0, left], [0, rows / height, top]])
         share = rows * columns / (height * width)
         return ops.warp(image, matrix, interpolation=interpolation), share
@@ -121,11 +130,11 @@ def resized_crop(
     return per_image("resized_crop", op)
 
 
-def _sides(of_area, of_ratio, scale, ratio, shape):
+def _sides(area_key, ratio_key, scale, ratio, shape):
     """(rows, columns) f32 of a box with area share ~ U(scale) and log ratio uniform."""
-    area = jax.random.uniform(of_area, minval=scale[0], maxval=scale[1]) * shape[0] * shape[1]
+    area = jax.random.uniform(area_key, minval=scale[0], maxval=scale[1]) * shape[0] * shape[1]
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    wide = jnp.exp(jax.random.uniform(of_ratio, minval=low, maxval=high))
+    wide = jnp.exp(jax.random.uniform(ratio_key, minval=low, maxval=high))
     return jnp.sqrt(area / wide), jnp.sqrt(area * wide)
 
 
@@ -138,7 +147,7 @@ def _erase(image, top, left, rows, columns, fill):
 
 
 def cutout(side: int, *, fill: float = 0.0) -> Augment:
-    """Fills a square whose centre is uniform over the pixels; it is cut at the borders.
+    """Fills a square whose centre is uniform over the pixels, cut at the borders.
 
     Args:
       side: in pixels, >= 0; magnitude is the realised share of the image.
@@ -164,7 +173,7 @@ def random_erasing(
     *,
     fill: float = 0.0,
 ) -> Augment:
-    """Fills a random box that lies inside the image, with some probability.
+    """Fills a random box inside the image with the given probability.
 
     Args:
       probability: of erasing at all.
@@ -174,39 +183,38 @@ def random_erasing(
 
     Source: Zhong et al., "Random Erasing", AAAI 2020.
     """
-    checks.fraction(probability=probability)
+    checks.fraction(probability=probability, fill=fill)
     check_interval(0.0, 1.0, scale=scale)
-    _positive_interval("ratio", ratio)
-    checks.fraction(fill=fill)
+    _check_positive_interval(ratio=ratio)
 
     def op(key, image):
         height, width, _ = image.shape
-        of_use, of_area, of_ratio, of_place = jax.random.split(key, 4)
-        rows, columns = _sides(of_area, of_ratio, scale, ratio, (height, width))
+        use_key, area_key, ratio_key, place_key = jax.random.split(key, 4)
+        rows, columns = _sides(area_key, ratio_key, scale, ratio, (height, width))
         rows, columns = jnp.minimum(rows, height).round(), jnp.minimum(columns, width).round()
         room = jnp.array([height - rows, width - columns]) + 1
-        top, left = jnp.floor(jax.random.uniform(of_place, (2,)) * room)
-        rows = jnp.where(jax.random.bernoulli(of_use, jnp.float32(probability)), rows, 0)
+        top, left = jnp.floor(jax.random.uniform(place_key, (2,)) * room)
+        rows = jnp.where(jax.random.bernoulli(use_key, jnp.float32(probability)), rows, 0)
         return _erase(image, top, left, rows, columns, fill)
 
     return per_image("random_erasing", op)
 
 
 def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -> Augment:
-    """Gaussian blur, its standard deviation in pixels ~ U(sigma), cut at three of the largest.
+    """Blurs by a Gaussian of standard deviation ~ U(sigma) pixels, cut at 3 max(sigma).
 
     Args:
       sigma: bounds, > 0; magnitude is the one drawn, 0 where the image was left alone.
       probability: of blurring at all.
     """
-    _positive_interval("sigma", sigma)
+    _check_positive_interval(sigma=sigma)
     checks.fraction(probability=probability)
     radius = math.ceil(3 * sigma[1])
 
     def op(key, image):
-        of_sigma, of_use = jax.random.split(key)
-        drawn = jax.random.uniform(of_sigma, minval=sigma[0], maxval=sigma[1])
-        use = jax.random.bernoulli(of_use, jnp.float32(probability))
+        sigma_key, use_key = jax.random.split(key)
+        drawn = jax.random.uniform(sigma_key, minval=sigma[0], maxval=sigma[1])
+        use = jax.random.bernoulli(use_key, jnp.float32(probability))
         blurred = ops.gaussian_blur(image, drawn, radius=radius)
         return jnp.where(use, blurred, image), jnp.where(use, drawn, 0.0)
 
@@ -216,7 +224,7 @@ def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -
 def soft_crop(
     deviation: float, *, power: float = 2.0, floor: float | None = None, fill: float = 0.0
 ) -> Augment:
-    """A crop that may leave the image, and a prior label that softens with what is lost.
+    """Crops at a place that may leave the image, and softens the label by what is lost.
 
         t = int(N(0, deviation)) with |t| <= side, per axis ;  v = (H - |t_y|)(W - |t_x|) / (H W)
         p = 1 - (1 - floor)(1 - v)^power ,  q <- a q + (1 - a) / K  with  a + (1 - a) / K = p
@@ -227,9 +235,9 @@ def soft_crop(
       deviation: of the offset, in pixels.
       power: k, > 0; larger forgives more.
       floor: p where nothing is visible, in [1/K, 1]; None = 1/K, chance.
-      fill: grey value in [0, 1] outside of the image.
+      fill: grey value in [0, 1] outside the image.
 
-    The trace's magnitude is v. The source also weighs the loss by p; SAFLEX learns weights instead.
+    The trace's magnitude is v. The source also weights the loss by p; here SAFLEX learns weights.
 
     Source: Liu et al., "Soft Augmentation for Image Classification", CVPR 2023.
     """
@@ -265,9 +273,9 @@ def soft_crop(
 
         images = jax.vmap(crop)(batch.inputs.astype(jnp.float32), offset)
         labels = share * batch.labels + (1 - share) * chance
-        made = batch._replace(
+        cropped = batch._replace(
             inputs=images.astype(batch.inputs.dtype), labels=labels.astype(batch.labels.dtype)
         )
-        return record(made, "soft_crop", visible)
+        return record(cropped, "soft_crop", visible)
 
     return augment

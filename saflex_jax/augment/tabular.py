@@ -27,25 +27,28 @@ _PARTS = ("numeric", "categorical")
 
 
 def parts(inputs: PyTree) -> dict[str, jax.Array]:
-    """A table, or a row of one, as a dict of "numeric" and, if it has them, "categorical" columns.
+    """A table or a row of one as a dict of "numeric" and, if present, "categorical" columns.
+
+    >>> list(parts(jnp.zeros((2, 3))))
+    ['numeric']
 
     Raises:
       ValueError: other entries, numeric columns that are not floats, codes that are not integers.
     """
     if isinstance(inputs, dict) and set(inputs) != set(_PARTS):
         raise ValueError(f"inputs must have the entries {list(_PARTS)}; given {sorted(inputs)}")
-    found = inputs if isinstance(inputs, dict) else {"numeric": inputs}
+    columns = inputs if isinstance(inputs, dict) else {"numeric": inputs}
     for name, kind in zip(_PARTS, (jnp.floating, jnp.integer)):
-        if name in found and not jnp.issubdtype(found[name].dtype, kind):
+        if name in columns and not jnp.issubdtype(columns[name].dtype, kind):
             raise ValueError(
-                f"{name} columns must be of type {kind.__name__}; given {found[name].dtype}"
+                f"{name} columns must be of type {kind.__name__}; given {columns[name].dtype}"
             )
-    return found
+    return columns
 
 
-def _like(inputs: PyTree, found: dict[str, jax.Array]) -> PyTree:
-    """`found` in the form that `inputs` has."""
-    return found if isinstance(inputs, dict) else found["numeric"]
+def _like(inputs: PyTree, columns: dict[str, jax.Array]) -> PyTree:
+    """`columns` as an array if `inputs` is one, else as the dict that they are."""
+    return columns if isinstance(inputs, dict) else columns["numeric"]
 
 
 def feature_noise(deviation: float) -> Augment:
@@ -59,50 +62,51 @@ def feature_noise(deviation: float) -> Augment:
     checks.at_least_zero(deviation=deviation)
 
     def noisy(key, row):
-        found = parts(row)
-        x = found["numeric"]
+        columns = parts(row)
+        x = columns["numeric"]
         x = (x + deviation * jax.random.normal(key, x.shape)).astype(x.dtype)
-        return _like(row, {**found, "numeric": x}), deviation
+        return _like(row, {**columns, "numeric": x}), deviation
 
     return per_example("feature_noise", noisy)
 
 
 def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -> Augment:
-    """Overwrites columns at random: what the table would be had they not been measured.
+    """Overwrites random columns, as if they had not been measured.
+
+    >>> batch = Batch(jnp.ones((1, 3)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> feature_mask(1.0, value=-9.0)(jax.random.key(0), batch).inputs.tolist()
+    [[-9.0, -9.0, -9.0]]
 
     Args:
-      probability: of each column, independently. The trace's magnitude is the share realised.
+      probability: of each column, independently. The trace's magnitude is the realised share.
       value: of masked numeric columns; 0 is the mean of a standardised one.
       category: code of masked categorical columns; reserve it for "missing".
     """
     checks.fraction(probability=probability)
     checks.at_least_zero(category=category)
-    instead = {"numeric": value, "categorical": category}
+    fills = {"numeric": value, "categorical": category}
 
     def masked(key, row):
-        found = parts(row)
-        drawn = {
-            name: jax.random.bernoulli(
-                jax.random.fold_in(key, number), jnp.float32(probability), x.shape
-            )
-            for number, (name, x) in enumerate(found.items())
+        columns, hit = parts(row), {}
+        for number, (name, x) in enumerate(columns.items()):
+            column_key = jax.random.fold_in(key, number)
+            hit[name] = jax.random.bernoulli(column_key, jnp.float32(probability), x.shape)
+        out = {
+            name: jnp.where(hit[name], jnp.asarray(fills[name], x.dtype), x)
+            for name, x in columns.items()
         }
-        made = {
-            name: jnp.where(drawn[name], jnp.asarray(instead[name], x.dtype), x)
-            for name, x in found.items()
-        }
-        magnitude = jnp.mean(jnp.concatenate(list(drawn.values())), dtype=jnp.float32)
-        return _like(row, made), magnitude
+        magnitude = jnp.mean(jnp.concatenate(list(hit.values())), dtype=jnp.float32)
+        return _like(row, out), magnitude
 
     return per_example("feature_mask", masked)
 
 
 def tabular_cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -> Augment:
-    """Columns of the partner in place of one's own, numeric and categorical ones alike.
+    """Replaces columns, numeric and categorical ones alike, by the partner's.
 
         column kept with probability l ~ Beta(alpha, alpha) ;  share = columns kept / columns
 
-    The complement where less than half is kept, as in `mixing`. A swapped category is a category.
+    The complement is taken where less than half is kept, as in `mixing`.
 
     Args:
       alpha: > 0.
@@ -115,26 +119,26 @@ def tabular_cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool =
     checks.fraction(probability=probability)
 
     def augment(key, batch):
-        found = parts(batch.inputs)
-        for name, x in found.items():
+        table = parts(batch.inputs)
+        for name, x in table.items():
             if x.ndim != 2:
                 raise ValueError(f"{name} columns must have shape [B, columns]; given {x.shape}")
-        columns = sum(x.shape[1] for x in found.values())
-        of_partner, of_columns = jax.random.split(key)
+        columns = sum(x.shape[1] for x in table.values())
+        partner_key, columns_key = jax.random.split(key)
 
         def draw(key):
-            of_share, of_kept = jax.random.split(key)
-            share = beta(of_share, alpha)
-            kept = jax.random.bernoulli(of_kept, share, (columns,))
+            share_key, kept_key = jax.random.split(key)
+            share = beta(share_key, alpha)
+            kept = jax.random.bernoulli(kept_key, share, (columns,))
             return dominating(kept.astype(jnp.float32))
 
-        own = draws(sometimes(draw, probability), of_columns, batch, per_sample=per_sample)
-        partner, own, share = settle(batch, partners(of_partner, batch), own)
-        kept, made = own > 0.5, {}
-        for name, x in found.items():
-            made[name] = jnp.where(kept[:, : x.shape[1]], x, x[partner])
+        own = draws(sometimes(draw, probability), columns_key, batch, per_sample=per_sample)
+        partner, own, share = settle(batch, partners(partner_key, batch), own)
+        kept, mixed = own > 0.5, {}
+        for name, x in table.items():
+            mixed[name] = jnp.where(kept[:, : x.shape[1]], x, x[partner])
             kept = kept[:, x.shape[1] :]
-        inputs = _like(batch.inputs, made)
+        inputs = _like(batch.inputs, mixed)
         return labelled(batch, inputs, partner, share, "tabular_cutmix")
 
     return augment
@@ -146,7 +150,7 @@ def smote(*, probability: float = 1.0) -> Augment:
         x <- x + u (x_p - x) ,  u ~ U(0, 1) ;  soft labels likewise
 
     The class is the label's largest entry. A category comes whole from one parent, the partner with
-    probability u. A sample alone in its class stays as it is. The trace's magnitude is 1 - u, the
+    probability u. A sample alone in its class stays unchanged. The trace's magnitude is 1 - u, the
     own share, which may be below one half.
 
     Args:
@@ -159,16 +163,16 @@ def smote(*, probability: float = 1.0) -> Augment:
 
     def augment(key, batch):
         parts(batch.inputs)
-        of_partner, of_share, of_codes = jax.random.split(key, 3)
-        own = draws(draw, of_share, batch, per_sample=True)
-        keys = sample_keys(of_codes, batch)
-        return mix(batch, classmates(of_partner, batch), own, "smote", keys=keys)
+        partner_key, share_key, codes_key = jax.random.split(key, 3)
+        own = draws(draw, share_key, batch, per_sample=True)
+        keys = sample_keys(codes_key, batch)
+        return mix(batch, classmates(partner_key, batch), own, "smote", keys=keys)
 
     return augment
 
 
 def classmates(key: jax.Array, batch: Batch) -> jax.Array:
-    """i32[B], for each row another unmasked one of its class, uniformly; itself if alone."""
+    """i32[B], for each row another unmasked one of its class, drawn uniformly; itself if alone."""
     size, classes = batch.labels.shape
     label = jnp.where(batch.mask, jnp.argmax(batch.labels, 1), classes)  # padding: apart
     order = jnp.argsort(label, stable=True)  # classes are runs of it

@@ -31,8 +31,8 @@ def _composed(turns, orders) -> tuple[Transformation, ...]:
     return tuple(Transformation(turn, order) for turn in turns for order in orders)
 
 
-# Sets of M transformations, the identity first; composed, the rotation counts slower. As in the
-# repository hankook/SLA, whose names these are.
+# Sets of M transformations, the identity first; where composed, the channels change fastest. Names
+# and order are those of the repository hankook/SLA.
 TRANSFORMATIONS = {
     "none": _composed((0,), (None,)),
     "rotation": _composed(_TURNS, (None,)),
@@ -48,6 +48,9 @@ TRANSFORMATIONS = {
 def transformed(images: jax.Array, name: str) -> jax.Array:
     """All views of all images, f[B, H, W, C] -> f[B M, H, W, C]; row i M + j is view j of image i.
 
+    >>> transformed(jnp.arange(4.0).reshape(1, 2, 2, 1), "rotation2")[..., 0].tolist()
+    [[[0.0, 1.0], [2.0, 3.0]], [[3.0, 2.0], [1.0, 0.0]]]
+
     Args:
       images: floats.
       name: of TRANSFORMATIONS.
@@ -58,14 +61,14 @@ def transformed(images: jax.Array, name: str) -> jax.Array:
     """
     checks.choice(TRANSFORMATIONS, transformations=name)
     checks.images(inputs=images)
-    found, (_, height, width, channels) = TRANSFORMATIONS[name], images.shape
-    if height != width and any(t.turns % 2 for t in found):
+    views, (_, height, width, channels) = TRANSFORMATIONS[name], images.shape
+    if height != width and any(t.turns % 2 for t in views):
         raise ValueError(f"inputs must be square for {name!r}; given {height}x{width}")
-    if channels != 3 and any(t.channels for t in found):
+    if channels != 3 and any(t.channels for t in views):
         raise ValueError(f"inputs must have 3 channels for {name!r}; given {channels}")
 
     def view(turns, channels):
         turned = jnp.rot90(images, turns, axes=(1, 2))
         return turned if channels is None else turned[..., jnp.array(channels)]
 
-    return jnp.stack([view(*t) for t in found], 1).reshape(-1, height, width, channels)
+    return jnp.stack([view(*t) for t in views], 1).reshape(-1, height, width, channels)

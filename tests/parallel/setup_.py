@@ -12,10 +12,11 @@ import optax
 from jax.experimental import multihost_utils
 
 from saflex_jax import Batch, Method, Model, Refiner, Streams, TrainState, cg_solve
-from saflex_jax.augment import shift, upstream
+from saflex_jax.augment import shift
 from saflex_jax.core.steps import init_state
 from saflex_jax.methods import implicit, saflex
 from saflex_jax.methods.base import supervised
+from saflex_jax.methods.upstream import upstream
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import Runner, jit_runner
 from saflex_jax.types import Trace

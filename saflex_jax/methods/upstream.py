@@ -1,0 +1,50 @@
+"""An augmentation pipeline in front of any method, inside the compiled step."""
+
+from __future__ import annotations
+
+import jax
+
+from saflex_jax.augment import Augment
+from saflex_jax.core.tree import identity
+from saflex_jax.types import Batch, Method, TrainState
+
+
+def upstream(method: Method, augment: Augment) -> Method:
+    """The method, its candidates augmented anew in every step.
+
+        from saflex_jax import augment
+        from saflex_jax.methods import saflex
+        from saflex_jax.methods.upstream import upstream
+
+        method = upstream(saflex.make(model, tx), augment.parse("shift(4) | flip"))
+
+    Validation and clean samples stay as they are.
+
+    Args:
+      method: any Method; its `init` and `predict` stay as they are.
+      augment: (key, batch) -> batch; step t draws with the key of (`state.key`, t).
+    """
+
+    def augmented(state, streams):
+        return streams._replace(candidates=drawn(augment, state, streams.candidates))
+
+    def step(state, streams, *, reduce=identity):
+        return method.step(state, augmented(state, streams), reduce=reduce)
+
+    def targets(state, streams):
+        return method.targets(state, augmented(state, streams))
+
+    return method._replace(step=step, targets=targets if method.targets else None)
+
+
+def drawn(augment: Augment, state: TrainState, candidates: Batch) -> Batch:
+    """The candidates, with their traces, that a step of `upstream(method, augment)` trains on.
+
+    Args:
+      augment: the pipeline.
+      state: of the training, before the step.
+      candidates: as the data give them.
+    """
+    # The method's own draws of this step fold a sample index in next, never this constant.
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
+    return augment(key, candidates)
