@@ -1,0 +1,131 @@
+"""Persistent weights and labels over several steps, against a loop that keeps its own books."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from saflex_jax.rules.implicit import Implicit
+from saflex_jax.types import RunInfo
+from tests import problems
+from tests.problems import CLASSES
+from tests.rules.stepping import (
+    POOL,
+    REAL,
+    assert_trained_on,
+    pieces,
+    runner,
+    scores_along,
+    streams_of,
+)
+
+MAX_WEIGHT = 1.5
+PRIOR = problems.soft_labels(np.random.default_rng(7), POOL)
+RUN = RunInfo(POOL, CLASSES, labels=lambda: PRIOR)
+
+
+def simplex_projection(row):
+    """The nearest point of the simplex, by bisection on what is taken from every entry."""
+    low, high = row.min() - 1, row.max()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(row - middle, 0).sum() > 1 else (low, middle)
+    return np.maximum(row - low, 0)
+
+
+def project(meta, learn="both"):
+    """The whole pool."""
+    weights = np.clip(meta["weights"], 0, MAX_WEIGHT)
+    labels = np.stack([simplex_projection(row) for row in np.asarray(meta["labels"], np.float64)])
+    return {
+        "weights": np.ones(POOL) if learn == "labels" else weights,
+        "labels": PRIOR if learn == "weights" else labels,
+    }
+
+
+META_TX = {"momentum": optax.sgd(4.0, momentum=0.9), "adam": optax.adam(0.3)}
+
+
+@pytest.mark.parametrize("learn, meta_tx", [("both", "adam"), ("weights", "momentum")])
+def test_implicit_is_gradient_descent_on_a_pool_that_is_projected_whenever_read(learn, meta_tx):
+    tx = META_TX[meta_tx]
+    arrays, run = runner(
+        Implicit(
+            RUN,
+            meta_tx=tx,
+            direction="identity",
+            predicate="",
+            max_weight=MAX_WEIGHT,
+            learn=learn,
+        )
+    )
+    meta = {"weights": np.ones(POOL, np.float32), "labels": PRIOR}
+    opt, infeasible = tx.init(meta), 0
+    for step in range(6):
+        rows = streams_of(step).candidates.index[:REAL]
+        read = project(meta, learn)
+        infeasible = max(infeasible, np.abs(read["weights"] - meta["weights"])[rows].max())
+        gradient, jacobian = pieces(step)
+        scores = scores_along(jacobian, gradient)
+        # With H = I: dL/dw_i = -<y_i, S_i> / n and dL/dy_ik = -w_i S_ik / n.
+        hyper = {"weights": np.zeros(POOL, np.float32), "labels": np.zeros_like(PRIOR)}
+        hyper["weights"][rows] = -(read["labels"][rows] * scores).sum(1) / REAL
+        hyper["labels"][rows] = -read["weights"][rows, None] * scores / REAL
+        updates, opt = tx.update(hyper, opt, read)
+        meta = jax.tree.map(lambda x, u: x + np.asarray(u), read, updates)
+        used = project(meta, learn)
+        weights = used["weights"][rows]
+        found, arrays, _ = run(arrays, step)
+        assert_trained_on(found, weights / weights.mean(), used["labels"][rows], 1e-4)
+    assert infeasible > 0.05  # momentum carried rows of the other batch outside
+
+
+@pytest.mark.parametrize(
+    "learn, meta_tx", [("both", "adam"), ("weights", "momentum"), ("labels", "momentum")]
+)
+def test_implicit_trains_on_what_is_feasible(learn, meta_tx):
+    arrays, run = runner(
+        Implicit(RUN, meta_tx=META_TX[meta_tx], max_weight=MAX_WEIGHT, learn=learn)
+    )
+    reached = set()
+    for step in range(8):
+        rows = streams_of(step).candidates.index[:REAL]
+        found, arrays, metrics = run(arrays, step)
+        labels, weights = np.asarray(found.labels[:REAL]), np.asarray(arrays[0]["weights"][rows])
+        assert (labels >= 0).all()
+        np.testing.assert_allclose(labels.sum(1), 1, atol=1e-5)
+        assert (weights >= 0).all() and (weights <= MAX_WEIGHT).all()
+        np.testing.assert_allclose(found.weights[:REAL] * weights.mean(), weights, atol=1e-5)
+        if learn == "weights":
+            np.testing.assert_array_equal(labels, PRIOR[rows])
+        if learn == "labels":
+            np.testing.assert_array_equal(weights, 1)
+        assert np.isfinite(metrics["solve_residual"][0])
+        reached |= set(weights.tolist()) & {0.0, MAX_WEIGHT}
+    assert reached or learn == "labels"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_weight": 0.0}, "max_weight .*0.0"),
+        ({"learn": "all"}, "learn .*'all'"),
+        ({"meta_tx": -1.0}, "meta_tx .*-1.0"),
+        ({"direction": "cgg"}, "direction .*did you mean 'cg'"),
+    ],
+    ids=str,
+)
+def test_implicit_refuses_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        Implicit(RUN, **options)
+
+
+def test_implicit_needs_the_labels_of_the_pool():
+    for run in (None, RunInfo(POOL, CLASSES)):
+        with pytest.raises(ValueError, match=r"implicit needs run\.labels"):
+            Implicit(run).init({})
+    outside = RunInfo(POOL, CLASSES, labels=lambda: 2 * PRIOR)
+    with pytest.raises(ValueError, match="prior must have rows >= 0 that sum to one"):
+        Implicit(outside).init({})
