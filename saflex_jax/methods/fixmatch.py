@@ -31,6 +31,10 @@ from saflex_jax.rules import AsGiven
 from saflex_jax.types import Method, Model, Params, PyTree, Rule, RunInfo, TrainState
 
 
+def _pipeline(augment: Augment | str) -> Augment:
+    return parse(augment) if isinstance(augment, str) else augment
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of FixMatch.
@@ -204,10 +208,6 @@ def pseudo_labels(logits: jax.Array, threshold: float) -> tuple[jax.Array, jax.A
 def view_keys(state: TrainState) -> jax.Array:
     """key[2] of this step, for the weak views of labelled samples and for the strong views."""
     return jax.random.split(steps.draws_key(state))
-
-
-def _pipeline(augment: Augment | str) -> Augment:
-    return parse(augment) if isinstance(augment, str) else augment
 
 
 SPEC = MethodSpec(

@@ -26,6 +26,10 @@ from saflex_jax.methods.base import MethodSpec, as_given, no_clean
 from saflex_jax.types import Batch, Method, Model
 
 
+def _pipeline(augment: Augment | str) -> Augment:
+    return parse(augment) if isinstance(augment, str) else augment
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of invariance-constrained training.
@@ -202,10 +206,6 @@ def metropolis_hastings(
 
     (chosen, _), moves = jax.lax.scan(move, start, jax.random.split(key, steps))
     return chosen, jnp.sum(moves[1:], axis=0, dtype=jnp.float32)
-
-
-def _pipeline(augment: Augment | str) -> Augment:
-    return parse(augment) if isinstance(augment, str) else augment
 
 
 SPEC = MethodSpec(make, takes=("options", "loss"), options=Options())
