@@ -22,6 +22,12 @@ def from_linen(module: nn.Module) -> Model:
     Every collection but "params" is model_state; it is updated in training mode only. Training
     mode gets its key as the "dropout" stream.
 
+    >>> from saflex_jax.models import MLP, Classifier
+    >>> model = from_linen(Classifier(MLP((8,)), num_classes=3))
+    >>> params, model_state = model.init(jax.random.key(0), jnp.zeros((1, 4)))
+    >>> model.logits(params, model_state, jnp.zeros((5, 4))).shape
+    (5, 3)
+
     Args:
       module: the network, returning logits f32[B, K].
     """
@@ -47,11 +53,17 @@ def from_linen(module: nn.Module) -> Model:
 
 
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """An NNX module as a Model, by split and merge.
+    """An NNX module as a Model, by split and merge; dropout and BatchNorm work.
 
     `nnx.Param` leaves are params; the module's random streams (dropout) start anew from the key of
     each training call; everything else (running statistics) is model_state. Training and evaluation
     mode are NNX's own `train()` and `eval()`.
+
+    >>> from flax import nnx
+    >>> model = from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+    >>> params, model_state = model.init(jax.random.key(0), None)
+    >>> model.logits(params, model_state, jnp.zeros((5, 4))).shape
+    (5, 3)
 
     Args:
       make_module: nnx.Rngs -> module with __call__(inputs) -> logits f32[B, K].
@@ -62,7 +74,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         graphdef, *parts = nnx.split(module, nnx.Param, nnx.RngState, ...)
         return graphdef, *map(nnx.to_pure_dict, parts)
 
-    # The graph definition holds no arrays, so it is taken from an abstract module, once.
+    # The graph definition holds no arrays: it comes from an abstract module, once for each mode.
     definitions = {}
 
     def definition(train: bool):
@@ -81,7 +93,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         def fresh(number, x):
             if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
                 return jax.random.split(jax.random.fold_in(key, number), x.shape)
-            return jnp.zeros(x.shape, x.dtype)  # a stream's counter
+            return jnp.zeros(x.shape, x.dtype)  # the counter of a stream
 
         leaves, structure = jax.tree.flatten(streams)
         return structure.unflatten([fresh(number, x) for number, x in enumerate(leaves)])
@@ -106,7 +118,12 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 def from_function(
     init: Callable[[jax.Array, PyTree], Params], apply: Callable[[Params, PyTree], jax.Array]
 ) -> Model:
-    """A bare function as a Model: the same in training and evaluation mode, without state.
+    """A function as a Model without state, the same in training and evaluation mode.
+
+    >>> model = from_function(lambda key, x: jnp.zeros((x.shape[1], 3)), lambda w, x: x @ w)
+    >>> params, model_state = model.init(jax.random.key(0), jnp.zeros((1, 4)))
+    >>> model.logits(params, model_state, jnp.zeros((5, 4))).shape
+    (5, 3)
 
     Args:
       init: (key, inputs) -> params.

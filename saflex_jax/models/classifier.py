@@ -10,18 +10,22 @@ import jax.numpy as jnp
 
 from saflex_jax.types import PyTree
 
-_MIX = {"inputs", "partner", "share", "layer"}  # what `augment.manifold_mixup` makes
+_MIX = {"inputs", "partner", "share", "layer"}  # the entries that `augment.manifold_mixup` makes
 
 
 def mix_hidden(h: jax.Array, mix: dict[str, jax.Array], layer: int) -> jax.Array:
-    """Mixes the rows that are to be mixed at this layer.
+    """Mixes rows with their partners where the mix is for this layer.
 
         h_i <- s_i h_i + (1 - s_i) h_p(i)  where  mix["layer"]_i = layer
+
+    >>> mix = {"partner": jnp.array([1, 0]), "share": jnp.array([0.75, 1.0]), "layer": jnp.zeros(2)}
+    >>> mix_hidden(jnp.array([[0.0], [8.0]]), mix, layer=0).tolist()
+    [[2.0], [8.0]]
 
     Args:
       h: f[B, ...].
       mix: "partner" rows i32[B], "share" s f32[B], "layer" i32[B].
-      layer: this one.
+      layer: number of this layer.
 
     Source: Verma et al., "Manifold Mixup", ICML 2019.
     """
@@ -44,26 +48,35 @@ class CosineLinear(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         init = nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (features.shape[-1], self.width))
-        unit = lambda x, axis: x * jax.lax.rsqrt(jnp.sum(x**2, axis, keepdims=True) + 1e-12)
+
+        def unit(x, axis):
+            return x * jax.lax.rsqrt(jnp.sum(x**2, axis, keepdims=True) + 1e-12)
+
         return unit(features, -1) @ unit(kernel, 0)
 
 
 def linear(width: int, cosine: bool, name: str | None = None) -> nn.Module:
-    """The head of that many outputs."""
+    """A linear head of `width` outputs, or a cosine one."""
     return (CosineLinear if cosine else nn.Dense)(width, name=name)
 
 
 class Classifier(nn.Module):
-    """Linear head on any backbone.
+    """A linear head on any backbone: f32[B, K].
 
-    Takes what the backbone takes, or the dict of `augment.manifold_mixup`: rows are then mixed with
+    Inputs are the backbone's, or the dict of `augment.manifold_mixup`: rows are then mixed with
     their partners at layer 0, the inputs, or 1, the features. Logits of mixed rows depend on their
     partners in evaluation mode too.
+
+    >>> from saflex_jax.models import MLP
+    >>> network = Classifier(MLP((8,)), num_classes=3)
+    >>> variables = network.init(jax.random.key(0), jnp.zeros((1, 4)), train=False)
+    >>> sorted(variables["params"])
+    ['backbone', 'head']
 
     Attributes:
       backbone: module with __call__(inputs, *, train) -> features f32[B, D].
       num_classes: K.
-      cosine: logits are cosines, as `losses.ldam_loss` wants them; see `CosineLinear`.
+      cosine: whether logits are cosines, as `losses.ldam_loss` needs them; see `CosineLinear`.
     """
 
     backbone: nn.Module
@@ -83,7 +96,7 @@ class Classifier(nn.Module):
 
 
 class Linears(nn.Module):
-    """Linear maps of the same features, by name."""
+    """Several linear maps of the same features, by name."""
 
     widths: Mapping[str, int]
     cosine: bool
@@ -96,15 +109,15 @@ class Linears(nn.Module):
 
 
 class Heads(nn.Module):
-    """Several linear heads on any backbone, for the methods that need them; at "head/NAME".
+    """Several linear heads on any backbone, with parameters at "head/NAME".
 
     Attributes:
-      backbone: as that of `Classifier`; with `stage` one that hands out a feature map, that is
+      backbone: as in `Classifier`. With `stage` its call is
         __call__(inputs, *, train, stage) -> (features f32[B, D], map f32[B, h, w, C]).
       widths: name -> outputs of that head.
-      stage: of the backbone whose feature map is handed out, -1 being the last; None = no map.
-      features: whether the features are handed out.
-      cosine: as that of `Classifier`.
+      stage: the backbone's stage whose feature map is returned, -1 = the last; None = no map.
+      features: whether the features are returned.
+      cosine: as in `Classifier`.
     """
 
     backbone: nn.Module
@@ -119,10 +132,10 @@ class Heads(nn.Module):
     def __call__(self, inputs: PyTree, *, train: bool) -> dict[str, jax.Array]:
         """Name -> logits f32[B, width]; and "map", the feature map, and "features" f32[B, D]."""
         if self.stage is None:
-            features, handed = self.backbone(inputs, train=train), {}
+            features, extra = self.backbone(inputs, train=train), {}
         else:
             features, feature_map = self.backbone(inputs, train=train, stage=self.stage)
-            handed = {"map": feature_map}
+            extra = {"map": feature_map}
         if self.features:
-            handed["features"] = features
-        return {**self.head(features), **handed}
+            extra["features"] = features
+        return {**self.head(features), **extra}

@@ -1,4 +1,4 @@
-"""How a backbone hands out one of its feature maps."""
+"""What a backbone returns: features, and optionally the feature map of one of its stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 def with_map(
     features: jax.Array, maps: Sequence[jax.Array], stage: int | None
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """What a backbone returns: its features, and the map of one of its stages if one is asked for.
+    """The features, with the map of a stage if `stage` is given.
 
     Args:
       features: f32[B, D].
@@ -18,7 +18,7 @@ def with_map(
       stage: place in `maps`, from the end where negative; None = no map.
 
     Raises:
-      ValueError: there is no such stage.
+      ValueError: a stage that the backbone does not have.
     """
     if stage is None:
         return features

@@ -1,4 +1,4 @@
-"""FT-Transformer for tables (Gorishniy et al., NeurIPS 2021): every column is a token."""
+"""FT-Transformer for tables: every column is a token."""
 
 from __future__ import annotations
 
@@ -46,38 +46,40 @@ class Tokens(nn.Module):
         bound = self.width**-0.5
 
         def vectors(name, number):
-            uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+            def uniform(key, shape):
+                return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
             return self.param(name, uniform, (number, self.width))
 
-        def spread(x, shape, *dims):  # in one operation, for the reason that `GroupNorm` gives
+        def spread(x, shape, *dims):  # one operation, for the reason given in `GroupNorm`
             return jax.lax.broadcast_in_dim(x, shape, dims)
 
         rows, number = numeric.shape
-        found = []
+        columns = []
         if number:
             shape = (rows, number, self.width)
             weights = vectors("numeric", number)
-            found.append(spread(numeric, shape, 0, 1) * spread(weights, shape, 1, 2))
+            columns.append(spread(numeric, shape, 0, 1) * spread(weights, shape, 1, 2))
         for n, size in enumerate(self.categories):
             table = vectors(f"category_{n}", size)
             token = jax.nn.one_hot(codes[:, n], size, dtype=table.dtype) @ table
-            found.append(spread(token, (rows, 1, self.width), 0, 2))
-        columns = jnp.concatenate(found, axis=1)
+            columns.append(spread(token, (rows, 1, self.width), 0, 2))
+        columns = jnp.concatenate(columns, axis=1)
         columns = columns + spread(vectors("bias", columns.shape[1]), columns.shape, 1, 2)
         first = spread(vectors("cls", 1), (rows, 1, self.width), 1, 2)
         return jnp.concatenate([first, columns], axis=1)
 
 
 class FTTransformer(nn.Module):
-    """Features f32[B, width] of a table: a transformer over its columns, and one token that reads.
+    """Features f32[B, width] of a table: a transformer over its columns and a class token.
 
         features = relu(norm(T_0)), T_0 the class token after the last block
 
     A table is f32[B, D], or with categories {"numeric": f32[B, D], "categorical": codes
-    i32[B, E]}. Pre-norm blocks, the first without its first normalisation; the last block computes
-    the class token alone, which is all that is read of it. No dropout, which the paper has in
-    attention (.2) and perceptrons (.1), so training and evaluation mode are the same, and rows
-    are independent. By default the paper's sizes; weights of the blocks start as in `ViT`.
+    i32[B, E]}. Blocks are pre-norm, the first without its first normalisation; the last computes
+    only the class token. There is no dropout (the paper has .2 in attention and .1 in perceptrons),
+    so training and evaluation mode are the same and rows are independent. Default sizes are the
+    paper's; weights of the blocks start as in `ViT`.
 
     Attributes:
       width: of a token; a multiple of heads.
@@ -87,8 +89,8 @@ class FTTransformer(nn.Module):
       categories: how many each categorical column has; () for inputs that are one array.
 
     Raises:
-      ValueError: sizes below 1, heads that do not divide; inputs that are no table, have no columns
-        or not one categorical column for each of `categories`.
+      ValueError: sizes below 1, heads that do not divide the width; inputs that are not a table,
+        have no columns, or other categorical columns than `categories`.
 
     Source: Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data", NeurIPS 2021,
     section 3.3; the repository yandex-research/rtdl.
@@ -103,8 +105,9 @@ class FTTransformer(nn.Module):
     @nn.compact
     def __call__(self, x: PyTree, *, train: bool) -> jax.Array:
         del train
-        for name in ("width", "depth", "heads", "mlp_width"):
-            checks.whole(1, **{name: getattr(self, name)})
+        checks.whole(
+            1, width=self.width, depth=self.depth, heads=self.heads, mlp_width=self.mlp_width
+        )
         x = Tokens(self.width, self.categories, name="tokens")(*_columns(x, self.categories))
         for number in range(self.depth):
             last = number == self.depth - 1
@@ -114,7 +117,7 @@ class FTTransformer(nn.Module):
 
 
 def _columns(x: PyTree, categories: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """A table's numbers f32[B, D] and codes i32[B, E], which there are as said."""
+    """A table's numbers f32[B, D] and codes i32[B, E], checked against `categories`."""
     table = x if isinstance(x, dict) else {"numeric": x}
     numeric = table["numeric"]
     if numeric.ndim != 2:

@@ -13,10 +13,14 @@ from saflex_jax.types import PyTree
 
 
 class MLP(nn.Module):
-    """Features of f32[B, ...] inputs (flattened), or of a table's two kinds of columns.
+    """Features f32[B, D] of inputs f32[B, ...] (flattened) or of a table with categories.
 
     A table with categories is {"numeric": f32[B, D], "categorical": codes i32[B, E]}; codes enter
-    one-hot, and one that is out of range, as a missing value's, as zeros.
+    one-hot. A code out of range, such as a missing value's, enters as zeros.
+
+    >>> features, _ = MLP((8,)).init_with_output(jax.random.key(0), jnp.zeros((1, 4)), train=False)
+    >>> features.shape
+    (1, 8)
 
     Attributes:
       widths: hidden widths; the last is the number of features.

@@ -1,4 +1,4 @@
-"""The one place that chooses a normalisation layer."""
+"""Normalisation layers of the bundled networks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from saflex_jax import checks
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He, ECCV 2018) over up to 8 channels-groups of f32[B, ..., C].
+    """Group normalisation over up to 8 groups of the channels of f32[B, ..., C].
 
-    Same function as flax.linen.GroupNorm. Its statistics are broadcast in one operation instead of
-    through [B, 1, 1, C] reshapes: XLA moves those reshapes differently in the scores' forward pass
-    and in the training gradient's, and then no longer sees that the two are the same computation.
-    Written so, the two share one forward pass (tested by counting operations).
+    The same function as flax.linen.GroupNorm, but its statistics are broadcast in one operation
+    instead of through [B, 1, 1, C] reshapes. XLA moves those reshapes differently in the scores'
+    forward pass and in the training gradient's and then computes both; written this way the two
+    share one forward pass (tested by counting operations).
+
+    Source: Wu and He, "Group Normalization", ECCV 2018.
     """
 
     groups: int = 8
@@ -48,9 +50,9 @@ class Norm(nn.Module):
     """GroupNorm or BatchNorm.
 
     Attributes:
-      kind: "group" (rows independent, no state; the default everywhere) or "batch".
-      axis_name: BatchNorm only: the pmap axis over which batch statistics are averaged. Leave
-        None under jit, where the batch is global already.
+      kind: "group" (rows independent, no state) or "batch".
+      axis_name: the pmap axis over which BatchNorm averages its statistics; None under jit, where
+        the batch is global already.
     """
 
     kind: str = "group"

@@ -16,7 +16,7 @@ from saflex_jax.models.norm import GroupNorm
 def layer_norm(x: jax.Array, name: str) -> jax.Array:
     """Layer normalisation of each token of f32[B, T, D]: one group, one row a token.
 
-    Not flax.linen.LayerNorm, for the reason that `GroupNorm` gives.
+    Not flax.linen.LayerNorm, for the reason given in `GroupNorm`.
     """
     return GroupNorm(groups=1, name=name)(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, kept: int | None = None) -> jax.Array:
-        """The first `kept` tokens after the block, which they leave having seen all; None = all."""
+        """Returns the first `kept` tokens, which attend to all of x; None = all tokens."""
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"width must be a multiple of {self.heads} heads; given {width}")
@@ -56,9 +56,8 @@ class ViT(nn.Module):
     """Vision transformer, f32[B, H, W, C] -> f32[B, width]; ViT-S, 21 M parameters, by default.
 
     Tokens are patches with learned positions; features are the mean of the tokens after the last
-    normalisation (no class token). No dropout, so training and evaluation mode are the same.
-    Called with `stage`, it returns the tokens after that block as well, where they lie in the
-    image.
+    normalisation (no class token). There is no dropout, so training and evaluation mode are the
+    same. Called with `stage`, it returns the tokens after that block as a feature map as well.
 
     Attributes:
       patch: side of a patch in pixels; must divide H and W.
