@@ -1,4 +1,4 @@
-"""Matrix-vector products with the curvature of a loss; nothing is ever materialised."""
+"""Matrix-vector products with the curvature of a loss; no matrix is ever built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Matvec = Callable[[PyTree], PyTree]
 
 
 def dot(x: PyTree, y: PyTree) -> jax.Array:
-    """<x, y> over all leaves, f32[]."""
+    """<x, y> over all leaves, f32[].
+
+    >>> float(dot({"a": jnp.ones(2)}, {"a": jnp.array([1.0, 2.0])}))
+    3.0
+    """
     products = jax.tree.map(lambda a, b: jnp.vdot(a, b), x, y)
     return sum(jax.tree.leaves(products))
 
@@ -26,6 +30,10 @@ def hessian(
     """u -> (grad^2 loss)(params) u, forward over reverse.
 
     The gradient is linearised once, so that a solver's loop does not run the network again.
+
+    >>> product = hessian(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))
+    >>> product(jnp.ones(2)).tolist()  # 6 x
+    [6.0, 12.0]
 
     Args:
       loss_fn: params -> f32[]; under pmap the device's share (see `losses.masked_mean`).
@@ -41,8 +49,8 @@ def linear_logits(
 ) -> tuple[jax.Array, Callable[[Params], jax.Array]]:
     """The logits f32[B, K] and their linear part, u -> J u, in the selected parameters.
 
-    The network runs here, once: neither a solver's loop nor a branch runs it again, and where the
-    same candidates are trained on, XLA shares this pass with the training gradient's.
+    The network runs once, here: neither a solver's loop nor a branch runs it again. Where the same
+    candidates are trained on, XLA shares this pass with the training gradient's.
 
     Args:
       logits_fn: (params, inputs) -> f32[B, K].
@@ -66,12 +74,12 @@ def gauss_newton(
 
         G = mean_i J_i^T (diag p_i - p_i p_i^T) J_i ,   J_i = d logits_i / d theta
 
-    Positive semi-definite, and free of the labels. Where the selected parameters are the head, what
-    a product does is one multiplication with the features and one with their transpose.
+    Positive semi-definite, and independent of the labels. For the parameters of the head a product
+    is one multiplication with the features and one with their transpose.
 
     Args:
-      logits, push: see `linear_logits`.
-      params: whatever has the structure of u.
+      logits, push: as `linear_logits` returns them.
+      params: any tree with the structure of u.
       mask: bool[B]; False rows do not count.
       reduce: mean over the data-parallel axis.
     """

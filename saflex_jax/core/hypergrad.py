@@ -5,9 +5,9 @@ For theta*(phi) = argmin_theta L_in(theta, phi) the implicit function theorem gi
     d L_out / d phi = d_phi L_out - d_phi <grad_theta L_in(theta*, phi), v> ,
     v = (grad^2_theta L_in + damping I)^-1 grad_theta L_out
 
-phi (`meta`) is one explicit pytree: sample weights, soft labels, or any meta-parameters; a loss may
-close over data but not over what is differentiated. What is *not* differentiated: the path by
-which theta* was found, and therefore the starting point.
+phi (`meta`) is one explicit pytree: sample weights, soft labels, or any meta-parameters. A loss may
+close over data but not over what is differentiated. The path by which theta* was reached is not
+differentiated, hence neither is the starting point.
 
 With phi = the soft labels, L_in their mean cross-entropy and v = grad L_out (`identity_solve`) the
 hypergradient is -scores / B: SAFLEX is the implicit gradient with the identity as inverse Hessian.
@@ -23,10 +23,15 @@ import optax
 
 from saflex_jax import checks
 from saflex_jax.core import curvature
+from saflex_jax.core.linear_solve import cg_solve
 from saflex_jax.core.tree import identity
 from saflex_jax.types import LinearSolve, Params, PyTree, Reduce, SolveInfo
 
 Loss = Callable[[Params, PyTree], jax.Array]
+
+# Conjugate gradients until the residual is at rounding, relative to ||b||. The cap is for systems
+# that have no solution (a singular Hessian); others end long before.
+CONVERGED = cg_solve(maxiter=1000, tol=0.0, damping=0.0)
 
 
 def implicit_hypergradient(
@@ -35,17 +40,26 @@ def implicit_hypergradient(
     params: Params,
     meta: PyTree,
     *,
-    solve: LinearSolve,
+    solve: LinearSolve = CONVERGED,
     reduce: Reduce = identity,
 ) -> tuple[jax.Array, PyTree, SolveInfo]:
-    """Outer loss and its total derivative with respect to `meta` at an inner optimum.
+    """The outer loss and its total derivative with respect to `meta` at an inner optimum.
+
+    >>> def inner_loss(params, meta):
+    ...     return (params - meta) ** 2
+    >>> def outer_loss(params, meta):
+    ...     return params**3
+    >>> value, gradient, info = implicit_hypergradient(inner_loss, outer_loss, 2.0, 2.0)
+    >>> float(value), float(gradient), float(info.residual)
+    (8.0, 12.0, 0.0)
 
     Args:
       inner_loss: (params, meta) -> f32[]; under pmap the device's share (`losses.masked_mean`).
       outer_loss: (params, meta) -> f32[]; likewise.
       params: an (approximate) minimiser of inner_loss(., meta).
       meta: pytree of floats, the same on every device.
-      solve: a LinearSolve; it receives the product with the inner Hessian.
+      solve: a LinearSolve; it receives the product with the inner Hessian. The default solves to
+        rounding and needs a positive definite one.
       reduce: mean over the data-parallel axis.
 
     Returns:
@@ -68,40 +82,65 @@ def _cross(inner_loss: Loss, params: Params, meta: PyTree, v: Params) -> PyTree:
 
 
 def differentiable_argmin(
-    inner_loss: Loss, minimise: Callable[[Params, PyTree], Params], *, solve: LinearSolve
-) -> Callable[[Params, PyTree], Params]:
+    inner_loss: Loss,
+    minimise: Callable[[Params, PyTree], Params],
+    *,
+    solve: LinearSolve = CONVERGED,
+) -> Callable[..., Params]:
     """Makes an inner solver whose backward pass is the implicit function theorem.
 
-        argmin = differentiable_argmin(inner_loss, minimise, solve=cg_solve(damping=0.0))
-        jax.grad(lambda meta: outer_loss(argmin(params0, meta)))(meta)
+    >>> def inner_loss(params, meta):
+    ...     return (params - meta) ** 2
+    >>> argmin = differentiable_argmin(inner_loss, minimise=lambda params0, meta: meta)
+    >>> float(jax.grad(lambda meta: argmin(0.0, meta) ** 3)(2.0))  # 3 meta^2
+    12.0
+
+    How well the backward pass solved its linear system is known only there, so `argmin` takes a
+    third argument whose gradient is the relative residual ||A v - b|| / ||b||. A gradient with a
+    residual that is not small is not the gradient of the optimum.
+
+    >>> def outer_loss(meta, probe):
+    ...     return argmin(0.0, meta, probe) ** 3
+    >>> gradient, residual = jax.grad(outer_loss, argnums=(0, 1))(2.0, 0.0)
+    >>> float(residual)
+    0.0
 
     Args:
       inner_loss: (params, meta) -> f32[].
       minimise: (params0, meta) -> params, any solver; it is never differentiated.
-      solve: a LinearSolve for (inner Hessian) v = cotangent.
+      solve: a LinearSolve for (inner Hessian) v = cotangent. The default, conjugate gradients to
+        rounding, needs a Hessian that is positive definite: at a minimum, regularised if need be.
 
     Returns:
-      (params0, meta) -> params, differentiable in meta; the gradient for params0 is zero.
+      argmin: (params0, meta, probe = 0.0) -> params, differentiable in meta. The gradient for
+      params0 is zero, that for `probe` f32[] the residual (NaN if `solve` reports none), summed
+      over the calls that share a probe.
     """
 
     @jax.custom_vjp
-    def argmin(params0, meta):
+    def argmin(params0, meta, probe):
         return minimise(params0, meta)
 
-    def forward(params0, meta):
+    def forward(params0, meta, probe):
         params = minimise(params0, meta)
         return params, (params, meta)
 
     def backward(saved, cotangent):
         params, meta = saved
         hvp = curvature.hessian(lambda p: inner_loss(p, meta), params)
-        v, _ = solve(hvp, cotangent)
+        v, info = solve(hvp, cotangent)
+        residual = jnp.nan if info.residual is None else info.residual
         # params0 has the shapes of params.
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return zeros, jax.tree.map(jnp.negative, _cross(inner_loss, params, meta, v))
+        grads = jax.tree.map(jnp.negative, _cross(inner_loss, params, meta, v))
+        return zeros, grads, jnp.asarray(residual, jnp.float32)
 
     argmin.defvjp(forward, backward)
-    return argmin
+
+    def with_probe(params0: Params, meta: PyTree, probe: jax.Array | float = 0.0) -> Params:
+        return argmin(params0, meta, jnp.asarray(probe, jnp.float32))
+
+    return with_probe
 
 
 def unrolled_argmin(
@@ -112,10 +151,22 @@ def unrolled_argmin(
     tx: optax.GradientTransformation,
     steps: int,
 ) -> Params:
-    """`steps` optimiser steps on the inner loss; ordinary autodiff goes through all of them.
+    """Takes `steps` optimiser steps on the inner loss; autodiff goes through all of them.
 
-    The ground truth for hypergradients: jax.grad of an outer loss of this is exact for the
-    truncated problem, at a memory cost that grows with `steps`.
+    jax.grad of an outer loss of the result is the exact hypergradient of the truncated problem, at
+    a memory cost that grows with `steps`.
+
+    >>> def inner_loss(params, meta):
+    ...     return (params - meta) ** 2
+    >>> float(unrolled_argmin(inner_loss, jnp.zeros(()), 2.0, tx=optax.sgd(0.25), steps=2))
+    1.5
+
+    Args:
+      inner_loss: (params, meta) -> f32[].
+      params: where to start.
+      meta: pytree of floats.
+      tx: the optimiser, freshly initialised here.
+      steps: >= 1.
 
     Raises:
       ValueError: steps < 1.

@@ -31,6 +31,10 @@ def weighted_cross_entropy(
 
         l_i = - w_i sum_k y_ik log softmax(z_i)_k
 
+    >>> labels = jnp.array([[1.0, 0.0], [0.5, 0.5]])
+    >>> weighted_cross_entropy(jnp.zeros((2, 2)), labels, weights=jnp.array([0.0, 2.0])).round(4)
+    Array([0.    , 1.3863], dtype=float32)
+
     Differentiable in logits, labels and weights, also where a label is exactly zero (so a
     hypergradient can raise it); hence no `where(labels == 0)` shortcut.
 
@@ -64,8 +68,16 @@ def masked_mean(
         sum_local(values) / reduce(count_local)
 
     Under jit this is the global mean. Under pmap it is the device's share of it: `reduce` of the
-    result, or of its gradient, is the global value. Uneven padding is thus weighed exactly, which
-    a mean of per-device means is not.
+    result, or of its gradient, is the global value. So uneven padding has its exact weight, which
+    it would not have in a mean of per-device means.
+
+    >>> float(masked_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([True, True, False])))
+    2.0
+
+    Args:
+      values: f32[B].
+      mask: bool[B]; None = all rows count.
+      reduce: mean over the data-parallel axis.
     """
     mask = jnp.ones(values.shape, bool) if mask is None else mask
     # Counts carry no gradient, so this reduce is safe inside a differentiated function.
@@ -78,6 +90,9 @@ def jensen_shannon(logits: jax.Array) -> jax.Array:
 
         JSD_i = 1/V sum_v KL(p_vi || m_i) ,  m_i = clip(1/V sum_v p_vi, 1e-7, 1)
 
+    >>> float(jensen_shannon(jnp.zeros((3, 1, 2)))[0])  # three equal predictions
+    0.0
+
     Args:
       logits: f32[V, B, K], of V views.
 
@@ -85,9 +100,9 @@ def jensen_shannon(logits: jax.Array) -> jax.Array:
       f32[B], nats, at most log V.
 
     Raises:
-      ValueError: another rank.
+      ValueError: logits of another rank.
 
-    Source: Hendrycks et al., "AugMix", ICLR 2020, equation 2; the clip is that of its code.
+    Source: Hendrycks et al., "AugMix", ICLR 2020, equation 2; the clip is in its code.
     """
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [V, B, K]; given {logits.shape}")
@@ -108,13 +123,13 @@ def decoupled_mixup(
     threshold: float = 0.5,
     power: float = 1.0,
 ) -> jax.Array:
-    """Mixup's cross-entropy, and that of each parent's class with the other's left out.
+    """Mixup's cross-entropy plus that of each parent's class without the other's.
 
         s CE(z, a) + (1 - s) CE(z, b) + eta_a CE(z without b, a) + eta_b CE(z without a, b)
         eta_a = eta s^power ,  eta_b = eta (1 - s)^power
 
-    Without the other class a confident prediction of one parent costs nothing, whatever s. The two
-    last terms vanish where a = b, where s is within 1e-3 of 0 or 1, and where it is exactly 1/2.
+    Without the other class a confident prediction of one parent costs nothing, whatever s. The last
+    two terms vanish where a = b, where s is within 1e-3 of 0 or 1, and where it is exactly 1/2.
 
     Args:
       logits: z, f32[B, K].
@@ -122,7 +137,7 @@ def decoupled_mixup(
       partner: b, i32[B], class of the other parent.
       share: s, f32[B], that of a.
       eta: >= 0.
-      mode: "both" terms; "less": a's only where s < threshold, else b's only; "more": the opposite.
+      mode: "both" terms; "less": a's where s < threshold, else b's; "more": the opposite.
       threshold: in [0, 1].
       power: >= 0; 0 = constant.
 
@@ -132,14 +147,14 @@ def decoupled_mixup(
     Raises:
       ValueError: shapes disagree, or a number is out of range.
 
-    eta_a goes with a, always: the released code orders the etas as (s, 1 - s) but the classes by
-    number, and so swaps the etas of the whole batch when the first row has a > b.
+    Here eta_a always belongs to a. The released code orders the etas as (s, 1 - s) but the classes
+    by number, which swaps the etas of the whole batch when the first row has a > b.
 
     Source: Liu et al., "Harnessing Hard Mixed Samples with Decoupled Regularizer", NeurIPS 2023.
     """
     checks.rows(logits.shape[0], own=own, partner=partner, share=share)
-    of_own, of_partner = (jax.nn.one_hot(c, logits.shape[1]) for c in (own, partner))
-    soft = share[:, None] * of_own + (1 - share[:, None]) * of_partner
+    own_label, partner_label = (jax.nn.one_hot(c, logits.shape[1]) for c in (own, partner))
+    soft = share[:, None] * own_label + (1 - share[:, None]) * partner_label
     return weighted_cross_entropy(logits, soft) + _decoupled(
         logits, own, partner, share, eta=eta, mode=mode, threshold=threshold, power=power
     )
@@ -147,16 +162,15 @@ def decoupled_mixup(
 
 def _check_decoupled(*, eta, mode, threshold, power):
     checks.choice(("both", "less", "more"), mode=mode)
-    checks.at_least_zero(eta=eta)
+    checks.at_least_zero(eta=eta, power=power)
     checks.fraction(threshold=threshold)
-    checks.at_least_zero(power=power)
 
 
 def _decoupled(logits, own, partner, share, *, eta, mode, threshold, power):
     """f32[B], the last two terms of `decoupled_mixup`."""
     _check_decoupled(eta=eta, mode=mode, threshold=threshold, power=power)
     used = (own != partner) & (share > 1e-3) & (share < 1 - 1e-3) & (share != 0.5)
-    # Where unused, any share inside (0, 1) and all classes: the gradient must be finite there too.
+    # Unused rows get a share inside (0, 1) and keep all classes, so that gradients are finite.
     share = jnp.where(used, share, 0.25)
 
     def without(other, kept):
@@ -185,13 +199,13 @@ def weighted_soft_cross_entropy(
 
 
 def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
-    """Candidate loss of AugMix: cross-entropy of the clean view, and all views alike.
+    """Candidate loss of AugMix: cross-entropy of the clean view plus the views' divergence.
 
         loss_iv = w_iv (1[v = 0] V CE(z_i0, y_i0) + strength JSD(z_i0, ..., z_i(V-1)))
 
-    so that with weights of one the mean over rows is that of CE(clean) + strength JSD over samples.
-    Row i V + v is view v of sample i and view 0 the clean one: `augment.views(identity, a, a)`.
-    The other views' labels are not read.
+    With weights of one the mean over rows is the mean of CE(clean) + strength JSD over samples.
+    Row i V + v is view v of sample i, and view 0 is the clean one: `augment.views(identity, a, a)`.
+    The labels of the other views are not read.
 
     Args:
       views: V, at least 2.
@@ -213,7 +227,7 @@ def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
         mask = candidates.mask
         clean = weighted_soft_cross_entropy(logits, targets, candidates)
         clean = jnp.where(jnp.arange(rows) % views == 0, views * clean, 0.0)
-        # Padding is finite here, and so has no gradient below.
+        # Padding must be finite to have no gradient below.
         stacked = jnp.where(mask[:, None], logits, 0.0).reshape(-1, views, classes)
         alike = jnp.repeat(jensen_shannon(stacked.swapaxes(0, 1)), views)
         return clean + jnp.where(mask, targets.weights * strength * alike, 0.0)
@@ -224,14 +238,14 @@ def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
 def decoupled_mixup_loss(
     *, eta: float = 0.1, mode: Decoupled = "both", power: float = 1.0
 ) -> CandidateLoss:
-    """Candidate loss of decoupled mixup: the targets' cross-entropy, and `decoupled_mixup`'s terms.
+    """Candidate loss of decoupled mixup: the targets' cross-entropy plus `decoupled_mixup`'s terms.
 
         loss_i = w_i (CE(z_i, y_i) + eta_a CE(z_i without b, a) + eta_b CE(z_i without a, b))
 
     The parents' classes a, b and the share s are the two largest entries of the prior label. Which
-    parent is called a does not matter: exchanging them makes (a, b, s) into (b, a, 1 - s), which
-    exchanges the terms of "both"; and with the threshold at 1/2, as here, "less" has b's term where
-    b is the lesser parent or a's where a is, and "more" that of the greater one.
+    parent is a does not matter: the exchange turns (a, b, s) into (b, a, 1 - s), which swaps the
+    terms of "both". With the threshold of 1/2 used here, "less" keeps the term of the parent with
+    the smaller share and "more" that of the parent with the larger one.
 
     Args:
       eta: >= 0.
@@ -272,12 +286,11 @@ def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.
         m_k = C / n_k^(1/4) ,  C such that max_k m_k = max_margin
         loss_i = w_i sum_k y_ik l_ik ,  l_ik = log(1 + sum_(j != k) exp(s z_ij - s (z_ik - m_k)))
 
-    A one-hot label gives the paper's loss. A soft one gives the mean of the losses that its classes
-    would give, each with the margin on itself alone. A joint label (class, transformation) has the
-    margin of its class, since its count is the class's.
+    A one-hot label gives the paper's loss; a soft one the label's mean of its classes' losses. A
+    joint label (class, transformation) has the margin of its class, since its count is the class's.
 
-    The scale is meant for logits that are cosines of features and the head's columns, as in the
-    authors' code; `models.Classifier` and `Heads` give them with `cosine=True`.
+    The scale assumes logits that are cosines of features and the head's columns, as in the authors'
+    code; `models.Classifier` and `Heads` give them with `cosine=True`.
 
     Args:
       counts: n, f[K], > 0: training samples of each class; the sum of their prior labels.
@@ -291,8 +304,7 @@ def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.
     NeurIPS 2019; for the scale, its repository kaidic/LDAM-DRW.
     """
     check_counts(counts)
-    checks.positive(max_margin=max_margin)
-    checks.positive(scale=scale)
+    checks.positive(max_margin=max_margin, scale=scale)
     margins = np.asarray(counts, np.float64) ** -0.25
     margins = np.asarray(max_margin / margins.max() * margins, np.float32)
 
@@ -301,15 +313,15 @@ def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.
         checks.rows(classes, counts=counts)
         mask = candidates.mask
         z = scale * jnp.where(mask[:, None], logits, 0.0)
-        # log sum_(j != k) exp z_j. Where k is the largest, taking it out of the sum of all would
-        # leave nothing but rounding; elsewhere at most half of the sum is taken out.
+        # log sum_(j != k) exp z_j. For the largest k the difference to the sum of all would be
+        # rounding alone, so it is summed directly; elsewhere at most half of the sum goes.
         largest = jax.nn.one_hot(jnp.argmax(z, -1), classes, dtype=bool)
         below = jax.nn.logsumexp(jnp.where(largest, -jnp.inf, z), axis=-1, keepdims=True)
         share = jnp.where(largest, 0.0, jax.nn.softmax(z))
         without = jax.nn.logsumexp(z, axis=-1, keepdims=True) + jnp.log1p(-share)
         others = jnp.where(largest, jnp.broadcast_to(below, z.shape), without)
-        of_classes = jax.nn.softplus(others - z + scale * margins[None])
-        losses = jnp.sum(targets.labels * of_classes, axis=-1)
+        class_losses = jax.nn.softplus(others - z + scale * margins[None])
+        losses = jnp.sum(targets.labels * class_losses, axis=-1)
         return jnp.where(mask, targets.weights * losses, 0.0)
 
     return loss
