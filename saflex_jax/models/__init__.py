@@ -3,7 +3,12 @@
 from saflex_jax.models.adapters import from_function, from_linen, from_nnx
 from saflex_jax.models.classifier import Classifier, Heads, mix_hidden
 from saflex_jax.models.ft_transformer import FTTransformer
-from saflex_jax.models.mix_block import AdversarialMixBlock, MixBlock
+from saflex_jax.models.mix_block import (
+    AdversarialMixBlock,
+    AdversarialMixBlockOptions,
+    MixBlock,
+    MixBlockOptions,
+)
 from saflex_jax.models.mlp import MLP
 from saflex_jax.models.resnet import ResNet18
 from saflex_jax.models.small_cnn import SmallCNN
@@ -12,10 +17,12 @@ from saflex_jax.models.vit import ViT
 __all__ = [
     "MLP",
     "AdversarialMixBlock",
+    "AdversarialMixBlockOptions",
     "Classifier",
     "FTTransformer",
     "Heads",
     "MixBlock",
+    "MixBlockOptions",
     "ResNet18",
     "SmallCNN",
     "ViT",

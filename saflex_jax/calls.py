@@ -1,0 +1,37 @@
+"""Options that are calls as text, for configs and command lines: "cg(20, damping=0.03)"."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from saflex_jax import checks
+
+
+def parse(accepted: Mapping[str, Callable], /, **option: str) -> Any:
+    """What the call gives that one option's text names; only names and literals are read.
+
+    >>> parse({"pair": complex}, value="pair(1, imag=2)")
+    (1+2j)
+
+    Args:
+      accepted: name -> function.
+      option: one keyword; a name of `accepted`, alone or with arguments in parentheses.
+
+    Raises:
+      ValueError: another form, an unknown name (names the nearest) or argument.
+    """
+    ((option_name, text),) = option.items()
+    try:
+        call = ast.parse(text, mode="eval").body
+        name = call.func.id if isinstance(call, ast.Call) else call.id
+        arguments = [ast.literal_eval(a) for a in getattr(call, "args", ())]
+        keywords = {k.arg: ast.literal_eval(k.value) for k in getattr(call, "keywords", ())}
+    except (AttributeError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"{option_name} must be NAME or NAME(options); given {text!r}") from error
+    checks.choice(accepted, **{option_name: name})
+    try:
+        return accepted[name](*arguments, **keywords)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option_name} {text!r}: {error}") from error
