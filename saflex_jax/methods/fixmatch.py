@@ -176,7 +176,7 @@ def make(
         average = state.extra.average
         state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
         if options.ema:
-            average = optax.incremental_update(state.params, average, 1 - options.ema)
+            average = _average(average, state.params, options.ema)
         return state._replace(extra=AverageAndRule(average, arrays)), {**metrics, **of_rule}
 
     def predict(state, inputs):
@@ -203,6 +203,11 @@ def pseudo_labels(logits: jax.Array, threshold: float) -> tuple[jax.Array, jax.A
     """
     labels = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[1], dtype=logits.dtype)
     return labels, jnp.max(jax.nn.softmax(logits), -1) >= threshold
+
+
+def _average(old, new, decay):
+    """decay old + (1 - decay) new, leaf by leaf."""
+    return jax.tree.map(lambda a, x: (decay * a + (1 - decay) * x).astype(x.dtype), old, new)
 
 
 def view_keys(state: TrainState) -> jax.Array:
