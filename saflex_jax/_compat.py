@@ -1,8 +1,9 @@
-"""The only place that depends on the version of JAX."""
+"""The only place that depends on the version of JAX, and on what else is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -16,3 +17,16 @@ def auto_mesh(devices: Sequence[jax.Device], axis_name: str) -> Mesh:
     random permutations, jnp.roll and microbatch reshapes of sharded arrays are errors.
     """
     return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
+
+
+@contextlib.contextmanager
+def optional(package: str, extra: str = "data") -> Iterator[None]:
+    """Context for importing a package that only an extra of `saflex_jax` installs.
+
+    Raises:
+      ImportError: the package is missing; names the extra that installs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'this needs {package}: pip install "saflex_jax[{extra}]"') from error

@@ -1,4 +1,4 @@
-"""From rows of a data set to what a step trains on; one definition for the host and the device."""
+"""From rows of a data set to the batch of a step; one definition for the host and the device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ def floats(inputs: PyTree) -> PyTree:
 
         uint8 x -> x * f32(1 / 255)
 
-    The same bits in NumPy and in compiled JAX.
+    NumPy and compiled JAX give the same bits.
+
+    >>> floats(np.uint8([0, 51, 255])).round(6).tolist()
+    [0.0, 0.20000000298023224, 1.0]
     """
     return jax.tree.map(lambda x: x.astype("float32") * LEVEL if x.dtype == "uint8" else x, inputs)
 
 
 def take(pools: Streams, rows: Streams) -> Streams:
     """The batch of these rows, 8-bit inputs as floats; NumPy in, NumPy out, and the same traced.
+
+    >>> pool = Batch(np.float32([5, 6, 7]), np.eye(3), np.ones(3, bool), np.arange(3))
+    >>> take(Streams(pool), Streams(np.array([2, 0]))).candidates.inputs.tolist()
+    [7.0, 5.0]
 
     Args:
       pools: whole data sets, a Batch of N rows each, or None.

@@ -9,13 +9,13 @@ from saflex_jax.data.noise import (
     symmetric_noise,
 )
 from saflex_jax.data.pool import Pool, write_array_record
+from saflex_jax.data.prepared import Description, from_prepared, write_prepared
 from saflex_jax.data.sources import (
     SOURCES,
     Source,
     digits,
     from_folder,
     from_npz,
-    from_prepared,
     from_table,
     from_tfds,
     priors,
@@ -40,6 +40,7 @@ __all__ = [
     "SOURCES",
     "ArrayStream",
     "Column",
+    "Description",
     "EpisodeStream",
     "FoldStream",
     "IndexStream",
@@ -79,4 +80,5 @@ __all__ = [
     "wdbc",
     "without_copies",
     "write_array_record",
+    "write_prepared",
 ]

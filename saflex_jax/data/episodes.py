@@ -1,4 +1,4 @@
-"""Few-shot episodes: a few classes, a few samples of each to learn from and others to classify."""
+"""Few-shot episodes: a few classes, of each a few samples to learn from and others to classify."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from saflex_jax.types import Streams
 class EpisodeStream(IndexStream):
     """Which rows the next global batch of episodes takes: `next(stream).candidates` is i64[rows].
 
-    An episode has `ways` different classes, drawn uniformly from those that occur, and of each of
-    them `shots` support rows and `queries` other rows, drawn uniformly from the class. Its rows
-    come in the order [class, shots + queries], so a row's class within its episode is its place.
-    Episode g of a stream is a function of (purpose, seed, g), and batch t is episodes t E to
-    t E + E - 1; a process takes a block of whole episodes. As a stream of rows it serves a runner
-    that holds the candidates alone: `runner.hold(Streams(candidates))`.
+    An episode has `ways` different classes, drawn uniformly, and of each of them `shots` support
+    rows and `queries` other rows, drawn uniformly from the class. Its rows are in the order
+    [class, shots + queries], so the place of a row says its class within the episode.
+    Episode g of a stream is a function of (purpose, seed, g), and batch t holds episodes t E to
+    t E + E - 1; a process takes a block of whole episodes. It gives rows, so its runner must hold
+    the candidates: `runner.hold(Streams(candidates))`.
+
+    >>> labels = np.repeat([0, 1, 2], 5)
+    >>> stream = EpisodeStream(labels, ways=2, shots=1, queries=2, episodes=1, seed=0)
+    >>> rows = labels[next(stream).candidates].reshape(2, 3)
+    >>> bool((rows == rows[:, :1]).all())
+    True
 
     Args:
       labels: i[N], classes.
@@ -51,20 +57,19 @@ class EpisodeStream(IndexStream):
         labels = np.asarray(labels)
         checks.integers(np.max(labels, initial=0) + 1, labels=labels)
         checks.whole(2, ways=ways)
-        for name, number in {"shots": shots, "queries": queries, "episodes": episodes}.items():
-            checks.whole(1, **{name: number})
+        checks.whole(1, shots=shots, queries=queries, episodes=episodes)
         classes, counts = np.unique(labels, return_counts=True)
         if len(classes) < ways:
             raise ValueError(f"labels must be of at least {ways} classes; given {len(classes)}")
-        of_class = shots + queries
-        if counts.min() < of_class:
+        rows_of_class = shots + queries
+        if counts.min() < rows_of_class:
             raise ValueError(
                 f"labels must have {shots} + {queries} samples of every class; "
                 f"class {classes[counts.argmin()]} has {counts.min()}"
             )
         super().__init__(
             Streams(len(labels)),
-            batch_size=episodes * ways * of_class,
+            batch_size=episodes * ways * rows_of_class,
             seed=seed,
             process_index=process_index,
             process_count=process_count,
@@ -74,13 +79,13 @@ class EpisodeStream(IndexStream):
                 f"episodes must be a multiple of {process_count} processes; given {episodes}"
             )
         self._places = [np.flatnonzero(labels == k) for k in classes]
-        self._ways, self._of_class, self._purpose = ways, of_class, purpose
+        self._ways, self._rows_of_class, self._purpose = ways, rows_of_class, purpose
         self._share = episodes // process_count
 
     def _episode(self, number: int) -> np.ndarray:
         rng = generator(self._purpose, self._seed, number)
-        drawn = rng.choice(len(self._places), self._ways, replace=False)
-        rows = [rng.choice(self._places[k], self._of_class, replace=False) for k in drawn]
+        classes = rng.choice(len(self._places), self._ways, replace=False)
+        rows = [rng.choice(self._places[k], self._rows_of_class, replace=False) for k in classes]
         return np.concatenate(rows)
 
     def rows(self, step: int) -> Streams:
@@ -95,6 +100,11 @@ class EpisodeStream(IndexStream):
 def novel_classes(split: Split, labels: np.ndarray, *, novel: int, num_classes: int) -> Split:
     """Trains and validates on the first classes alone and tests on the last `novel` alone.
 
+    >>> split = Split(np.arange(0, 8), np.arange(8, 12), np.arange(12, 16))
+    >>> known = novel_classes(split, np.arange(16) % 4, novel=2, num_classes=4)
+    >>> known.train.tolist(), known.test.tolist()
+    ([0, 1, 4, 5], [14, 15])
+
     Args:
       split: places in a data set.
       labels: i[N], classes of the whole data set.
@@ -107,13 +117,13 @@ def novel_classes(split: Split, labels: np.ndarray, *, novel: int, num_classes: 
     labels = np.asarray(labels)
     checks.integers(num_classes, labels=labels)
     is_novel = labels >= num_classes - novel
-    known = lambda index: index[~is_novel[index]]
-    found = Split(known(split.train), known(split.val), split.test[is_novel[split.test]])
-    for name in ("train", "test"):
-        left = len(np.unique(labels[getattr(found, name)]))
+    train, val = (index[~is_novel[index]] for index in (split.train, split.val))
+    test = split.test[is_novel[split.test]]
+    for name, index in {"train": train, "test": test}.items():
+        left = len(np.unique(labels[index]))
         if left < 2:
             raise ValueError(
                 f"novel must leave at least two classes in {name}; "
                 f"{novel} of {num_classes} leave {left}"
             )
-    return found
+    return Split(train, val, test)

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from saflex_jax import checks
+from saflex_jax._compat import optional
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-# What a file's own mode becomes where no number of channels is asked for, and the 8-bit modes that
-# lose an alpha channel or a colour space where one is; the others would lose bits.
+# Without `channels` a file's own mode decides. With it 8-bit modes are converted as well, which may
+# drop an alpha channel or a colour space; other modes would lose bits and are refused.
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 CONVERTED = (*MODES, "RGBA", "LA", "CMYK", "YCbCr")
 
@@ -24,6 +25,10 @@ class Rows:
     """N rows that are read when they are asked for; looks like an array of shape [N, ...].
 
     `rows[i]`, `rows[a:b]`, `rows[places]` and `np.asarray(rows)` read; nothing else does.
+
+    >>> squares = Rows(lambda places: places**2, size=1000, shape=(), dtype=int)
+    >>> squares[[10, 2]].tolist(), squares.shape
+    ([100, 4], (1000,))
 
     Args:
       read: places i[B] in [0, N) -> array [B, *shape].
@@ -46,66 +51,82 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, places) -> np.ndarray:
-        found = np.arange(len(self))[places]
-        return self._read(found) if found.ndim else self._read(found[None])[0]
+        rows = np.arange(len(self))[places]
+        return self._read(rows) if rows.ndim else self._read(rows[None])[0]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        del copy  # what was read is nobody else's
+        del copy  # every read makes a new array
         return self[:].astype(dtype or self.dtype, copy=False)
 
 
 def subset(inputs: Any, rows: np.ndarray) -> Any:
-    """Some of the rows, of a pytree of arrays or of `Rows`, which are not read."""
+    """The given rows of a pytree of arrays, or of `Rows`, which stay unread.
+
+    >>> subset({"x": np.array([5, 6, 7])}, np.array([2, 0]))["x"].tolist()
+    [7, 5]
+    """
     if isinstance(inputs, Rows):
         return Rows(lambda i: inputs[rows[i]], len(rows), inputs.shape[1:], inputs.dtype)
     return jax.tree.map(lambda x: x[rows], inputs)
 
 
 def joined(first: Any, second: Any) -> Any:
-    """The rows of both, one after the other; of pytrees of arrays, or of `Rows`, not read.
+    """The rows of both, one after the other; pytrees of arrays, or `Rows`, which stay unread.
+
+    >>> joined(np.array([1, 2]), np.array([3])).tolist()
+    [1, 2, 3]
 
     Raises:
       ValueError: rows of another shape or dtype.
     """
-    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
-        kinds = [f"{x.dtype}{list(x.shape[1:])}" for x in (one, other)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"second must have rows {kinds[0]}, as first; given {kinds[1]}")
+    for leaves in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        expected, given = (f"{x.dtype}{list(x.shape[1:])}" for x in leaves)
+        if given != expected:
+            raise ValueError(f"second must have rows {expected}, as first; given {given}")
     if not isinstance(first, Rows) and not isinstance(second, Rows):
         return jax.tree.map(lambda *x: np.concatenate(x), first, second)
     size = len(first)
 
     def read(places):
-        before = places < size
-        found = np.empty((len(places), *first.shape[1:]), first.dtype)
-        found[before], found[~before] = first[places[before]], second[places[~before] - size]
-        return found
+        in_first = places < size
+        rows = np.empty((len(places), *first.shape[1:]), first.dtype)
+        rows[in_first] = first[places[in_first]]
+        rows[~in_first] = second[places[~in_first] - size]
+        return rows
 
     return Rows(read, size + len(second), first.shape[1:], first.dtype)
 
 
 def resized(images: Any, size: tuple[int, int]) -> Any:
-    """8-bit images [N, H, W, C] at another size (bilinear), made when rows are asked for.
+    """8-bit images [N, H, W, C] at another size (bilinear), resized when rows are asked for.
+
+    >>> resized(np.zeros((5, 8, 8, 3), np.uint8), (4, 6)).shape
+    (5, 4, 6, 3)
+
+    Args:
+      images: uint8[N, H, W, C], an array or `Rows`.
+      size: (H, W) of the result.
 
     Raises:
-      ValueError: they are not 8-bit.
+      ImportError: Pillow is not installed.
+      ValueError: images that are not 8-bit.
     """
     if images.shape[1:3] == size:
         return images
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8 to be resized; given {images.dtype}")
-    from PIL import Image
+    with optional("Pillow"):
+        from PIL import Image
 
     shape = (*size, images.shape[-1])
 
     def read(places):
-        made = np.empty((len(places), *shape), np.uint8)
+        resized_rows = np.empty((len(places), *shape), np.uint8)
         for row, pixels in enumerate(images[places]):
             image = Image.fromarray(pixels.squeeze(-1) if shape[-1] == 1 else pixels)
-            made[row] = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(
-                shape
-            )
-        return made
+            image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+            resized_rows[row] = np.asarray(image).reshape(shape)
+        return resized_rows
 
     return Rows(read, len(images), shape, np.uint8)
 
@@ -121,13 +142,13 @@ def image_rows(
     Args:
       files: at least one.
       size: (H, W) that all are resized to (bilinear); None = they have one size.
-      channels: 1 (luma) or 3, an alpha channel is left out; None = what the files have, which must
-        be the same for all.
+      channels: 1 (luma) or 3, without any alpha channel; None = what the files have, which must be
+        the same for all.
 
     Raises:
       ImportError: Pillow is not installed.
-      ValueError: size or channels out of range; an image, now the first and on access any other,
-        that does not decode or has another shape than the first. Names the file.
+      ValueError: size or channels out of range; an image that does not decode or has another shape
+        than the first one (the first is decoded now, the others on access). Names the file.
     """
     decode = _decoder(size, channels)
     first = decode(files[0])
@@ -157,10 +178,9 @@ def _decoder(
     size: tuple[int, int] | None, channels: int | None
 ) -> Callable[[str | os.PathLike], np.ndarray]:
     """File -> uint8[H, W, C]."""
-    try:
+    with optional("Pillow"):
         from PIL import Image
-    except ImportError as error:
-        raise ImportError('images need Pillow: pip install "saflex_jax[data]"') from error
+
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size must be (H, W), both >= 1; given {size}")
     if channels not in (None, 1, 3):

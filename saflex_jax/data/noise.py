@@ -1,13 +1,13 @@
-"""Seeded corruption: wrong labels of three kinds, and candidates from outside."""
+"""Seeded corruption: three kinds of wrong labels, and samples from another data set."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from sklearn.preprocessing import StandardScaler
 
 from saflex_jax import checks
+from saflex_jax._compat import optional
 from saflex_jax.data.seeds import generator
 from saflex_jax.data.splits import chunks
 
@@ -17,6 +17,11 @@ CHUNK = 256  # inputs in memory at once
 def symmetric_noise(labels: np.ndarray, num_classes: int, *, share: float, seed: int) -> np.ndarray:
     """Replaces exactly round(share * N) labels by another class, uniformly.
 
+    >>> labels = np.array([0, 1, 2, 3] * 10)
+    >>> noisy = symmetric_noise(labels, 4, share=0.3, seed=0)
+    >>> int((noisy != labels).sum())
+    12
+
     Args:
       labels: int[N] in [0, num_classes).
       num_classes: K >= 2.
@@ -24,7 +29,7 @@ def symmetric_noise(labels: np.ndarray, num_classes: int, *, share: float, seed:
       seed: of the choice of samples and classes.
 
     Returns:
-      int[N]; the argument is left as it is, so the clean labels stay beside.
+      int[N]; the argument stays as it is.
 
     Raises:
       ValueError: share outside [0, 1], labels out of range, or fewer than two classes.
@@ -37,6 +42,9 @@ def symmetric_noise(labels: np.ndarray, num_classes: int, *, share: float, seed:
 def pairwise_noise(labels: np.ndarray, num_classes: int, *, share: float, seed: int) -> np.ndarray:
     """Replaces exactly round(share * N) labels by the next class, k by k + 1 mod K.
 
+    >>> pairwise_noise(np.array([0, 1, 2]), 3, share=1.0, seed=0).tolist()
+    [1, 2, 0]
+
     Args:
       labels: int[N] in [0, num_classes).
       num_classes: K >= 2.
@@ -44,7 +52,7 @@ def pairwise_noise(labels: np.ndarray, num_classes: int, *, share: float, seed: 
       seed: of the choice of samples.
 
     Returns:
-      int[N]; the argument is left as it is.
+      int[N]; the argument stays as it is.
 
     Raises:
       ValueError: share outside [0, 1], labels out of range, or fewer than two classes.
@@ -60,15 +68,20 @@ def instance_noise(
 ) -> np.ndarray:
     """Replaces exactly round(share * N) labels by a class that looks right for the input.
 
-    A wrong sample of class y with input x, flattened and each feature standardised over the data
-    set, becomes class k with probability
+    A mislabelled sample of class y with input x, flattened and each feature standardised over the
+    data set, becomes class k with probability
 
       softmax(x W)_k over k != y,    W ~ N(0, 1)^{S x K}, which depends on the seed alone.
 
-    The paper flips sample i with probability q_i ~ N(share, 0.1^2) truncated to [0, 1], so that the
+    The paper flips sample i with probability q_i ~ N(share, 0.1^2) truncated to [0, 1], so its
     share is random. Its q_i are independent of x and of each other: given how many samples flip,
-    all sets of that size are equally likely, and so they are drawn here, with the number exact. The
-    authors' code has a W for every true class; here one serves all, so memory is S K, not S K^2.
+    all sets of that size are equally likely. Here the number is exact and the set is uniform. The
+    authors' code has one W for each true class; here a single W takes memory S K, not S K^2.
+
+    >>> inputs, labels = np.eye(8), np.arange(8) % 4
+    >>> noisy = instance_noise(inputs, labels, 4, share=0.5, seed=0)
+    >>> int((noisy != labels).sum())
+    4
 
     Args:
       inputs: [N, ...], an array or anything with a length whose slices are arrays; read twice, in
@@ -79,14 +92,18 @@ def instance_noise(
       seed: of the projection, the samples and the classes.
 
     Returns:
-      int[N]; the arguments are left as they are.
+      int[N]; the arguments stay as they are.
 
     Raises:
+      ImportError: scikit-learn is not installed.
       ValueError: share outside [0, 1], labels out of range, fewer than two classes, another number
         of inputs than of labels, or inputs that are not finite numbers.
 
     Source: Xia et al., "Part-dependent Label Noise", NeurIPS 2020, Algorithm 2.
     """
+    with optional("scikit-learn"):
+        from sklearn.preprocessing import StandardScaler
+
     choices, weights, draws = generator("noise", seed).spawn(3)
     wrong = np.sort(_wrong(labels, num_classes, share=share, rng=choices))
     if len(inputs) != len(labels):
@@ -99,13 +116,14 @@ def instance_noise(
         checks.finite(**{f"inputs[{number * CHUNK}:]": rows})
         scaler.partial_fit(rows.reshape(len(rows), -1))
     projection = weights.standard_normal((scaler.n_features_in_, num_classes))
-    parts = np.split(wrong, np.searchsorted(wrong, np.arange(CHUNK, len(labels), CHUNK)))
-    for here, rows in zip(parts, chunks(inputs, CHUNK)):
-        if here.size:
-            features = scaler.transform(rows[here % CHUNK].reshape(len(here), -1))
-            scores = features @ projection
-            scores[np.arange(len(here)), noisy[here]] = -np.inf
-            noisy[here] = np.argmax(scores + draws.gumbel(size=scores.shape), 1)  # ~ softmax
+    wrong_by_chunk = np.split(wrong, np.searchsorted(wrong, np.arange(CHUNK, len(labels), CHUNK)))
+    for places, rows in zip(wrong_by_chunk, chunks(inputs, CHUNK)):
+        if places.size:
+            features = scaler.transform(rows[places % CHUNK].reshape(len(places), -1))
+            logits = features @ projection
+            logits[np.arange(len(places)), noisy[places]] = -np.inf
+            # The Gumbel-max trick: a sample of the softmax.
+            noisy[places] = np.argmax(logits + draws.gumbel(size=logits.shape), 1)
     return noisy
 
 
@@ -114,15 +132,19 @@ def outside_candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replaces exactly round(share * N) inputs by rows of another data set: no label is right.
 
+    >>> mixed, outside = outside_candidates(np.zeros(5), np.ones(9), share=0.4, seed=0)
+    >>> int(outside.sum()), bool((mixed == outside).all())
+    (2, True)
+
     Args:
       inputs: [N, ...].
-      other: [M, ...] of the same shape and dtype, of classes that `inputs` does not have; a row
-        comes in twice only where M is less than the number replaced.
+      other: [M, ...] of the same shape and dtype, of classes that `inputs` does not have; a row is
+        drawn twice only where M is less than the number replaced.
       share: in [0, 1].
       seed: of the choice of samples and of rows.
 
     Returns:
-      (inputs [N, ...], outside bool[N]); the arguments are left as they are.
+      (inputs [N, ...], outside bool[N]); the arguments stay as they are.
 
     Raises:
       ValueError: share outside [0, 1], rows of another shape or dtype, or no rows in `other`.
@@ -144,7 +166,7 @@ def outside_candidates(
 
 
 def _chosen(size: int, *, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Exactly round(share * size) different places out of `size`, uniformly."""
+    """round(share * size) different places out of `size`, uniformly."""
     checks.fraction(share=share)
     return rng.choice(size, size=round(share * size), replace=False)
 
@@ -152,7 +174,7 @@ def _chosen(size: int, *, share: float, rng: np.random.Generator) -> np.ndarray:
 def _wrong(
     labels: np.ndarray, num_classes: int, *, share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Places of the labels to corrupt, if there is a way to."""
+    """Places of the labels to corrupt; raises where labels or classes do not allow it."""
     checks.whole(2, num_classes=num_classes)
     checks.integers(num_classes, labels=labels)
     return _chosen(len(labels), share=share, rng=rng)
@@ -161,7 +183,7 @@ def _wrong(
 def _moved(
     labels: np.ndarray, wrong: np.ndarray, steps: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """The labels, those at `wrong` moved on by `steps` classes."""
+    """The labels; those at `wrong` are moved on by `steps` classes."""
     noisy = np.array(labels)
     noisy[wrong] = (noisy[wrong] + steps) % num_classes
     return noisy

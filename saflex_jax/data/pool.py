@@ -1,4 +1,7 @@
-"""Pools of candidates that a generator made ahead of training, several for each source sample."""
+"""Pools of candidates that a generator made before training, several for each source sample.
+
+`write_array_record` writes a pool as one file and `Pool.from_array_record` reads it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from types import ModuleType
 import numpy as np
 
 from saflex_jax import checks
+from saflex_jax._compat import optional
 from saflex_jax.batches import floats
 from saflex_jax.data.images import image_rows, images_in
 
-CHUNK = 256  # records in memory at once while an ArrayRecord file is looked through
+CHUNK = 256  # records in memory at once while the labels of an ArrayRecord file are read
 
 
 class Pool:
@@ -24,8 +28,15 @@ class Pool:
 
     Source sample i has `pool.draws(i)` candidates, numbered from zero; it may have none. The label
     is the generator's, and so the prior of the candidate. `len(pool)` is the number of sources: the
-    largest named plus one, or what the constructors' `num_sources` says. Made by `from_arrays`,
-    `from_folder` and `from_array_record`; `data.ArrayStream(generated=pool)` trains on it.
+    largest one plus one, or `num_sources`. `from_arrays`, `from_folder` and `from_array_record`
+    make pools; `data.ArrayStream(generated=pool)` trains on one.
+
+    >>> pool = Pool.from_arrays(np.float32([[1], [2], [3]]), np.eye(3), np.array([0, 0, 2]))
+    >>> pool.draws(np.array([0, 1, 2])).tolist()
+    [2, 0, 1]
+    >>> inputs, labels = pool(index=np.array([0, 2]), draw=np.array([1, 0]))
+    >>> inputs.tolist(), labels.argmax(1).tolist()
+    ([[2.0], [3.0]], [1, 2])
 
     Attributes:
       num_classes: K.
@@ -115,9 +126,9 @@ class Pool:
         """The pool of the images `<source>/<draw>.<png|jpg|jpeg|webp|bmp>`, decoded on access.
 
         `labels.csv` beside the sources has the header `file,label` (classes) or `file,p0,p1,...`
-        (soft labels) and a row for every image, `3/0.png,7`; rows of images that are not there are
-        passed over, so that candidates can be filtered by deleting them. A source's candidates are
-        numbered in the order of `<draw>`. Grey images are [H, W, 1], others [H, W, 3]; in [0, 1].
+        (soft labels) and a row for every image, `3/0.png,7`. Rows of missing images are ignored,
+        so candidates can be filtered by deleting their files. A source's candidates are numbered
+        in the order of `<draw>`. Grey images are [H, W, 1], others [H, W, 3]; in [0, 1].
 
         Args:
           path: the folder.
@@ -132,20 +143,22 @@ class Pool:
             name the file.
         """
         folder = pathlib.Path(path)
-        found = []
+        candidates = []  # (source, draw, name, file)
         for source in sorted(p for p in folder.iterdir() if p.is_dir()):
             number = _number("source", source.name, source)
-            found += [(number, _number("draw", p.stem, p), p.name, p) for p in images_in(source)]
-        if not found:
+            candidates += [
+                (number, _number("draw", p.stem, p), p.name, p) for p in images_in(source)
+            ]
+        if not candidates:
             raise ValueError(f"{folder} must hold images <source>/<draw>.png; given none")
-        found.sort()
-        files = [p for *_, p in found]
+        candidates.sort()
+        files = [p for *_, p in candidates]
         images = image_rows(files, size=size)
         labels = _csv_labels(folder / "labels.csv", [p.relative_to(folder) for p in files])
         return cls(
             lambda places: floats(images[places]),
             labels,
-            np.array([number for number, *_ in found]),
+            np.array([source for source, *_ in candidates]),
             num_classes=num_classes,
             num_sources=num_sources,
             shape=images.shape[1:],
@@ -159,9 +172,9 @@ class Pool:
         num_classes: int | None = None,
         num_sources: int | None = None,
     ) -> Pool:
-        """The pool of a file by `write_array_record`, read on access.
+        """The pool of a file that `write_array_record` wrote; inputs are read on access.
 
-        Every record is looked through once, for its source and label.
+        Sources and labels of all records are read now.
 
         Args:
           path: the file.
@@ -170,13 +183,13 @@ class Pool:
 
         Raises:
           ImportError: array_record is not installed.
-          ValueError: not such a file, or empty; a record that does not decode; sources or labels
-            as for `from_arrays`; on access, inputs that are not finite or of another shape than the
-            first.
+          ValueError: no such file, or an empty one; a record that does not decode; sources or
+            labels as for `from_arrays`; on access, inputs that are not finite or of another shape
+            than the first.
         """
-        # Reading ahead is for scans; here it would read what nobody asked for.
+        # Records are read at random, so reading ahead would be wasted.
         reader = _array_record().ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        total = reader.num_records()  # zero, too, where there is no such file
+        total = reader.num_records()  # also zero where there is no such file
         if not total:
             raise ValueError(f"path must be an ArrayRecord file with records; given {path}")
 
@@ -187,23 +200,23 @@ class Pool:
             except Exception as error:  # the reader's, zipfile's or NumPy's
                 raise ValueError(f"{path} does not decode: {error}") from error
 
-        known = []
+        labels_and_sources = []
         for start in range(0, total, CHUNK):
             chunk = list(range(start, min(start + CHUNK, total)))
-            known += records(chunk, "labels", "source")
-        labels, source = map(np.stack, zip(*known))
+            labels_and_sources += records(chunk, "labels", "source")
+        labels, source = map(np.stack, zip(*labels_and_sources))
         shape = records([0], "inputs")[0][0].shape
 
         def read(places):
             inputs = np.empty((len(places), *shape), np.float32)
-            for row, (made,) in enumerate(records(places.tolist(), "inputs")):
+            for row, (candidate,) in enumerate(records(places.tolist(), "inputs")):
                 name = f"record {places[row]} of {path}"
-                if made.shape != shape:
+                if candidate.shape != shape:
                     raise ValueError(
-                        f"{name} must have shape {shape}, as the first has; given {made.shape}"
+                        f"{name} must have shape {shape}, as the first has; given {candidate.shape}"
                     )
-                checks.finite(**{name: made})
-                inputs[row] = made
+                checks.finite(**{name: candidate})
+                inputs[row] = candidate
             return inputs
 
         return cls(
@@ -238,12 +251,12 @@ class Pool:
 def write_array_record(
     path: str | os.PathLike, inputs: np.ndarray, labels: np.ndarray, source: np.ndarray
 ) -> None:
-    """Writes candidates for `Pool.from_array_record`: a record an .npz of inputs, labels, source.
+    """Writes candidates for `Pool.from_array_record`: each record is an .npz of one candidate.
 
-    Written beside `path` and renamed, so that a file of that name is complete.
+    The file is written beside `path` and renamed, so a file of that name is always complete.
 
     Args:
-      path: the file; one that is there is replaced.
+      path: the file; an existing one is replaced.
       inputs: f[T, ...].
       labels: f[T, K] in the simplex, or i[T] classes.
       source: i[T] >= 0, the source sample of each.
@@ -255,7 +268,7 @@ def write_array_record(
     """
     inputs, labels, source = map(np.asarray, (inputs, labels, source))
     classes = int(labels.max(initial=0)) + 1 if labels.ndim == 1 else None
-    Pool.from_arrays(inputs, labels, source, num_classes=classes)  # for its checks
+    Pool.from_arrays(inputs, labels, source, num_classes=classes)  # raises on bad arrays
     partial = pathlib.Path(f"{os.fspath(path)}.partial")
     writer = _array_record().ArrayRecordWriter(str(partial), "group_size:1")  # random access
     try:
@@ -293,7 +306,7 @@ def _number(what: str, text: str, path: pathlib.Path) -> int:
 
 
 def _csv_labels(path: pathlib.Path, files: list[pathlib.Path]) -> np.ndarray:
-    """The labels of the files by a table: classes i[T] or soft labels f32[T, K]."""
+    """The files' labels in labels.csv: classes i[T] or soft labels f32[T, K]."""
     with open(path, newline="", encoding="utf-8-sig") as lines:
         header, *rows = [row for row in csv.reader(lines) if row] or [[]]
     soft = [f"p{k}" for k in range(len(header) - 1)]
@@ -301,12 +314,13 @@ def _csv_labels(path: pathlib.Path, files: list[pathlib.Path]) -> np.ndarray:
         raise ValueError(
             f"{path} must have the header file,label or file,p0,p1,...; given {header}"
         )
-    parse, known = (int if header[1] == "label" else np.float32), {}
+    parse = int if header[1] == "label" else np.float32
+    by_file = {}
     for file, *values in rows:
-        if file in known:
+        if file in by_file:
             raise ValueError(f"{path} must have one row for {file}; given two")
         try:
-            known[file] = [parse(v) for v in values]
+            by_file[file] = [parse(v) for v in values]
         except ValueError as error:
             raise ValueError(f"{path} must have numbers for {file}; given {values}") from error
         if len(values) != len(header) - 1:
@@ -314,15 +328,13 @@ def _csv_labels(path: pathlib.Path, files: list[pathlib.Path]) -> np.ndarray:
                 f"{path} must have {len(header) - 1} numbers for {file}; given {values}"
             )
     for file in files:
-        if file.as_posix() not in known:
+        if file.as_posix() not in by_file:
             raise ValueError(f"{path} must have a row for {file}; given none")
-    labels = np.array([known[file.as_posix()] for file in files])
+    labels = np.array([by_file[file.as_posix()] for file in files])
     return labels[:, 0] if header[1] == "label" else labels
 
 
 def _array_record() -> ModuleType:
-    try:
+    with optional("array_record"):
         from array_record.python import array_record_module
-    except ImportError as error:
-        raise ImportError('records need array_record: pip install "saflex_jax[data]"') from error
     return array_record_module

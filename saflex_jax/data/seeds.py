@@ -1,4 +1,4 @@
-"""Random numbers of one seed for many purposes, none of which repeats another's."""
+"""Independent random numbers for the many purposes of one seed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 def generator(purpose: str, seed: int, *numbers: int) -> np.random.Generator:
     """The generator of (purpose, seed, numbers), independent of that of any other purpose.
 
-    With the seed alone, what one function draws would be what another draws from it: the wrong
-    labels, say, and the samples from outside would be the same rows. And NumPy pads a seed with
-    zeros, so that s, (s, 0) and (s, 0, 0) are one.
+    With the seed alone two functions would draw the same numbers: the wrong labels, for instance,
+    and the samples from outside would be the same rows. NumPy pads a seed with zeros, so that s,
+    (s, 0) and (s, 0, 0) are the same seed.
+
+    >>> [int(generator("order", 0, epoch).integers(1000)) for epoch in (0, 1, 0)]
+    [615, 221, 615]
 
     Args:
       purpose: a name; always with the same count of numbers.

@@ -1,13 +1,12 @@
-"""Labelled data sets behind one interface: rows at random, labels, official splits.
+"""Labelled data sets behind one interface: inputs, labels, official splits.
 
-`inputs` is an array, a memory map, or `images.Rows`, which reads files when rows are asked for: all
-index alike. 8-bit images stay 8-bit until a batch is made (`batches.floats`).
+`inputs` is an array, a memory map, or `images.Rows`, which reads files when rows are asked for; all
+three are indexed alike. 8-bit images stay 8-bit until a batch is made (`batches.floats`).
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
 import zipfile
@@ -16,9 +15,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn import datasets
 
 from saflex_jax import checks
+from saflex_jax._compat import optional
 from saflex_jax.data.images import SUFFIXES, Rows, image_rows, images_in, joined
 from saflex_jax.data.tables import Column, read_table
 
@@ -63,6 +62,19 @@ def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np
 
     so that mixing, scores and soft labels are those of a softmax.
 
+    >>> priors(np.array([2, 0]), 3).tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    >>> priors(np.array([[1, 1], [0, 0]]), 3, "multilabel").tolist()
+    [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+
+    Args:
+      labels: i[N] classes, f[N, K] in the simplex, or {0, 1}[N, K - 1] where task is "multilabel".
+      num_classes: K.
+      task: one of `TASKS`.
+
+    Raises:
+      ValueError: an unknown task; labels that are not of it.
+
     Source: Mahajan et al., "Exploring the Limits of Weakly Supervised Pretraining", ECCV 2018,
     section 2.2 (their k labels with 1 / k each).
     """
@@ -82,12 +94,18 @@ def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np
 
 def digits() -> Source:
     """Handwritten digits: 1,797 grey images of 8x8, 10 classes (UCI, via scikit-learn)."""
+    with optional("scikit-learn"):
+        from sklearn import datasets
+
     data = datasets.load_digits()
     return Source((data.images[..., None] / 16).astype(np.float32), data.target, 10)
 
 
 def wdbc() -> Source:
     """Wisconsin breast cancer: 569 rows, 30 numeric columns, 2 classes (UCI, via scikit-learn)."""
+    with optional("scikit-learn"):
+        from sklearn import datasets
+
     data = datasets.load_breast_cancer()
     columns = tuple(Column(str(name), None) for name in data.feature_names)
     names = tuple(map(str, data.target_names))
@@ -105,11 +123,11 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
 
     Args:
       path: the file.
-      task: "ordinal" says so of classes; None = by the labels' width.
+      task: "ordinal" for classes in order; None = by the labels' width.
 
     Raises:
-      ValueError: not such a file, truncated, an array that is missing or does not fit the others,
-        labels that are no classes.
+      ValueError: another kind of file, or a truncated one; an array that is missing or does not fit
+        the others; labels that are no classes.
 
     Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
     """
@@ -128,9 +146,9 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
         ) from error
     pixels, width = images[0].shape[1:], labels[0].shape[1:]
     for split, x, y in zip(SPLITS, images, labels):
-        good = x.dtype == np.uint8 and y.dtype.kind in "biu" and len(x) == len(y) > 0
-        image = x.shape[1:] == pixels and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3))
-        if not good or not image or y.ndim != 2 or y.shape[1:] != width:
+        arrays_fit = x.dtype == np.uint8 and y.dtype.kind in "biu" and len(x) == len(y) > 0
+        images_fit = x.shape[1:] == pixels and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3))
+        if not arrays_fit or not images_fit or y.ndim != 2 or y.shape[1:] != width:
             raise ValueError(
                 f"{path} must hold in each split images uint8[n, H, W] or [n, H, W, 3] and labels "
                 f"of integers [n, C], of one shape; given in {split} {x.dtype}{list(x.shape)} and "
@@ -169,8 +187,8 @@ def from_folder(
 
     Raises:
       ImportError: Pillow is not installed.
-      ValueError: a class without images, fewer than two classes, other folders beside splits; as
-        `images.image_rows`.
+      ValueError: a class without images, fewer than two classes, other folders beside splits; or
+        as `images.image_rows`.
     """
     root = pathlib.Path(path)
     named = [s for s in SPLITS if (root / s).is_dir()]
@@ -181,11 +199,11 @@ def from_folder(
     for top in [root / s for s in named] or [root]:
         before = len(files)
         for folder in sorted(p for p in top.iterdir() if p.is_dir()):
-            found = images_in(folder)
-            if not found:
+            images = images_in(folder)
+            if not images:
                 raise ValueError(f"{folder} must hold images {SUFFIXES}; given none")
-            files += found
-            folders += [folder.name] * len(found)
+            files += images
+            folders += [folder.name] * len(images)
         sizes[top.name] = len(files) - before
     if not files:
         raise ValueError(f"{root} must hold images [SPLIT/]CLASS/FILE; given none")
@@ -219,10 +237,9 @@ def from_tfds(
       ImportError: tensorflow_datasets is not installed.
       ValueError: not prepared there as ArrayRecord, or without these features.
     """
-    try:
+    with optional("tensorflow_datasets"):
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError('TFDS is in the extra: pip install "saflex_jax[data]"') from error
+
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         tables = {s: builder.as_data_source(split=s) for s in builder.info.splits}
@@ -243,7 +260,7 @@ def from_tfds(
 
     def rows(table):
         def read(places):
-            # With the first, so that no rows have a shape too, and another shape is refused.
+            # With the first record: zero rows have a shape too, and another shape is refused.
             return np.stack([first, *(r[image] for r in table.__getitems__(places.tolist()))])[1:]
 
         return Rows(read, len(table), first.shape, first.dtype)
@@ -275,52 +292,11 @@ def from_table(path: str | os.PathLike, **options) -> Source:
     )
 
 
-def from_prepared(path: str | os.PathLike, *, size: tuple[int, int] | None = None) -> Source:
-    """A data set that `python -m experiments.prepare` made: a folder with a dataset.json.
-
-    Arrays are mapped into memory, not read.
-
-    Args:
-      path: the folder.
-      size: (H, W) of images in files, as for `from_folder`.
-
-    Raises:
-      ValueError: no such folder, or one of another format; as the file's own reader.
-    """
-    root = pathlib.Path(path)
-    try:
-        about = json.loads((root / "dataset.json").read_text())
-        if about["format"] != 1:
-            raise ValueError(f"its format must be 1; given {about['format']}")
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{root} must be a prepared data set: python -m experiments.prepare {root.name} "
-            f"--out {root.parent}; {error}"
-        ) from error
-    names = tuple(about["class_names"])
-    if about["kind"] == "npz":
-        task = "ordinal" if about["task"] == "ordinal" else None
-        source = from_npz(root / f"{about['name']}.npz", task=task)
-        return source._replace(class_names=names)
-    if about["kind"] == "folder":
-        return from_folder(root, size=size, channels=about["channels"])
-    columns = about["columns"] and tuple(
-        Column(c["name"], c["categories"] and tuple(c["categories"])) for c in about["columns"]
-    )
-    extra = sorted(root.glob("extra_*.npy"))
-    return Source(
-        np.load(root / "inputs.npy", mmap_mode="r"),
-        np.load(root / "labels.npy"),
-        about["num_classes"],
-        about["task"],
-        {name: np.arange(*ends) for name, ends in about["splits"].items()},
-        {p.stem.removeprefix("extra_"): np.load(p) for p in extra},
-        columns or None,
-        names,
-    )
-
-
 def ranges(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Rows of splits that follow one another."""
+    """The rows of splits that follow one another: name -> i[size].
+
+    >>> {name: rows.tolist() for name, rows in ranges({"train": 3, "test": 2}).items()}
+    {'train': [0, 1, 2], 'test': [3, 4]}
+    """
     ends = np.cumsum(list(sizes.values()))
     return {name: np.arange(end - size, end) for end, (name, size) in zip(ends, sizes.items())}

@@ -1,4 +1,4 @@
-"""Deterministic index sets: which samples train, validate and test."""
+"""Which samples train, validate and test: sets of indices, functions of a seed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from saflex_jax import checks
+from saflex_jax._compat import optional
 from saflex_jax.data.seeds import generator
 
 
@@ -19,9 +19,9 @@ class Split(NamedTuple):
     """Places in a data set, each i[n], sorted.
 
     Attributes:
-      train: what is augmented and trained on.
-      val: what directs the learning of weights and labels.
-      test: what is reported.
+      train: samples that are augmented and trained on.
+      val: samples that direct the learning of weights and labels.
+      test: samples that the reported scores are of.
     """
 
     train: np.ndarray
@@ -32,17 +32,22 @@ class Split(NamedTuple):
 def stratified_split(labels: np.ndarray, *, val: int, test: int, seed: int) -> Split:
     """A random split of all samples with the classes in proportion.
 
+    >>> split = stratified_split(np.arange(12) % 2, val=2, test=4, seed=0)
+    >>> [len(places) for places in split]
+    [6, 2, 4]
+
     Args:
       labels: i[N], classes.
       val, test: number of samples, each at least one per class.
       seed: of the shuffle.
 
     Raises:
+      ImportError: scikit-learn is not installed.
       ValueError: a split would be empty or smaller than the number of classes; a class with a
         single sample.
     """
     labels = np.asarray(labels)
-    checks.whole(val=val), checks.whole(test=test)
+    checks.whole(val=val, test=test)
     _enough(labels, train=len(labels) - val - test, val=val, test=test)
     rest, test_index = _hold_out(np.arange(len(labels)), labels, test, seed)
     train_index, val_index = _hold_out(rest, labels, val, seed)
@@ -52,15 +57,20 @@ def stratified_split(labels: np.ndarray, *, val: int, test: int, seed: int) -> S
 def hold_out(
     index: np.ndarray, labels: np.ndarray, *, size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Takes `size` samples out of some, the classes in proportion: (rest, held), both sorted.
+    """Holds `size` of the given samples out, the classes in proportion: (rest, held), sorted.
+
+    >>> rest, held = hold_out(np.arange(8), np.arange(12) % 2, size=2, seed=0)
+    >>> len(rest), len(held)
+    (6, 2)
 
     Args:
       index: i[n], places of the samples to take from, such as an official training split.
       labels: i[N], classes of the whole data set.
-      size: number of samples to hold out, at least one per class; as many must be left.
+      size: number of samples to hold out, at least one per class, and as many must be left.
       seed: of the shuffle.
 
     Raises:
+      ImportError: scikit-learn is not installed.
       ValueError: places out of range; too few samples on either side; a class with a single one.
     """
     index, labels = np.asarray(index), np.asarray(labels)
@@ -74,25 +84,29 @@ def hold_out(
 def by_group(
     groups: np.ndarray, *, train: Any, test: Any, val: int, labels: np.ndarray, seed: int
 ) -> Split:
-    """Trains and validates on one group and tests on the whole of another: out of distribution.
+    """Trains and validates on one group and tests on all of another: out of distribution.
+
+    >>> groups = np.array(["a", "b", "a", "a", "c", "a"])
+    >>> by_group(groups, train="a", test="b", val=1, labels=np.zeros(6, int), seed=0).test.tolist()
+    [1]
 
     Args:
-      groups: [N], the group of each sample (a domain, a site, a kind of camera); any values.
-      train: the group that train and a stratified val come from.
+      groups: [N], the group of each sample (a domain, a site, a camera); any values.
+      train: the group that train and a stratified val are drawn from.
       test: the group that is the test split.
       val: number of samples, at least one per class.
       labels: i[N], classes.
       seed: of the shuffle.
 
     Raises:
-      ValueError: a group that no sample has, the same group twice, or as for `hold_out`.
+      ValueError: a group without samples, the same group twice, or as for `hold_out`.
     """
     groups, labels = np.asarray(groups), np.asarray(labels)
     checks.rows(len(labels), groups=groups)
-    there = np.unique(groups).tolist()
+    known = np.unique(groups).tolist()
     for name, value in {"train": train, "test": test}.items():
-        if value not in there:
-            raise ValueError(f"{name} must be one of the groups {there}; given {value!r}")
+        if value not in known:
+            raise ValueError(f"{name} must be one of the groups {known}; given {value!r}")
     if train == test:
         raise ValueError(f"test must be another group than train; given {test!r} for both")
     rest, held = hold_out(np.flatnonzero(groups == train), labels, size=val, seed=seed)
@@ -102,6 +116,9 @@ def by_group(
 def in_order(size: int, *, val: int, test: int) -> Split:
     """Train first, then val, then test: for samples in time, whose distribution drifts.
 
+    >>> [places.tolist() for places in in_order(6, val=1, test=2)]
+    [[0, 1, 2], [3], [4, 5]]
+
     Args:
       size: N, number of samples.
       val, test: how many of them, at least one.
@@ -109,18 +126,21 @@ def in_order(size: int, *, val: int, test: int) -> Split:
     Raises:
       ValueError: a split would be empty.
     """
-    for name, number in {"size": size, "val": val, "test": test}.items():
-        checks.whole(1, **{name: number})
+    checks.whole(1, size=size, val=val, test=test)
     if val + test >= size:
         raise ValueError(f"val + test must be less than {size} samples; given {val} + {test}")
     return Split(*np.split(np.arange(size), [size - test - val, size - test]))
 
 
 def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
-    """Places of the same number of random samples of every class: i[per_class * K], sorted.
+    """Places of `per_class` random samples of every class: i[per_class * K], sorted.
+
+    >>> labels = np.array([0, 0, 0, 1, 1, 2])
+    >>> labels[few_shot(labels, per_class=1, seed=0)].tolist()
+    [0, 1, 2]
 
     Args:
-      labels: i[N], classes; K of them occur.
+      labels: i[N], classes; K different ones.
       per_class: samples of each.
       seed: draws of different seeds are independent.
 
@@ -149,10 +169,14 @@ def long_tail(labels: np.ndarray, *, ratio: float, seed: int) -> np.ndarray:
 
         n_k = floor(n_0 ratio^(-k / (K - 1))) ,  n_0 the size of the smallest class
 
-    Of one seed a larger ratio keeps a part of what a smaller one keeps.
+    With one seed, a larger ratio keeps a subset of what a smaller one keeps.
+
+    >>> labels = np.repeat([0, 1, 2], 16)
+    >>> np.bincount(labels[long_tail(labels, ratio=4.0, seed=0)]).tolist()
+    [16, 8, 4]
 
     Args:
-      labels: i[N], classes; K of them occur, at least two.
+      labels: i[N], classes; K different ones, at least two.
       ratio: n_0 / n_(K-1), >= 1.
       seed: draws of different seeds are independent.
 
@@ -163,7 +187,7 @@ def long_tail(labels: np.ndarray, *, ratio: float, seed: int) -> np.ndarray:
       ValueError: a ratio out of range, or one that leaves a class without a sample.
 
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
-    NeurIPS 2019, whose classes are of one size.
+    NeurIPS 2019, where all classes have one size.
     """
     labels = np.asarray(labels)
     checks.rows(len(labels), labels=labels)
@@ -172,20 +196,24 @@ def long_tail(labels: np.ndarray, *, ratio: float, seed: int) -> np.ndarray:
     classes, sizes = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"labels must be of at least two classes; given {len(classes)}")
-    most = sizes.min()
-    if ratio > most:
+    smallest = sizes.min()
+    if ratio > smallest:
         raise ValueError(
-            f"ratio must be at most {most}, the size of the smallest class; given {ratio}"
+            f"ratio must be at most {smallest}, the size of the smallest class; given {ratio}"
         )
     shares = float(ratio) ** (-np.arange(len(classes)) / (len(classes) - 1))
-    kept = np.floor(most * shares * (1 + 1e-9)).astype(int)  # 699.9999999999999 is 700
+    num_kept = np.floor(smallest * shares * (1 + 1e-9)).astype(int)  # 699.9999999999999 is 700
     rng = generator("long_tail", seed)
-    drawn = [rng.permutation(np.flatnonzero(labels == k))[:n] for k, n in zip(classes, kept)]
+    drawn = [rng.permutation(np.flatnonzero(labels == k))[:n] for k, n in zip(classes, num_kept)]
     return np.sort(np.concatenate(drawn))
 
 
 def fingerprints(inputs: Any, *, chunk: int) -> np.ndarray:
     """A hash of each row's bytes, V16[N]: rows are equal, bit for bit, where the hashes are.
+
+    >>> prints = fingerprints(np.array([[1, 2], [3, 4], [1, 2]]), chunk=2)
+    >>> (prints[0] == prints).tolist()
+    [True, False, True]
 
     Args:
       inputs: [N, ...], an array or anything with a length whose slices are arrays.
@@ -206,16 +234,21 @@ def fingerprints(inputs: Any, *, chunk: int) -> np.ndarray:
 
 
 def without_copies(split: Split, prints: np.ndarray) -> tuple[Split, dict[str, int]]:
-    """Takes copies of val and test samples out of train, and of test samples out of val.
+    """Removes copies of val and test samples from train, and of test samples from val.
 
-    The test split stays whole, and so do copies within one split.
+    The test split stays whole, and copies within one split stay.
+
+    >>> split = Split(np.array([0, 1]), np.array([2]), np.array([3]))
+    >>> rest, removed = without_copies(split, np.array(["a", "b", "c", "a"]))
+    >>> rest.train.tolist(), removed
+    ([1], {'train': 1, 'val': 0})
 
     Args:
       split: places in a data set.
       prints: [N], `fingerprints` of the inputs.
 
     Returns:
-      (the split, how many samples it lost: {"train": ..., "val": ...}).
+      (the split, the number of samples removed: {"train": ..., "val": ...}).
 
     Raises:
       ValueError: places out of range.
@@ -226,19 +259,19 @@ def without_copies(split: Split, prints: np.ndarray) -> tuple[Split, dict[str, i
     def unlike(index, *others):
         return index[~np.isin(prints[index], prints[np.concatenate(others)])]
 
-    kept = split._replace(
-        train=unlike(split.train, split.val, split.test), val=unlike(split.val, split.test)
-    )
-    lost = {name: len(getattr(split, name)) - len(getattr(kept, name)) for name in ("train", "val")}
-    return kept, lost
+    train, val = unlike(split.train, split.val, split.test), unlike(split.val, split.test)
+    removed = {"train": len(split.train) - len(train), "val": len(split.val) - len(val)}
+    return Split(train, val, split.test), removed
 
 
 def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bool = False) -> None:
     """Raises unless the split can be trained and evaluated on.
 
+    >>> check_split(in_order(6, val=2, test=2), np.arange(6) % 2, num_classes=2)
+
     Args:
       split: places in a data set.
-      labels: i[N], classes; or [N, K], soft or several at once, whose classes are not looked at.
+      labels: i[N], classes; or [N, K], soft or several at once, whose classes are not checked.
       num_classes: K.
       novel: whether test may hold classes that train lacks.
 
@@ -261,8 +294,8 @@ def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bo
         return
     checks.integers(num_classes, labels=labels)
     train, val, test = (np.bincount(labels[i], minlength=num_classes) for i in split)
-    known = {"val": val} if novel else {"val": val, "test": test}
-    for name, counts in known.items():
+    held_out = {"val": val} if novel else {"val": val, "test": test}
+    for name, counts in held_out.items():
         missing = np.flatnonzero((train == 0) & (counts > 0))
         if missing.size:
             raise ValueError(
@@ -273,6 +306,9 @@ def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bo
 
 def chunks(inputs: Any, size: int) -> Iterator[np.ndarray]:
     """The rows of `inputs` in order, as arrays of at most `size` rows, read when asked for.
+
+    >>> [rows.tolist() for rows in chunks(np.arange(5), 2)]
+    [[0, 1], [2, 3], [4]]
 
     Raises:
       ValueError: slices of another length than asked for, or arrays of Python objects.
@@ -289,7 +325,7 @@ def chunks(inputs: Any, size: int) -> Iterator[np.ndarray]:
 
 
 def _enough(labels: np.ndarray, **sizes: int) -> None:
-    """Raises unless splits of these sizes can hold every class of i[N] once."""
+    """Raises unless splits of these sizes can hold every class of labels i[N] once."""
     checks.rows(len(labels), labels=labels)
     classes = len(np.unique(labels))
     for name, size in sizes.items():
@@ -303,7 +339,10 @@ def _enough(labels: np.ndarray, **sizes: int) -> None:
 def _hold_out(
     index: np.ndarray, labels: np.ndarray, size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Stratified (rest, held), shuffled: the order decides what a second draw from rest gives."""
+    """Stratified (rest, held), shuffled: a second draw from `rest` depends on its order."""
+    with optional("scikit-learn"):
+        from sklearn.model_selection import train_test_split
+
     classes, counts = np.unique(labels[index], return_counts=True)
     if counts.min() < 2:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Shuffled, endless, resumable streams of aligned batches.
 
-Batch t is a function of (seed, t) alone: the position is one number, every process count sees the
-same global batches, and grain can make batches ahead in any order. Indices come from one NumPy
+Batch t is a function of (seed, t) alone: the position is one number, any number of processes sees
+the same global batches, and grain can make batches ahead in any order. Indices come from one NumPy
 permutation per epoch, since a per-sample pipeline costs more than the step of a small model
-(docs/design.md); anything with the same three methods, such as grain's iterators, can stand in.
+(docs/design.md). Anything with the same three methods, such as grain's iterators, can stand in.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from saflex_jax import checks
+from saflex_jax._compat import optional
 from saflex_jax.batches import take
 from saflex_jax.data.pool import Pool
 from saflex_jax.data.seeds import generator
@@ -23,12 +24,16 @@ from saflex_jax.types import Batch, Streams
 
 
 def sizes(pools: Streams) -> Streams:
-    """The number of rows of each data set, None where there is none."""
+    """The number of rows of each data set, None where there is none.
+
+    >>> sizes(Streams(Batch(np.zeros((3, 2)), np.eye(3), np.ones(3, bool), np.arange(3))))
+    Streams(candidates=3, val=None, clean=None)
+    """
     return Streams(*(None if pool is None else len(pool.labels) for pool in pools))
 
 
 class _Stream(abc.ABC):
-    """An endless iterator whose position is the number of batches it gave."""
+    """An endless iterator; its position is the number of batches it gave."""
 
     _step = 0
 
@@ -57,19 +62,24 @@ class IndexStream(_Stream):
     """Which rows the next global batch takes: `next(stream)` is Streams of i64[B / processes].
 
     With a runner that keeps the data on its devices (`parallel.jit_runner(step).hold(pools)`) this
-    is the whole input pipeline. Epochs follow one another without a gap, so every sample comes
-    once an epoch, no remainder is dropped, and all batches have one shape.
+    is the whole input pipeline. Epochs follow one another without a gap: every sample comes once
+    an epoch, no remainder is dropped, and all batches have one shape.
+
+    >>> stream = IndexStream(Streams(candidates=6, val=4), batch_size=3, seed=0)
+    >>> epoch = np.concatenate([next(stream).candidates for _ in range(2)])
+    >>> sorted(epoch.tolist()), stream.get_state()
+    ([0, 1, 2, 3, 4, 5], {'step': 2})
 
     Args:
-      sizes: of the data sets, as `sizes` gives them; all are shuffled separately.
+      sizes: of the data sets, as `sizes` gives them; each is shuffled on its own.
       batch_size: global rows of candidates (and of clean samples).
       val_batch_size: global rows of validation samples; None = all of them.
       seed: of the order.
       process_index, process_count: which block of each global batch is this process's.
 
     Raises:
-      ValueError: an empty pool; a batch size that the processes do not divide; a process_index out
-        of range.
+      ValueError: an empty data set; a batch size that the processes do not divide; a
+        process_index out of range.
     """
 
     def __init__(
@@ -102,20 +112,20 @@ class IndexStream(_Stream):
                 )
         self._sizes, self._rows, self._seed = sizes, rows, seed
         self._process = process_index, process_count
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the last epoch's permutation
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # name -> (last epoch, its order)
 
     def _order(self, name: str, epoch: int, size: int) -> np.ndarray:
-        found = self._orders.get(name)
-        if found is None or found[0] != epoch:
-            rng = generator(f"order of {name}", self._seed, epoch)
-            self._orders[name] = found = epoch, rng.permutation(size)
-        return found[1]
+        last_epoch, order = self._orders.get(name, (None, None))
+        if last_epoch != epoch:
+            order = generator(f"order of {name}", self._seed, epoch).permutation(size)
+            self._orders[name] = epoch, order
+        return order
 
     def rows(self, step: int) -> Streams:
         """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
         index, count = self._process
 
-        def of_stream(name, size):
+        def rows_of(name, size):
             if size is None:
                 return None
             share = self._rows[name] // count
@@ -123,38 +133,45 @@ class IndexStream(_Stream):
             epochs, places = np.divmod(first + np.arange(share), size)
             rows = np.empty(share, np.int64)
             for epoch in np.unique(epochs):  # an epoch may end inside a batch
-                here = epochs == epoch
-                rows[here] = self._order(name, int(epoch), size)[places[here]]
+                in_epoch = epochs == epoch
+                rows[in_epoch] = self._order(name, int(epoch), size)[places[in_epoch]]
             return rows
 
-        return Streams(*(of_stream(*item) for item in self._sizes._asdict().items()))
+        return Streams(*(rows_of(*item) for item in self._sizes._asdict().items()))
 
-    batch = rows  # what `next` gives; a stream of samples gives more
+    batch = rows  # what `next` gives; `ArrayStream` gives the samples themselves
 
     def _next(self) -> Streams:
         return self.batch(self._step)
 
 
 class FoldStream(_Stream):
-    """Cross-fitted rows: what validates a batch is not in it, and trains in others.
+    """Cross-fitted rows: a validation sample is never in the batch that it validates.
 
-    The validation samples are rows of the candidates, too. They are cut into K folds; batch t takes
-    its validation rows from fold t mod K and its candidates from everything else. In K batches
-    every sample that is in a fold may train K - 1 times and validates once.
+    The validation samples are rows of the candidates, too. They are split into K folds; batch t
+    takes its validation rows from fold t mod K and its candidates from everything else. In K
+    batches every sample of a fold may train K - 1 times and validates once.
+
+    >>> stream = FoldStream(
+    ...     Streams(10, 4), trusted=np.array([6, 7, 8, 9]), folds=2, seed=0, batch_size=8
+    ... )
+    >>> batch = next(stream)
+    >>> bool(np.isin(6 + batch.val, batch.candidates).any())
+    False
 
     Args:
       sizes: as for `IndexStream`, without clean samples.
-      trusted: i[M], the rows of the candidates that the M validation samples are, in their order.
+      trusted: i[M], the rows of the M validation samples among the candidates, in their order.
       folds: K, 2 to M.
       seed: of the folds and of all orders.
-      val_batch_size: global rows of validation samples; None = as many as every fold has.
+      val_batch_size: global rows of validation samples; None = the size of the smallest fold.
       options: those of `IndexStream`.
 
     Raises:
       ValueError: folds out of range, `trusted` of another number, clean samples, or as
         `IndexStream`.
 
-    Source: of the idea Chernozhukov et al., "Double/debiased machine learning for treatment and
+    Source: the idea of Chernozhukov et al., "Double/debiased machine learning for treatment and
     structural parameters", The Econometrics Journal 2018, section 3.
     """
 
@@ -196,8 +213,8 @@ class FoldStream(_Stream):
     def rows(self, step: int) -> Streams:
         """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
         turn, fold = divmod(step, len(self._streams))
-        (rest, val), found = self._rows[fold], self._streams[fold].rows(turn)
-        return Streams(rest[found.candidates], val[found.val])
+        (rest, val), places = self._rows[fold], self._streams[fold].rows(turn)
+        return Streams(rest[places.candidates], val[places.val])
 
     batch = rows
 
@@ -208,12 +225,16 @@ class FoldStream(_Stream):
 class ArrayStream(IndexStream):
     """Host batches: `next(stream)` gives this process's samples of the next global batch.
 
+    >>> pool = Batch(np.eye(4, 2, dtype="f4"), np.eye(4), np.ones(4, bool), np.arange(4))
+    >>> next(ArrayStream(Streams(pool), batch_size=2, seed=0)).candidates.inputs.shape
+    (2, 2)
+
     Args:
       pools: Streams of whole data sets, each a Batch of N rows; inputs may be arrays, memory maps
         or `images.Rows`; 8-bit ones become floats in [0, 1].
-      generated: candidates of a generator, by the candidates' `index`: where a source has some, one
-        of them, drawn uniformly by (seed, step, index) alone, takes the row's place, its inputs
-        and its label; where it has none the row stays.
+      generated: candidates of a generator, by the candidates' `index`. Where a source has some,
+        one of them, drawn uniformly by (seed, step, index) alone, replaces the row's inputs and
+        label; where it has none the row stays.
       options: those of `IndexStream`.
 
     Raises:
@@ -235,29 +256,32 @@ class ArrayStream(IndexStream):
         return batch._replace(candidates=self._replaced(step, batch.candidates))
 
     def _replaced(self, step: int, rows: Batch) -> Batch:
-        """The rows, those whose source has generated candidates replaced by one of them."""
+        """The rows; where the source has generated candidates one of them replaces the row."""
         counts = self._generated.draws(rows.index)
-        # One number for every source, so that no row depends on which others are here.
+        # One number for every source: a row does not depend on the other rows of the batch.
         rng = generator("generated", self._seed, step)
         draws = (rng.random(len(self._generated))[rows.index] * counts).astype(np.int64)
-        has = np.flatnonzero(counts)
+        places = np.flatnonzero(counts)
         inputs, labels = np.array(rows.inputs), np.array(rows.labels)
-        inputs[has], labels[has] = self._generated(rows.index[has], draws[has])
+        inputs[places], labels[places] = self._generated(rows.index[places], draws[places])
         return rows._replace(inputs=inputs, labels=labels)
 
 
 class Prefetched(_Stream):
-    """A stream whose batches are made ahead by grain's threads, and placed on devices if need be.
+    """A stream whose batches grain's threads make ahead, and place on the devices if asked to.
 
-    Gives the very batches of `stream`, and its position is theirs: a checkpoint of one continues
-    with the other. What was read ahead when a run stops is read again.
+    It gives the batches of `stream` and has its position: a checkpoint of one continues with the
+    other. Batches that were made ahead when a run stops are made again.
 
     Args:
       stream: its `batch(step)` is called from several threads.
-      threads: that make batches.
-      ahead: batches made before they are asked for.
-      place: what is done with each, in the thread: a runner's `put_batch` copies it to the devices
+      threads: number of threads that make batches.
+      ahead: number of batches made before they are asked for.
+      place: applied to each batch in its thread: a runner's `put_batch` copies it to the devices
         while the step before runs.
+
+    Raises:
+      ImportError: grain is not installed.
     """
 
     def __init__(
@@ -268,20 +292,19 @@ class Prefetched(_Stream):
         ahead: int = 4,
         place: Callable[[Streams], Streams] | None = None,
     ):
-        checks.whole(1, threads=threads)
-        checks.whole(1, ahead=ahead)
-        try:
+        checks.whole(1, threads=threads, ahead=ahead)
+        with optional("grain"):
             import grain
-        except ImportError as error:
-            raise ImportError(
-                'reading ahead needs grain: pip install "saflex_jax[data]"'
-            ) from error
-        make = stream.batch if place is None else lambda step: place(stream.batch(step))
+
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+
+        def placed_batch(step):
+            batch = stream.batch(step)
+            return batch if place is None else place(batch)
 
         def batches_from(step):
             steps = grain.MapDataset.range(step, sys.maxsize)
-            return iter(steps.map(make).to_iter_dataset(options))
+            return iter(steps.map(placed_batch).to_iter_dataset(options))
 
         self._batches_from = batches_from
         self.set_state(stream.get_state())
@@ -290,7 +313,7 @@ class Prefetched(_Stream):
         try:
             return next(self._batches)
         except Exception:
-            self.set_state(self.get_state())  # else grain would go on after the batch that failed
+            self.set_state(self.get_state())  # or grain would skip the batch that failed
             raise
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -300,17 +323,17 @@ class Prefetched(_Stream):
 
 
 def _fits(generated: Pool, candidates: Batch) -> None:
-    """Raises unless generated candidates can stand in the place of the others."""
+    """Raises unless generated candidates can replace the others."""
     inputs = candidates.inputs
     if getattr(inputs, "dtype", None) not in (np.float32, np.uint8):
         given = getattr(inputs, "dtype", type(inputs).__name__)
         raise ValueError(f"candidates.inputs must be float32 or uint8; given {given}")
-    for name, found, wanted in (
+    for name, given, expected in (
         ("shape", generated.shape, inputs.shape[1:]),
         ("num_classes", generated.num_classes, candidates.labels.shape[1]),
     ):
-        if found != wanted:
-            raise ValueError(f"generated.{name} must be {wanted}; given {found}")
+        if given != expected:
+            raise ValueError(f"generated.{name} must be {expected}; given {given}")
     if not 0 <= np.min(candidates.index) <= np.max(candidates.index) < len(generated):
         raise ValueError(
             f"candidates.index must lie in [0, {len(generated)}), the sources of generated; given "

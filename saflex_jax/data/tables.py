@@ -62,27 +62,37 @@ def read_table(
 ) -> Table:
     """Reads a comma-separated table in UTF-8: CSV, ARFF, or KEEL's .dat with or without its header.
 
-    Values lose surrounding spaces and quotes (b'2' reads as 2), and a comma at the end of every
-    line is passed over. A column is categorical if the file's @attribute or `categorical` says so,
-    or if a value that is not missing is no number. Its categories, and the classes of the label,
-    are in the order of the @attribute, else numbers in numeric order before texts in alphabetic
-    order; those that are equal as numbers, 1 and 1.0, are one.
+    Surrounding spaces and quotes are removed (b'2' reads as 2), and so is a comma at the end of
+    every line. A column is categorical if the file's @attribute or `categorical` says so, or if a
+    value that is not missing is no number. Its categories, and the classes of the label, are in the
+    order of the @attribute; without one, numbers in numeric order come before texts in alphabetic
+    order, and equal numbers, 1 and 1.0, are one category.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+    ...     _ = file.write("age,job,class\\n31,clerk,no\\n45,?,yes\\n28,nurse,no\\n")
+    ...     file.flush()
+    ...     table = read_table(file.name)
+    >>> table.columns[1], table.class_names
+    (Column(name='job', categories=('clerk', 'nurse')), ('no', 'yes'))
+    >>> table.values.tolist()
+    [[31.0, 0.0], [45.0, nan], [28.0, 1.0]]
 
     Args:
       path: the file.
-      label: name or place of the label's column; -1 = KEEL's @output, or the last where none is.
+      label: name or place of the label's column; -1 = KEEL's @output, without one the last column.
       header: whether the first line of a CSV names the columns; None = it does if in some column
-        it has a text (neither a number nor missing) and the lines below have numbers and missing
-        values alone. So a table without any numeric column needs True to have its names read.
+        it has a text (neither a number nor missing) and the lines below have only numbers and
+        missing values. A table without numeric columns therefore needs True.
       categorical: names or places of columns whose numbers are categories.
       drop: names or places of columns to leave out; they are not checked.
       missing: texts that stand for a missing value, in every column; NaN always does.
 
     Raises:
-      ValueError: no text table, no rows, rows of unequal length, columns of one name; unknown names
-        in the arguments; attributes that are neither numeric nor categorical, sparse rows, values
-        that an @attribute does not allow; infinite numbers; a column without two different values;
-        a missing label, fewer than two classes. All name the file, and its line or column.
+      ValueError: no text table, no rows, rows of unequal length, two columns of one name; unknown
+        names in the arguments; attributes that are neither numeric nor categorical, sparse rows,
+        values that an @attribute does not allow; infinite numbers; a column without two different
+        values; a missing label, fewer than two classes. Names the file, and its line or column.
 
     Source: ARFF as Weka defines it; Alcala-Fdez et al. 2011, KEEL data-mining software tool.
     """
@@ -97,8 +107,8 @@ def read_table(
     target = _place(path, "label", label, names)
     dropped = {_place(path, "drop", c, names) for c in drop}
     nominal = {_place(path, "categorical", c, names) for c in categorical}
-    kept = [i for i in range(len(names)) if i != target and i not in dropped]
-    if target in dropped or not kept:
+    features = [i for i in range(len(names)) if i != target and i not in dropped]
+    if target in dropped or not features:
         raise ValueError(
             f"{path} must have the label and one more column, comma-separated, that `drop` leaves; "
             f"given {len(names)} columns, label {names[target]!r} and drop {drop}"
@@ -113,28 +123,36 @@ def read_table(
         given = class_names[int(labels[0])]
         raise ValueError(f"{where[target]} must have two or more classes; given {given!r} alone")
 
-    columns, values = [], np.empty((len(labels), len(kept)))
-    for j, i in enumerate(kept):
+    columns, values = [], np.empty((len(labels), len(features)))
+    for j, i in enumerate(features):
         categories, values[:, j] = _feature(where[i], cells[i], kinds[i], i in nominal)
         columns.append(Column(names[i], categories))
     return Table(values, labels.astype(np.int64), tuple(columns), class_names)
 
 
 def category_sizes(columns: Sequence[Column]) -> tuple[int, ...]:
-    """The number of categories of each categorical column, in order."""
+    """The number of categories of each categorical column, in order.
+
+    >>> category_sizes([Column("age", None), Column("job", ("clerk", "nurse"))])
+    (2,)
+    """
     return tuple(len(c.categories) for c in columns if c.categories is not None)
 
 
 def fit_encoder(
     values: np.ndarray, columns: Sequence[Column]
 ) -> Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]]:
-    """What turns a table's rows into inputs of a network, fitted on these rows alone.
+    """Fits an encoder on these rows alone; it turns rows of the table into inputs of a network.
 
-    Numbers x become (x - mean) / sd, with mean and sd of the fitted rows' values that are not
-    missing (population sd; 1 where the fitted values are constant); missing ones become 0. Each
-    numeric column with a missing value among the fitted rows has an indicator after all numbers,
-    1 = missing. Categories stay codes; missing ones, and those that no fitted row has, become -1,
-    which `jax.nn.one_hot` makes zeros.
+    Numbers x become (x - mean) / sd, with mean and sd of the fitted values that are not missing
+    (population sd; 1 where the fitted values are constant); missing ones become 0. Each numeric
+    column with a missing value among the fitted rows gets an indicator, 1 = missing, after all
+    numbers. Categories stay codes; missing ones, and those that no fitted row has, become -1, which
+    `jax.nn.one_hot` turns into zeros.
+
+    >>> encode = fit_encoder(np.array([[1.0], [3.0], [np.nan]]), [Column("age", None)])
+    >>> encode(np.array([[5.0], [np.nan]])).tolist()
+    [[3.0, 0.0], [0.0, 1.0]]
 
     Args:
       values: f64[n, D], the training rows of a `Table`.
@@ -151,25 +169,29 @@ def fit_encoder(
     if not len(values):
         raise ValueError("values must have at least one row to fit an encoder; given 0")
     is_numeric = np.array([c.categories is None for c in columns], bool)
-    numbers, absent = values[:, is_numeric], np.isnan(values[:, is_numeric])
-    if absent.all(0).any():
-        name = [c.name for c in columns if c.categories is None][absent.all(0).argmax()]
+    numbers, is_missing = values[:, is_numeric], np.isnan(values[:, is_numeric])
+    if is_missing.all(0).any():
+        name = [c.name for c in columns if c.categories is None][is_missing.all(0).argmax()]
         raise ValueError(f"values must have a number in column {name!r}; all rows lack one")
     constant = np.nanmax(numbers, 0) == np.nanmin(numbers, 0)  # the sd may round to above zero
     mean, scale = np.nanmean(numbers, 0), np.where(constant, 1, np.nanstd(numbers, 0))
-    flagged = absent.any(0)
-    seen = [np.unique(codes) for codes in values[:, ~is_numeric].T]
+    has_indicator = is_missing.any(0)
+    fitted_codes = [np.unique(codes) for codes in values[:, ~is_numeric].T]
 
     def encode(values):
         _check_width(values, columns)
         numbers, codes = values[:, is_numeric], values[:, ~is_numeric]
-        absent = np.isnan(numbers)
-        numeric = np.where(absent, 0, (numbers - mean) / scale)
-        numeric = np.hstack([numeric, absent[:, flagged]]).astype(np.float32)
+        is_missing = np.isnan(numbers)
+        numeric = np.where(is_missing, 0, (numbers - mean) / scale)
+        numeric = np.hstack([numeric, is_missing[:, has_indicator]]).astype(np.float32)
         if is_numeric.all():
             return numeric
-        kept = [np.where(np.isin(c, s), c, -1) for c, s in zip(codes.T, seen)]  # NaN is in nothing
-        return {"numeric": numeric, "categorical": np.stack(kept, 1).astype(np.int32)}
+        # NaN is never among the fitted codes: np.isin compares by ==.
+        categorical = [
+            np.where(np.isin(column, fitted), column, -1)
+            for column, fitted in zip(codes.T, fitted_codes)
+        ]
+        return {"numeric": numeric, "categorical": np.stack(categorical, 1).astype(np.int32)}
 
     return encode
 
@@ -182,7 +204,7 @@ def _check_width(values: np.ndarray, columns: Sequence[Column]) -> None:
 class _Cells(NamedTuple):
     """One column as read: row i holds values[rows[i]], a number, a text, or None (missing).
 
-    `values` is f64[...] with NaN for missing where there is no text; not all need be different.
+    Without texts `values` is f64[...], NaN = missing. Values may repeat.
     """
 
     values: np.ndarray | list[float | str | None]
@@ -194,7 +216,7 @@ class _Cells(NamedTuple):
 
 
 class _Where(NamedTuple):
-    """A column of a file, for messages; `lines` are the places of its rows."""
+    """A column of a file, for messages; `lines` are the line numbers of its rows."""
 
     path: str | os.PathLike
     name: str
@@ -203,14 +225,14 @@ class _Where(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path}, column {self.name!r}"
 
-    def check(self, good: np.ndarray, message: str) -> None:
-        """Raises, naming the line of the first row, unless all rows are good."""
-        if not good.all():
-            raise ValueError(f"{self}, line {self.lines[int(good.argmin())]}: {message}")
+    def check(self, holds: np.ndarray, message: str) -> None:
+        """Raises unless bool[N] holds for all rows; names the line of the first that fails."""
+        if not holds.all():
+            raise ValueError(f"{self}, line {self.lines[int(holds.argmin())]}: {message}")
 
 
 def _lines(path: str | os.PathLike) -> dict[int, str]:
-    """The lines that are not blank, stripped, by their number in the file."""
+    """Number in the file -> line, stripped; without blank lines."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -223,7 +245,7 @@ def _lines(path: str | os.PathLike) -> dict[int, str]:
 def _split(
     path: str | os.PathLike, lines: dict[int, str]
 ) -> tuple[list[Column], list[str], dict[int, str]]:
-    """Columns and outputs that ARFF's or KEEL's header declares (a CSV: none), and the rows."""
+    """Columns and outputs that the header of ARFF or KEEL declares (CSV has none), and the rows."""
     rows = {n: line for n, line in lines.items() if not line.startswith("%")}
     if not next(iter(rows.values()), "").startswith("@"):
         return [], [], lines
@@ -339,7 +361,7 @@ def _cells(
                 return [_Cells(column, slice(None)) for column in table.T], at
         except ValueError:
             pass
-    same, rows, ends = {}, [], []  # `same`: equal texts are kept once
+    same, rows, ends = {}, [], []  # `same` holds equal texts once
     for end, row in _rows(path, lines, at, dialect):
         if len(row) != width:
             raise ValueError(
@@ -373,7 +395,7 @@ def _place(path: str | os.PathLike, argument: str, given: str | int, names: list
 def _feature(
     where: _Where, cells: _Cells, declared: Column | None, nominal: bool
 ) -> tuple[tuple[str, ...] | None, np.ndarray]:
-    """The categories (None = numeric) and the values f64[N] of a column that tells rows apart."""
+    """The categories (None = numeric) and the values f64[N] of a column; raises if constant."""
     categories = declared and declared.categories
     if categories or nominal or (declared is None and not cells.numeric):
         categories, values = _codes(where, cells, categories)
@@ -399,7 +421,7 @@ def _numbers(where: _Where, cells: _Cells) -> np.ndarray:
 def _codes(
     where: _Where, cells: _Cells, categories: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """The categories, those that occur where None are given, and the code f64 of each row."""
+    """The categories (those that occur if None are given) and the code f64 of each row."""
     values = [None if v != v else v for v in cells.values]  # NaN is missing
     if categories is None:
         keys = sorted(set(values) - {None}, key=lambda v: (isinstance(v, str), v))

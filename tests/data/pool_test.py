@@ -236,7 +236,10 @@ def raw(path, *contents):
 def test_record_errors_name_the_file(tmp_path):
     path = tmp_path / "x"
     first = dict(inputs=INPUTS[0], labels=SOFT[0], source=0)
-    pool = lambda: Pool.from_array_record(path)(np.array([0, 0]), np.array([0, 1]))
+
+    def pool():
+        return Pool.from_array_record(path)(np.array([0, 0]), np.array([0, 1]))
+
     with pytest.raises(ValueError, match=r"path must be an ArrayRecord .*x"):
         pool()
     raw(path, first, dict(inputs=INPUTS[0], labels=SOFT[0]))
@@ -327,8 +330,11 @@ def test_draws_are_a_function_of_the_position_alone():
         assert_same_bits(next(resumed), batch)
     other = next(stream(seed=6)), next(stream(seed=5))
     assert_same_bits(other[1], batches[0])
+
     # In every step and under every seed draws of their own.
-    draws = lambda b: dict(zip(b.candidates.index.tolist(), b.candidates.inputs[:, 0]))
+    def draws(b):
+        return dict(zip(b.candidates.index.tolist(), b.candidates.inputs[:, 0]))
+
     for a, b in ((batches[0], batches[3]), (batches[0], other[0])):
         a, b = draws(a), draws(b)
         several = [i for i in a if i in b and i % 4 > 1]

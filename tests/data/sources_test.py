@@ -1,17 +1,16 @@
-"""Every kind of file behind the one interface; what is said of one that is not right."""
+"""Every kind of file behind the one interface, and the messages about bad ones."""
 
-import json
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from saflex_jax import data
 from saflex_jax.data import Rows
+from tests.data.files_ import SIZES, Tiny, medmnist, save
 
 RNG = np.random.default_rng(0)
 
@@ -116,23 +115,10 @@ def test_priors():
 
 # --- .npz --------------------------------------------------------------------------------------
 
-SIZES = {"train": 6, "val": 3, "test": 4}
-
-
-def arrays(channels=1, labels=1, classes=3):
-    found = {}
-    for name, size in SIZES.items():
-        shape = (size, 5, 5) if channels == 1 else (size, 5, 5, 3)
-        found[f"{name}_images"] = RNG.integers(0, 256, shape, dtype=np.uint8)
-        high = classes if labels == 1 else 2
-        found[f"{name}_labels"] = RNG.integers(0, high, (size, labels)).astype(np.uint8)
-    found["train_labels"][0] = classes - 1 if labels == 1 else 1
-    return found
-
 
 @pytest.mark.parametrize("channels, labels", [(1, 1), (3, 1), (1, 4), (3, 4)])
 def test_npz(tmp_path, channels, labels):
-    made = arrays(channels, labels)
+    made = medmnist(channels, labels)
     np.savez_compressed(tmp_path / "x.npz", **made)
     source = data.from_npz(tmp_path / "x.npz")
     assert source.task == ("multiclass" if labels == 1 else "multilabel")
@@ -151,8 +137,8 @@ def test_npz(tmp_path, channels, labels):
 
 
 def test_npz_errors(tmp_path):
-    path, made = tmp_path / "x.npz", arrays()
-    several, three = arrays(labels=3), arrays(channels=3)
+    path, made = tmp_path / "x.npz", medmnist()
+    several, three = medmnist(labels=3), medmnist(channels=3)
     without = {k: v for k, v in made.items() if k != "val_labels"}
     for content, message in (
         (without, "val_labels"),
@@ -187,7 +173,7 @@ def test_npz_errors(tmp_path):
 
 
 def test_npz_counts_classes_up_to_the_greatest_in_any_split(tmp_path):
-    made = arrays()
+    made = medmnist()
     for name in SIZES:
         made[f"{name}_labels"][:] = 0
     made["test_labels"][1] = 4
@@ -198,13 +184,6 @@ def test_npz_counts_classes_up_to_the_greatest_in_any_split(tmp_path):
 
 
 # --- folders -----------------------------------------------------------------------------------
-
-
-def save(path, seed, shape=(4, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return pixels
 
 
 def test_folder_with_splits(tmp_path):
@@ -309,100 +288,7 @@ def test_folder_errors(tmp_path):
         data.from_folder(tmp_path)
 
 
-# --- prepared ----------------------------------------------------------------------------------
-
-
-def prepared(folder, **changes):
-    about = {
-        **{"format": 1, "name": "x", "kind": "arrays", "task": "multiclass", "num_classes": 2},
-        **{
-            "class_names": ["no", "yes"],
-            "channels": None,
-            "columns": None,
-            "splits": {"train": [0, 3], "test": [3, 5]},
-        },
-        **changes,
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
-
-
-def test_prepared_arrays(tmp_path):
-    folder = prepared(tmp_path / "x")
-    inputs, labels = RNG.integers(0, 256, (5, 2, 2, 1), dtype=np.uint8), np.array([0, 1, 1, 0, 1])
-    for name, array in {"inputs": inputs, "labels": labels, "extra_worst": 1 - labels}.items():
-        np.save(folder / f"{name}.npy", array)
-    source = data.from_prepared(folder)
-    assert isinstance(source.inputs, np.memmap) and source.class_names == ("no", "yes")
-    np.testing.assert_array_equal(source.inputs, inputs)
-    np.testing.assert_array_equal(source.extra["worst"], 1 - labels)
-    assert {k: v.tolist() for k, v in source.splits.items()} == {"train": [0, 1, 2], "test": [3, 4]}
-
-
-def test_prepared_tables_folders_and_files(tmp_path):
-    columns = [{"name": "age", "categories": None}, {"name": "job", "categories": ["a", "b"]}]
-    folder = prepared(tmp_path / "x", columns=columns, splits={})
-    np.save(folder / "inputs.npy", np.array([[1.5, np.nan], [2, 1]]))
-    np.save(folder / "labels.npy", np.array([0, 1]))
-    assert data.from_prepared(folder).columns == (
-        data.Column("age", None),
-        data.Column("job", ("a", "b")),
-    )
-    folder = prepared(tmp_path / "y", kind="folder")
-    save(folder / "a" / "0.png", 0), save(folder / "b" / "0.png", 1)
-    assert data.from_prepared(folder, size=(2, 2)).inputs.shape == (2, 2, 2, 1)
-    prepared(folder, kind="folder", channels=3)
-    assert data.from_prepared(folder).inputs.shape == (2, 4, 6, 3)
-    names = ["mild", "bad", "worse"]
-    folder = prepared(tmp_path / "z", kind="npz", name="retina", task="ordinal", class_names=names)
-    np.savez(folder / "retina.npz", **arrays(3))
-    source = data.from_prepared(folder)
-    assert source.task == "ordinal" and source.class_names == tuple(names)
-
-
-def test_prepared_arrays_are_what_the_file_says_of_them(tmp_path):
-    folder = prepared(tmp_path / "x", task="ordinal", num_classes=4, splits={"val": [1, 3]})
-    for name in ("inputs", "labels"):
-        np.save(folder / f"{name}.npy", np.arange(3))
-    source = data.from_prepared(folder)
-    assert (source.task, source.num_classes) == ("ordinal", 4)
-    assert {k: v.tolist() for k, v in source.splits.items()} == {"val": [1, 2]}
-
-
-def test_what_is_not_prepared_says_how(tmp_path):
-    command = f"python -m experiments.prepare x --out {tmp_path}"
-    with pytest.raises(ValueError, match=re.escape(command)):
-        data.from_prepared(tmp_path / "x")
-    with pytest.raises(ValueError, match="its format must be 1; given 2"):
-        data.from_prepared(prepared(tmp_path / "x", format=2))
-
-
 # --- TFDS --------------------------------------------------------------------------------------
-
-
-class Tiny(tfds.core.GeneratorBasedBuilder):
-    """Images as plain tensors, which TFDS prepares without TensorFlow."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # TFDS would look for a checksum file beside this one
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Tensor(shape=(4, 4, 1), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {
-            "train": self._generate_examples(range(20)),
-            "test": self._generate_examples(range(20, 29)),
-        }
-
-    def _generate_examples(self, numbers):
-        for number in numbers:  # the image names the example
-            yield number, {"image": np.full((4, 4, 1), number, np.uint8), "label": number % 3}
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +342,7 @@ assert not {name for name in tried if name.split(".")[0] == "tensorflow"}
 
 
 def test_no_path_imports_tensorflow(tiny, tmp_path):
-    np.savez(tmp_path / "x.npz", **arrays())
+    np.savez(tmp_path / "x.npz", **medmnist())
     for number, name in enumerate(("a", "b", "b")):
         save(tmp_path / "images" / name / f"{number}.png", number)
     (tmp_path / "x.csv").write_text("a,b\n1,x\n2,y\n3,x\n")

@@ -73,9 +73,10 @@ def test_hold_out_parts_the_given_samples_in_proportion(size):
 def test_by_group_trains_on_one_group_and_tests_on_another(names):
     which = np.random.default_rng(2).integers(3, size=300)
     groups = np.array(names)[which]
-    make = lambda seed: by_group(
-        groups, train=names[0], test=names[1], val=20, labels=LABELS, seed=seed
-    )
+
+    def make(seed):
+        return by_group(groups, train=names[0], test=names[1], val=20, labels=LABELS, seed=seed)
+
     split = make(0)
     np.testing.assert_array_equal(split.test, np.flatnonzero(which == 1))
     both = np.sort(np.concatenate([split.train, split.val]))
@@ -177,7 +178,10 @@ def test_copies_are_those_of_a_search_by_hand():
     before = [part.copy() for part in split]
     kept, lost = without_copies(split, fingerprints(rows, chunk=64))
     train, val, test = ([(int(i), int(rows[i])) for i in part] for part in split)
-    held = lambda *parts: {x for part in parts for _, x in part}
+
+    def held(*parts):
+        return {x for part in parts for _, x in part}
+
     assert kept.train.tolist() == [i for i, x in train if x not in held(val, test)]
     assert kept.val.tolist() == [i for i, x in val if x not in held(test)]
     assert kept.test.tolist() == [i for i, _ in test]

@@ -201,8 +201,8 @@ def test_a_batch_that_fails_is_not_passed_over():
             raise OSError("the disk was away")
         return batch
 
-    stream = lambda: IndexStream(sizes(pools()), batch_size=8, seed=0)
-    read, plain = Prefetched(stream(), threads=1, ahead=1, place=place), stream()
+    first, plain = (IndexStream(sizes(pools()), batch_size=8, seed=0) for _ in range(2))
+    read = Prefetched(first, threads=1, ahead=1, place=place)
     for _ in range(2):
         assert_same_bits(next(read), next(plain))
     with pytest.raises(OSError, match="the disk was away"):
@@ -243,11 +243,11 @@ def test_the_same_training_whichever_way_the_data_come(kind, devices):
     options = dict(devices=jax.devices()[:devices])
     host = RUNNERS[kind](method.step, **options)
     held = host.hold(pools())
-    stream = lambda: ArrayStream(pools(), batch_size=8, val_batch_size=8, seed=0)
+    first, second = (ArrayStream(pools(), batch_size=8, val_batch_size=8, seed=0) for _ in range(2))
     rows = IndexStream(sizes(pools()), batch_size=8, val_batch_size=8, seed=0)
-    expected = trained(host, method, stream())
+    expected = trained(host, method, first)
     assert int(expected.step) == STEPS
-    ahead = Prefetched(stream(), place=host.put_batch)
+    ahead = Prefetched(second, place=host.put_batch)
     assert_same_bits(trained(host, method, ahead), expected)
     assert_same_bits(trained(held, method, rows), expected)
 
@@ -311,7 +311,9 @@ def test_held_data_are_checked():
 
 def test_a_stopped_run_goes_on_with_another_way_of_reading(tmp_path):
     whole = Streams(pool(21), pool(8, seed=1))
-    plain = lambda: ArrayStream(whole, batch_size=8, seed=0)
+
+    def plain():
+        return ArrayStream(whole, batch_size=8, seed=0)
 
     def run(folder, steps, stream, changes=()):
         runner, state = make_run()

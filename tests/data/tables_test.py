@@ -130,7 +130,10 @@ def tables(draw):
     rows = draw(st.integers(3, 8))
     kinds = [NUMBERS, *draw(st.lists(st.sampled_from([NUMBERS, WORDS]), max_size=3))]
     size = {"min_size": rows, "max_size": rows}
-    varied = lambda c: len({v for v in c if v is not None}) > 1
+
+    def varied(column):
+        return len({v for v in column if v is not None}) > 1
+
     columns = [draw(st.lists(st.none() | k, **size).filter(varied)) for k in kinds]
     return columns, draw(st.lists(st.sampled_from([10, 9, -1]), **size).filter(varied))
 

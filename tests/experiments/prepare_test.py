@@ -112,7 +112,7 @@ def files(root):
 
 def test_a_table_is_made_ready_once(registry, tmp_path):
     out = tmp_path / "new" / "data"
-    assert prepare.prepare("tiny", out) == "made ready"
+    assert prepare.prepare("tiny", out) == "prepared"
     np.testing.assert_array_equal(np.load(out / "tiny/inputs.npy"), VALUES)
     labels = np.load(out / "tiny/labels.npy")
     assert labels.dtype == np.int64 and labels.tolist() == [0, 1, 0]
@@ -131,12 +131,12 @@ def test_a_table_is_made_ready_once(registry, tmp_path):
     before = files(out)
     assert prepare.prepare("tiny", out) == "ready"
     assert files(out) == before and registry.asked == ["tiny.zip"]
-    assert prepare.prepare("other", out) == "made ready"  # of the same archive
+    assert prepare.prepare("other", out) == "prepared"  # of the same archive
     assert registry.asked == ["tiny.zip"]
 
 
 def test_images_are_copied_as_they_are(registry, tmp_path):
-    assert prepare.prepare("images", tmp_path) == "made ready"
+    assert prepare.prepare("images", tmp_path) == "prepared"
     made = files(tmp_path / "images")
     about = json.loads(made.pop("dataset.json"))
     assert made == {
@@ -177,7 +177,7 @@ def test_what_is_damaged_is_said_to_be_and_made_anew(kind, registry, tmp_path, c
     prepare.prepare(name, tmp_path)
     before = files(tmp_path / name)
     damage(tmp_path / name)
-    assert prepare.prepare(name, tmp_path) == "made ready"
+    assert prepare.prepare(name, tmp_path) == "prepared"
     assert f"{name}: damaged" in capsys.readouterr().err
     assert files(tmp_path / name) == before and visible(tmp_path) == sorted(["archives", name])
     assert registry.asked == ["tiny.zip"]
@@ -201,7 +201,7 @@ def test_a_wrong_archive_is_refused_and_fetched_anew(content, registry, tmp_path
         prepare.prepare("tiny", tmp_path)
     assert files(tmp_path / "archives") == {} and visible(tmp_path) == ["archives"]
     registry.content = ARCHIVE
-    assert prepare.prepare("tiny", tmp_path) == "made ready"
+    assert prepare.prepare("tiny", tmp_path) == "prepared"
     assert registry.asked == ["tiny.zip"] * 2
 
 
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_nothing_and_loses_no_other(registry, tmp_path, monke
     assert prepare.prepare_all(["tiny", "other"], tmp_path) == 1
     printed = capsys.readouterr()
     assert "tiny: [Errno 28] No space left on device; tiny needs 0.0 MB" in printed.err
-    assert printed.out == "other: made ready\n"
+    assert printed.out == "other: prepared\n"
     assert visible(tmp_path) == ["archives", "other"]
 
 
@@ -262,16 +262,16 @@ def test_until_the_last_moment_nothing_is_visible(registry, tmp_path, monkeypatc
     assert prepare.prepare_all(["other"], tmp_path) == 0
     monkeypatch.setattr(os, "rename", interrupt)
     assert prepare.prepare_all(["other", "tiny", "images"], tmp_path) == 130
-    assert capsys.readouterr().err == "interrupted; what is ready stays\n"
+    assert capsys.readouterr().err == "interrupted; prepared data sets stay\n"
     assert visible(tmp_path) == ["archives", "other"]
 
 
 def test_of_two_at_once_the_second_says_so(registry, tmp_path):
     with prepare.locked(tmp_path, "tiny"):
-        assert prepare.prepare("other", tmp_path) == "made ready"
+        assert prepare.prepare("other", tmp_path) == "prepared"
         with pytest.raises(RuntimeError, match=f"process {os.getpid()} is preparing tiny in "):
             prepare.prepare("tiny", tmp_path)
-    assert prepare.prepare("tiny", tmp_path) == "made ready"
+    assert prepare.prepare("tiny", tmp_path) == "prepared"
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_fetched(registry, tmp_path, monkeypatch):
@@ -306,10 +306,11 @@ def test_a_client_that_fails_is_quoted_with_the_command(registry, tmp_path, monk
 
 
 SLOW_CLIENT = """
-import sys
+import signal
 from absl import app
 from experiments import prepare
 from tests.experiments import prepare_test as t
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 prepare.DATASETS, prepare.ARCHIVES = {"tiny": t.table()}, {"tiny": t.archive()}
 prepare.command = lambda archive: "echo half > tiny.zip; sleep 300 & echo $! > pid; wait"
 app.run(prepare.main)
@@ -352,7 +353,7 @@ def test_whatever_ends_a_call_nothing_half_written_is_left(registry, tmp_path):
             os.kill(client, signal.SIGKILL)
         else:
             assert not scratch.exists() and not running(client)
-            assert b"interrupted; what is ready stays" in said or number == signal.SIGTERM
+            assert b"interrupted; prepared data sets stay" in said or number == signal.SIGTERM
         assert visible(out) in ([], ["archives"]) or number == signal.SIGKILL
         assert not (out / "tiny").exists() and files(out / "archives") == {}
         assert prepare.prepare_all(["other"], out) == 0
@@ -421,7 +422,7 @@ def test_medmnist_comes_from_the_users_folder_alone(registry, tmp_path):
     assert visible(out) == []
     (own / "m.npz").write_bytes(NPZ)
     registry.known["m"] = medmnist()
-    assert prepare.prepare("m", out, source=own) == "made ready"
+    assert prepare.prepare("m", out, source=own) == "prepared"
     assert (out / "m/m.npz").read_bytes() == NPZ
     (own / "m.npz").unlink()
     assert prepare.prepare("m", out) == "ready"
@@ -593,7 +594,7 @@ def test_what_tfds_prepared_is_the_same_rows(ids, registry, tmp_path, monkeypatc
         classes=("a", "b", "c"), counts={"train": (14, 13, 13), "test": (4, 3, 3)}, rows=rows
     )
     registry.known["tiny"] = known
-    assert prepare.prepare("tiny", tmp_path, via="tfds") == "made ready"
+    assert prepare.prepare("tiny", tmp_path, via="tfds") == "prepared"
     about = json.loads((tmp_path / "tiny/dataset.json").read_text())
     assert about["origin"] == "TFDS" and about["splits"] == {"train": [0, 40], "test": [40, 50]}
     assert prepare.prepare("tiny", tmp_path, via="tfds") == "ready"
@@ -616,7 +617,7 @@ def test_without_tfds_the_package_serves_unless_tfds_was_asked_for(
     monkeypatch.setattr(prepare, "tfds_in_reach", lambda: True)
     with pytest.raises(RuntimeError, match="no connection"):
         prepare.prepare("tiny", tmp_path, via="tfds")
-    assert prepare.prepare("tiny", tmp_path, via="auto") == "made ready"
+    assert prepare.prepare("tiny", tmp_path, via="auto") == "prepared"
     assert "no connection\ntiny: taking the package instead" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"--via=tfds serves \['tiny'\]; given 'other'"):
         prepare.prepare("other", tmp_path, via="tfds")

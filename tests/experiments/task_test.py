@@ -10,7 +10,7 @@ from experiments import build, task
 from experiments.configs import digits, sources
 from saflex_jax import data, parallel
 from saflex_jax.data import Rows, write_array_record
-from tests.data.sources_test import Tiny, prepared, save
+from tests.data.files_ import Tiny, prepared, save
 
 SIDE = 12
 
