@@ -137,8 +137,8 @@ def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
     "cosine" beside them makes the logits of every head cosines (`models.Classifier`).
     """
     checks.choice(BACKBONES, **{f"{name}.name": section["name"]})
-    fields = {field.name for field in dataclasses.fields(BACKBONES[section["name"]])}
-    checks.known(name, section, {"name", "cosine", *fields} - BY_RUN)
+    fields = {field.name for field in dataclasses.fields(BACKBONES[section["name"]])} - BY_RUN
+    checks.known(name, section, {"name", "cosine", *fields})
 
 
 def make_backbone(

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from saflex_jax import Batch, Streams
+from saflex_jax import Batch, RunInfo, Streams
 from saflex_jax.core.tree import identity
-from saflex_jax.methods import erm, saflex
+from saflex_jax.methods import supervised
 from saflex_jax.models import Classifier, SmallCNN, from_linen
+from saflex_jax.rules import Posterior, Refinement, Schedule, Scoring, VisitMean
 
 BATCH, VAL, CLASSES = 64, 16, 10
 
@@ -23,6 +24,10 @@ def batch(size):
 
 STREAMS = Streams(batch(BATCH), batch(VAL))
 MODEL, TX = from_linen(Classifier(SmallCNN((16, 32)), CLASSES)), optax.sgd(0.1)
+
+
+def saflex(scoring, rule=Posterior(), schedule=Schedule()):
+    return supervised.make(MODEL, TX, Refinement(scoring, rule, schedule))
 
 
 def flops(function, *args):
@@ -43,7 +48,7 @@ def step_flops(method, number=None):
 @pytest.fixture(scope="module")
 def plain():
     """(operations of a plain step, of a forward pass on its batch)."""
-    method = erm.make(MODEL, TX)
+    method = supervised.make(MODEL, TX)
     state = method.init(jax.random.key(0), STREAMS.candidates.inputs)
     return step_flops(method), flops(method.predict, state, STREAMS.candidates.inputs)
 
@@ -51,18 +56,18 @@ def plain():
 def test_head_scores_cost_the_validation_forward_pass(plain):
     # The candidates' forward pass is the training step's own: XLA must see that they are the same.
     step, forward = plain
-    found = step_flops(saflex.make(MODEL, TX, direction="identity"))
+    found = step_flops(saflex(Scoring("identity")))
     assert found <= step + forward * VAL / BATCH + 0.03 * step
 
 
 def test_full_scores_cost_the_validation_gradient_and_one_forward_product(plain):
     step, forward = plain
-    found = step_flops(saflex.make(MODEL, TX, direction="identity", predicate=None))
+    found = step_flops(saflex(Scoring("identity", predicate="")))
     assert found <= step + step * VAL / BATCH + 2 * forward + 0.03 * step
 
 
 def test_a_validation_gradient_is_computed_in_its_turn_only(plain):
-    method = saflex.make(MODEL, TX, direction="identity", val_every=4, start=2)
+    method = saflex(Scoring("identity", val_every=4), schedule=Schedule(start=2))
     step, forward = plain
     cost = [step_flops(method, number) for number in range(1, 8)]
     fresh = step + forward * VAL / BATCH
@@ -73,16 +78,16 @@ def test_a_validation_gradient_is_computed_in_its_turn_only(plain):
 
 @pytest.mark.parametrize("mode, passes", [("jvp", 2), ("finite_difference", 1)])
 def test_scores_in_a_branch_share_the_candidates_forward_pass(plain, mode, passes):
-    memory = dict(memory_decay=0.9, num_samples=BATCH, num_classes=CLASSES)
-    options = dict(direction="identity", predicate=None, every=2, mode=mode, **memory)
+    rule = Posterior(RunInfo(BATCH, CLASSES), memory=VisitMean(0.9))
+    method = saflex(Scoring("identity", predicate="", mode=mode), rule, Schedule(every=2))
     step, forward = plain
-    found = step_flops(saflex.make(MODEL, TX, **options))
+    found = step_flops(method)
     assert found <= step + step * VAL / BATCH + passes * forward + 0.03 * step
-    assert step_flops(saflex.make(MODEL, TX, **options), 1) <= 1.01 * step
+    assert step_flops(method, 1) <= 1.01 * step
 
 
-def test_erm_does_not_compute_with_the_validation_samples(plain):
-    method = erm.make(MODEL, TX)
+def test_plain_training_does_not_compute_with_the_validation_samples(plain):
+    method = supervised.make(MODEL, TX)
     state = method.init(jax.random.key(0), STREAMS.candidates.inputs)
     without = flops(
         lambda s, x: method.step(s, Streams(x), reduce=identity), state, STREAMS.candidates

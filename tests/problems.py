@@ -118,7 +118,10 @@ class Convex:
 
     def __init__(self, dtype=np.float64):
         rng = np.random.default_rng(3)
-        normal = lambda *shape: rng.normal(size=shape).astype(dtype)
+
+        def normal(*shape):
+            return rng.normal(size=shape).astype(dtype)
+
         self.x, self.val_x = normal(self.size, self.features), normal(self.val_size, self.features)
         self.val_y = soft_labels(rng, self.val_size, self.classes).astype(dtype)
         self.params = {"kernel": normal(self.features, self.classes)}
@@ -140,8 +143,13 @@ class Convex:
     def minimise(self, params, meta):
         """Newton's method from zero: the optimum to machine precision, whatever `params` hold."""
         flat, unravel = jax.flatten_util.ravel_pytree(params)
-        loss = lambda p: self.inner(unravel(p), meta)
-        step = lambda _, p: p - jnp.linalg.solve(jax.hessian(loss)(p), jax.grad(loss)(p))
+
+        def loss(p):
+            return self.inner(unravel(p), meta)
+
+        def step(_, p):
+            return p - jnp.linalg.solve(jax.hessian(loss)(p), jax.grad(loss)(p))
+
         return unravel(jax.lax.fori_loop(0, 10, step, 0 * flat))
 
 
@@ -152,7 +160,10 @@ def primitives(jaxpr, *, inside=False, only_loops=False) -> list[str]:
         if inside or not only_loops:
             found.append(eqn.primitive.name)
         within = inside or eqn.primitive.name in ("while", "scan")
-        is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+        def is_jaxpr(x):
+            return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
         for sub in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=is_jaxpr):
             sub = getattr(sub, "jaxpr", sub)  # closed or open
             if hasattr(sub, "eqns"):

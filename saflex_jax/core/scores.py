@@ -109,7 +109,7 @@ def validation_gradient(
       (f32[] in nats, gradient tree).
 
     Raises:
-      ValueError: shapes disagree, or no sample.
+      ValueError: shapes disagree, no sample, or a network of one logit.
     """
     if jax.tree.leaves(inputs)[0].shape[0] == 0:
         raise ValueError("val_inputs must hold at least one sample; given 0")
@@ -118,6 +118,7 @@ def validation_gradient(
     def loss(part):
         logits = logits_fn(merge(part, params), inputs)
         checks.same_shape(val_labels=labels, val_logits=logits)
+        _at_least_two_classes(logits)
         return masked_mean(loss_fn(logits, labels), mask, reduce=reduce)
 
     return reduce(jax.value_and_grad(loss)(selected))
@@ -155,7 +156,8 @@ def label_scores(
       (log_probs f32[B, K], scores f32[B, K]).
 
     Raises:
-      ValueError: unknown mode, epsilon <= 0, or a chunk that does not divide B.
+      ValueError: unknown mode, epsilon <= 0, a chunk that does not divide B, or a network of one
+        logit.
     """
     checks.choice(("jvp", "finite_difference"), mode=mode)
     checks.positive(epsilon=epsilon)
@@ -177,10 +179,20 @@ def label_scores(
 
     if mode == "jvp":
         out, change = jax.jvp(logits, (start,), (direction,))
+        _at_least_two_classes(out)
         log_probs = jax.nn.log_softmax(out)
         return log_probs, _along(change, log_probs)
     log_probs = jax.nn.log_softmax(logits(start))
     return log_probs, _difference(logits, log_probs, start, direction, epsilon)
+
+
+def _at_least_two_classes(logits: jax.Array) -> None:
+    """One logit has log-probability zero whatever the parameters: all its scores would be zero."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits_fn must give logits [B, K] of K >= 2 classes; given {logits.shape}: for two "
+            "classes give two logits, such as (0, z)"
+        )
 
 
 def _along(change: jax.Array, log_probs: jax.Array) -> jax.Array:
@@ -301,7 +313,7 @@ def score(
       Scores, without gradient (stop_gradient).
 
     Raises:
-      ValueError: shapes disagree, or no validation sample.
+      ValueError: shapes disagree, no validation sample, or a network of one logit.
     """
     check(mode, compute_dtype)
     logits_fn = in_dtype(logits_fn, compute_dtype)

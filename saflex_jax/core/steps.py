@@ -241,5 +241,7 @@ def outer_step(
     updates, meta_opt_state = meta_tx.update(grads, meta_opt_state, meta)
     meta = project(optax.apply_updates(meta, updates))
     one = jnp.ones(())
-    metrics = {"val_loss": (value, one), "solve_residual": (info.residual, one)}
+    metrics = {"val_loss": (value, one)}
+    if info.residual is not None:
+        metrics["solve_residual"] = info.residual, one
     return meta, meta_opt_state, metrics

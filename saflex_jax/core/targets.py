@@ -38,14 +38,10 @@ def check(
 ) -> None:
     """Raises ValueError on what `solve_targets` does not take."""
     checks.positive(temperature=temperature)
-    checks.at_least_zero(prior_strength=prior_strength)
-    checks.at_least_zero(tolerance=tolerance)
-    for name, value, accepted in (
-        ("scale", scale, Scale),
-        ("learn", learn, Learn),
-        ("anchor", anchor, Anchor),
-    ):
-        checks.choice(get_args(accepted), **{name: value})
+    checks.at_least_zero(prior_strength=prior_strength, tolerance=tolerance)
+    checks.choice(get_args(Scale), scale=scale)
+    checks.choice(get_args(Learn), learn=learn)
+    checks.choice(get_args(Anchor), anchor=anchor)
 
 
 def solve_targets(
@@ -88,12 +84,14 @@ def solve_targets(
       that it surfaces in the loss instead of dropping samples in silence.
 
     Raises:
-      ValueError: shapes disagree; temperature <= 0; negative prior_strength or tolerance; an
-        unknown option; and, on concrete arrays, scores not finite or prior not in the simplex.
+      ValueError: shapes disagree; fewer than two classes; temperature <= 0; negative
+        prior_strength or tolerance; an unknown option; and, on concrete arrays, scores not finite
+        or prior not in the simplex.
 
     Source: SAFLEX (ICLR 2024), section 4; scale, tolerance and anchor are this project's.
     """
     checks.same_shape(scores=scores, prior=prior)
+    checks.whole(2, num_classes=prior.shape[1])
     checks.rows(scores.shape[0], mask=mask)
     check(prior_strength, temperature, tolerance, scale, learn, anchor)
     mask = jnp.ones(scores.shape[0], bool) if mask is None else mask

@@ -27,7 +27,10 @@ def test_gauss_newton_is_the_mean_of_jacobian_sandwiches(predicate):
     matvec = gauss_newton(*linear, selected, mask=batch.mask)
 
     rows = batch.inputs[batch.mask]
-    logits = lambda flat: p.logits_fn(merge(unravel(flat), p.params), rows)
+
+    def logits(flat):
+        return p.logits_fn(merge(unravel(flat), p.params), rows)
+
     jacobians = np.asarray(jax.jit(jax.jacobian(logits))(flat), np.float64)
     expected = 0
     for jacobian, probs in zip(jacobians, problems.softmax(logits(flat))):

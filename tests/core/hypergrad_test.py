@@ -38,7 +38,10 @@ def implicit(problem, meta, solve=EXACT):
 
 def test_implicit_equals_finite_difference_and_both_gradients_through_the_optimum(x64):
     problem = Convex()
-    total = lambda meta: problem.outer(problem.minimise(problem.params, meta), meta)
+
+    def total(meta):
+        return problem.outer(problem.minimise(problem.params, meta), meta)
+
     expected = finite_difference(total, problem.meta)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(expected))
 
@@ -54,7 +57,10 @@ def test_implicit_equals_finite_difference_and_both_gradients_through_the_optimu
     assert_close(jax.jit(jax.grad(unrolled))(problem.meta), expected, 1e-8)
 
     argmin = differentiable_argmin(problem.inner, problem.minimise, solve=EXACT)
-    through = lambda meta: problem.outer(argmin(problem.params, meta), meta)
+
+    def through(meta):
+        return problem.outer(argmin(problem.params, meta), meta)
+
     assert_close(jax.jit(jax.grad(through))(problem.meta), expected, 1e-8)
 
 
@@ -62,8 +68,13 @@ def test_meta_that_the_outer_loss_sees_alone(x64):
     # An outer loss may hold meta-parameters of its own: their gradient is the direct one.
     problem = Convex()
     meta = {"inner": problem.meta, "outer": jnp.array([0.7])}
-    inner = lambda p, m: problem.inner(p, m["inner"])
-    outer = lambda p, m: problem.outer(p, m["inner"]) + jnp.sum(m["outer"] ** 3)
+
+    def inner(p, m):
+        return problem.inner(p, m["inner"])
+
+    def outer(p, m):
+        return problem.outer(p, m["inner"]) + jnp.sum(m["outer"] ** 3)
+
     params = problem.minimise(problem.params, problem.meta)
     run = jax.jit(partial(implicit_hypergradient, inner, outer, solve=EXACT))
     _, grads, _ = run(params, meta)
@@ -92,7 +103,10 @@ def test_neumann_equals_the_unrolled_gradient_of_as_many_steps(x64):
 def test_gradient_through_the_optimum_under_vmap_and_of_the_starting_point(x64):
     problem = Convex()
     argmin = differentiable_argmin(problem.inner, problem.minimise, solve=EXACT)
-    total = lambda params0, meta: problem.outer(argmin(params0, meta), meta)
+
+    def total(params0, meta):
+        return problem.outer(argmin(params0, meta), meta)
+
     metas = jax.tree.map(lambda x: jnp.stack([x, 1.2 * x, 0.7 * x]), problem.meta)
     batched = jax.jit(jax.vmap(jax.grad(total, argnums=(0, 1)), (None, 0)))(problem.params, metas)
     start, meta = batched

@@ -75,7 +75,10 @@ def test_gradient_at_a_label_of_exactly_zero_is_the_surprise():
 
 def test_all_masked_mean_is_zero():
     none = np.zeros(4, bool)
-    loss = lambda v: masked_mean(v, none)
+
+    def loss(v):
+        return masked_mean(v, none)
+
     value, grad = jax.value_and_grad(loss)(jnp.array([1.0, jnp.nan, jnp.inf, 2.0]))
     assert value == 0
     np.testing.assert_array_equal(grad, 0)
@@ -91,9 +94,14 @@ def test_all_masked_mean_is_zero():
     st.floats(0, 1, width=32),
 )
 def test_laws(z, z2, y, y2, w, a):
-    loss = lambda z, y, w=None: np.asarray(weighted_cross_entropy(z, y, w), np.float64)
+    def loss(z, y, w=None):
+        return np.asarray(weighted_cross_entropy(z, y, w), np.float64)
+
     tol = dict(rtol=1e-5, atol=1e-5)
-    blend = lambda s, t: np.float32(a) * s + np.float32(1 - a) * t
+
+    def blend(s, t):
+        return np.float32(a) * s + np.float32(1 - a) * t
+
     # linear in the labels and in the weights
     np.testing.assert_allclose(loss(z, blend(y, y2)), blend(loss(z, y), loss(z, y2)), **tol)
     np.testing.assert_allclose(loss(z, y, w), w * loss(z, y), **tol)
@@ -150,7 +158,10 @@ def test_shapes_that_disagree(arguments, message):
 def divergence(logits):
     """NumPy reference: entropies. JSD = H(mean of p_v) - mean of H(p_v)."""
     probs = problems.softmax(logits)
-    entropy = lambda p: -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+
+    def entropy(p):
+        return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+
     return entropy(probs.mean(0)) - entropy(probs).mean(0)
 
 
@@ -218,7 +229,10 @@ def pairs(logits, own, partner, share, first, second):
     found = []
     rows = zip(np.float64(logits), own, partner, share, first, second)
     for z, a, b, s, eta_a, eta_b in rows:
-        without = lambda z, drop, k: np.log(np.exp(np.delete(z, drop)).sum()) - z[k]
+
+        def without(z, drop, k):
+            return np.log(np.exp(np.delete(z, drop)).sum()) - z[k]
+
         soft = np.log(np.exp(z).sum()) - s * z[a] - (1 - s) * z[b]
         found.append(soft + eta_a * without(z, b, a) + eta_b * without(z, a, b) if a != b else soft)
     return np.array(found)
@@ -267,7 +281,10 @@ def test_decoupled_mixup_is_plain_where_nothing_is_decoupled():
     logits = rng.normal(size=(5, 4)).astype(np.float32)
     a, b = np.array([1, 0, 2, 3, 0]), np.array([1, 2, 3, 0, 1])
     s = np.array([0.3, 0.5, 1.0, 0.0, 0.9995], np.float32)
-    loss = lambda z, s: decoupled_mixup(z, a, b, s, eta=0.3, power=0.5)
+
+    def loss(z, s):
+        return decoupled_mixup(z, a, b, s, eta=0.3, power=0.5)
+
     np.testing.assert_allclose(loss(logits, s), pairs(logits, a, b, s, 0 * s, 0 * s), rtol=1e-5)
     for grad in jax.grad(lambda z, s: loss(z, s).sum(), argnums=(0, 1))(logits, s):
         assert np.isfinite(grad).all()

@@ -47,7 +47,10 @@ def test_the_own_share_is_that_of_the_own_label(name):
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "none"])
 def test_what_is_known_of_samples_is_mixed_as_labels_are(name):
     made = augmented(name)
-    recall = lambda index: jax.nn.one_hot(index, CLASSES)
+
+    def recall(index):
+        return jax.nn.one_hot(index, CLASSES)
+
     found = parents.mixture(made, recall, jnp.full((SIZE, CLASSES), jnp.nan))
     whole = np.asarray(parents.is_whole(made))
     np.testing.assert_allclose(found[~whole], made.labels[~whole], atol=1e-6)
@@ -57,7 +60,10 @@ def test_what_is_known_of_samples_is_mixed_as_labels_are(name):
 def test_of_rows_with_an_unknown_parent_something_else_is_taken():
     made = augmented("mixup")
     known = np.arange(SIZE) % 3 > 0
-    recall = lambda index: jax.nn.one_hot(index, CLASSES) * known[index][..., None]
+
+    def recall(index):
+        return jax.nn.one_hot(index, CLASSES) * known[index][..., None]
+
     found = parents.mixture(made, recall, jnp.full((SIZE, CLASSES), 7.0))
     both = known[made.index] & (parents.is_whole(made) | known[made.trace.partner].all(1))
     np.testing.assert_array_equal((np.asarray(found) == 7).all(1), ~np.asarray(both))
@@ -66,7 +72,10 @@ def test_of_rows_with_an_unknown_parent_something_else_is_taken():
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "none"])
 def test_a_property_of_all_parents_is_one_of_everything_the_label_names(name):
     made = augmented(name)
-    holds = lambda index: index % 4 > 0
+
+    def holds(index):
+        return index % 4 > 0
+
     labels = np.where(parents.is_whole(made)[:, None], np.eye(CLASSES)[made.index], made.labels)
     named = [holds(np.flatnonzero(row > 0)).all() for row in labels]
     found = np.asarray(parents.of_all(made, holds))

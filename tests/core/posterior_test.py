@@ -152,14 +152,17 @@ def agreements(accuracy, eta):
 
 def kept(trusted, others, seen=1e12):
     """Sums with these means; by default of so many samples that nothing is shrunk."""
-    pair = lambda mean: 100 * jnp.array([mean, 1])
+
+    def pair(mean):
+        return 100 * jnp.array([mean, 1])
+
     return posterior.Agreement(pair(trusted), pair(others), jnp.float32(seen))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.1, 0.4, 0.7])
 @pytest.mark.parametrize("accuracy", [0.4, 0.75, 1.0])
 def test_the_share_of_wrong_labels_is_found_exactly_by_a_network_of_any_accuracy(accuracy, eta):
-    found = posterior.noise_rate(kept(*agreements(accuracy, eta)), CLASSES)
+    found = posterior.estimate_noise_rate(kept(*agreements(accuracy, eta)), CLASSES)
     assert found == pytest.approx(eta, abs=1e-5)
 
 
@@ -167,11 +170,11 @@ def test_the_share_of_wrong_labels_is_found_exactly_by_a_network_of_any_accuracy
     "sums", [posterior.no_agreement(), kept(0.25, 0.25), kept(0.6, 0.7), kept(0.1, 0.25)]
 )
 def test_without_evidence_no_label_is_wrong(sums):
-    assert posterior.noise_rate(sums, CLASSES) == 0
+    assert posterior.estimate_noise_rate(sums, CLASSES) == 0
 
 
 def test_the_share_is_never_above_one():
-    assert posterior.noise_rate(kept(0.3, 0.0), CLASSES) == 1
+    assert posterior.estimate_noise_rate(kept(0.3, 0.0), CLASSES) == 1
 
 
 @pytest.mark.parametrize("accuracy", [0.6, 0.9])
@@ -184,7 +187,7 @@ def test_an_estimate_is_shrunk_by_its_standard_error_and_a_smaller_one_is_none(
     error = np.sqrt(accuracy * (1 - accuracy) / known) / (accuracy - chance)
     for eta in (0.5 * error, 0.9 * error, 1.1 * error, 2 * error):
         sums = kept(*agreements(accuracy, eta), seen)
-        found = posterior.noise_rate(sums, CLASSES, num_trusted=number)
+        found = posterior.estimate_noise_rate(sums, CLASSES, num_trusted=number)
         wanted = eta - error**2 / eta if eta > error else 0
         assert found == pytest.approx(wanted, abs=2e-5)
 
@@ -213,9 +216,10 @@ def test_sums_forget_and_are_per_row_of_a_batch():
 def test_eight_devices_keep_the_sums_of_one():
     values = _rng.random((8, SIZE)).astype(np.float32)
     trusted = np.arange(8)[:, None] * SIZE + np.arange(SIZE) < 2.5 * SIZE  # none on most devices
-    add = lambda a, rows, **how: posterior.add_agreement(
-        posterior.no_agreement(), (a, rows), (a, ~rows), **how
-    )
+
+    def add(a, rows, **how):
+        return posterior.add_agreement(posterior.no_agreement(), (a, rows), (a, ~rows), **how)
+
     found = jax.pmap(functools.partial(add, reduce=Mean("data")), "data")(values, trusted)
     for one, eight in zip(add(values.ravel(), trusted.ravel()), found):
         np.testing.assert_allclose(eight, np.broadcast_to(one, eight.shape), rtol=1e-6)
@@ -227,15 +231,26 @@ def test_eight_devices_keep_the_sums_of_one():
     [
         ({"noise_rate": 1.5}, "noise_rate .*1.5"),
         ({"noise_rate": -0.1}, "noise_rate .*-0.1"),
+        ({"noise_rate": np.float32(1.5)}, "noise_rate .*1.5"),
+        ({"noise_rate": jnp.float32(40)}, "noise_rate .*40"),
+        ({"noise_rate": "0.4"}, "noise_rate .*'0.4'"),
+        ({"probs": np.log(BELIEF + 0.01)}, "probs must be >= 0: probabilities, not logits"),
+        ({"prior": GIVEN[:, :1], "probs": BELIEF[:, :1]}, "num_classes must be .*>= 2; given 1"),
         ({"sharpness": 0.0}, "sharpness .*0.0"),
         ({"probs": BELIEF[:-1]}, "prior and probs"),
         ({"prior": 2 * GIVEN}, "prior .*sum"),
         ({"trusted": np.ones(2, bool)}, "trusted"),
         ({"mask": np.ones(2, bool)}, "mask"),
     ],
-    ids=["above", "below", "blunt", "probs", "prior", "trusted", "mask"],
 )
 def test_bad_input_is_named(change, message):
     options = {"prior": GIVEN, "probs": BELIEF, "noise_rate": ETA, **change}
     with pytest.raises(ValueError, match=message):
         posterior.posterior_targets(**options)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, 40.0, np.nan])
+def test_a_traced_rate_out_of_range_surfaces_in_the_weights(rate):
+    compiled = jax.jit(posterior.posterior_targets)
+    assert np.isfinite(compiled(GIVEN, BELIEF, jnp.float32(ETA)).weights).all()
+    assert np.isnan(compiled(GIVEN, BELIEF, jnp.float32(rate)).weights).all()

@@ -84,7 +84,10 @@ def test_targets(learn):
     scores = rng.normal(size=(SIZE, 4)).astype(np.float32)
     scores[3:] *= 5
     prior = problems.hard_labels(rng, SIZE, 4)
-    run = lambda s, q, m, **o: solve_targets(s, q, mask=m, learn=learn, tolerance=0.0, **o)
+
+    def run(s, q, m, **o):
+        return solve_targets(s, q, mask=m, learn=learn, tolerance=0.0, **o)
+
     found = sharded(partial(run, reduce=MEAN))(scores, prior, MASK)
     whole = run(scores, prior, MASK)
     assert_close(jax.tree.map(rows, found), whole)
@@ -93,7 +96,10 @@ def test_targets(learn):
 def test_memory():
     rng = np.random.default_rng(0)
     before = memory.init(4, 3)
-    run = lambda i, s, m, **o: memory.update(before, i, s, m, **o)
+
+    def run(i, s, m, **o):
+        return memory.update(before, i, s, m, **o)
+
     # sample 1 is on both shards, sample 3 on padding rows only
     args = (
         np.array([0, 1, 1, 1, 3, 3], np.int32),
@@ -119,8 +125,12 @@ def test_hypergradient_and_hessian():
         return weighted_cross_entropy(p.logits_fn(params, x), y, weight, mask)
 
     def run(x, y, mask, vx, vy, *, reduce):
-        inner = lambda t, m: masked_mean(losses(t, m, x, y, mask), mask, reduce=reduce)
-        outer = lambda t, m: masked_mean(losses(t, m, vx, vy, mask), mask, reduce=reduce)
+        def inner(t, m):
+            return masked_mean(losses(t, m, x, y, mask), mask, reduce=reduce)
+
+        def outer(t, m):
+            return masked_mean(losses(t, m, vx, vy, mask), mask, reduce=reduce)
+
         solve = linear_solve.neumann_solve(steps=3, scale=0.1)
         value, grads, info = implicit_hypergradient(
             inner, outer, head, meta, solve=solve, reduce=reduce

@@ -34,7 +34,10 @@ def hand_gradients(p, predicate):
         return jax.nn.logsumexp(logits) - logits[k]
 
     gradient = jax.grad(cross_entropy)
-    pairs = lambda x, k: jax.vmap(gradient, (None, 0, 0))(flat, x, k)
+
+    def pairs(x, k):
+        return jax.vmap(gradient, (None, 0, 0))(flat, x, k)
+
     gradients = jax.vmap(lambda k: pairs(candidates.inputs, jnp.full(len(candidates.inputs), k)))
     g = jax.jit(pairs)(val.inputs, val.labels.argmax(1)).mean(0)
     per_label = jax.jit(gradients)(jnp.arange(CLASSES))  # [K, B, P]
@@ -140,7 +143,9 @@ def test_rows_stay_independent_under_batch_norm():
     other = inputs.copy()
     other[1:] = 3 * inputs[1:] + 1
     key = jax.random.key(0)
-    training = lambda params, x: p.model.train(params, p.model_state, x, key)[0]
+
+    def training(params, x):
+        return p.model.train(params, p.model_state, x, key)[0]
 
     def moved(logits_fn):
         """How far the scores of the first row, and of the others, move."""
@@ -182,7 +187,10 @@ def test_predicted_change_of_the_validation_loss(x64):
 def test_padding_rows_change_nothing(solve):
     padded = problems.problem("mlp", size=6, val_size=5, masked=2)
     streams = padded.streams
-    cut = lambda batch: jax.tree.map(lambda x: x[batch.mask], batch)
+
+    def cut(batch):
+        return jax.tree.map(lambda x: x[batch.mask], batch)
+
     whole = padded._replace(streams=streams._replace(candidates=cut(streams.candidates)))
     whole = whole._replace(streams=whole.streams._replace(val=cut(streams.val)))
     found, expected = (scores_of(p, predicate=HEAD, solve=solve) for p in (padded, whole))

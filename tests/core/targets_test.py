@@ -52,7 +52,9 @@ def test_closed_form_beats_dirichlet_draws_on_its_objective(anchor, scale):
         anchor=anchor,
     )
     linear = normalised(scores, scale) + strength * pull(prior, anchor)
-    objective = lambda y: (y * linear).sum(-1) + temperature * entropy(y)
+
+    def objective(y):
+        return (y * linear).sum(-1) + temperature * entropy(y)
 
     rng = np.random.default_rng(1)
     draws = np.concatenate([rng.dirichlet(np.full(CLASSES, a), 1000) for a in (0.1, 0.5, 1, 5)])
@@ -233,7 +235,10 @@ def test_raw_scale_feels_the_size_of_scores():
 
 def test_no_gradient_flows_through_targets():
     scores, prior = drawn()
-    total = lambda s: sum(jnp.sum(x**2) for x in solve_targets(s, prior))
+
+    def total(s):
+        return sum(jnp.sum(x**2) for x in solve_targets(s, prior))
+
     np.testing.assert_array_equal(jax.grad(total)(scores), 0)
 
 

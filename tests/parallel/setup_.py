@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,15 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from saflex_jax import Batch, Method, Model, Refiner, Streams, TrainState, cg_solve
+from saflex_jax import Batch, Method, Model, Rule, RunInfo, Streams, TrainState
 from saflex_jax.augment import shift
 from saflex_jax.core.steps import init_state
-from saflex_jax.methods import implicit, saflex
-from saflex_jax.methods.base import supervised
+from saflex_jax.methods import supervised
 from saflex_jax.methods.upstream import upstream
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import Runner, jit_runner
+from saflex_jax.rules import Posterior, Refinement, Scoring, Simplex, VisitMean
+from saflex_jax.rules.implicit import Implicit
 from saflex_jax.types import Trace
 
 STEPS, ROWS, SAMPLES, CLASSES = 5, 16, 24, 3
@@ -35,46 +37,52 @@ POOL = Batch(
 
 # Damping and temperature keep the map from parameters to targets well conditioned, so that what is
 # left between two runners is the rounding of their sums and not its amplification.
-_CG = {"rule": "simplex", "direction": "cg", "damping": 0.1, "temperature": 0.5}
-_IDENTITY = {
-    **{"rule": "simplex", "direction": "identity", "predicate": None},
-    **{"temperature": 0.5, "tolerance": 0.0},
-}
-_MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
+RUN = RunInfo(SAMPLES, CLASSES, num_trusted=6, labels=lambda: POOL.labels)
+MEMORY = VisitMean(0.9)
 # name -> (the rule, padding rows, with clean samples and augmentation inside the step)
 VARIANTS = {
-    "cg_head": (saflex.refiner(**_CG), 0, False),
-    "identity_all_augmented_padding": (saflex.refiner(**_IDENTITY), PADDING, True),
+    "cg_head": (Refinement(Scoring("cg(damping=0.1)"), Simplex(temperature=0.5)), 0, False),
+    "identity_all_augmented_padding": (
+        Refinement(Scoring("identity", ""), Simplex(temperature=0.5, tolerance=0.0)),
+        PADDING,
+        True,
+    ),
     "cg_head_stale_gradient_memory": (
-        saflex.refiner(**_CG, **_MEMORY, val_every=2, val_decay=0.5),
+        Refinement(
+            Scoring("cg(damping=0.1)", val_every=2, val_decay=0.5),
+            Simplex(temperature=0.5, run=RUN, memory=MEMORY),
+        ),
         0,
         False,
     ),
     # Five steps from the start no share of wrong labels would be found, hence one is given.
     "posterior_memory_padding": (
-        saflex.refiner(**_MEMORY, num_trusted=6, noise_rate=0.4),
+        Refinement(Scoring(), Posterior(RUN, noise_rate=0.4, memory=MEMORY)),
         PADDING,
         False,
     ),
     "implicit_padding": (
-        implicit.refiner(prior=POOL.labels, meta_tx=optax.sgd(30.0), solve=cg_solve(damping=0.1)),
+        Implicit(RUN, meta_tx=optax.sgd(30.0), direction="cg(damping=0.1)"),
         PADDING,
         False,
     ),
 }
 
 
-def recording(refiner: Refiner) -> Refiner:
+class Recording(NamedTuple):
     """The same rule, which also keeps every step's weights and labels, f32[STEPS, SAMPLES, 1 + K].
 
     A step does not return its targets, and under pmap no device sees all of them.
     """
 
-    def init(params):
-        return {"rule": refiner.init(params), "targets": jnp.zeros((STEPS, SAMPLES, 1 + CLASSES))}
+    rule: Rule
 
-    def apply(arrays, state, logits_fn, streams, *, reduce):
-        targets, rule, metrics = refiner.apply(
+    def init(self, params):
+        arrays = self.rule.init(params)
+        return {"rule": arrays, "targets": jnp.zeros((STEPS, SAMPLES, 1 + CLASSES))}
+
+    def apply(self, arrays, state, logits_fn, streams, *, reduce):
+        targets, kept, metrics = self.rule.apply(
             arrays["rule"], state, logits_fn, streams, reduce=reduce
         )
         rows = jnp.concatenate([targets.weights[:, None], targets.labels], axis=1)
@@ -83,9 +91,7 @@ def recording(refiner: Refiner) -> Refiner:
         seen = jnp.zeros((SAMPLES, 1)).at[index].add(1.0, mode="drop")
         rows, seen = reduce((rows, seen))  # both are divided by the number of devices
         record = arrays["targets"].at[state.step].set(rows / jnp.where(seen > 0, seen, 1.0))
-        return targets, {"rule": rule, "targets": record}, metrics
-
-    return Refiner(init, apply)
+        return targets, {"rule": kept, "targets": record}, metrics
 
 
 def make_model(axis_name: str | None = None) -> Model:
@@ -94,8 +100,8 @@ def make_model(axis_name: str | None = None) -> Model:
 
 def make_method(variant: str, *, axis_name: str | None = None) -> Method:
     """A network with BatchNorm under the variant's rule; `axis_name` as pmap needs it."""
-    refiner, _, augmented = VARIANTS[variant]
-    method = supervised(make_model(axis_name), TX, recording(refiner))
+    rule, _, augmented = VARIANTS[variant]
+    method = supervised.make(make_model(axis_name), TX, Recording(rule))
     return upstream(method, shift(1)) if augmented else method
 
 
@@ -117,11 +123,13 @@ def make_batches(variant: str) -> list[Streams]:
         partner, share = rng.permutation(ROWS - padding), rng.uniform(0.5, 1, ROWS)
         partner = np.concatenate([partner, np.arange(ROWS - padding, ROWS)])
         share = np.where((share > 0.85) | (partner == np.arange(ROWS)), 1, share).astype(np.float32)
-        both = lambda x: share[:, None] * x + (1 - share[:, None]) * x[partner]
+        labels = share[:, None] * rows.labels + (1 - share[:, None]) * rows.labels[partner]
         trace = Trace(np.zeros((ROWS, 1), np.int32), share[:, None], rows.index[partner][:, None])
-        return rows._replace(labels=both(rows.labels), trace=trace)
+        return rows._replace(labels=labels, trace=trace)
 
-    candidates = (lambda: mixed(batch())) if variant.startswith("posterior") else batch
+    def candidates():
+        return mixed(batch()) if variant.startswith("posterior") else batch()
+
     return [Streams(candidates(), batch(), batch() if clean else None) for _ in range(STEPS)]
 
 
@@ -133,7 +141,7 @@ def make_variables():
 
 def make_state(variant: str) -> TrainState:
     """What `make_method(variant).init` gives."""
-    rule = recording(VARIANTS[variant][0])
+    rule = Recording(VARIANTS[variant][0])
     return init_state(jax.random.key(0), *make_variables(), TX, rule.init(make_variables()[0]))
 
 

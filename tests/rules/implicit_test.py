@@ -7,10 +7,14 @@ import numpy as np
 import optax
 import pytest
 
+from saflex_jax.methods import supervised
 from saflex_jax.rules.implicit import Implicit
 from saflex_jax.types import RunInfo
 from tests import problems
-from tests.problems import CLASSES
+from tests.core.steps_test import runner as stepper
+from tests.core.steps_test import same_type, start
+from tests.problems import CLASSES, assert_close
+from tests.rules.running_test import found_scores as greedy_scores
 from tests.rules.stepping import (
     POOL,
     REAL,
@@ -105,6 +109,89 @@ def test_implicit_trains_on_what_is_feasible(learn, meta_tx):
         assert np.isfinite(metrics["solve_residual"][0])
         reached |= set(weights.tolist()) & {0.0, MAX_WEIGHT}
     assert reached or learn == "labels"
+
+
+# --- inside a training step --------------------------------------------------------------------
+
+
+def pool_run(labels):
+    return RunInfo(*labels.shape, labels=lambda: labels)
+
+
+@pytest.mark.parametrize("learn", ["both", "weights", "labels"])
+def test_implicit_keeps_its_pool_feasible(learn):
+    p = problems.problem("mlp", masked=1)
+    pool = np.concatenate([p.streams.candidates.labels, p.streams.val.labels])
+    # The greedy direction is the cheapest to compile; what is learned does not depend on it.
+    direction = "cg(3)" if learn == "both" else "identity"
+    rule = Implicit(
+        pool_run(pool), learn=learn, max_weight=1.5, meta_tx=optax.adam(0.4), direction=direction
+    )
+    method = supervised.make(p.model, optax.adam(1e-2), rule)
+    before = start(p, method)
+    state, metrics = stepper(p, method)(before, 2)
+    same_type(state, before)
+    meta = jax.tree.map(np.asarray, state.extra[0])
+    assert (meta["weights"] >= 0).all() and (meta["weights"] <= 1.5).all()
+    assert (meta["labels"] >= 0).all()
+    np.testing.assert_allclose(meta["labels"].sum(1), 1, atol=1e-5)
+    # Only what is learned moves, and only for the real rows of the batch; the bounds are reached.
+    moved = {
+        "weights": np.abs(meta["weights"] - 1) > 1e-3,
+        "labels": np.abs(meta["labels"] - pool).max(1) > 1e-3,
+    }
+    for name, rows in moved.items():
+        np.testing.assert_array_equal(rows, (np.arange(10) < 5) & (learn in ("both", name)))
+    if learn != "labels":
+        assert {0.0, 1.5} & set(meta["weights"].tolist())
+    assert all(np.isfinite(total) for total, _ in metrics.values())
+
+
+def test_first_implicit_step_with_the_identity_is_a_step_along_the_scores():
+    p = problems.problem("mlp", masked=1)
+    candidates = p.streams.candidates
+    rate = 0.5
+    rule = Implicit(
+        pool_run(candidates.labels),
+        meta_tx=optax.sgd(rate),
+        direction="identity",
+        predicate="",
+        learn="weights",
+        max_weight=100.0,
+    )
+    method = supervised.make(p.model, optax.sgd(0.1), rule)
+    state = start(p, method)
+    after, _ = stepper(p, method)(state, 1)
+    found = method.targets(state, p.streams)
+    scores = np.asarray(greedy_scores(p, state))
+    utility = (candidates.labels * scores).sum(1) * candidates.mask
+    weights = np.maximum(1 + rate * utility / 5, 0)
+    assert_close(after.extra[0]["weights"], weights)
+    # what is trained on has mean one over the five real rows
+    weights *= candidates.mask
+    assert_close(found.weights, weights * 5 / weights.sum())
+    np.testing.assert_array_equal(after.extra[0]["labels"], candidates.labels)
+
+
+def test_implicit_waits_for_its_start():
+    p = problems.problem("mlp")
+    prior = p.streams.candidates.labels
+    tx = optax.sgd(0.1)
+    rule = Implicit(pool_run(prior), start=2, meta_tx=optax.adam(0.1), direction="identity")
+    method = supervised.make(p.model, tx, rule)
+    run = stepper(p, method)
+    before = start(p, method)
+    state, _ = run(before, 2)
+    # neither the pool nor its optimiser's moments have moved, and training was the plain one
+    for a, b in zip(jax.tree.leaves(state.extra), jax.tree.leaves(before.extra)):
+        np.testing.assert_array_equal(a, b)
+    plain = supervised.make(p.model, tx)
+    assert_close(state.params, stepper(p, plain)(start(p, plain), 2)[0].params, 1e-6)
+    state, _ = run(state, 1)
+    assert (state.extra[0]["labels"] != prior).any()
+
+
+# --- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

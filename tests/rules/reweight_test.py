@@ -8,24 +8,33 @@ import numpy as np
 import optax
 import pytest
 
-from saflex_jax import Batch, Streams, under
+from saflex_jax import Batch, Streams
 from saflex_jax.core.tree import identity
-from saflex_jax.methods import l2rw, meta_weight_net
+from saflex_jax.methods import supervised
 from saflex_jax.models import MLP, Classifier, from_linen
 from saflex_jax.parallel import pmap_runner
+from saflex_jax.rules import Refinement, Schedule, Scoring, l2rw, meta_weight_net
+from saflex_jax.rules.base import predicate_of
+from saflex_jax.rules.meta_weight_net import MetaWeightNet
 from tests import cost_test, problems
 from tests.parallel import setup_
 from tests.problems import assert_close
 
-MAKE = {"l2rw": l2rw.make, "meta_weight_net": meta_weight_net.make}
-REFINERS = {"l2rw": l2rw.refiner, "meta_weight_net": meta_weight_net.refiner}
+NAMES = ("l2rw", "meta_weight_net")
 TX = optax.sgd(0.1)
 SIZE, VAL_SIZE, MASKED, LR = 12, 8, 2, 0.5
 
 
-@pytest.fixture(params=MAKE)
+@pytest.fixture(params=NAMES)
 def name(request):
     return request.param
+
+
+def rule_of(name, *, moved="", start=0, **options):
+    """The rule, its look-ahead moving the parameters below `moved`."""
+    if name == "meta_weight_net":
+        return MetaWeightNet(predicate=moved, start=start, **options)
+    return Refinement(Scoring("identity", predicate=moved), l2rw.Reweight(), Schedule(start))
 
 
 @functools.cache
@@ -39,8 +48,8 @@ def problem(model="mlp"):
 @functools.cache
 def make(name, model="mlp", moved="", start=0):
     options = {"l2rw": {}, "meta_weight_net": {"inner_learning_rate": LR}}[name]
-    predicate = under(moved) if moved else None
-    return MAKE[name](problem(model).model, TX, predicate=predicate, start=start, **options)
+    rule = rule_of(name, moved=moved, start=start, **options)
+    return supervised.make(problem(model).model, TX, rule)
 
 
 def start_state(method, step=0, model="mlp"):
@@ -83,8 +92,10 @@ def utilities(p, moved):
     inputs, labels = real(p.streams.candidates)
 
     def val_loss(eps):
-        losses = lambda params: cross_entropy(p.logits_fn(params, inputs), labels)
-        return loss_ahead(p, lambda params: jnp.sum(eps * losses(params)), moved)
+        def weighted_loss(params):
+            return jnp.sum(eps * cross_entropy(p.logits_fn(params, inputs), labels))
+
+        return loss_ahead(p, weighted_loss, moved)
 
     return -jax.jit(jax.grad(val_loss))(jnp.zeros(len(labels)))
 
@@ -133,7 +144,7 @@ def test_l2rw_is_the_gradient_through_a_step(model, moved):
 @pytest.mark.parametrize("model, moved", [*CASES, pytest.param(*CNN, marks=pytest.mark.slow)])
 def test_the_weight_nets_gradient_is_the_one_through_a_step(model, moved):
     p = problem(model)
-    predicate = under(moved) if moved else None
+    predicate = predicate_of(moved)
 
     @jax.jit
     def found(net):
@@ -184,7 +195,7 @@ WIDE = from_linen(Classifier(MLP((128, 128)), cost_test.CLASSES))  # products ou
 @functools.cache
 def plain_flops():
     """Of a plain step, and of a forward pass on its batch."""
-    method = cost_test.erm.make(WIDE, cost_test.TX)
+    method = supervised.make(WIDE, cost_test.TX)
     inputs = cost_test.STREAMS.candidates.inputs
     state = method.init(jax.random.key(0), inputs)
     return cost_test.step_flops(method), cost_test.flops(method.predict, state, inputs)
@@ -195,7 +206,7 @@ def test_no_forward_pass_is_repeated(name):
     # Beside the validation gradient: l2rw takes a product, and Meta-Weight-Net a backward pass too.
     # Either counts as two forward passes. A branch must not bring in one of its own, hence `start`.
     passes = {"l2rw": 2, "meta_weight_net": 4}[name]
-    found = cost_test.step_flops(MAKE[name](WIDE, cost_test.TX, start=3))
+    found = cost_test.step_flops(supervised.make(WIDE, cost_test.TX, rule_of(name, start=3)))
     assert found <= step + step * cost_test.VAL / cost_test.BATCH + (passes + 0.1) * forward
 
 
@@ -205,7 +216,7 @@ def test_no_forward_pass_is_repeated(name):
 @pytest.mark.parametrize("name", [pytest.param("l2rw", marks=pytest.mark.slow), "meta_weight_net"])
 def test_eight_devices_agree_with_one(name, monkeypatch):
     options = {"l2rw": {}, "meta_weight_net": {"meta_tx": optax.sgd(10.0)}}[name]
-    monkeypatch.setitem(setup_.VARIANTS, name, (REFINERS[name](**options), setup_.PADDING, False))
+    monkeypatch.setitem(setup_.VARIANTS, name, (rule_of(name, **options), setup_.PADDING, False))
     found = setup_.run(pmap_runner, name, axis_name="data")
     setup_.assert_agrees(found, name)
     weights = found["extra/targets"][..., 0]
@@ -273,7 +284,6 @@ def test_l2rw_drops_no_score_that_is_not_finite(value):
 @pytest.mark.parametrize(
     "method, options, message",
     [
-        ("l2rw", {"start": -1}, "start must be a whole number >= 0; given -1"),
         ("meta_weight_net", {"start": -1}, "start must be a whole number >= 0; given -1"),
         ("meta_weight_net", {"hidden": 0}, "hidden must be a whole number >= 1; given 0"),
         ("meta_weight_net", {"inner_learning_rate": 0.0}, "inner_learning_rate must be positive"),
@@ -282,14 +292,12 @@ def test_l2rw_drops_no_score_that_is_not_finite(value):
 )
 def test_an_option_out_of_range_is_refused(method, options, message):
     with pytest.raises(ValueError, match=message):
-        REFINERS[method](**options)
+        rule_of(method, **options)
 
 
 def test_validation_samples_are_needed_and_the_predicate_must_select(name):
     streams, method = problem().streams, make(name)
-    with pytest.raises(
-        ValueError, match=f"{name} needs validation samples; given streams.val = None"
-    ):
+    with pytest.raises(ValueError, match=r"needs validation samples; given streams\.val = None"):
         method.targets(start_state(method), streams._replace(val=None))
     method = make(name, moved="hed")
     with pytest.raises(ValueError, match="predicate selects no parameter; the paths are"):
@@ -314,7 +322,8 @@ def test_wrong_labels_weigh_less(name):
     streams = Streams(draw(128, wrong=64), draw(32, wrong=0))
     right = np.arange(128) >= 64
     options = {"l2rw": {}, "meta_weight_net": {"seed": 1}}[name]
-    method = MAKE[name](from_linen(Classifier(MLP((16,)), 4)), TX, **options)
+    rule = rule_of(name, **options)
+    method = supervised.make(from_linen(Classifier(MLP((16,)), 4)), TX, rule)
     state = method.init(jax.random.key(0), streams.candidates.inputs)
     if name == "meta_weight_net":  # it starts with more weight where the loss is larger
         low, high = meta_weight_net.apply_net(state.extra[0], np.array([0.0, 4.0]))

@@ -12,7 +12,7 @@ import optax
 from saflex_jax import Batch, Method, Streams, TrainState
 from saflex_jax.core.steps import total
 from saflex_jax.data import ArrayStream
-from saflex_jax.methods import erm
+from saflex_jax.methods import supervised
 from saflex_jax.models import from_function
 from saflex_jax.parallel import jit_runner
 
@@ -42,7 +42,7 @@ def make_method() -> Method:
         lambda key, inputs: {"head": jax.random.normal(key, (FEATURES, CLASSES))},
         lambda params, inputs: inputs @ params["head"],
     )
-    return erm.make(model, optax.adam(0.1))
+    return supervised.make(model, optax.adam(0.1))
 
 
 def make_run(devices: int = 1):

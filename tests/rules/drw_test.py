@@ -1,4 +1,4 @@
-"""A long tail of classes: how it is drawn, and LDAM and deferred reweighting by their equations."""
+"""LDAM and deferred reweighting by their equations."""
 
 import itertools
 
@@ -9,78 +9,13 @@ import pytest
 
 from experiments import build, task
 from experiments.configs import digits
+from saflex_jax import configure
 from saflex_jax.core.losses import ldam_loss
 from saflex_jax.core.tree import Mean, identity, paths
-from saflex_jax.data import long_tail
-from saflex_jax.methods import REFINERS, drw
-from saflex_jax.types import Batch, Streams, Targets, TrainState
+from saflex_jax.rules import RULES, RuleSpec, drw
+from saflex_jax.rules.drw import DeferredReweighting
+from saflex_jax.types import Batch, RunInfo, Streams, Targets, TrainState
 from tests import problems
-
-# --- which samples are left --------------------------------------------------------------------
-
-# CIFAR-10-LT as published (Cao et al. 2019): 5,000 images of each class before.
-PUBLISHED = {
-    100: [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50],
-    10: [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500],
-}
-
-
-@pytest.mark.parametrize("ratio", PUBLISHED)
-def test_class_sizes_are_the_published_ones(ratio):
-    labels = np.repeat(np.arange(10), 5000)[np.random.default_rng(0).permutation(50_000)]
-    kept = long_tail(labels, ratio=ratio, seed=0)
-    assert (np.diff(kept) > 0).all()
-    assert np.bincount(labels[kept]).tolist() == PUBLISHED[ratio]
-
-
-# Classes 3, 5 and 8, of which 5 is the smallest; shuffled.
-LABELS = np.repeat([3, 5, 8], [130, 100, 170])[np.random.default_rng(1).permutation(400)]
-
-
-def test_the_smallest_class_sets_the_size_and_the_last_class_has_its_share():
-    for ratio, sizes in ((1, [100] * 3), (2, [100, 70, 50]), (100, [100, 10, 1])):
-        kept = long_tail(LABELS, ratio=ratio, seed=0)
-        classes, counts = np.unique(LABELS[kept], return_counts=True)
-        assert classes.tolist() == [3, 5, 8] and counts.tolist() == sizes
-
-
-def test_a_share_that_rounds_below_a_whole_number_is_that_number():
-    # 49 * 49**-1.0 is 0.9999999999999999.
-    for size, ratio in ((49, 49), (98, 98), (98, 49), (103, 103), (147, 49), (700, 100)):
-        labels = np.arange(2).repeat(size)
-        kept = np.bincount(labels[long_tail(labels, ratio=ratio, seed=0)])
-        assert kept.tolist() == [size, size // ratio]
-
-
-def test_a_larger_ratio_keeps_a_part_of_what_a_smaller_one_keeps():
-    draws = [set(long_tail(LABELS, ratio=ratio, seed=3)) for ratio in (1, 1.5, 4, 20, 100)]
-    assert all(more > less for more, less in itertools.pairwise(draws))
-
-
-def test_a_seed_draws_the_same_and_all_seeds_every_sample():
-    draw = lambda seed: long_tail(LABELS, ratio=4, seed=seed)
-    np.testing.assert_array_equal(draw(0), draw(0))
-    times = np.bincount(np.concatenate([draw(seed) for seed in range(300)]), minlength=400)
-    for label, size, of in ((3, 100, 130), (5, 50, 100), (8, 25, 170)):
-        share, found = size / of, times[LABELS == label] / 300
-        # Six standard deviations: no sample is preferred.
-        assert (np.abs(found - share) < 6 * np.sqrt(share * (1 - share) / 300)).all()
-
-
-@pytest.mark.parametrize(
-    "labels, ratio, message",
-    [
-        (LABELS, 0.9, "ratio must be >= 1 and finite; given 0.9"),
-        (LABELS, np.inf, "ratio must be >= 1 and finite; given inf"),
-        (LABELS, 101, "ratio must be at most 100, the size of the smallest class; given 101"),
-        (np.zeros(5, int), 2, "labels must be of at least two classes; given 1"),
-        (np.eye(3), 2, r"labels must have shape \[3\]"),
-    ],
-)
-def test_a_tail_that_cannot_be_is_refused(labels, ratio, message):
-    with pytest.raises(ValueError, match=message):
-        long_tail(labels, ratio=ratio, seed=0)
-
 
 # --- LDAM ----------------------------------------------------------------------------------------
 
@@ -141,7 +76,10 @@ def test_a_confident_row_keeps_its_margin():
 def test_ldams_gradients_are_those_of_its_equation():
     args, step = drawn(), 1e-5
     options = {"max_margin": 0.5, "scale": 3.0}
-    total = lambda *args: found(*args, **options).sum()
+
+    def total(*args):
+        return found(*args, **options).sum()
+
     gradients = jax.grad(total, argnums=(0, 1, 2))(*args)
     exact = [np.array(x, np.float64) for x in args]
     for place, gradient in enumerate(gradients):
@@ -164,7 +102,7 @@ def test_ldam_refuses_what_it_cannot_weigh():
         ([3, np.nan], "counts must be positive and finite; class 1 has nan"),
         ([[3, 4]], r"counts must have shape \[K\]; given \[1, 2\]"),
     ):
-        for make in (ldam_loss, lambda counts: drw.refiner(counts=counts)):
+        for make in (ldam_loss, deferred):
             with pytest.raises(ValueError, match=message):
                 make(np.array(counts))
     with pytest.raises(ValueError, match="scale must be positive and finite; given 0"):
@@ -180,10 +118,14 @@ def test_ldam_refuses_what_it_cannot_weigh():
 # --- deferred reweighting ------------------------------------------------------------------------
 
 
+def deferred(counts, **options):
+    return DeferredReweighting(RunInfo(9, len(counts), counts=counts), **options)
+
+
 def refined(step, labels, mask, *, reduce=identity, **options):
     state = TrainState(np.int32(step), None, None, None, None)
     streams = Streams(Batch(None, labels, mask, None))
-    return drw.refiner(counts=COUNTS, **options).apply((), state, None, streams, reduce=reduce)
+    return deferred(COUNTS, **options).apply((), state, None, streams, reduce=reduce)
 
 
 def test_samples_weigh_by_the_effective_number_of_their_classes():
@@ -208,9 +150,9 @@ def test_beta_goes_from_no_reweighting_to_the_inverse_of_the_counts():
     np.testing.assert_allclose(drw.class_weights(COUNTS, 1 - 1e-9), 1 / COUNTS, rtol=1e-5)
     for beta, message in ((1.0, r"beta must lie in \[0, 1\); given 1.0"),):
         with pytest.raises(ValueError, match=message):
-            drw.refiner(counts=COUNTS, beta=beta)
+            deferred(COUNTS, beta=beta)
     with pytest.raises(ValueError, match="start must be a whole number >= 0; given -1"):
-        drw.refiner(counts=COUNTS, start=-1)
+        deferred(COUNTS, start=-1)
     with pytest.raises(ValueError, match=r"counts must have shape \[4\]; given \(5,\)"):
         refined(0, np.eye(4, dtype=np.float32), np.ones(4, bool))
 
@@ -229,36 +171,41 @@ def test_the_mean_weight_is_one_over_all_devices():
 # --- by configuration ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, views", [("drw", 1), ("sla", 4)])
+@pytest.mark.parametrize("method, views", [("supervised", 1), ("sla", 4)])
 def test_loss_and_rule_are_given_the_counts_of_what_is_trained_on(monkeypatch, method, views):
     config = digits.get_config()
     config.data.update({"noise": 0.0, "imbalance": 10.0})
     config.model.cosine = True
-    config.method.name, config.method.loss = method, "ldam"
-    config.method.refiner = "" if method == "drw" else "drw"
+    config.method.update({"name": method, "rule": "drw", "loss": "ldam"})
     config.method.drw.beta = 0.5
     build.check(config)
     data = task.make_data(config)
     given = {}
 
-    def loss(counts):
-        given["loss"] = counts
-        return ldam_loss(counts)
+    def loss(run):
+        given["loss"] = run.counts
+        return ldam_loss(run.counts)
 
-    def rule(*, counts, beta, start):
-        given["rule"], given["beta"] = counts, beta
-        return drw.refiner(counts=counts, beta=beta, start=start)
+    def rule(run):
+        given["rule"] = None if run is None else run.counts
+        return DeferredReweighting(run)
 
-    monkeypatch.setitem(build.LOSSES, "ldam", loss)
-    monkeypatch.setitem(REFINERS, "drw", rule)
+    monkeypatch.setitem(configure.LOSSES, "ldam", configure.LossSpec(loss, of_labels=True))
+    monkeypatch.setitem(RULES, "drw", RuleSpec(rule, of_labels=True))
     build.make_method(config, data.pools)
     sizes = np.bincount(data.clean_labels)
     assert sizes[9] == sizes[0] // 10 and len(sizes) == 10
     # Class y of view j is label y M + j.
     np.testing.assert_array_equal(given["loss"], np.repeat(sizes, views))
+    np.testing.assert_array_equal(given["rule"], given["loss"])
+    section = config.method.to_dict()
+    assert configure.make_rule(section, build.run_info(config, data.pools)).beta == 0.5
     model = build.make_model(config, data.pools)
     params, _ = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
     assert not any(path.endswith("bias") for path in paths(params["head"]))  # of cosines
-    if method == "sla":
-        np.testing.assert_array_equal(given["rule"], given["loss"])
-        assert given["beta"] == 0.5
+
+
+def test_deferred_reweighting_needs_the_counts():
+    with pytest.raises(ValueError, match=r"drw needs run\.counts"):
+        batch = Batch(None, np.eye(2, dtype=np.float32), np.ones(2, bool), None)
+        DeferredReweighting().apply((), None, None, Streams(batch))
