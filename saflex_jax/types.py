@@ -114,6 +114,10 @@ class TrainState(NamedTuple):
       opt_state: optax state.
       key: typed PRNG key, constant; step t uses fold_in(key, t).
       extra: arrays that the method owns (score memory, meta-parameters, EMA networks); () if none.
+
+    A part of the state may hold a row for each source sample. Such a part is a NamedTuple whose
+    class has the attribute `by_rows = True`: its leaves share their leading axis, and a runner may
+    split the rows among the devices. All other arrays are the same on every device.
     """
 
     step: jax.Array

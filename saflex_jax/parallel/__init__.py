@@ -1,4 +1,4 @@
-"""Thin runners around one step: jit on a data mesh (the main path) and pmap."""
+"""Thin runners around one step: jit on a mesh of devices (the main path) and pmap."""
 
 from saflex_jax.parallel.distributed import initialize
 from saflex_jax.parallel.runners import Runner, jit_runner, pmap_runner

@@ -1,10 +1,10 @@
-"""jit and pmap around the same step body; both give the same parameters.
+"""jit and pmap around the same step; both give the same parameters.
 
-The state is replicated (but for score memories, under jit), the batch is split along its leading
-axis. jit sees global arrays, so its `reduce` is the identity; pmap sees a device's rows, so its
-`reduce` is a `Mean`. Not compiled with
-shard_map: its default gradient semantics give gradients too large by the number of devices when
-combined with pmean, without an error (docs/sharp_edges.md).
+The batch is split along its leading axis. The state is replicated, but under jit the parts with
+`by_rows = True` (`types.TrainState`) are split as well. jit sees global arrays, so its `reduce` is
+the identity; pmap sees the rows of one device, so its `reduce` is a `Mean`. shard_map is not used:
+with pmean, its default gradient semantics give gradients that are too large by the number of
+devices, without an error (docs/sharp_edges.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from saflex_jax import _compat, checks
 from saflex_jax.batches import take
-from saflex_jax.core.memory import Memory
 from saflex_jax.core.tree import Mean, identity
 from saflex_jax.types import Batch, Metrics, PyTree, Streams, TrainState
 
@@ -28,17 +27,17 @@ AXIS = "data"
 
 
 class Runner(NamedTuple):
-    """How a step runs on the devices there are.
+    """How a step runs on the devices.
 
     Attributes:
       step: compiled (state, streams) -> (state, metrics); donates the state.
-      put_state: places a state, the same on every device (under jit the rows of a score memory are
-        split among them where they divide); always a copy, so donating it is safe.
-      put_batch: places the rows that this process holds, if they are not placed already; raises
-        ValueError unless they divide.
-      hold: whole data sets -> a Runner that keeps a copy of them on every device, and whose batches
-        are rows of them (`data.IndexStream`), gathered inside the compiled step. For data that
-        fits. It trains as on the samples themselves, bit for bit.
+      put_state: places a state, the same on every device (under jit the parts with `by_rows` are
+        split among them if their rows divide); always a copy, so donating it is safe.
+      put_batch: places the rows that this process holds, unless they are placed already; raises
+        ValueError if they do not divide among the devices.
+      hold: whole data sets -> a Runner that keeps a copy of them on every device. Its batches are
+        rows of them (`data.IndexStream`), gathered inside the compiled step, for data that fit.
+        Training is the same as on the samples themselves, bit for bit.
     """
 
     step: Callable[[TrainState, Streams], tuple[TrainState, Metrics]]
@@ -48,7 +47,10 @@ class Runner(NamedTuple):
 
 
 def check_divisible(batch: PyTree, devices: int) -> None:
-    """Raises unless every leading axis divides by the number of devices; names the array."""
+    """Raises unless every leading axis divides by the number of devices; names the array.
+
+    >>> check_divisible({"x": np.zeros((8, 3))}, devices=4)
+    """
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         size = np.shape(leaf)[0]
         if size == 0 or size % devices:
@@ -59,18 +61,18 @@ def check_divisible(batch: PyTree, devices: int) -> None:
 
 
 def _shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
-    """On the 1-D mesh of the devices: (all of an array on each, a share of its rows on each)."""
+    """On the 1-D mesh of the devices: (an array on each of them, a share of its rows on each)."""
     mesh = _compat.auto_mesh(devices, AXIS)
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def _is_placed(x: np.ndarray | jax.Array, sharding: NamedSharding) -> bool:
-    """Whether an array is where it should be, such as what was read ahead."""
+    """Whether an array is on its devices already, as batches are that were read ahead."""
     return isinstance(x, jax.Array) and x.sharding == sharding
 
 
 def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Places host arrays; what is placed already stays."""
+    """Places host arrays; arrays that are placed already stay."""
 
     def put(x):
         if _is_placed(x, sharding):
@@ -81,29 +83,34 @@ def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
-    """The step, given rows of the data sets that are held; where none are, samples."""
+    """The step on rows of the data sets that are held; where none are, on samples."""
 
     def run(state, streams, held, *, reduce):
-        samples = not isinstance(streams, Streams) or isinstance(streams.candidates, Batch)
-        if samples != (held is None):
-            wanted, given = "rows of its data (data.IndexStream)", "samples (data.ArrayStream)"
+        are_samples = not isinstance(streams, Streams) or isinstance(streams.candidates, Batch)
+        if are_samples != (held is None):
+            expected, given = "rows of its data (data.IndexStream)", "samples (data.ArrayStream)"
             if held is None:
-                wanted, given = given, wanted
-            raise ValueError(f"this runner's batches must be {wanted}; given {given}")
+                expected, given = given, expected
+            raise ValueError(f"this runner's batches must be {expected}; given {given}")
         return step(state, streams if held is None else take(held, streams), reduce=reduce)
 
     return run
 
 
+def _is_by_rows(part: PyTree) -> bool:
+    """Whether a part of a state says that its leaves have a row for each source sample."""
+    return getattr(type(part), "by_rows", False)
+
+
 def _state_shardings(state: TrainState, replicated, split) -> PyTree:
-    """A state is the same on every device, but for the rows of score memories."""
+    """Where the arrays of a state go: a share of the rows of `by_rows` parts, all of the others."""
 
-    def of(part):
-        if isinstance(part, Memory) and len(part.visits) % split.mesh.size == 0:
-            return jax.tree.map(lambda _: split, part)
-        return jax.tree.map(lambda _: replicated, part)
+    def sharding_of(part):
+        leaves = jax.tree.leaves(part)
+        divides = _is_by_rows(part) and all(len(leaf) % split.mesh.size == 0 for leaf in leaves)
+        return jax.tree.map(lambda _: split if divides else replicated, part)
 
-    return jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, Memory))
+    return jax.tree.map(sharding_of, state, is_leaf=_is_by_rows)
 
 
 def _runner(
@@ -116,7 +123,7 @@ def _runner(
 
     def put_state(state):
         places = shardings(state)
-        if replicated.is_fully_addressable:  # from other devices, which jit would refuse
+        if replicated.is_fully_addressable:  # jit would refuse arrays on other devices
             state = jax.device_put(state, places)  # may alias; jit's result never does
         return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=places)(state)
 
@@ -127,9 +134,9 @@ def _runner(
         checks.streams(pools)
 
         def put_rows(rows):
-            for name, pool, found in zip(Streams._fields, pools, rows):
-                if isinstance(found, np.ndarray):
-                    checks.integers(len(pool.labels), **{f"rows of {name}": found})
+            for name, pool, indices in zip(Streams._fields, pools, rows):
+                if isinstance(indices, np.ndarray):
+                    checks.integers(len(pool.labels), **{f"rows of {name}": indices})
             return put_batch(rows)
 
         return holding(_put(pools, replicated), put_rows)
@@ -144,9 +151,17 @@ def jit_runner(
 ) -> Runner:
     """Global-view data parallelism: jit over a 1-D mesh of all devices (of all processes).
 
+    >>> def step(state, batch, *, reduce):
+    ...     return state + reduce(jax.numpy.mean(batch)), {}
+    >>> runner = jit_runner(step)
+    >>> batch = runner.put_batch(np.ones(jax.device_count(), "float32"))
+    >>> state, metrics = runner.step(runner.put_state(np.float32(2)), batch)
+    >>> float(state)
+    3.0
+
     Args:
       step: (state, streams, *, reduce) -> (state, metrics).
-      devices: default: jax.devices().
+      devices: None = jax.devices().
     """
     replicated, split = _shardings(jax.devices() if devices is None else devices)
     local = len(split.mesh.local_devices)
@@ -182,12 +197,12 @@ def pmap_runner(
     """Per-device data parallelism: pmap over the devices of a single process.
 
     pmap is in maintenance mode in JAX; use it where existing code does. A model with BatchNorm must
-    be built with `axis_name="data"` so that its statistics are those of the global batch. Batch
-    mixing inside the step (mixup) pairs samples within a device's share.
+    be built with `axis_name="data"`, so that its statistics are those of the global batch. Mixing
+    inside the step (mixup) pairs samples within a device's share.
 
     Args:
       step: (state, streams, *, reduce) -> (state, metrics).
-      devices: default: jax.local_devices().
+      devices: None = jax.local_devices().
 
     Raises:
       ValueError: more than one process; use jit_runner.
@@ -217,5 +232,7 @@ def pmap_runner(
         check_divisible(batch, len(devices))
         return _put(jax.tree.map(shares, batch), split)
 
-    everywhere = lambda state: jax.tree.map(lambda _: replicated, state)
+    def everywhere(state):
+        return jax.tree.map(lambda _: replicated, state)
+
     return _runner(reduced, put_batch, replicated, everywhere)

@@ -1,9 +1,10 @@
-"""Everything around the step that does I/O: the one loop, evaluation, metrics, checkpoints."""
+"""Everything around the step that does I/O: the loop, evaluation, metrics, checkpoints."""
 
 from saflex_jax.train.checkpoint import CheckpointError, Checkpoints
 from saflex_jax.train.evaluate import make_evaluator, probabilities
 from saflex_jax.train.loop import Diverged, FitResult, fit
 from saflex_jax.train.metrics import MetricsWriter
+from saflex_jax.train.stop import StopRequest
 
 __all__ = [
     "CheckpointError",
@@ -11,6 +12,7 @@ __all__ = [
     "Diverged",
     "FitResult",
     "MetricsWriter",
+    "StopRequest",
     "fit",
     "make_evaluator",
     "probabilities",

@@ -1,7 +1,8 @@
-"""Checkpoints of state, data position and config; the only file that knows Orbax.
+"""Checkpoints of state, data position and config; the only file that uses Orbax.
 
-A checkpoint is written beside the others and renamed when complete, so a process killed at any
-moment leaves the last complete one. `load` compares names and shapes before it reads an array.
+A checkpoint is written beside the others and renamed when it is complete, so a process that is
+killed at any moment leaves the last complete one. `load` compares layout, config, names and shapes
+before it reads an array.
 """
 
 from __future__ import annotations
@@ -15,21 +16,37 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from saflex_jax import __version__
 from saflex_jax.types import TrainState
+
+# The layout of the state's arrays; add one when methods or rules keep theirs in another form.
+# 1: before SAFLEX's rules were parts of their own; such checkpoints do not name their layout.
+LAYOUT = 2
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, unreadable, or of another run."""
+    """A checkpoint is missing, unreadable, of another layout, or of another run."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: created if need be.
-      config: JSON-able settings of the run; a resume with other settings is refused.
+      directory: created if it is missing.
+      config: settings of the run, as JSON; a resume with other settings is refused.
       every: steps between checkpoints.
-      keep: how many of the latest stay.
+      keep: number of latest checkpoints that stay.
+
+    >>> import tempfile
+    >>> state = TrainState(jax.numpy.int32(7), {}, {}, (), jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoints = Checkpoints(folder, config={"seed": 0})
+    ...     with checkpoints.settled():
+    ...         checkpoints.save(7, state, {"step": 7}, force=True)
+    ...     loaded, position = checkpoints.load(state)
+    ...     checkpoints.close()
+    >>> int(loaded.step), position
+    (7, {'step': 7})
     """
 
     def __init__(
@@ -42,7 +59,7 @@ class Checkpoints:
     ):
         policies = ocp.training.save_decision_policies
         self.directory = epath.Path(directory).resolve()
-        self.config = json.loads(json.dumps(config or {}))  # as a checkpoint will give it back
+        self.config = json.loads(json.dumps(config or {}))  # as it is read from a checkpoint
         self.directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
@@ -56,30 +73,30 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the last complete checkpoint."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
 
     def due(self, step: int) -> bool:
-        """Whether `save` would write at this step (an interval, or a pre-emption notice)."""
+        """Whether `save` writes at this step: after an interval, or on a pre-emption notice."""
         return self._checkpointer.should_save(step)
 
     def save(self, step: int, state: TrainState, stream: dict[str, Any], *, force: bool = False):
         """Starts writing; returns once the arrays are copied, so the state may be donated."""
         if step != self.latest:
-            self._checkpointer.save_async(
-                step, state, force=force, custom_metadata={"stream": stream, "config": self.config}
-            )
+            about = {"layout": LAYOUT, "version": __version__}
+            about |= {"stream": stream, "config": self.config}
+            self._checkpointer.save_async(step, state, force=force, custom_metadata=about)
 
     @contextlib.contextmanager
     def settled(self):
-        """Context that waits for what is being written when it is left, also by an exception."""
+        """Context that waits on exit until all is written, also after an exception."""
         try:
             yield
         finally:
             self._checkpointer.wait()
 
     def close(self) -> None:
-        """Waits for what is being written and frees the threads."""
+        """Waits until all is written and frees the threads."""
         self._checkpointer.close()
 
     def load(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
@@ -93,8 +110,9 @@ class Checkpoints:
           (state, data position).
 
         Raises:
-          CheckpointError: no checkpoint; one of another model (names the first difference) or
-            config (names the fields); one that cannot be read.
+          CheckpointError: no checkpoint; one of another layout (names the version that wrote it),
+            config (names the fields) or model (names the first difference); one that cannot be
+            read.
         """
         steps = [c.step for c in self._checkpointer.checkpoints]
         step = self.latest if step is None else step
@@ -106,12 +124,14 @@ class Checkpoints:
         where = f"checkpoint of step {step} in {self.directory}"
         others = [s for s in steps if s != step]
         try:
-            found = self._checkpointer.metadata(step)
-            saved = found.custom_metadata
-            if found.metadata is None:  # what Orbax returns where it cannot read names and shapes
+            checkpoint = self._checkpointer.metadata(step)
+            saved = checkpoint.custom_metadata
+            if checkpoint.metadata is None:  # Orbax could not read names and shapes
                 raise ValueError("no array metadata")
-            _check_config(where, saved["config"], self.config)
-            _check_arrays(where, found.metadata, like)
+            position, config = saved["stream"], saved["config"]
+            _check_layout(where, saved, checkpoint.metadata, like)
+            _check_config(where, config, self.config)
+            _check_arrays(where, checkpoint.metadata, like)
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
             )
@@ -123,18 +143,31 @@ class Checkpoints:
                 f"{where} cannot be read, it may be truncated ({type(e).__name__}); "
                 f"delete its folder to resume from another; others: {others or 'none'}"
             ) from e
-        return state, saved["stream"]
+        return state, position
+
+
+def _check_layout(where: str, saved: dict[str, Any], metadata, like: TrainState) -> None:
+    layout = saved.get("layout", 1)
+    if layout != LAYOUT:
+        writer = f"saflex_jax {saved['version']}" if "version" in saved else "an older saflex_jax"
+        difference = _difference(metadata, like)
+        raise CheckpointError(
+            f"{where} was written by {writer} in layout {layout} of the state and cannot be "
+            f"resumed by saflex_jax {__version__}, which reads layout {LAYOUT}"
+            f"{f': {difference}' if difference else ''}; use another folder, or the version that "
+            "wrote it"
+        )
 
 
 def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    """Path -> value of a nested config; {"a": {"b": 1}} is {"a.b": 1}."""
+    fields = {}
     for name, value in config.items():
-        found |= (
-            _fields(value, f"{prefix}{name}.")
-            if value and isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
-    return found
+        if value and isinstance(value, dict):
+            fields |= _fields(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields
 
 
 def _check_config(where: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -148,6 +181,8 @@ def _check_config(where: str, saved: dict[str, Any], given: dict[str, Any]) -> N
 
 
 def _arrays(tree) -> dict[str, tuple]:
+    """Path -> (shape, dtype)."""
+
     def describe(x):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.eval_shape(jax.random.key_data, x)
@@ -157,11 +192,16 @@ def _arrays(tree) -> dict[str, tuple]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): describe(x) for p, x in leaves}
 
 
-def _check_arrays(where: str, saved, like: TrainState) -> None:
-    saved, given = _arrays(saved), _arrays(like)
+def _difference(metadata, like: TrainState) -> str | None:
+    """The first array, by name, that differs between a checkpoint and a state."""
+    saved, given = _arrays(metadata), _arrays(like)
     for name in sorted(saved.keys() | given.keys()):
-        if saved.get(name) != given.get(name):
-            raise CheckpointError(
-                f"{where} is of another model: {name} is {saved.get(name, 'absent')} there and "
-                f"{given.get(name, 'absent')} here"
-            )
+        there, here = saved.get(name, "absent"), given.get(name, "absent")
+        if there != here:
+            return f"{name} is {there} there and {here} here"
+    return None
+
+
+def _check_arrays(where: str, metadata, like: TrainState) -> None:
+    if difference := _difference(metadata, like):
+        raise CheckpointError(f"{where} is of another model: {difference}")

@@ -1,4 +1,4 @@
-"""Exact evaluation: sums and counts over padded batches of one shape, never means of means."""
+"""Exact evaluation: sums and counts over padded batches of one shape, no means of means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saflex_jax.core.losses import weighted_cross_entropy
 from saflex_jax.types import Method, PyTree, TrainState
 
 
-@functools.cache  # one compilation serves every set and seed of a method
+@functools.cache  # one compilation for all sets and seeds of a method
 def _compiled(predict: Callable) -> Callable:
     @jax.jit
     def sums(state, x, y, mask):
@@ -36,14 +36,22 @@ def make_evaluator(
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"accuracy": share, "loss": mean cross-entropy in nats} over a fixed set.
 
-    The last batch is padded and masked, so there is one compilation and no sample is left out.
+    The last batch is padded and masked: there is one compilation, and every sample counts.
+
+    >>> def predict(state, inputs):
+    ...     return inputs
+    >>> method = Method(None, None, predict)
+    >>> inputs = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], "float32")
+    >>> evaluate = make_evaluator(method, inputs, np.eye(2)[[0, 1, 1]], batch_size=2)
+    >>> round(evaluate(state=None)["accuracy"], 3)
+    0.667
 
     Args:
-      method: supplies `predict`.
-      inputs: pytree of [N, ...]; anything that slices, read a batch at a time; 8-bit images become
-        floats in [0, 1].
+      method: its `predict` is called.
+      inputs: pytree of [N, ...]; anything that can be sliced, read a batch at a time; 8-bit images
+        become floats in [0, 1].
       labels: f32[N, K]; accuracy compares the largest entry.
-      mask: bool[N], the rows that count; the others are only shown to `predict`. None = all count.
+      mask: bool[N], the rows that count; `predict` sees the others as well. None = all count.
       batch_size: rows at a time.
 
     Raises:
@@ -78,15 +86,18 @@ def make_evaluator(
 def probabilities(
     method: Method, state: TrainState, inputs: PyTree, *, batch_size: int = 512
 ) -> np.ndarray:
-    """Softmax probabilities f32[N, K] of inputs [N, ...], for measures that are no sums."""
+    """Softmax probabilities f32[N, K] of inputs [N, ...], for measures that are no sums.
+
+    >>> def predict(state, inputs):
+    ...     return jnp.log(inputs)
+    >>> odds = np.array([[1.0, 3.0], [2.0, 2.0]], "float32")
+    >>> probabilities(Method(None, None, predict), None, odds).round(2).tolist()
+    [[0.25, 0.75], [0.5, 0.5]]
+    """
     size = len(jax.tree.leaves(inputs)[0])
-    found = [
-        np.asarray(_softmax(method.predict)(state, x))[mask]
-        for x, _, mask in _padded(
-            inputs, np.empty((size, 0)), np.ones(size, bool), min(batch_size, size)
-        )
-    ]
-    return np.concatenate(found)
+    rows = _padded(inputs, np.empty((size, 0)), np.ones(size, bool), min(batch_size, size))
+    softmax = _softmax(method.predict)
+    return np.concatenate([np.asarray(softmax(state, x))[mask] for x, _, mask in rows])
 
 
 @functools.cache
@@ -97,8 +108,12 @@ def _softmax(predict: Callable) -> Callable:
 def _padded(
     inputs: PyTree, labels: np.ndarray, mask: np.ndarray, batch_size: int
 ) -> Iterator[tuple]:
-    """(inputs, labels, mask) of one shape; the last is padded with zeros."""
+    """Batches (inputs, labels, mask) of one shape; the last is padded with zeros."""
+
+    def pad(rows):
+        missing = batch_size - len(rows)
+        return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
+
     for begin in range(0, len(labels), batch_size):
         x, y, m = jax.tree.map(lambda a, b=begin: a[b : b + batch_size], (inputs, labels, mask))
-        pad = lambda a: np.concatenate([a, np.zeros((batch_size - len(a), *a.shape[1:]), a.dtype)])
         yield jax.tree.map(pad, (floats(x), y, m))

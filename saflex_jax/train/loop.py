@@ -1,4 +1,4 @@
-"""The training loop: the only `while step < num_steps` of the package."""
+"""The training loop, the only one of the package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +19,7 @@ from saflex_jax.parallel.distributed import preempted
 from saflex_jax.parallel.runners import Runner
 from saflex_jax.train.checkpoint import Checkpoints
 from saflex_jax.train.metrics import MetricsWriter
+from saflex_jax.train.stop import StopRequest
 from saflex_jax.types import Batch, Metrics, Streams, TrainState
 
 
@@ -38,7 +38,7 @@ class FitResult(NamedTuple):
 
     Attributes:
       state: the last TrainState.
-      history: the records that were logged, [{"step": ..., name: value}].
+      history: the logged records, [{"step": ..., name: value}].
       stopped_by: the signal that ended the run early (a checkpoint was written), or None.
     """
 
@@ -51,35 +51,43 @@ class Diverged(FloatingPointError):
     """A metric was not finite; the message names step, terms and the last good checkpoint."""
 
 
-class _StopRequest:
-    """First SIGINT or SIGTERM: finish the step, save, return. Second SIGINT: KeyboardInterrupt."""
-
-    def __init__(self):
-        self.signal: signal.Signals | None = None
-
-    def _handle(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-
-    @contextlib.contextmanager
-    def listening(self):
-        numbers = [signal.SIGINT]
-        if jax.process_count() == 1:  # else JAX's own pre-emption service listens to SIGTERM
-            numbers.append(signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread():
-            numbers = []  # Python allows handlers in the main thread only
-        previous = {n: signal.signal(n, self._handle) for n in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+def _stop_request() -> StopRequest:
+    """SIGINT and SIGTERM; with several processes JAX's pre-emption service takes SIGTERM."""
+    several = jax.process_count() > 1
+    return StopRequest([signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM])
 
 
-def _signature(batch) -> list[tuple[str, tuple, str]]:
+def _shapes(batch: Streams) -> list[tuple[str, tuple, str]]:
+    """(name, shape, dtype) of every array."""
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     return [(jax.tree_util.keystr(p), np.shape(x), str(x.dtype)) for p, x in leaves]
+
+
+def _check_batch(step: int, batch: Streams, first: list[tuple] | None) -> list[tuple]:
+    """Raises on a malformed first batch, and on a later one that would compile again.
+
+    Args:
+      step: of the batch.
+      batch: samples, or rows of data that the runner holds.
+      first: what this function returned for the first batch; None for the first batch.
+
+    Returns:
+      (name, shape, dtype) of every array.
+    """
+    if first is None:
+        # Rows of held data, and batches that are on devices already, are checked elsewhere.
+        candidates = batch.candidates
+        if isinstance(candidates, Batch) and not getattr(candidates.mask, "committed", False):
+            checks.streams(batch)
+        return _shapes(batch)
+    now = _shapes(batch)
+    if now != first:
+        changed = [pair for pair in zip(first, now) if pair[0] != pair[1]]
+        raise ValueError(
+            f"the batch of step {step} must have the first one's shapes and dtypes; "
+            f"(name, shape, dtype) first and now: {changed or 'another structure'}"
+        )
+    return first
 
 
 def _check_finite(step: int, metrics: dict[str, tuple], checkpoints: Checkpoints | None) -> None:
@@ -115,27 +123,27 @@ def fit(
     """Runs steps until `state.step` is `num_steps`, from the checkpoint if there is one.
 
     Ctrl-C and SIGTERM finish the step, save a checkpoint and return; the same call continues from
-    it, bit for bit. Metrics stay on the device until they are logged or a checkpoint is due; a step
-    whose metrics are not finite is never saved.
+    there, bit for bit. A second Ctrl-C raises KeyboardInterrupt. Metrics stay on the device until
+    they are logged or a checkpoint is due; a step whose metrics are not finite is never saved.
 
     Args:
       runner: from `saflex_jax.parallel`.
-      state: where a new run starts.
-      stream: endless; with checkpoints it needs get_state/set_state.
-      num_steps: the step to reach, those before a resume included.
-      log_every: steps that one record averages.
+      state: of a new run.
+      stream: endless; with checkpoints it needs get_state and set_state.
+      num_steps: the step to reach; steps before a resume count.
+      log_every: number of steps that one record averages.
       evaluate: state -> values, logged with the prefix "eval/"; called every `eval_every` steps.
       eval_every: a multiple of log_every; None = never.
-      writer: where records go.
-      checkpoints: None = no checkpoint, nothing survives.
-      progress: show a progress bar on stderr.
-      description: its title.
+      writer: of the records.
+      checkpoints: None = no checkpoint is written or read.
+      progress: whether to show a progress bar on stderr.
+      description: title of the progress bar.
 
     Raises:
       Diverged: a metric is not finite.
       ValueError: eval_every is no multiple of log_every; a malformed first batch; a batch whose
-        shapes or dtypes differ from the first one's (it would compile again).
-      CheckpointError: the checkpoint is damaged or of another run.
+        shapes or dtypes differ from those of the first (it would compile again).
+      CheckpointError: the checkpoint is damaged or belongs to another run.
     """
     checks.positive(log_every=log_every)
     if eval_every is not None and eval_every % log_every:
@@ -147,8 +155,8 @@ def fit(
         state, position = checkpoints.load(state)
         stream.set_state(position)
     first = step = int(state.step)
-    signature = None
-    pending, window, history = [], [], []  # unchecked steps; checked, unlogged steps; records
+    first_shapes = None
+    pending, window, history = [], [], []  # steps not checked; checked but not logged; records
     window_began = time.perf_counter()
     show = progress and jax.process_index() == 0
 
@@ -160,7 +168,7 @@ def fit(
 
     with (
         contextlib.nullcontext() if checkpoints is None else checkpoints.settled(),
-        _StopRequest().listening() as stop,
+        _stop_request() as stop,
         tqdm(
             total=num_steps, initial=first, desc=description, disable=not show, file=sys.stderr
         ) as bar,
@@ -168,18 +176,7 @@ def fit(
         ending = step >= num_steps
         while not ending:
             batch = next(stream)
-            if signature is None:
-                # Rows of data that a runner holds, and what was read ahead, were checked there.
-                found = batch.candidates
-                if isinstance(found, Batch) and not getattr(found.mask, "committed", False):
-                    checks.streams(batch)
-                signature = _signature(batch)
-            elif _signature(batch) != signature:
-                changed = [(a, b) for a, b in zip(signature, _signature(batch)) if a != b]
-                raise ValueError(
-                    f"the batch of step {step + 1} must have the first one's shapes and dtypes; "
-                    f"(name, shape, dtype) first and now: {changed or 'another structure'}"
-                )
+            first_shapes = _check_batch(step + 1, batch, first_shapes)
             state, metrics = runner.step(state, runner.put_batch(batch))
             step += 1
             pending.append((step, metrics))

@@ -8,15 +8,29 @@ import pathlib
 
 import jax
 
+from saflex_jax._compat import optional
+
 
 class MetricsWriter:
-    """Appends JSON objects to `directory/metrics.jsonl`; silent on hosts but the first.
+    """Appends JSON objects to `directory/metrics.jsonl`; writes on the first host only.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     writer = MetricsWriter(folder)
+    ...     writer.write(50, {"loss": 0.25})
+    ...     writer.close()
+    ...     text = (pathlib.Path(folder) / "metrics.jsonl").read_text()
+    >>> text
+    '{"step": 50, "loss": 0.25}\\n'
 
     Args:
-      directory: created if need be.
-      resume_from: records after this step are removed first, so that no step stands twice. (The
-        window that a stop cuts in two leaves two shorter records.) None keeps nothing (a new run).
-      tensorboard: also write event files; needs the `experiments` extra.
+      directory: created if it is missing.
+      resume_from: records after this step are removed first, so that no step is recorded twice. (A
+        stop within a window leaves two shorter records of it.) None removes all records: a new run.
+      tensorboard: also write event files; needs the extra "experiments".
+
+    Raises:
+      ImportError: tensorboardX is not installed.
     """
 
     def __init__(
@@ -32,26 +46,27 @@ class MetricsWriter:
             return
         path = pathlib.Path(directory) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        lines = []
         if resume_from is not None and path.exists():
             for line in path.read_text().splitlines():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:  # the line a killed process was writing
+                except json.JSONDecodeError:  # the last line of a process that was killed
                     continue
                 if record["step"] <= resume_from:
-                    kept.append(line + "\n")
+                    lines.append(line + "\n")
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
+        partial.write_text("".join(lines))
         os.replace(partial, path)
         self._file = path.open("a", buffering=1)
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            with optional("tensorboardX", extra="experiments"):
+                from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(path.parent), purge_step=resume_from)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes {"step": step, **values}."""
+        """Appends {"step": step, **values}."""
         if not self._active:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")

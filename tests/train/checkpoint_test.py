@@ -1,4 +1,5 @@
 import gc
+import json
 import math
 import shutil
 
@@ -8,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+import saflex_jax
 from saflex_jax import TrainState
 from saflex_jax.parallel import jit_runner
 from saflex_jax.train import CheckpointError, Checkpoints
+from saflex_jax.train.checkpoint import LAYOUT
 from tests.train.setup_ import arrays, assert_same_bits
 
 CONFIG = {"seed": 0, "model": {"name": "mlp", "widths": (4, 8)}, "prior_strength": math.inf}
@@ -184,6 +187,38 @@ def test_of_another_model(folder, opened, other, message):
     with pytest.raises(CheckpointError, match=f"step 3 .*of another model: .*{message}"):
         opened(folder).load(make_state(**other))
     assert files_of(folder) == before
+
+
+def relabel(folder, step, change):
+    """Changes what a checkpoint says of itself."""
+    file = folder / str(step) / "_CHECKPOINT_METADATA"
+    about = json.loads(file.read_text())
+    change(about["custom_metadata"])
+    file.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("extra", [(), (jnp.zeros(3),)])
+def test_of_another_layout(folder, opened, extra):
+    def to_layout_1(about):
+        assert (about.pop("layout"), about.pop("version")) == (LAYOUT, saflex_jax.__version__)
+        about["config"] = {}  # its fields moved as well, but the layout is what matters
+
+    relabel(folder, 3, to_layout_1)
+    relabel(folder, 2, lambda about: about.update(layout=LAYOUT + 1, version="9.1"))
+    checkpoints = opened(folder)
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.load(make_state(extra=extra))
+    for part in (
+        f"step 3 in {folder} was written by an older saflex_jax in layout 1 of the state",
+        f"cannot be resumed by saflex_jax {saflex_jax.__version__}, which reads layout {LAYOUT}",
+        "use another folder, or the version that wrote it",
+    ):
+        assert part in str(error.value)
+    difference = "extra/0 is absent there and ((3,), 'float32') here"
+    assert (difference in str(error.value)) == bool(extra)
+    with pytest.raises(CheckpointError, match=rf"by saflex_jax 9\.1 in layout {LAYOUT + 1} "):
+        checkpoints.load(make_state(), 2)
+    assert_same_bits(checkpoints.load(make_state(), 1)[0], make_state(1))
 
 
 def test_of_another_config(folder, opened):

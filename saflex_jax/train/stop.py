@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM as a request to stop, which the work in progress looks at."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+
+
+class StopRequest:
+    """Context in which signals are noted instead of ending the process; restores the handlers.
+
+    >>> with StopRequest() as stop:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     stop.signal
+    <Signals.SIGTERM: 15>
+
+    Outside the main thread, where Python allows no handlers, it notes nothing.
+
+    Args:
+      numbers: signals to note.
+      second_interrupts: whether SIGINT after a first signal raises KeyboardInterrupt.
+
+    Attributes:
+      signal: the last signal that came, None before any.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+        *,
+        second_interrupts: bool = True,
+    ):
+        self.signal: signal.Signals | None = None
+        self._numbers, self._second_interrupts = numbers, second_interrupts
+
+    def _handle(self, number, frame):
+        if self._second_interrupts and self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def __enter__(self) -> StopRequest:
+        is_main = threading.current_thread() is threading.main_thread()
+        self._previous = {
+            number: signal.signal(number, self._handle) for number in self._numbers if is_main
+        }
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
