@@ -21,25 +21,39 @@ CORE = [name for name in MODULES if name.startswith("saflex_jax.core")]
 BASE = {"jax", "numpy", "optax"}
 ROOMS = {
     "__init__": ({"core", "types"}, set()),
-    "types": (set(), {"jax"}),
+    "types": (set(), {"jax", "numpy"}),
     "checks": ({"types"}, {"jax", "numpy"}),
+    "calls": ({"checks"}, set()),
     "batches": ({"types"}, {"jax", "numpy"}),
     "_compat": (set(), {"jax", "numpy"}),
     "core": ({"core", "types", "checks"}, BASE),
-    "methods": ({"methods", "models", "augment", "core", "types", "checks"}, BASE | {"flax"}),
-    "parallel": ({"parallel", "_compat", "core", "batches", "types", "checks"}, BASE),
-    "augment": ({"augment", "types", "checks"}, BASE),
+    "rules": ({"rules", "core", "types", "checks", "calls"}, BASE),
+    "augment": ({"augment", "types", "checks"}, {"jax", "numpy"}),
     "augment/show.py": ({"augment", "types"}, {"jax", "matplotlib", "numpy", "PIL", "sklearn"}),
     "models": ({"models", "types", "checks"}, BASE | {"flax"}),
+    "methods": (
+        {"methods", "rules", "models", "augment", "core", "types", "checks", "calls"},
+        BASE | {"flax"},
+    ),
+    "configure": (
+        {"methods", "rules", "models", "core", "types", "checks", "calls"},
+        BASE | {"flax"},
+    ),
+    "parallel": ({"parallel", "core", "batches", "types", "checks", "_compat"}, {"jax", "numpy"}),
     "data": (
-        {"data", "batches", "types", "checks"},
+        {"data", "batches", "types", "checks", "_compat"},
         {"array_record", "grain", "jax", "numpy", "PIL", "sklearn", "tensorflow_datasets"},
     ),
     "train": (
-        {"train", "parallel", "core", "batches", "types", "checks"},
-        BASE | {"etils", "orbax", "tensorboardX", "tqdm"},
+        {"train", "parallel", "core", "batches", "types", "checks", "_compat", "__version__"},
+        {"etils", "jax", "numpy", "orbax", "tensorboardX", "tqdm"},
     ),
 }
+# Libraries of the extras; no import of the package may need one.
+OPTIONAL = (
+    *("array_record", "grain", "matplotlib", "ml_collections", "PIL", "sklearn"),
+    *("tensorboardX", "tensorflow_datasets"),
+)
 
 SCRIPT = """
 import sys
@@ -47,11 +61,13 @@ tried = set()
 def note(event, args):
     tried.add(args[0].split(".")[0] if event == "import" else event)
 sys.addaudithook(note)
+optional, modules = (words.split(",") for words in sys.argv[1:])
+sys.modules |= dict.fromkeys(optional)  # an import of one is an ImportError
 import importlib
 import saflex_jax
-heavy = {"flax", "orbax", "sklearn", "tqdm"} & set(sys.modules)
+heavy = {"flax", "orbax", "tqdm"} & set(sys.modules)
 assert not heavy, f"the core alone imports {heavy}"
-for name in sys.argv[1:]:
+for name in modules:
     importlib.import_module(name)
 heavy = {"tensorflow", "torch", "keras", "experiments"} & tried
 assert not heavy, f"imported or tried: {heavy}"
@@ -60,12 +76,44 @@ assert not network, f"network calls: {network}"
 import jax
 jax.config.update("jax_num_cpu_devices", 3)  # an error once a backend has started
 assert jax.device_count() == 3
+
+
+import functools, pathlib, tempfile
+import numpy as np
+from saflex_jax import Streams, data, train
+labels, images = np.arange(8) % 2, np.zeros((8, 4, 4, 3), np.uint8)
+folder = pathlib.Path(tempfile.mkdtemp())
+for source in "01":
+    (folder / source).mkdir()
+    (folder / source / "0.png").touch()
+split = functools.partial(data.stratified_split, labels, val=2, test=2, seed=0)
+record = functools.partial(data.write_array_record, folder / "x", images / 255, labels, labels)
+needed = {
+    "scikit-learn": [data.digits, data.wdbc, split,
+                     lambda: data.instance_noise(images, labels, 2, share=0.5, seed=0)],
+    "Pillow": [lambda: data.from_folder(folder), lambda: data.resized(images, (2, 2)),
+               lambda: data.Pool.from_folder(folder, num_classes=2)],
+    "array_record": [record, lambda: data.Pool.from_array_record(folder / "x")],
+    "tensorflow_datasets": [lambda: data.from_tfds("mnist")],
+    "grain": [lambda: data.Prefetched(data.IndexStream(Streams(8), batch_size=4, seed=0))],
+    "tensorboardX": [lambda: train.MetricsWriter(folder, tensorboard=True)],
+}
+for package, calls in needed.items():
+    extra = "experiments" if package == "tensorboardX" else "data"
+    for call in calls:
+        try:
+            call()
+        except ImportError as error:
+            assert str(error) == f'this needs {package}: pip install "saflex_jax[{extra}]"', error
+        else:
+            raise AssertionError(f"{call} must need {package}")
 """
 
 
-def test_importing_starts_no_backend_no_network_and_no_other_framework():
+def test_imports_need_no_extra_and_start_nothing_and_what_needs_one_says_which():
+    arguments = [",".join(OPTIONAL), ",".join(MODULES)]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *MODULES], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
 

@@ -258,21 +258,6 @@ def test_record_errors_name_the_file(tmp_path):
         pool()
 
 
-@pytest.mark.parametrize(
-    "module, make, message",
-    [
-        ("PIL", Pool.from_folder, r"Pillow: pip install .saflex_jax\[data\]"),
-        ("array_record.python", Pool.from_array_record, r"array_record: pip install"),
-    ],
-)
-def test_a_missing_library_is_named(module, make, message, tmp_path, monkeypatch):
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "0.png").touch()
-    monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(ImportError, match=message):
-        make(tmp_path)
-
-
 # --- in the stream
 
 ROWS = 40
