@@ -273,8 +273,8 @@ def test_saflex_sees_confident_views_alone():
 
 def noise(key, batch):
     """Of a sample's own draw."""
-    drawn = jax.vmap(lambda key: jax.random.normal(key, (FEATURES,)))(sample_keys(key, batch))
-    return batch._replace(inputs=batch.inputs + 0.3 * drawn)
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, (FEATURES,)))(sample_keys(key, batch))
+    return batch._replace(inputs=batch.inputs + 0.5 - drawn)
 
 
 def on_devices(make_runner):

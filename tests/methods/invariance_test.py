@@ -10,8 +10,7 @@ import pytest
 
 from saflex_jax import Batch, Model, Streams
 from saflex_jax.augment import sample_keys
-from saflex_jax.core.tree import identity
-from saflex_jax.methods import erm, invariance
+from saflex_jax.methods import invariance, supervised
 from saflex_jax.parallel import RUNNERS, jit_runner
 from tests import problems
 from tests.parallel import setup_
@@ -26,12 +25,11 @@ def rows(inputs, labels, mask=None, first=0):
 
 def run(method, state, batch, count=1):
     """States and metrics after each of some steps on one batch."""
-    step = jax.jit(functools.partial(method.step, reduce=identity))
-    found = []
+    step, after = jax.jit(method.step), []
     for _ in range(count):
         state, metrics = step(state, Streams(batch))
-        found.append((state, jax.device_get(metrics)))
-    return found
+        after.append((state, jax.device_get(metrics)))
+    return after
 
 
 # --- the chain -------------------------------------------------------------------------------
@@ -43,7 +41,10 @@ TABLES = np.array([[0.1, 0.4, 1.0, 3.0], [2.0, 0.0, 0.5, 0.5]], np.float32)
 
 def draw_state(key, batch):
     """One of the four, uniform."""
-    draw = lambda key: jax.random.randint(key, (), 0, STATES)
+
+    def draw(key):
+        return jax.random.randint(key, (), 0, STATES)
+
     return batch._replace(inputs=jax.vmap(draw)(sample_keys(key, batch)))
 
 
@@ -63,37 +64,42 @@ def law(losses, proposals):
     return p, moves
 
 
-@pytest.mark.parametrize("proposals", [1, 2, 3, 30])
-def test_every_samples_chain_has_the_law_of_its_own_losses(proposals):
-    size = 2**16
-    batch = rows(np.full(size, -1, np.int32), np.zeros((size, 1), np.float32))
-    sample = jax.jit(
+@functools.cache
+def chains(proposals):
+    """(key, batch) -> the chains' ends and moves, compiled."""
+    return jax.jit(
         functools.partial(
             invariance.metropolis_hastings,
             propose=draw_state, losses_of=table_losses, steps=proposals,
         )
     )  # fmt: skip
-    chosen, moves = sample(jax.random.key(proposals), batch)
+
+
+SAMPLES = rows(np.full(2**16, -1, np.int32), np.zeros((2**16, 1), np.float32))
+
+
+@pytest.mark.parametrize("proposals", [1, 3, 30])
+def test_every_samples_chain_has_the_law_of_its_own_losses(proposals):
+    chosen, moves = chains(proposals)(jax.random.key(proposals), SAMPLES)
+    size = len(SAMPLES.mask)
     for odd, losses in enumerate(TABLES.astype(np.float64)):
         expected, mean_moves = law(losses, proposals)
         if proposals == 30:  # the law that the paper asks for
             np.testing.assert_allclose(expected, losses / losses.sum(), atol=1e-4)
-        found = np.bincount(chosen.inputs[odd::2], minlength=STATES) / (size / 2)
+        shares = np.bincount(chosen.inputs[odd::2], minlength=STATES) / (size / 2)
         deviation = np.sqrt(expected * (1 - expected) / (size / 2))
-        assert (np.abs(found - expected) <= 5 * deviation + 1e-6).all()
+        assert (np.abs(shares - expected) <= 5 * deviation + 1e-6).all()
         np.testing.assert_allclose(np.mean(moves[odd::2]), mean_moves, rtol=0.01, atol=1e-6)
-    np.testing.assert_array_equal(chosen.index, batch.index)
+    np.testing.assert_array_equal(chosen.index, SAMPLES.index)
 
 
 def test_a_sample_draws_the_same_wherever_it_stands():
-    batch = rows(np.zeros(64, np.int32), np.zeros((64, 1), np.float32))
-    other = jax.tree.map(lambda x: x[::-1][:40], batch)
-    options = dict(propose=draw_state, losses_of=table_losses, steps=3)
-    found = invariance.metropolis_hastings(jax.random.key(0), batch, **options)
-    moved = invariance.metropolis_hastings(jax.random.key(0), other, **options)
-    assert len(set(np.asarray(found[0].inputs))) == STATES
-    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(moved)):
-        np.testing.assert_array_equal(one[::-1][:40], two)
+    index = SAMPLES.index[::-1] + 40  # others came for the first 40
+    other = SAMPLES._replace(index=index)
+    here, there = (jax.device_get(chains(3)(jax.random.key(0), b)) for b in (SAMPLES, other))
+    assert len(set(here[0].inputs[40:])) == STATES
+    for one, two in zip(jax.tree.leaves(here), jax.tree.leaves(there)):
+        np.testing.assert_array_equal(one[40:], two[::-1][:-40])
 
 
 def by_table(*, of_training=None):
@@ -119,9 +125,8 @@ def test_a_step_trains_on_the_ends_of_chains_that_saw_evaluation_mode():
     labels = np.eye(2, dtype=np.float32)[np.zeros(size, int)]
     batch = rows(np.zeros(size, np.int32), labels, np.arange(size) < size - 100)
     trained = np.array([4.0, 3.0, 2.0, 1.0])
-    method = invariance.make(
-        by_table(of_training=trained), optax.sgd(0.1), augment=draw_state, mh_steps=3
-    )
+    options = invariance.Options(augment=draw_state, mh_steps=3)
+    method = invariance.make(by_table(of_training=trained), optax.sgd(0.1), options)
     ((_, metrics),) = run(method, method.init(jax.random.key(0), batch.inputs), batch)
     expected, moves = law(TABLES[0].astype(np.float64), 3)
     real = size - 100
@@ -146,19 +151,18 @@ def test_parameters_and_multiplier_follow_their_equations():
     batch = rows(inputs, problems.soft_labels(rng, size, classes), mask)
     start = rng.normal(size=(features, classes)).astype(np.float32)
     model = Model(
-        lambda key, inputs: ({"kernel": jnp.asarray(start)}, {}),
+        lambda key, inputs: ({"kernel": start}, {}),
         lambda params, stats, x, key: (2 * x @ params["kernel"], stats),
         lambda params, stats, x: x @ params["kernel"],
     )
     epsilon, dual_rate, count = 1.6, 0.5, 40
-    method = invariance.make(
-        model,
-        optax.sgd(rate),
-        augment=lambda key, batch: batch._replace(inputs=0.5 - batch.inputs),
-        epsilon=epsilon,
-        dual_rate=dual_rate,
-    )
-    found = run(method, method.init(jax.random.key(0), inputs), batch, count)
+
+    def reflect(key, batch):
+        return batch._replace(inputs=0.5 - batch.inputs)
+
+    options = invariance.Options(augment=reflect, epsilon=epsilon, dual_rate=dual_rate)
+    method = invariance.make(model, optax.sgd(rate), options)
+    after = run(method, method.init(jax.random.key(0), inputs), batch, count)
 
     kernel, gamma, gammas = start.astype(np.float64), 0.0, []
     x, y = inputs[mask].astype(np.float64), batch.labels[mask].astype(np.float64)
@@ -167,7 +171,7 @@ def test_parameters_and_multiplier_follow_their_equations():
         p = softmax(2 * x @ kernel)
         return -(y * np.log(p)).sum(1).mean(), 2 * x.T @ (p - y) / len(x)
 
-    for state, metrics in found:
+    for state, metrics in after:
         (clean, of_clean), (hard, of_hard) = loss_and_gradient(x), loss_and_gradient(0.5 - x)
         np.testing.assert_allclose(metrics["loss"][0], clean + gamma * hard, rtol=1e-4)
         np.testing.assert_allclose(np.divide(*metrics["clean_loss"]), clean, rtol=1e-4)
@@ -185,44 +189,61 @@ def test_parameters_and_multiplier_follow_their_equations():
 
 
 def centring():
-    """Softmax regression on inputs less a running mean, which training mode moves."""
-    start = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+    """Linear regression on inputs less a running mean, which training mode moves."""
 
     def train(params, stats, x, key):
         stats = {"mean": 0.5 * stats["mean"] + 0.5 * x.mean(0)}
         return (x - x.mean(0, keepdims=True)) @ params["kernel"], stats
 
     return Model(
-        lambda key, x: ({"kernel": jnp.asarray(start)}, {"mean": jnp.zeros(4)}),
+        lambda key, x: (
+            {"kernel": np.float32([[1, -2], [0, 3]])},
+            {"mean": np.zeros(2, np.float32)},
+        ),
         train,
         lambda params, stats, x: (x - stats["mean"][None]) @ params["kernel"],
     )
 
 
+def square(logits, targets, candidates):
+    """Half the squared error."""
+    losses = jnp.sum((logits - targets.labels) ** 2, 1) / 2
+    return targets.weights * jnp.where(candidates.mask, losses, 0.0)
+
+
 def test_with_gamma_at_zero_it_is_plain_training_bit_for_bit():
-    rng = np.random.default_rng(2)
-    inputs, labels = rng.normal(size=(8, 4)).astype(np.float32), problems.soft_labels(rng, 8, 3)
-    streams = Streams(rows(inputs, labels, np.arange(8) < 6))
-    model, tx = centring(), optax.adam(1e-2)
+    # Numbers are whole, means are over powers of two: no sum is rounded, in whatever order.
+    inputs = np.float32([[5, 1], [3, 2], [1, 0], [-1, 5], [2, 7], [4, -3], [2, 2], [0, 2]])
+    np.testing.assert_array_equal(inputs.mean(0), [2, 2])
+    mask = np.arange(8) < 4
+    streams = Streams(rows(inputs, np.eye(2, dtype=np.float32)[[0, 1, 1, 0] * 2], mask))
+    model, tx = centring(), optax.sgd(0.5, momentum=0.5)
+
+    def shifted(key, batch):
+        return batch._replace(inputs=batch.inputs + 2 * batch.inputs[:, :1])
+
+    options = invariance.Options(augment=shifted, epsilon=1e6, dual_rate=1.0)
+    slack = invariance.make(model, tx, options, loss=square)
+    plain = supervised.make(model, tx, loss=square)
+    steps = {method: jax.jit(method.step) for method in (plain, slack)}
 
     def after(method, gamma):
-        """Not compiled: XLA rounds the sums of another program otherwise."""
         state = method.init(jax.random.key(0), inputs)._replace(extra=gamma)
         for _ in range(2):
-            state, _ = method.step(state, streams, reduce=identity)
-        return state
+            state, _ = steps[method](state, streams)
+        return jax.device_get(state._replace(key=0))
 
-    shifted = lambda key, batch: batch._replace(inputs=batch.inputs + 1.5 * batch.inputs[:, :1])
-    slack = invariance.make(model, tx, augment=shifted, epsilon=1e3, dual_rate=1.0)
-    plain, found = after(erm.make(model, tx), ()), after(slack, jnp.zeros(()))
-    assert found.extra == 0
-    same = lambda s: (s.params, s.model_state, s.opt_state)
-    for one, two in zip(jax.tree.leaves(same(plain)), jax.tree.leaves(same(found)), strict=True):
-        np.testing.assert_array_equal(one, two)
+    expected, state = after(plain, ()), after(slack, np.float32(0))
+    assert state.extra == 0
+    assert np.abs(expected.params["kernel"]).max() > 4 and expected.model_state["mean"].all()
+    for part in ("params", "model_state", "opt_state"):
+        one, two = (jax.tree.leaves(getattr(s, part)) for s in (expected, state))
+        for a, b in zip(one, two, strict=True):
+            np.testing.assert_array_equal(a, b)
     # Gamma reaches the parameters, and never the running statistics.
-    active = after(slack, jnp.full((), 1e4))
-    assert np.abs(active.params["kernel"] - plain.params["kernel"]).max() > 1e-3
-    np.testing.assert_array_equal(active.model_state["mean"], plain.model_state["mean"])
+    active = after(slack, np.float32(1e4))
+    assert np.abs(active.params["kernel"] - expected.params["kernel"]).max() > 1e-3
+    np.testing.assert_array_equal(active.model_state["mean"], expected.model_state["mean"])
 
 
 # --- runners ---------------------------------------------------------------------------------
@@ -230,14 +251,8 @@ def test_with_gamma_at_zero_it_is_plain_training_bit_for_bit():
 
 def on_devices(make_runner, axis_name=None):
     """State and metrics after some steps, padding among the rows."""
-    method = invariance.make(
-        setup_.make_model(axis_name),
-        setup_.TX,
-        augment="shift(4) | flip",
-        epsilon=0.0,
-        dual_rate=0.2,
-        mh_steps=3,
-    )
+    options = invariance.Options("shift(4) | flip", epsilon=0.0, dual_rate=0.2, mh_steps=3)
+    method = invariance.make(setup_.make_model(axis_name), setup_.TX, options)
     runner = make_runner(method.step)
     state = runner.put_state(method.init(jax.random.key(0), setup_.POOL.inputs[:2]))
     for batch in setup_.make_batches("implicit_padding"):
@@ -272,15 +287,15 @@ def test_eight_devices_agree_with_one():
 )
 def test_an_option_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        invariance.make(by_table(), optax.sgd(0.1), **options)
+        invariance.Options(**options)
 
 
 def test_rows_must_stay_and_clean_samples_are_the_candidates():
     p = problems.problem("cnn")
-    method = invariance.make(p.model, optax.sgd(0.1), augment="views(2, shift(1))")
+    method = invariance.make(p.model, optax.sgd(0.1), invariance.Options("views(2, shift(1))"))
     state = method.init(jax.random.key(0), p.streams.candidates.inputs)
     with pytest.raises(ValueError, match="augment must keep the number of rows; it made 12 of 6"):
-        method.step(state, p.streams, reduce=identity)
+        jax.eval_shape(method.step, state, p.streams)
     streams = p.streams._replace(clean=p.streams.candidates)
     with pytest.raises(ValueError, match="invariance trains on candidates alone"):
-        method.step(state, streams, reduce=identity)
+        method.step(state, streams)
