@@ -31,7 +31,12 @@ def _damped(matvec: Matvec, damping: float) -> Matvec:
 
 
 def identity_solve(*, scale: float = 1.0) -> LinearSolve:
-    """x = scale * b: the greedy direction (a gradient step's own, with scale = learning rate)."""
+    """x = scale * b: the greedy direction (a gradient step's own, with scale = learning rate).
+
+    >>> x, info = identity_solve(scale=0.5)(lambda v: 2 * v, jnp.array([4.0]))
+    >>> float(x[0]), float(info.residual)
+    (2.0, 0.0)
+    """
     checks.positive(scale=scale)
 
     def solve(matvec, rhs):
@@ -42,7 +47,12 @@ def identity_solve(*, scale: float = 1.0) -> LinearSolve:
 
 
 def preconditioned_solve(inverse_diagonal: PyTree) -> LinearSolve:
-    """x = D b with a diagonal D, a tree like b or with more leaves (`adam_inverse_diagonal`)."""
+    """x = D b with a diagonal D, a tree like b or with more leaves (`adam_inverse_diagonal`).
+
+    >>> x, info = preconditioned_solve(jnp.array([0.5, 0.25]))(lambda v: v, jnp.ones(2))
+    >>> x.tolist()
+    [0.5, 0.25]
+    """
 
     def solve(matvec, rhs):
         x = jax.tree.map(lambda d, b: d * b, restrict(inverse_diagonal, rhs), rhs)
@@ -56,6 +66,9 @@ def adam_inverse_diagonal(opt_state: PyTree, *, b2: float = 0.999, eps: float = 
 
     Read from the (possibly nested) optax state; ones before the first step. `b2` and `eps` must be
     the optimiser's own, optax does not keep them in the state.
+
+    >>> adam_inverse_diagonal(optax.adam(1e-3).init(jnp.zeros(2))).tolist()
+    [1.0, 1.0]
 
     Returns:
       tree like params.
@@ -86,6 +99,10 @@ def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSo
     Converges to (A + damping I)^-1 b for 0 < scale < 2 / (largest eigenvalue); steps = 0 is
     `identity_solve`. Equals `steps + 1` unrolled gradient-descent steps at a fixed Hessian.
 
+    >>> x, info = neumann_solve(steps=2, scale=0.5)(lambda v: v, jnp.ones(1))
+    >>> x.tolist(), float(info.residual)  # 1/2 + 1/4 + 1/8
+    ([0.875], 0.125)
+
     Raises:
       ValueError: steps < 0, scale <= 0, damping < 0.
     """
@@ -110,6 +127,10 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> Li
 
     A must be symmetric positive semi-definite (Gauss-Newton always is; a Hessian only at a
     minimum). tol is relative to ||b||; 0 = until rounding. Source: jax.scipy.sparse.linalg.cg.
+
+    >>> x, info = cg_solve(damping=0.0)(lambda v: 4 * v, jnp.ones(2))
+    >>> x.round(6).tolist()
+    [0.25, 0.25]
 
     Raises:
       ValueError: maxiter < 1, tol < 0, damping < 0.

@@ -71,6 +71,12 @@ def update(
 
     The work grows with the batch, not with N.
 
+    >>> memory, mask = init(num_samples=10, num_classes=2), jnp.ones(2, bool)
+    >>> for scores in ([[1.0, 0.0], [0.0, 4.0]], [[3.0, 0.0], [0.0, 2.0]]):
+    ...     memory, mean = update(memory, jnp.array([7, 2]), jnp.array(scores), mask)
+    >>> mean.tolist()
+    [[2.0, 0.0], [0.0, 3.0]]
+
     Args:
       memory: of N samples.
       index: i32[B], source sample of each row; rows of the same sample are averaged first.
@@ -101,5 +107,9 @@ def update(
 
 
 def recall(memory: Memory, index: jax.Array) -> jax.Array:
-    """What is remembered of samples i32[B], f32[B, K]; 0 before the first visit or out of range."""
+    """What is remembered of samples i32[B], f32[B, K]; 0 before the first visit or out of range.
+
+    >>> recall(init(num_samples=10, num_classes=2), jnp.array([3])).tolist()
+    [[0.0, 0.0]]
+    """
     return memory.mean.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)

@@ -21,6 +21,10 @@ def own_share(batch: Batch) -> jax.Array:
     """How much of each row is its own sample, f32[B]: the product of its mixings' shares.
 
     Without a trace, use the largest entry of the label.
+
+    >>> labels = jnp.array([[1.0, 0.0], [0.6, 0.4]])
+    >>> own_share(Batch(jnp.zeros((2, 3)), labels, jnp.ones(2, bool), jnp.arange(2))).tolist()
+    [1.0, 0.6000000238418579]
     """
     if batch.trace is None:
         return jnp.max(batch.labels, axis=-1)

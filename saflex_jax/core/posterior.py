@@ -35,12 +35,26 @@ class Agreement(NamedTuple):
 
 
 def no_agreement() -> Agreement:
-    """Before the first sample."""
+    """The sums before the first sample.
+
+    >>> float(estimate_noise_rate(no_agreement(), num_classes=10))
+    0.0
+    """
     return Agreement(jnp.zeros(2), jnp.zeros(2), jnp.zeros(()))
 
 
 def agreement(probs: jax.Array, prior: jax.Array) -> jax.Array:
-    """a_i = sum_k min(p_ik, q_ik), f32[B]: the probability of a one-hot label, 1 where p = q."""
+    """How much probability the network gives to each given label, f32[B].
+
+        a_i = sum_k min(p_ik, q_ik)         the probability of a one-hot label, 1 where p = q
+
+    >>> agreement(jnp.array([[0.75, 0.25]]), jnp.array([[0.0, 1.0]])).tolist()
+    [0.25]
+
+    Args:
+      probs: p, f32[B, K].
+      prior: q, f32[B, K].
+    """
     return jnp.sum(jnp.minimum(probs, prior), axis=-1)
 
 
@@ -53,6 +67,11 @@ def add_agreement(
     reduce: Reduce = identity,
 ) -> Agreement:
     """Forgets a little of the sums and adds a batch to them, all batches counting alike.
+
+    >>> agrees, trusted = jnp.array([0.9, 0.5, 0.7]), jnp.array([True, False, False])
+    >>> sums = add_agreement(no_agreement(), (agrees, trusted), (agrees, ~trusted))
+    >>> round(float(sums.others[0] / sums.others[1]), 3)  # the mean agreement of the others
+    0.6
 
     Args:
       sums: so far.
@@ -100,6 +119,10 @@ def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int =
     from M different trusted samples, a (1 - a) being the largest variance of what has the mean a in
     [0, 1]; M is at most the number seen so far, so that nothing is claimed of the first batches.
 
+    >>> sums = Agreement(trusted=jnp.array([0.9, 1.0]), others=jnp.array([0.5, 1.0]), seen=1e6)
+    >>> round(float(estimate_noise_rate(sums, num_classes=2)), 2)  # (.9 - .5) / (.9 - .1)
+    0.5
+
     Args:
       sums: see `add_agreement`.
       num_classes: K >= 2.
@@ -144,6 +167,15 @@ def posterior_targets(
     least), so that b_i = q_i leaves it as it is. Of the posterior the part o_i counts as far as the
     network is certain, c_i: a sample that is of no class it knows keeps little weight, however its
     belief is sharpened. Where eta is 0 all is as given.
+
+    >>> prior, belief = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.9, 0.1], [0.1, 0.9]])
+    >>> targets = posterior_targets(prior, belief, 0.4)
+    >>> targets.labels.argmax(1).tolist()  # the network believes the first label and not the other
+    [0, 1]
+    >>> (targets.utility < 0).tolist()
+    [False, True]
+    >>> posterior_targets(prior, belief, 0.0).labels.tolist()
+    [[1.0, 0.0], [1.0, 0.0]]
 
     Args:
       prior: q, f32[B, K].

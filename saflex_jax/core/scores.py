@@ -95,6 +95,12 @@ def validation_gradient(
 
         L_val(theta) = mean_j loss(f_theta(x_j), y_j) ,   g = grad_theta L_val
 
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> loss, gradient = validation_gradient(linear, jnp.zeros((2, 2)), jnp.eye(2), jnp.eye(2))
+    >>> gradient.tolist()  # x^T (p - y) / 2
+    [[-0.25, 0.25], [0.25, -0.25]]
+
     Args:
       logits_fn: (params, inputs) -> f32[M, K], evaluation mode.
       params: pytree.
@@ -140,6 +146,13 @@ def label_scores(
 
     The direction says which parameters move: a leaf that is None (see `tree.select`) stays fixed,
     so head-only scores cost one product with the features and no change of the model.
+
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> params, x, direction = jnp.zeros((2, 2)), jnp.eye(2)[:1], -jnp.eye(2)
+    >>> log_probs, scores = label_scores(linear, params, x, direction)
+    >>> scores.tolist()  # a step along -direction makes class 0 likelier
+    [[0.5, -0.5]]
 
     Args:
       logits_fn: (params, inputs) -> f32[B, K]. Evaluation mode: with batch statistics one row's
@@ -294,6 +307,13 @@ def score(
     differentiation. G is the Gauss-Newton matrix of the candidates' mean cross-entropy, positive
     semi-definite and, for a linear head, exactly the Hessian. With `predicate=under("head")` the
     network runs once and every product with G is a product with its features.
+
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> x, labels = jnp.eye(2), jnp.eye(2)
+    >>> result = score(linear, jnp.zeros((2, 2)), x, val_inputs=x, val_labels=labels)
+    >>> (result.scores > 0).tolist()  # the right labels help, the wrong ones harm
+    [[True, False], [False, True]]
 
     Args:
       logits_fn: (params, inputs) -> f32[B, K], evaluation mode.

@@ -130,6 +130,15 @@ def inner_step(
 
     Candidates and clean samples share one forward pass (and its BatchNorm statistics).
 
+    >>> def train_fn(params, model_state, inputs, key):
+    ...     return inputs @ params, model_state
+    >>> tx, batch = optax.sgd(1.0), Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> state = init_state(jax.random.key(0), jnp.zeros((2, 2)), {}, tx)
+    >>> targets = Targets(jnp.array([2.0, 0.0]), batch.labels, jnp.zeros(2))
+    >>> state, metrics = inner_step(state, batch, targets, train_fn=train_fn, tx=tx)
+    >>> state.params.tolist()  # the second sample has weight zero
+    [[0.5, -0.5], [0.0, 0.0]]
+
     Args:
       state: TrainState.
       candidates: Batch of B.
@@ -178,6 +187,18 @@ def bilevel_step(
 
     `state.extra` holds the rule's arrays.
 
+    >>> from saflex_jax.rules import AsGiven
+    >>> def logits_fn(params, model_state, inputs):
+    ...     return inputs @ params
+    >>> def train_fn(params, model_state, inputs, key):
+    ...     return inputs @ params, model_state
+    >>> tx, batch = optax.sgd(1.0), Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> state = init_state(jax.random.key(0), jnp.zeros((2, 2)), {}, tx)
+    >>> networks = dict(logits_fn=logits_fn, train_fn=train_fn)
+    >>> state, metrics = bilevel_step(state, Streams(batch), **networks, tx=tx, rule=AsGiven())
+    >>> int(state.step), round(float(metrics["loss"][0]), 4)
+    (1, 0.6931)
+
     Args:
       state: TrainState.
       streams: candidates, val and, optionally, clean samples.
@@ -221,6 +242,16 @@ def outer_step(
     """One projected optimiser step on meta-parameters along the implicit hypergradient.
 
         phi <- project(phi + meta_tx(d L_out / d phi))
+
+    >>> from saflex_jax.core.linear_solve import cg_solve
+    >>> meta_tx = optax.sgd(0.1)
+    >>> meta, _, metrics = outer_step(
+    ...     2.0, meta_tx.init(2.0), params=2.0, meta_tx=meta_tx, solve=cg_solve(damping=0.0),
+    ...     inner_loss=lambda params, meta: (params - meta) ** 2,  # its optimum is meta
+    ...     outer_loss=lambda params, meta: params**2,  # hence d/d meta = 2 meta
+    ... )
+    >>> round(float(meta), 4)
+    1.6
 
     Args:
       meta: phi, pytree of floats, the same on every device.

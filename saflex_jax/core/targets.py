@@ -23,7 +23,11 @@ _LOG_FLOOR = 1e-3  # what a class with prior zero counts as under anchor="log"
 def score_scale(
     scores: jax.Array, mask: jax.Array | None = None, *, reduce: Reduce = identity
 ) -> jax.Array:
-    """Root mean square of the unmasked scores f32[B, K] over all devices, f32[]; 1 if all are 0."""
+    """Root mean square of the unmasked scores f32[B, K] over all devices, f32[]; 1 if all are 0.
+
+    >>> float(score_scale(jnp.array([[3.0, -3.0], [3.0, 3.0]])))
+    3.0
+    """
     square = reduce(masked_mean(jnp.mean(scores**2, axis=-1), mask, reduce=reduce))
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
 
@@ -63,6 +67,13 @@ def solve_targets(
               which maximises <y, S_i / sigma + beta q_i> + tau H(y) over the simplex
         u_i = <y_i, S_i / sigma>
         w_i = 1[u_i >= -tolerance], rescaled to global mean one (all zero: the term vanishes)
+
+    >>> scores, prior = jnp.array([[1.0, -1.0], [-9.0, 9.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> targets = solve_targets(scores, prior, learn="weights")
+    >>> targets.weights.tolist()  # the second label harms: its sample is dropped
+    [2.0, 0.0]
+    >>> solve_targets(scores, prior, scale="raw").labels.argmax(1).tolist()  # or relabelled
+    [0, 1]
 
     Args:
       scores: S, f32[B, K]; > 0 = lowers the validation loss.
@@ -115,7 +126,11 @@ def solve_targets(
 
 
 def rescale(weights: jax.Array, mask: jax.Array, *, reduce: Reduce = identity) -> jax.Array:
-    """Scales weights f32[B] to mean one over all devices' unmasked rows; all zero stays so."""
+    """Scales weights f32[B] to mean one over all devices' unmasked rows; all zero stays so.
+
+    >>> rescale(jnp.array([1.0, 0.0, 2.0]), jnp.ones(3, bool)).tolist()
+    [1.0, 0.0, 2.0]
+    """
     mean = reduce(masked_mean(weights, mask, reduce=reduce))
     return weights / jnp.where(mean > 0, mean, 1.0)
 
