@@ -54,7 +54,8 @@ setup(
         "bench": DATA + EXPERIMENTS + BENCH,
         "test": DATA
         + EXPERIMENTS
-        + ["equinox>=0.13,<0.14", "hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10"]
+        + ["equinox>=0.13,<0.14", "hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10"]
+        + ["nbformat>=5.10"]
         + ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6"],
     },
 )  # fmt: skip

@@ -7,10 +7,10 @@ Without results it reads those that are kept with the project, docs/results.json
 
 Differences are paired: an arm and its base on one task and seed share splits, wrong labels and the
 order of the batches. Per task the interval is Student's t over the seeds' differences. Over tasks
-it is Student's t over the tasks' means: the question is what another task would gain, so a task is
-one observation, and its seeds only make it less noisy. That holds for tasks like these; the
-clean and the noisy task of one table count as two, although they are related. How sure the average
-over these tasks is, another question, is said beside it.
+it is Student's t over the tasks' means: an interval of the mean over tasks like these, in which a
+task is one observation. One more task's own gain scatters far more widely. The clean and the noisy
+task of one table count as two, although they are related. How sure the average over exactly these
+tasks is, another question, is said beside it.
 """
 
 from __future__ import annotations
@@ -340,7 +340,8 @@ def provenance(runs: Runs, files: list[str]) -> str:
 
 INTRODUCTION = """\
 Points of test accuracy, read once a run with the last parameters. Differences are paired seed by
-seed; an interval over tasks is Student's t over the tasks' means (what another task would gain),
+seed; an interval over tasks is Student's t over the tasks' means: of the mean over such tasks, not
+of what one more task would gain, which scatters far more widely;
 "of these tasks" the one that the seeds leave of their average, an interval of a task is Student's t
 over its seeds. A task is won or lost where its interval leaves out zero. ECE is the
 expected calibration error in points, 15 bins. Step cost is the time of a step over upstream's, the

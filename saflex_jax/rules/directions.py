@@ -9,10 +9,9 @@ it a name in configs, add it to DIRECTIONS.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 
-from saflex_jax import checks
+from saflex_jax import calls, checks
 from saflex_jax.core import linear_solve
 from saflex_jax.types import LinearSolve, SolveInfo, TrainState
 
@@ -69,18 +68,7 @@ def parse(text: str) -> Direction:
     Raises:
       ValueError: another form, an unknown name (names the nearest) or option.
     """
-    try:
-        call = ast.parse(text, mode="eval").body
-        name = call.func.id if isinstance(call, ast.Call) else call.id
-        args = [ast.literal_eval(a) for a in getattr(call, "args", ())]
-        options = {k.arg: ast.literal_eval(k.value) for k in getattr(call, "keywords", ())}
-    except (AttributeError, SyntaxError, ValueError) as error:
-        raise ValueError(f"direction must be NAME or NAME(options); given {text!r}") from error
-    checks.choice(DIRECTIONS, direction=name)
-    try:
-        return DIRECTIONS[name](*args, **options)
-    except TypeError as error:
-        raise ValueError(f"direction {text!r}: {error}") from error
+    return calls.parse(DIRECTIONS, direction=text)
 
 
 def _one_step(solve: LinearSolve) -> LinearSolve:
