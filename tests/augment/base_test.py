@@ -144,7 +144,7 @@ def test_an_operation_of_ones_own_has_a_name_in_traces(restored):
     assert list(by_name) == ["flip", "my_grain"]
     assert by_name["my_grain"] == (batch.mask.sum(), batch.mask.sum())
     for name in ("my grain", "", 3):
-        with pytest.raises(ValueError, match="^name must be an identifier"):
+        with pytest.raises(ValueError, match=r"^name must be an identifier"):
             register_operation(name)
 
 
@@ -312,7 +312,7 @@ def test_on_augments_one_entry():
     batch = images(5)
     tokens = np.arange(10, dtype=np.int32).reshape(5, 2)
     both = batch._replace(inputs={"image": batch.inputs, "tokens": tokens})
-    augment = chain(shift(2), flip())
+    augment = chain(noise("shift"), noise("flip"))
     augmented, alone = run(on("image", augment), both), run(augment, batch)
     assert_batches_equal(
         augmented, alone._replace(inputs={"image": alone.inputs, "tokens": tokens})
