@@ -10,6 +10,13 @@ seeds 1 and 2, then the rest, so that an interrupted suite says something about 
 
 The test split is read once a run, with the last parameters. Choose by `val_accuracy`; of arms that
 train on the validation samples it says nothing.
+
+    python -m experiments.suite --rehash=docs/results.jsonl [--suite=small]
+
+gives the kept records of each arm's last settings the hash that these settings have today, so that
+they count as finished again. Use it only after a change of the configs' form: fields that moved or
+have other names. Where the meaning of an arm changed, in a config or in the code, its records are
+of another experiment; run the arm again.
 """
 
 from __future__ import annotations
@@ -26,7 +33,6 @@ import multiprocessing.connection
 import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -282,29 +288,11 @@ def share(cores: Iterable[int], workers: int) -> list[set[int]]:
     return [set(cores[n::workers]) for n in range(workers)]
 
 
-class Stop:
-    """The signal that asked for an end, or None; `with Stop() as stop` listens."""
-
-    signal: signal.Signals | None = None
-
-    def __enter__(self) -> Stop:
-        def handle(number, frame):
-            self.signal = signal.Signals(number)
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, handle) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def run(
     todo: list[Job],
     *,
     workers: int,
-    stop: Stop,
+    stop: train.StopRequest,
     record: Callable[[Job, int, dict[str, dict]], None],
     fail: Callable[[Job, int, str], None],
 ) -> None:
@@ -394,6 +382,41 @@ def append(path: pathlib.Path, record: dict) -> None:
         os.fsync(file.fileno())
 
 
+def rehash(path: pathlib.Path, suite: str, configs: dict[str, dict[str, ConfigDict]]) -> int:
+    """Gives the records of each arm's last settings today's hash; no other byte changes.
+
+    Only right where the meaning of the settings is what it was (see the module's docstring).
+
+    Args:
+      path: file of records; replaced whole, by a rename.
+      suite: whose records may change.
+      configs: task -> arm -> its config.
+
+    Returns:
+      How many records changed; 0 the second time.
+    """
+    *lines, half_a_line = path.read_bytes().split(b"\n")
+    records = [json.loads(line) for line in lines]
+    last = {(r["suite"], r["task"], r["arm"]): r["settings"] for r in records}
+    today = {
+        (suite, task, arm): settings_hash(config)
+        for task, by_arm in configs.items()
+        for arm, config in by_arm.items()
+    }
+    changed = 0
+    for number, record in enumerate(records):
+        arm, given = (record["suite"], record["task"], record["arm"]), record["settings"]
+        if arm in today and given == last[arm] != today[arm]:
+            before, after = (f'"settings": "{h}"'.encode() for h in (given, today[arm]))
+            lines[number] = lines[number].replace(before, after)
+            changed += 1
+    if changed:
+        whole = path.with_name(f"{path.name}.new")
+        whole.write_bytes(b"\n".join([*lines, half_a_line]))
+        whole.replace(path)
+    return changed
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -425,6 +448,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--workdir", type=pathlib.Path, default="runs/suite", help="results and errors go here")
     add("--data", default="data", help="where experiments.prepare put data sets")
     add("--dry_run", action="store_true", help="say what would be run, and stop")
+    add("--rehash", type=pathlib.Path, metavar="FILE",
+        help="give the records of each arm's last settings today's hash, and stop; only where the "
+        "meaning of the settings did not change")
     given = parser.parse_args(arguments)
     if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
         parser.error(f"--jobs and --seeds must be >= 1; given {given.jobs} and {given.seeds}")
@@ -434,6 +460,12 @@ def main(arguments: list[str] | None = None) -> int:
     found = {name: configs(task, given.arms) for name, task in tasks.items()}
     if not any(found.values()):
         parser.error(f"nothing matches --tasks={given.tasks!r} --arms={given.arms!r}")
+    if given.rehash is not None:
+        if not given.rehash.is_file():
+            parser.error(f"--rehash must be a file of records; given {given.rehash}")
+        changed = rehash(given.rehash, given.suite, found)
+        print(f"{changed} records with a new hash: {given.rehash}", file=sys.stderr)
+        return 0
     results, errors = given.workdir / f"{given.suite}.jsonl", given.workdir / "errors.jsonl"
     records = arms.read_records(results) if given.dry_run else kept(results)
     done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in records}
@@ -456,7 +488,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
 
     with (
-        Stop() as stop,
+        train.StopRequest(second_interrupts=False) as stop,  # ending the workers takes a moment
         tqdm(total=sum(job.runs for job in todo), desc=given.suite, file=sys.stderr) as bar,
     ):
 

@@ -1,17 +1,18 @@
-"""Nothing is compiled twice or moved behind one's back while a method trains in the loop."""
+"""Nothing is compiled twice, or moved between host and devices, while a method trains."""
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from saflex_jax import parallel, train
+from saflex_jax import configure, parallel, train
 from saflex_jax.data import ArrayStream, IndexStream, sizes
-from saflex_jax.methods import METHODS, NETWORKS
-from saflex_jax.models import MLP, Classifier, SmallCNN, from_linen
-from saflex_jax.types import Batch, Streams
+from saflex_jax.methods import METHODS
+from saflex_jax.models import MLP, SmallCNN, from_linen
+from saflex_jax.rules import RULES
+from saflex_jax.types import Batch, RunInfo, Streams
 
-SAMPLES, CLASSES, STEPS = 64, 3, 200
+SAMPLES, VAL, CLASSES, STEPS = 32, 16, 3, 24  # an epoch is four steps
 _rng = np.random.default_rng(0)
 
 
@@ -24,34 +25,21 @@ def pool(size, *shape):
     )
 
 
-TABLES, IMAGES = (Streams(pool(SAMPLES, *s), pool(24, *s)) for s in ((5,), (6, 6, 1)))
-OF_IMAGES = ("sla", "automix", "fixmatch", "invariance", "madaug", "protonet")
-MEMORY = {"memory_decay": 0.9, "num_samples": SAMPLES, "num_classes": CLASSES}
-# Every method of the package as it comes, and the branches of saflex.
-OPTIONS = {
-    "saflex": [
-        {},
-        {"direction": "identity", "predicate": None, **MEMORY},
-        {
-            "every": 3,
-            "start": 20,
-            "val_every": 2,
-            "val_decay": 0.5,
-            "memory_dtype": "bfloat16",
-            **MEMORY,
-        },
-    ],
-    "implicit": [{"prior": TABLES.candidates.labels}],
-    "drw": [{"counts": TABLES.candidates.labels.sum(0)}],
-    "automix": [{"num_steps": STEPS}],
-    "madaug": [{"steps_per_epoch": 4}],
-    "protonet": [{"ways": 2, "queries": 3}],
+TABLES, IMAGES = (Streams(pool(SAMPLES, *s), pool(VAL, *s)) for s in ((5,), (6, 6, 1)))
+METHOD_OPTIONS = {"protonet": {"ways": 2, "queries": 1}}
+# What starts late, is done in turn or keeps arrays of another type.
+BRANCHES = {
+    "saflex": {
+        "scoring": {"val_every": 2, "val_decay": 0.5},
+        "rule": {"memory": {"dtype": "bfloat16"}},
+        "schedule": {"start": 5, "every": 3},
+    },
+    "saflex_paper": {"rule": {"memory": {"decay": 0.9}}},
 }
-# As it comes with the data held on the devices, otherwise with batches from the host.
 CASES = [
-    pytest.param(name, options, place == 0, id=f"{name}-{place}")
-    for name in METHODS
-    for place, options in enumerate(OPTIONS.get(name, [{}]))
+    *(pytest.param(name, "as_given", {}, id=name) for name in METHODS),
+    *(pytest.param("supervised", rule, {}, id=rule) for rule in RULES if rule != "as_given"),
+    *(pytest.param("supervised", rule, o, id=f"{rule}-branches") for rule, o in BRANCHES.items()),
 ]
 
 
@@ -69,22 +57,28 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("name, options, held", CASES)
-def test_a_run_compiles_once_and_moves_nothing_implicitly(name, options, held, compilations):
+@pytest.mark.parametrize("name, rule, options", CASES)
+def test_a_run_compiles_once_and_moves_nothing_implicitly(name, rule, options, compilations):
     pools, backbone, devices = TABLES, MLP((8,)), jax.devices()
-    if name in OF_IMAGES:  # dearer
+    if name != "supervised":  # which work on images, and are dearer
         pools, backbone, devices = IMAGES, SmallCNN((3, 4)), devices[:1]
-    if name == "fixmatch":
+    if "clean" in METHODS[name].needs:
         pools = pools._replace(clean=pools.val)
-    model = from_linen(NETWORKS.get(name, Classifier)(backbone, CLASSES))
-    method = METHODS[name](model, optax.adam(1e-2), **options)
+    labels = pools.candidates.labels
+    run = RunInfo(
+        SAMPLES, CLASSES, 0, VAL, STEPS, SAMPLES / 8, labels.sum(0), labels=lambda: labels
+    )
+    section = {"name": name, "rule": rule, "loss": "cross_entropy", rule: options}
+    section[name] = METHOD_OPTIONS.get(name, {})
+    model = from_linen(configure.make_network(section, backbone, CLASSES))
+    method = configure.make_method(section, model, optax.adam(1e-2), run)
     runner = parallel.jit_runner(method.step, devices=devices)
-    state = method.init(jax.random.key(0), pools.candidates.inputs[:1])
-    options = dict(batch_size=16, val_batch_size=8, seed=0)
-    if held:
-        runner, stream = runner.hold(pools), IndexStream(sizes(pools), **options)
+    state = jax.jit(method.init)(jax.random.key(0), pools.candidates.inputs[:1])
+    batches = dict(batch_size=8, val_batch_size=8, seed=0)
+    if options:  # batches from the host; otherwise the devices hold the data
+        stream = ArrayStream(pools, **batches)
     else:
-        stream = ArrayStream(pools, **options)
+        runner, stream = runner.hold(pools), IndexStream(sizes(pools), **batches)
 
     compiled = []  # names, after each step
 
@@ -95,7 +89,7 @@ def test_a_run_compiles_once_and_moves_nothing_implicitly(name, options, held, c
 
     with jax.transfer_guard("disallow"):
         state = train.fit(
-            runner._replace(step=step), state, stream, num_steps=STEPS, log_every=50, progress=False
+            runner._replace(step=step), state, stream, num_steps=STEPS, log_every=8, progress=False
         ).state
     assert state.step == STEPS == len(compiled)
     assert compiled[0].count("jit(run)") == 1
