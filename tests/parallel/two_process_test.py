@@ -8,23 +8,24 @@ import numpy as np
 import pytest
 
 from tests.parallel import setup_
+from tests.parallel.worker_ import STEPS, STOP
 
 PROCESSES = 2
+# With a memory split among the processes; and with clean samples, augmentation, padding.
+VARIANTS = ("posterior_memory_padding", "identity_all_augmented_padding")
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What each process of one two-process run, four devices each, holds at its end."""
-    folder = tmp_path_factory.mktemp("two_processes")
+def run(folder, *what):
+    """What each process of one two-process run, two devices each, holds at its end."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_NUMPY_RANK_PROMOTION": "raise"}
     command = [sys.executable, "-m", "tests.parallel.worker_", str(port)]
     logs = [(folder / f"log{i}").open("w+") for i in range(PROCESSES)]
     started = [
         subprocess.Popen(
-            [*command, str(i), str(PROCESSES), str(folder)],
+            [*command, str(i), str(PROCESSES), str(folder), *what],
             cwd=pathlib.Path(__file__).parents[2],
             env=env,
             stdout=log,
@@ -44,20 +45,37 @@ def processes(tmp_path_factory):
     return [dict(np.load(folder / f"process{i}.npz")) for i in range(PROCESSES)]
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two_processes"), *VARIANTS, "fit")
+
+
 def below(found, prefix):
     return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
 
 
-def test_both_processes_hold_the_same(processes):
-    first, second = processes
+def assert_same(first, second):
     assert first.keys() == second.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("variant", setup_.VARIANTS)
+def test_both_processes_hold_the_same(processes):
+    assert_same(*processes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_agree_with_one_device(processes, variant):
     setup_.assert_agrees(below(processes[0], f"{variant}/"), variant)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one_device_on_every_other_variant(tmp_path):
+    others = [variant for variant in setup_.VARIANTS if variant not in VARIANTS]
+    first, second = run(tmp_path, *others)
+    assert_same(first, second)
+    for variant in others:
+        setup_.assert_agrees(below(first, f"{variant}/"), variant)
 
 
 def test_pmap_refuses_several_processes(processes):
@@ -67,13 +85,11 @@ def test_pmap_refuses_several_processes(processes):
 def test_a_signal_to_one_process_stops_both_and_the_run_resumes_bit_for_bit(processes):
     fit = below(processes[0], "fit/")
     assert fit["stopped_by"] == "SIGTERM"
-    assert 3 < fit["stopped_at"] < 30
+    assert STOP < fit["stopped_at"] < STEPS
     assert fit["saved"] == fit["stopped_at"]
     whole, resumed = below(fit, "whole/"), below(fit, "resumed/")
-    assert whole["step"] == 30
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
-        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    assert whole["step"] == STEPS
+    assert_same(whole, resumed)
 
 
 def test_evaluation_is_exact_in_every_process(processes):

@@ -1,10 +1,14 @@
-"""One process of the two-process run: `python -m tests.parallel.worker_ PORT PROCESS COUNT FOLDER`.
+"""One process of a run of several.
 
-Every process writes what it holds at the end to FOLDER; `two_process_test.py` compares.
+    python -m tests.parallel.worker_ PORT PROCESS COUNT FOLDER WHAT...
+
+WHAT is a variant of `setup_`, or "fit". Every process writes what it holds at the end to FOLDER;
+`two_process_test.py` compares.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import signal
@@ -20,6 +24,10 @@ from saflex_jax.parallel import initialize, jit_runner, pmap_runner
 from saflex_jax.train import Checkpoints, fit, make_evaluator
 from tests.parallel import setup_
 
+FITTED = "posterior_memory_padding"  # the variant of "fit"
+STEPS, STOP = 14, 3  # SIGTERM comes before batch STOP
+POOLS = Streams(setup_.POOL, setup_.POOL)
+
 
 class SignalledStream(ArrayStream):
     """Sends SIGTERM to its own process before batch `at`, then goes slowly while word spreads."""
@@ -31,11 +39,8 @@ class SignalledStream(ArrayStream):
         if step == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.at is not None and step >= self.at:
-            time.sleep(0.5)
+            time.sleep(1)
         return super().__next__()
-
-
-POOLS = Streams(setup_.POOL, setup_.POOL)
 
 
 def options() -> dict[str, int]:
@@ -48,8 +53,9 @@ def options() -> dict[str, int]:
     }
 
 
-def make_stream() -> SignalledStream:
-    return SignalledStream(POOLS, **options())
+@functools.cache
+def make_runner(variant: str):
+    return jit_runner(setup_.make_method(variant).step)
 
 
 def interrupted_fit(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -57,15 +63,15 @@ def interrupted_fit(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
     The resumed one holds the data on the devices, which must make no difference.
     """
-    method = setup_.make_method("posterior_memory_padding")
-    runner = jit_runner(method.step)
+    method, runner = setup_.make_method(FITTED), make_runner(FITTED)
     evaluate = make_evaluator(method, setup_.POOL.inputs, setup_.POOL.labels, batch_size=10)
-    state = setup_.make_state("posterior_memory_padding")
-    common = {"num_steps": 30, "log_every": 10, "progress": False}
-    whole = fit(runner, state, make_stream(), evaluate=evaluate, eval_every=30, **common)
+    state = setup_.make_state(FITTED)
+    common = {"num_steps": STEPS, "log_every": STEPS // 2, "progress": False}
+    stream = SignalledStream(POOLS, **options())
+    whole = fit(runner, state, stream, evaluate=evaluate, eval_every=STEPS, **common)
 
-    stream = make_stream()
-    stream.at = 3 if jax.process_index() == 1 else None
+    stream = SignalledStream(POOLS, **options())
+    stream.at = STOP if jax.process_index() == 1 else None
     checkpoints = Checkpoints(folder / "checkpoints", every=1000)
     stopped = fit(runner, state, stream, checkpoints=checkpoints, **common)
     saved = checkpoints.latest
@@ -88,14 +94,16 @@ def main() -> None:
     for _ in range(2):  # the second call must do nothing
         initialize(f"localhost:{port}", count, process)
     found = {}
-    for variant in setup_.VARIANTS:
-        state = setup_.run(jit_runner, variant)
-        found |= {f"{variant}/{name}": value for name, value in state.items()}
+    for what in sys.argv[5:]:
+        if what == "fit":
+            result = interrupted_fit(folder)
+        else:
+            result = setup_.run(lambda step, what=what: make_runner(what), what)
+        found |= {f"{what}/{name}": value for name, value in result.items()}
     try:
-        pmap_runner(setup_.make_method("cg_head").step)
+        pmap_runner(setup_.make_method(FITTED).step)
     except ValueError as error:
         found["pmap_error"] = np.array(str(error))
-    found |= {f"fit/{name}": value for name, value in interrupted_fit(folder).items()}
     np.savez(folder / f"process{process}.npz", **found)
 
 
