@@ -50,30 +50,31 @@ def configs(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _changed(config: ConfigDict, arm: str, changes: dict) -> ConfigDict:
-    found = config.copy_and_resolve_references()
-    found.unlock()  # an unknown field is named by the check, with the nearest known one
+    changed = config.copy_and_resolve_references()
+    changed.unlock()  # an unknown field is named by the check, with the nearest known one
     try:
-        found.update(changes)
+        changed.update(changes)
         if "seed" in changes:
             raise ValueError("all arms run on the comparison's seeds")
-        build.check(found)
+        build.check(changed)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"config.arms.{arm} must be nested changes of the config; given {changes}; {error}"
         ) from error
-    if found.train.steps <= found.train.log_every:
+    if changed.train.steps <= changed.train.log_every:
         raise ValueError(
-            f"config.train.steps must exceed config.train.log_every = {found.train.log_every}, "
-            f"so that a record without the compilation is timed; given {found.train.steps} ({arm})"
+            f"config.train.steps must exceed config.train.log_every = {changed.train.log_every}, "
+            "so that a record without the compilation is timed; "
+            f"given {changed.train.steps} ({arm})"
         )
-    return found
+    return changed
 
 
 def of_seed(config: ConfigDict, seed: int) -> ConfigDict:
     """The config of one run."""
-    found = config.copy_and_resolve_references()
-    found.seed = seed
-    return found
+    seeded = config.copy_and_resolve_references()
+    seeded.seed = seed
+    return seeded
 
 
 def settings(config: ConfigDict) -> dict:
@@ -83,11 +84,11 @@ def settings(config: ConfigDict) -> dict:
 
 def training(config: ConfigDict) -> str:
     """What two arms have in common that differ only in what is read from the trained network."""
-    found = settings(config)
-    for options in found["method"].values():
+    shared = settings(config)
+    for options in shared["method"].values():
         if isinstance(options, dict):
             options.pop("predict", None)
-    return json.dumps(found, sort_keys=True)
+    return json.dumps(shared, sort_keys=True)
 
 
 def trainings(configs: dict[str, ConfigDict]) -> list[dict[str, ConfigDict]]:
@@ -205,11 +206,12 @@ def paired_difference(values: list[float], base: list[float]) -> dict[str, float
 
     Source: Student's t, two-sided, on the differences of n pairs.
     """
-    found = np.subtract(values, base)
-    mean, number = float(found.mean()), len(found)
+    differences = np.subtract(values, base)
+    mean, number = float(differences.mean()), len(differences)
     if number < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1) * found.std(ddof=1) / np.sqrt(number))
+    error = differences.std(ddof=1) / np.sqrt(number)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1) * error)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -232,15 +234,15 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:
     base, *_ = runs
     return {
         arm: {
-            measure: found,
-            "mean": float(np.mean(found)),
-            "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None,
-            "n": len(found),
-            "difference": None if arm == base else paired_difference(found, values[base]),
+            measure: scores,
+            "mean": float(np.mean(scores)),
+            "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+            "n": len(scores),
+            "difference": None if arm == base else paired_difference(scores, values[base]),
             "seconds_per_step": seconds[arm],
             "step_cost": seconds[arm] / seconds[base],
         }
-        for arm, found in values.items()
+        for arm, scores in values.items()
     }
 
 
@@ -251,19 +253,19 @@ def table(summary: dict[str, dict], measure: str) -> str:
     apart = f"difference to {base} ({LEVEL:.0%} interval)"
     width = max(20, *map(len, summary))
     lines = [f"{'':{width}} {spread:38} {apart:38} ms/step   step cost"]
-    for arm, found in summary.items():
-        sd = "-" if found["sd"] is None else f"{found['sd']:.4f}"
-        scores = f"{found['mean']:.4f} +- {sd}  (n = {found['n']})"
+    for arm, row in summary.items():
+        sd = "-" if row["sd"] is None else f"{row['sd']:.4f}"
+        scores = f"{row['mean']:.4f} +- {sd}  (n = {row['n']})"
         lines.append(
-            f"{arm:{width}} {scores:38} {_difference(found['difference']):38} "
-            f"{1e3 * found['seconds_per_step']:7.2f} {found['step_cost']:10.2f}x"
+            f"{arm:{width}} {scores:38} {_difference(row['difference']):38} "
+            f"{1e3 * row['seconds_per_step']:7.2f} {row['step_cost']:10.2f}x"
         )
     return "\n".join(lines)
 
 
-def _difference(found: dict[str, float | None] | None) -> str:
-    if found is None:
+def _difference(interval: dict[str, float | None] | None) -> str:
+    if interval is None:
         return ""
-    if found["low"] is None:
-        return f"{found['mean']:+.4f}"
-    return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+    if interval["low"] is None:
+        return f"{interval['mean']:+.4f}"
+    return f"{interval['mean']:+.4f} ({interval['low']:+.4f} to {interval['high']:+.4f})"

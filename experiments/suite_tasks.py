@@ -170,10 +170,10 @@ def make(suite: str, folder: str = "data") -> dict[str, Task]:
         for name, task in _tables(table, augment, backbone, full=full).items()
     }
     images = {name: _images(spec, full=full) for name, spec in IMAGES.items()}
-    found = _in_turn(tables, images)
-    for task in found.values():
+    tasks = _in_turn(tables, images)
+    for task in tasks.values():
         task.config.data.dir = folder
-    return found
+    return tasks
 
 
 def _in_turn(first: dict, second: dict) -> dict:
@@ -191,7 +191,7 @@ def _tables(table: str, augment: str, backbone: str, *, full: bool) -> dict[str,
     val, test = min(rows // 5, 200), min(3 * rows // 10, 2000)
     train = int(ALWAYS_THERE * (rows - val - test)) if table in WITH_COPIES else 0
     steps = FULL_STEPS // 10 if full else TABLE_STEPS
-    found = {}
+    tasks = {}
     for noise in (0.0, NOISE):
         config = _base(noise, steps, batch_size=32, val_batch_size=min(val, 64))
         config.data = sources.section(table, val=val, test=test, train=train, noise=noise)
@@ -203,8 +203,8 @@ def _tables(table: str, augment: str, backbone: str, *, full: bool) -> dict[str,
             config.optimizer.learning_rate = 1e-3
         of_pipeline = f"_{augment.partition('(')[0]}_{backbone}" if full else ""
         name = f"{table}{of_pipeline}{'_noisy' if noise else ''}"
-        found[name] = Task(half, noise, 10, None if full else TABLE_SECONDS, config)
-    return found
+        tasks[name] = Task(half, noise, 10, None if full else TABLE_SECONDS, config)
+    return tasks
 
 
 def _images(spec: _Images, *, full: bool) -> Task:

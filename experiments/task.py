@@ -252,8 +252,8 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
         checks.choice(set(values.tolist()), **{f"config.data.test_on: {name}": value})
         rest, official["test"] = rest[values[rest] != value], np.flatnonzero(values == value)
     if section.val and section.test:
-        found = data.stratified_split(groups[rest], val=section.val, test=section.test, seed=seed)
-        return data.Split(*(rest[rows] for rows in found))
+        parts = data.stratified_split(groups[rest], val=section.val, test=section.test, seed=seed)
+        return data.Split(*(rest[rows] for rows in parts))
     for name in ("val", "test"):
         if section[name]:
             rest, official[name] = data.hold_out(rest, groups, size=section[name], seed=seed)
@@ -265,8 +265,8 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
     return data.Split(rest, official["val"], official["test"])
 
 
-def some(rows: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """So many of the rows at random, sorted.
+def sample(rows: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """`number` of the rows at random, sorted.
 
     Raises:
       ValueError: there are fewer.
@@ -318,7 +318,7 @@ def make_data(config: ConfigDict) -> Data:
         few = data.few_shot(strata(source)[split.train], per_class=section.per_class, seed=seed)
         split = split._replace(train=split.train[few])
     if section.train:
-        split = split._replace(train=some(split.train, section.train, seed))
+        split = split._replace(train=sample(split.train, section.train, seed))
     if section.imbalance > 1:
         tail = data.long_tail(strata(source)[split.train], ratio=section.imbalance, seed=seed)
         split = split._replace(train=split.train[tail])
@@ -413,13 +413,13 @@ def corrupted(images: Any, corruption: str, seed: int) -> np.ndarray:
     name, _, severity = corruption.partition(":")
     corrupt = functools.partial(corruptions.corrupt, name=name, severity=int(severity))
     compiled = jax.jit(lambda key, x, index: corrupt(key, x, index=index))
-    found = np.empty(images.shape, np.float32)
+    out = np.empty(images.shape, np.float32)
     for begin in range(0, len(images), CHUNK):
         # The last chunk takes rows of the one before, so that all have one shape.
         rows = np.arange(CHUNK) + max(0, min(begin, len(images) - CHUNK))
         rows = rows[rows < len(images)]
-        found[rows] = compiled(jax.random.key(seed), floats(images[rows]), rows)
-    return found
+        out[rows] = compiled(jax.random.key(seed), floats(images[rows]), rows)
+    return out
 
 
 def test_scores(method: Method, state: TrainState, task: Data) -> dict[str, float]:
@@ -436,12 +436,12 @@ def test_scores(method: Method, state: TrainState, task: Data) -> dict[str, floa
     )(state)
     if task.source.task == "multiclass":
         return scores
-    found = train.probabilities(method, state, test.inputs)
+    probs = train.probabilities(method, state, test.inputs)
     if task.source.task == "ordinal":
         truth = test.labels.argmax(1)
-        kappa = metrics.cohen_kappa_score(truth, found.argmax(1), weights="quadratic")
+        kappa = metrics.cohen_kappa_score(truth, probs.argmax(1), weights="quadratic")
         return scores | {"kappa": float(kappa)}
     present = test.labels > 0
     both = present.any(0) & ~present.all(0)
-    auc = metrics.roc_auc_score(present[:, both], found[:, both], average="macro")
+    auc = metrics.roc_auc_score(present[:, both], probs[:, both], average="macro")
     return {"auc": float(auc), "loss": scores["loss"]}

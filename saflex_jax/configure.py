@@ -73,16 +73,16 @@ def options(part: Any) -> dict[str, Any]:
     if part is None:
         return {}
     hints = typing.get_type_hints(type(part))
-    found = {}
+    fields = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
-            found[field.name] = options(value)
+            fields[field.name] = options(value)
         elif isinstance(value, SCALARS):
-            found[field.name] = value
+            fields[field.name] = value
         elif value is None and (kind := _scalar(hints[field.name])):
-            found[field.name] = kind
-    return found
+            fields[field.name] = kind
+    return fields
 
 
 def _scalar(hint: Any) -> type | None:
@@ -123,9 +123,9 @@ def changed(part: Any, section: Mapping[str, Any], name: str = "options") -> Any
 
 def all_options() -> dict[str, dict[str, Any]]:
     """Method or rule -> its `options`, for all that have some."""
-    found = {name: options(spec.options) for name, spec in METHODS.items()}
-    found |= {name: options(spec.make(None)) for name, spec in RULES.items()}
-    return {name: section for name, section in found.items() if section}
+    sections = {name: options(spec.options) for name, spec in METHODS.items()}
+    sections |= {name: options(spec.make(None)) for name, spec in RULES.items()}
+    return {name: section for name, section in sections.items() if section}
 
 
 # --- networks

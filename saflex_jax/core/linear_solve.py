@@ -76,17 +76,17 @@ def adam_inverse_diagonal(opt_state: PyTree, *, b2: float = 0.999, eps: float = 
     Raises:
       ValueError: the state holds no second moment.
     """
-    found = [
+    moments = [
         s
         for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
         if isinstance(s, optax.ScaleByAdamState)
     ]
-    if len(found) != 1:
+    if len(moments) != 1:
         raise ValueError(
-            f"opt_state must hold exactly one optax.ScaleByAdamState; given {len(found)} "
+            f"opt_state must hold exactly one optax.ScaleByAdamState; given {len(moments)} "
             f"in {type(opt_state).__name__}"
         )
-    count, nu = found[0].count, found[0].nu
+    count, nu = moments[0].count, moments[0].nu
     correction = jnp.where(count > 0, 1 - b2 ** count.astype(jnp.float32), 1.0)
     return jax.tree.map(
         lambda n: jnp.where(count > 0, 1 / (jnp.sqrt(n / correction) + eps), jnp.ones_like(n)), nu

@@ -75,8 +75,8 @@ def mixture(
     for share, other in zip(_shares(batch).T, others):
         mixed = share[:, None] * mixed + (1 - share[:, None]) * other
         complete &= known(other)
-    found, complete = jnp.where(whole, own, mixed), jnp.where(whole, known(own), complete)
-    return jnp.where(complete, found, otherwise)
+    value, complete = jnp.where(whole, own, mixed), jnp.where(whole, known(own), complete)
+    return jnp.where(complete, value, otherwise)
 
 
 def _shares(batch: Batch) -> jax.Array:
