@@ -331,5 +331,6 @@ def test_wrong_labels_weigh_less(name):
     step = jax.jit(functools.partial(method.step, reduce=identity))
     for _ in range(200):
         state, _ = step(state, streams)
-    weights = jax.jit(method.targets)(state, streams).weights
-    assert np.corrcoef(weights, right)[0, 1] > 0.5
+    weights = np.asarray(jax.jit(method.targets)(state, streams).weights)
+    # By rank: a correlation hangs on the few largest weights, which change with JAX's version.
+    assert np.mean(weights[right, None] > weights[~right]) > 0.85
