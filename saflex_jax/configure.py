@@ -51,6 +51,7 @@ BACKBONES = {
     "resnet18": models.ResNet18,
     "vit": models.ViT,
 }
+_ANY_RUN = RunInfo(num_samples=1, num_classes=2)  # to check options, of which some need a run
 BY_RUN = {"parent", "name", "axis_name", "categories"}  # of a backbone, and never in a config
 
 
@@ -187,7 +188,7 @@ def check(section: Mapping[str, Any], name: str = "config.method") -> None:
     for method, spec in METHODS.items():
         changed(spec.options, section.get(method, {}), f"{name}.{method}")
     for rule, spec in RULES.items():
-        changed(spec.make(None), section.get(rule, {}), f"{name}.{rule}")
+        changed(spec.make(_ANY_RUN), section.get(rule, {}), f"{name}.{rule}")
 
 
 def of_labels(section: Mapping[str, Any]) -> bool:
