@@ -26,7 +26,12 @@ def pool(size, *shape):
 
 
 TABLES, IMAGES = (Streams(pool(SAMPLES, *s), pool(VAL, *s)) for s in ((5,), (6, 6, 1)))
-METHOD_OPTIONS = {"protonet": {"ways": 2, "queries": 1}}
+METHOD_OPTIONS = {  # quick to compile
+    "protonet": {"ways": 2, "queries": 1},
+    "madaug": {"layers": 1},
+    "fixmatch": {"strong": "shift(1)"},
+    "invariance": {"augment": "flip"},
+}
 # What starts late, is done in turn or keeps arrays of another type.
 BRANCHES = {
     "saflex": {
