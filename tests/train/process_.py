@@ -27,7 +27,6 @@ OVERRIDES = {
     "train.batch_size": 32,
     "model.widths": (8,),
     "augment": "feature_noise(0.1) | mixup(0.4, probability=0.5)",
-    "method.saflex.memory_decay": 0.9,
 }
 
 

@@ -52,7 +52,7 @@ def assert_same_run(workdir, whole, like, resumed_at):
             checkpoints.close()
         assert_same_bits(states[0][0], states[1][0])
         assert states[0][1] == states[1][1] == {"step": step}
-    memory = states[0][0].extra.memory  # is part of what is compared
+    memory = states[0][0].extra.rule.memory  # is part of what is compared
     assert memory.visits.sum() > 0
 
     expected = process_.records(whole)
@@ -69,49 +69,42 @@ def assert_same_run(workdir, whole, like, resumed_at):
     assert (workdir / "result.json").read_text() == (whole / "result.json").read_text()
 
 
-def kill_and_resume(workdir, whole, like, seed, cache):
-    rng, resumed_at = random.Random(seed), []
-    for first, last in ((1, 25), (26, 55)):  # the second kill hits a run that was resumed itself
-        job = process_.start(workdir, env=process_.environment(cache))
-        step = rng.randint(first, last)
-        code, _, _ = job.signal_at(step, signal.SIGKILL)
-        print(f"seed {seed}: SIGKILL after step {step}, checkpoints "
-              f"{sorted(p.name for p in (workdir / 'checkpoints').iterdir())}")  # fmt: skip
-        assert code == -signal.SIGKILL
-        assert not (workdir / "result.json").exists()
-        resumed_at += process_.complete_steps(workdir)[-1:]
-    # Without the cache: the program is compiled anew, as on another day.
-    code, _, stderr = process_.start(workdir, env=process_.environment()).finish()
-    assert code == 0, stderr[-3000:]
-    assert_same_run(workdir, whole, like, resumed_at)
-
-
-def test_sigkill_at_a_random_step(tmp_path, whole, like, cache):
-    kill_and_resume(tmp_path, whole, like, 0, cache)
+def test_killed_and_stopped_at_random_steps(tmp_path, whole, like, cache):
+    end_and_resume(tmp_path, whole, like, 0, cache)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 7))
-def test_sigkill_at_more_random_steps(tmp_path, whole, like, cache, seed):
-    kill_and_resume(tmp_path, whole, like, seed, cache)
+def test_killed_and_stopped_at_more_random_steps(tmp_path, whole, like, cache, seed):
+    end_and_resume(tmp_path, whole, like, seed, cache)
 
 
-def test_sigterm_and_sigint(tmp_path, whole, like, cache):
-    resumed_at = []
-    for number, earliest in ((signal.SIGTERM, 7), (signal.SIGINT, 31)):
-        job = process_.start(tmp_path, env=process_.environment(cache))
-        code, stdout, stderr = job.signal_at(earliest, number)
-        assert code == 128 + number and stdout == ""
-        step = process_.complete_steps(tmp_path)[-1]
-        assert step >= earliest
-        assert f"stopped at step {step}; the same command resumes from there" in stderr
-        assert "Traceback" not in stderr
-        assert list(process_.records(tmp_path))[-1] == step
-        assert not (tmp_path / "result.json").exists()
-        resumed_at.append(step)
-    code, _, stderr = process_.start(tmp_path, env=process_.environment(cache)).finish()
+def end_and_resume(workdir, whole, like, seed, cache):
+    """Kills and stops one run in turn, which ends as `whole`; each end hits a resumed run."""
+    rng, resumed_at = random.Random(seed), []
+    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    rng.shuffle(numbers)
+    for number, (first, last) in zip(numbers, ((1, 20), (26, 40), (46, 60))):
+        job, step = (
+            process_.start(workdir, env=process_.environment(cache)),
+            rng.randint(first, last),
+        )
+        code, stdout, stderr = job.signal_at(step, number)
+        complete = process_.complete_steps(workdir)
+        print(f"seed {seed}: {number.name} after step {step}, checkpoints {complete}")
+        assert stdout == "" and not (workdir / "result.json").exists()
+        if number == signal.SIGKILL:
+            assert code == -signal.SIGKILL
+        else:
+            assert code == 128 + number and complete[-1] >= step
+            assert f"stopped at step {complete[-1]}; the same command resumes from there" in stderr
+            assert "Traceback" not in stderr
+            assert list(process_.records(workdir))[-1] == complete[-1]
+        resumed_at += complete[-1:]
+    # Without the cache: the program is compiled again, as on another day.
+    code, _, stderr = process_.start(workdir, env=process_.environment()).finish()
     assert code == 0, stderr[-3000:]
-    assert_same_run(tmp_path, whole, like, resumed_at)
+    assert_same_run(workdir, whole, like, resumed_at)
 
 
 def test_another_config_is_refused_and_changes_nothing(tmp_path, whole, cache):
