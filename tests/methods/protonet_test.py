@@ -10,10 +10,8 @@ import pytest
 from experiments import build, task
 from experiments.configs import digits
 from saflex_jax import Batch, Model, Streams, parallel
-from saflex_jax.core.tree import identity
 from saflex_jax.data import EpisodeStream, Split, novel_classes
 from saflex_jax.methods import protonet
-from saflex_jax.models import MLP, from_linen
 from saflex_jax.parallel import jit_runner, pmap_runner
 from saflex_jax.train import make_evaluator
 from tests.parallel import setup_
@@ -91,8 +89,8 @@ def test_a_stream_goes_on_from_its_position():
 def test_processes_together_see_the_batches_of_one(count):
     shares = [stream(4, process_index=i, process_count=count) for i in range(count)]
     for t in (0, 3):
-        found = np.concatenate([share.rows(t).candidates for share in shares])
-        np.testing.assert_array_equal(found, stream(4).rows(t).candidates)
+        rows = np.concatenate([share.rows(t).candidates for share in shares])
+        np.testing.assert_array_equal(rows, stream(4).rows(t).candidates)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +117,8 @@ def test_episodes_that_cannot_be(changes, message):
 def test_novel_classes_are_tested_on_and_nothing_else():
     places = np.random.default_rng(1).permutation(len(LABELS))
     split = Split(*np.split(places, [15, 22]))
-    found = novel_classes(split, LABELS, novel=3, num_classes=9)  # 6, 7 and 8
-    for name, index in found._asdict().items():
+    parts = novel_classes(split, LABELS, novel=3, num_classes=9)  # 6, 7 and 8
+    for name, index in parts._asdict().items():
         wanted = [i for i in getattr(split, name) if (LABELS[i] >= 6) == (name == "test")]
         assert len(wanted) and index.tolist() == wanted
     for novel, message in (
@@ -146,14 +144,16 @@ def linear_model(pixels=SIDE * SIDE * 3) -> Model:
     def evaluate(params, model_state, inputs):
         return model_state["gain"] * features(params, inputs)
 
-    init = lambda key, x: ({"kernel": kernel.astype(np.float32)}, {"gain": np.float32(GAIN)})
+    def init(key, inputs):
+        return {"kernel": kernel.astype(np.float32)}, {"gain": np.float32(GAIN)}
+
     return Model(init, train, evaluate)
 
 
 def make(transformations, predict="single", model=None):
     model = linear_model() if model is None else model
-    options = {"transformations": transformations, "predict": predict}
-    return protonet.make(model, optax.sgd(1.0), **SHAPE, **options)
+    options = protonet.Options(**SHAPE, transformations=transformations, predict=predict)
+    return protonet.make(model, optax.sgd(1.0), options)
 
 
 def batch(episodes, seed=0):
@@ -178,14 +178,14 @@ def by_hand(inputs, kernel, transformations):
 def loss_by_hand(inputs, kernel, transformations):
     logits = by_hand(inputs, kernel, transformations)
     log_p = log_softmax(logits.reshape(*logits.shape[:4], -1)).reshape(logits.shape)
-    found = [
+    losses = [
         -log_p[e, w, i, j, w, j]
         for e in range(len(log_p))
         for w in range(WAYS)
         for i in range(SHOTS, OF_CLASS)
         for j in range(M[transformations])
     ]
-    return sum(found) / len(found)
+    return sum(losses) / len(losses)
 
 
 def predicted_by_hand(inputs, kernel, transformations, predict):
@@ -194,26 +194,43 @@ def predicted_by_hand(inputs, kernel, transformations, predict):
     return sum(logits[:, :, :, j, :, j] for j in js).reshape(-1, WAYS) / len(js)
 
 
+EPISODES = 2
+
+
+def padded(garbage):
+    """Batch of EPISODES and one of padding."""
+    more = batch(EPISODES + 1)
+    mask = more.index < EPISODES * ROWS
+    inputs = np.where(mask[:, None, None, None], more.inputs, np.float32(garbage))
+    return more._replace(inputs=inputs, mask=mask)
+
+
 @functools.cache
 def compiled(transformations):
+    """The state at step 0, and a step that also says how inputs move its loss."""
     method = make(transformations)
-    return method.init, jax.jit(functools.partial(method.step, reduce=identity))
 
+    @jax.jit
+    def run(state, candidates):
+        def loss(inputs):
+            new, metrics = method.step(state, Streams(candidates._replace(inputs=inputs)))
+            return metrics["loss"][0], (new, metrics)
 
-def stepped(transformations, candidates):
-    init, step = compiled(transformations)
-    state = init(jax.random.key(0), candidates.inputs[:1])
-    return state, *step(state, Streams(candidates))
+        return jax.grad(loss, has_aux=True)(candidates.inputs)
+
+    return method.init(jax.random.key(0), batch(1).inputs), run
 
 
 @EVERY_SET
 def test_a_step_descends_the_mean_over_all_views_of_queries(transformations):
-    candidates = batch(2)
-    state, new, metrics = stepped(transformations, candidates)
+    candidates = padded(1e3)
+    state, run = compiled(transformations)
+    _, (new, metrics) = run(state, candidates)
     kernel = np.float64(state.params["kernel"])
-    value = functools.partial(loss_by_hand, candidates.inputs, transformations=transformations)
+    inputs = candidates.inputs[candidates.mask]
+    value = functools.partial(loss_by_hand, inputs, transformations=transformations)
     assert_close(metrics["loss"][0], value(kernel))
-    count = 2 * WAYS * QUERIES * M[transformations]
+    count = EPISODES * WAYS * QUERIES * M[transformations]
     assert_close(metrics["candidate_loss"], (count * value(kernel), np.float64(count)))
     # By central differences: so through the prototypes, too.
     slope = np.zeros_like(kernel)
@@ -225,45 +242,43 @@ def test_a_step_descends_the_mean_over_all_views_of_queries(transformations):
     assert new.model_state["gain"] == GAIN + 1 and new.step == 1
 
 
+def test_padding_is_whole_episodes_and_changes_nothing():
+    state, run = compiled("rotation")
+    (_, (expected, of_zeros)), (_, (new, metrics)) = (run(state, padded(x)) for x in (0, -1e3))
+    np.testing.assert_array_equal(new.params["kernel"], expected.params["kernel"])
+    for name in ("loss", "candidate_loss"):
+        assert metrics[name] == of_zeros[name]
+
+
 def test_support_samples_are_learned_from():
-    method, candidates = make("rotation"), batch(1)
-    state = method.init(jax.random.key(0), candidates.inputs[:1])
+    state, run = compiled("rotation")
+    slope = np.abs(run(state, padded(1e3))[0]).max((1, 2, 3))
+    real = slope[: EPISODES * ROWS]
+    assert real.min() > 1e-3 * real.max() and not slope[EPISODES * ROWS :].any()
 
-    def loss(inputs):
-        streams = Streams(candidates._replace(inputs=inputs))
-        return method.step(state, streams, reduce=identity)[1]["loss"][0]
 
-    slope = np.abs(jax.jit(jax.grad(loss))(candidates.inputs)).max((1, 2, 3))
-    assert slope.shape == (ROWS,) and slope.min() > 1e-3 * slope.max()
+INPUTS = batch(3).inputs
+
+
+@functools.cache
+def prediction(transformations, predict):
+    """Of INPUTS at step 0, and the kernel there."""
+    method = make(transformations, predict)
+    state = method.init(jax.random.key(0), INPUTS[:1])
+    return jax.jit(method.predict)(state, INPUTS), state.params["kernel"]
 
 
 @EVERY_SET
 @EVERY_PREDICTION
 def test_predictions_are_of_all_rows_and_their_own_episode(transformations, predict):
-    method, inputs = make(transformations, predict), batch(3).inputs
-    state = method.init(jax.random.key(0), inputs[:1])
-    found = jax.jit(method.predict)(state, inputs)
-    kernel = GAIN * np.float64(state.params["kernel"])
-    assert_close(found, predicted_by_hand(inputs, kernel, transformations, predict))
+    logits, kernel = prediction(transformations, predict)
+    expected = predicted_by_hand(INPUTS, GAIN * np.float64(kernel), transformations, predict)
+    assert_close(logits, expected)
 
 
 def test_one_view_is_both_predictions_exactly():
-    inputs = batch(2).inputs
-    state = make("none").init(jax.random.key(0), inputs[:1])
-    single, aggregated = (make("none", p).predict(state, inputs) for p in ("single", "aggregated"))
+    single, aggregated = (prediction("none", p)[0] for p in ("single", "aggregated"))
     np.testing.assert_array_equal(single, aggregated)
-
-
-def test_padding_is_whole_episodes_and_changes_nothing():
-    whole, more = batch(2), batch(3)
-    mask = np.arange(3 * ROWS) < 2 * ROWS
-    garbage = np.where(mask[:, None, None, None], more.inputs, 1e3)
-    garbage[: 2 * ROWS] = whole.inputs
-    (_, expected, _), (_, found, metrics) = (
-        stepped("rotation", b) for b in (whole, more._replace(inputs=garbage, mask=mask))
-    )
-    assert_close(found.params, expected.params, 1e-6)
-    assert metrics["candidate_loss"][1] == 2 * WAYS * QUERIES * 4
 
 
 def test_a_view_passes_the_network_once():
@@ -281,7 +296,7 @@ def test_a_view_passes_the_network_once():
     for predict, rows in ("single", 2 * ROWS), ("aggregated", 8 * ROWS):
         method = make("rotation", predict, model)
         state = method.init(jax.random.key(0), candidates.inputs[:1])
-        jax.eval_shape(functools.partial(method.step, reduce=identity), state, Streams(candidates))
+        jax.eval_shape(method.step, state, Streams(candidates))
         jax.eval_shape(method.predict, state, candidates.inputs)
         assert calls == [8 * ROWS, rows]
         calls.clear()
@@ -289,26 +304,23 @@ def test_a_view_passes_the_network_once():
 
 # --- runners ---------------------------------------------------------------------------------
 
-EPISODES, STEPS = 8, 3
-NETWORK = from_linen(protonet.network(MLP((6,)), 5))
-
 
 @functools.cache
 def method_and_state():
-    options = {**SHAPE, "transformations": "rotation"}
-    method = protonet.make(NETWORK, optax.sgd(0.1, momentum=0.9), **options)
-    return method, jax.jit(method.init)(jax.random.key(0), batch(1).inputs)
+    options = protonet.Options(**SHAPE, transformations="rotation")
+    method = protonet.make(linear_model(), optax.sgd(0.01, momentum=0.9), options)
+    return method, method.init(jax.random.key(0), batch(1).inputs)
 
 
 def run(make_runner, devices):
     method, state = method_and_state()
     runner = make_runner(method.step, devices=jax.devices()[:devices])
     state = runner.put_state(state)
-    for seed in range(STEPS):
-        found = batch(EPISODES, seed)  # the last device has padding alone
-        found = found._replace(mask=found.index < (EPISODES - 1) * ROWS)
-        state, metrics = runner.step(state, runner.put_batch(Streams(found)))
-    averages = {f"metrics/{name}": total / count for name, (total, count) in metrics.items()}
+    for seed in range(3):
+        candidates = batch(8, seed)  # the last device has padding alone
+        candidates = candidates._replace(mask=candidates.index < 7 * ROWS)
+        state, metrics = runner.step(state, runner.put_batch(Streams(candidates)))
+    averages = {f"metrics/{name}": np.divide(*pair) for name, pair in metrics.items()}
     return setup_.flatten((state, averages))
 
 
@@ -320,11 +332,11 @@ def on_one_device():
 @pytest.mark.parametrize("make_runner", [jit_runner, pmap_runner])
 def test_eight_devices_agree_with_one(make_runner):
     assert jax.device_count() == 8
-    expected, found = on_one_device(), run(make_runner, 8)
-    assert expected.keys() == found.keys()
+    expected, on_eight = on_one_device(), run(make_runner, 8)
+    assert expected.keys() == on_eight.keys()
     for name, value in expected.items():
         tol = 1e-6 if np.issubdtype(value.dtype, np.floating) else 0
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=tol, err_msg=name)
+        np.testing.assert_allclose(on_eight[name], value, rtol=0, atol=tol, err_msg=name)
 
 
 def test_devices_hold_whole_episodes():
@@ -350,7 +362,7 @@ def test_devices_hold_whole_episodes():
 )
 def test_an_option_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        protonet.make(linear_model(), optax.sgd(1.0), **options)
+        protonet.Options(**options)
 
 
 def test_malformed_batches_are_refused():
@@ -358,14 +370,14 @@ def test_malformed_batches_are_refused():
     state = method.init(jax.random.key(0), candidates.inputs[:1])
     part = jax.tree.map(lambda x: x[:-1], candidates)
     message = r"rows must be whole episodes of 3 x \(2 \+ 3\), on every device; given 29"
-    for call in (
-        lambda: method.step(state, Streams(part), reduce=identity),
-        lambda: method.predict(state, part.inputs),
+    for function, *args in (
+        (method.step, state, Streams(part)),
+        (method.predict, state, part.inputs),
     ):
         with pytest.raises(ValueError, match=message):
-            call()
+            jax.eval_shape(function, *args)
     with pytest.raises(ValueError, match="protonet trains on candidates alone"):
-        method.step(state, Streams(candidates, clean=candidates), reduce=identity)
+        method.step(state, Streams(candidates, clean=candidates))
     wrong = linear_model()._replace(logits=lambda *_: {"class": np.ones((30, 4))})
     with pytest.raises(ValueError, match=r"model must give features f32\[B, D\]; given {'class'"):
         make("none", model=wrong).predict(state, candidates.inputs)
@@ -375,38 +387,38 @@ def test_malformed_batches_are_refused():
 
 
 def config(**changes):
-    found = digits.get_config()
-    found.method.name = "protonet"
+    config = digits.get_config()
+    config.method.name, config.method.rule = "protonet", "as_given"
     shape = {f"method.protonet.{name}": value for name, value in SHAPE.items()}
     data = {"data.noise": 0.0, "data.novel": 4, "data.test": 400, "data.val": 50}
-    found.update_from_flattened_dict({**shape, **data, "train.batch_size": 4 * ROWS, **changes})
-    return found
+    config.update_from_flattened_dict({**shape, **data, "train.batch_size": 4 * ROWS, **changes})
+    return config
 
 
 @functools.cache
-def made():
+def task_data():
     build.check(config())
     return task.make_data(config())
 
 
 def classes_of(inputs):
     """The right classes, by the pixels."""
-    source = made().source
+    source = task_data().source
     known = {x.tobytes(): y for x, y in zip(source.inputs, source.labels)}
     return np.array([known[x.tobytes()] for x in inputs])
 
 
 def test_training_and_validation_see_no_novel_class_and_testing_no_other():
-    data = made()
+    data = task_data()
     for pool in data.pools[:2]:
-        found = classes_of(pool.inputs)
-        assert set(found) == {0, 1, 2, 3, 4, 5}
-        np.testing.assert_array_equal(pool.labels, np.eye(10)[found])
+        classes = classes_of(pool.inputs)
+        assert set(classes) == {0, 1, 2, 3, 4, 5}
+        np.testing.assert_array_equal(pool.labels, np.eye(10)[classes])
     assert set(classes_of(data.test.inputs)) == {6, 7, 8, 9}
 
 
 def test_what_is_tested_on_are_episodes_of_queries():
-    test, together = made().test, made().together
+    test, together = task_data().test, task_data().together
     assert together == ROWS and len(test.mask) == task.TEST_EPISODES * ROWS
     episodes = classes_of(test.inputs).reshape(-1, WAYS, OF_CLASS)
     for labels in episodes:
@@ -425,23 +437,23 @@ def test_what_is_tested_on_are_episodes_of_queries():
 @EVERY_PREDICTION
 def test_scores_are_of_the_queries_in_their_episodes(predict, monkeypatch):
     monkeypatch.setattr(task, "EVALUATED", 3 * ROWS - 1)  # so the last of 7 batches is padded
-    few = jax.tree.map(lambda x: x[: 13 * ROWS], made().test)
+    few = jax.tree.map(lambda x: x[: 13 * ROWS], task_data().test)
     method = make("rotation", predict, linear_model(64))
     state = method.init(jax.random.key(0), few.inputs[:1])
-    found = task.test_scores(method, state, made()._replace(test=few))
+    scores = task.test_scores(method, state, task_data()._replace(test=few))
     kernel = GAIN * np.float64(state.params["kernel"])
     logits = predicted_by_hand(few.inputs, kernel, "rotation", predict)
     logits = logits.reshape(-1, OF_CLASS, WAYS)
     queries = logits[:, SHOTS:].reshape(-1, WAYS)
     truth = np.tile(np.repeat(np.arange(WAYS), QUERIES), 13)
-    assert found["accuracy"] == pytest.approx((queries.argmax(1) == truth).mean(), abs=1e-12)
-    assert 0.4 < found["accuracy"] < 1
+    assert scores["accuracy"] == pytest.approx((queries.argmax(1) == truth).mean(), abs=1e-12)
+    assert 0.4 < scores["accuracy"] < 1
     expected = -log_softmax(queries)[np.arange(len(truth)), truth].mean()
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert scores["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_evaluation_that_masks_everything_is_refused():
-    method, test = make("none", model=linear_model(64)), made().test
+    method, test = make("none", model=linear_model(64)), task_data().test
     for mask, message in (
         (np.zeros(len(test.mask), bool), "at least one sample to evaluate on; given 0"),
         (test.mask[:-1], r"mask must have shape \[6000\]; given \(5999,\)"),
@@ -452,14 +464,14 @@ def test_an_evaluation_that_masks_everything_is_refused():
 
 def test_batches_are_episodes_on_the_device_and_from_the_host():
     runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
-    held, rows = build.make_input(config(), made(), runner)
-    plain, samples = build.make_input(config(**{"data.on_device": False}), made(), runner)
+    held, rows = build.make_input(config(), task_data(), runner)
+    plain, samples = build.make_input(config(**{"data.on_device": False}), task_data(), runner)
     assert held is not runner and plain is runner
     for _ in range(2):
-        index, found = next(rows), next(samples)
-        assert index.val is None and found.val is None
-        np.testing.assert_array_equal(found.candidates.index, index.candidates)
-        of_row = classes_of(np.asarray(found.candidates.inputs)).reshape(4, WAYS, OF_CLASS)
+        index, sample = next(rows), next(samples)
+        assert index.val is None and sample.val is None
+        np.testing.assert_array_equal(sample.candidates.index, index.candidates)
+        of_row = classes_of(np.asarray(sample.candidates.inputs)).reshape(4, WAYS, OF_CLASS)
         assert (of_row == of_row[:, :, :1]).all()
 
 
@@ -475,15 +487,15 @@ def test_testing_and_training_draw_independently_of_one_seed():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"method.name": "erm"}, "config.data.novel must be 0 with erm, .*given 4"),
+        ({"method.name": "supervised"}, "config.data.novel must be 0 with supervised, .*given 4"),
         (
             {"train.batch_size": 64},
             r"batch_size must be a multiple of .*, 3 x \(2 \+ 3\); given 64",
         ),
-        ({"method.protonet.shots": 0}, "config.method.protonet.shots must be a whole number >= 1"),
+        ({"method.protonet.shots": 0}, "config.method.protonet: shots must be a whole number >= 1"),
         ({"model.cosine": True}, "config.model.cosine must be False with protonet"),
         ({"method.loss": "ldam"}, "config.method.loss must be 'cross_entropy' with protonet"),
-        ({"method.refiner": "saflex"}, "config.method.refiner must be '' with protonet"),
+        ({"method.rule": "saflex"}, "config.method.rule must be 'as_given' with protonet"),
         ({"data.pool": "tests", "data.on_device": False}, "config.data.pool must be '' with proto"),
         ({"data.noise": 0.1}, "config.data.novel must be 0 with other labels"),
         ({"data.novel": -1}, "config.data.novel must be a whole number >= 0; given -1"),
