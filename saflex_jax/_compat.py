@@ -9,6 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+try:
+    from jax import enable_x64 as enable_x64
+except ImportError:  # until JAX 0.8
+    from jax.experimental import enable_x64 as enable_x64
+
 
 def auto_mesh(devices: Sequence[jax.Device], axis_name: str) -> Mesh:
     """A 1-D mesh whose axis is `Auto`.

@@ -1,11 +1,12 @@
 """Fixtures of the core's tests."""
 
-import jax
 import pytest
+
+from saflex_jax._compat import enable_x64
 
 
 @pytest.fixture
 def x64():
     """Double precision, where a finite difference or a converged optimum is the reference."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from saflex_jax import Batch, Model, RunInfo, Streams
+from saflex_jax._compat import enable_x64
 from saflex_jax.augment import OPERATIONS
 from saflex_jax.methods import madaug
 from saflex_jax.models import MLP, from_linen
@@ -75,7 +76,7 @@ def test_the_gradient_is_the_one_through_the_unrolled_step():
         )
         return jax.value_and_grad(unrolled)(h, params), ahead
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         expected, ahead = both(h, params)
     assert np.abs(expected[1]["kernel"][:, :N]).max() > 1e-3  # strengths matter, and so
     assert np.abs(expected[1]["kernel"][:, N:]).max() > 1e-3  # do probabilities

@@ -59,7 +59,7 @@ def compilations():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
+    jax.monitoring.clear_event_listeners()
 
 
 @pytest.mark.parametrize("name, rule, options", CASES)
