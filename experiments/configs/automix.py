@@ -15,9 +15,16 @@ here over 20, of 1,500.
 from ml_collections import ConfigDict
 
 from experiments.configs import methods, sla
+from saflex_jax import configure
 from saflex_jax.methods import automix
 
-PLAIN = {"name": "erm"}
+PLAIN = {"name": "supervised"}
+_DEFAULTS = configure.options(automix.Options())
+SAMIX = {k: v for k, v in configure.options(automix.SAMIX).items() if v != _DEFAULTS[k]}
+
+
+def _automix(**options) -> dict:
+    return {"method": {"automix": options}}
 
 
 def arms(augment: str) -> dict:
@@ -26,17 +33,16 @@ def arms(augment: str) -> dict:
     With every lambda at the margin, "automix_linear" mixes as mixup does: what AutoMix's two heads
     do without its masks. "automix" and "automix_mix" are the two heads of one training.
     """
-    of_automix = lambda **options: {"method": {"automix": options}}
     return {
         "baseline": {"method": PLAIN},
         "mixup": {"method": PLAIN, "augment": f"{augment} | mixup(1.0)"},
         "mixup_weak": {"method": PLAIN, "augment": f"{augment} | mixup(0.2)"},
         "cutmix": {"method": PLAIN, "augment": f"{augment} | cutmix(0.2)"},
-        "automix_linear": of_automix(lam_margin=0.5),
-        "automix": of_automix(),
-        "automix_mix": of_automix(predict="mix_q"),
-        "samix": of_automix(**automix.SAMIX),
-        "adautomix": of_automix(**automix.ADAUTOMIX),
+        "automix_linear": _automix(lam_margin=0.5),
+        "automix": _automix(),
+        "automix_mix": _automix(predict="mix_q"),
+        "samix": _automix(**SAMIX),
+        "adautomix": {"method": {"name": "adautomix"}},
     }
 
 
@@ -44,8 +50,7 @@ def get_config() -> ConfigDict:
     """The config; what is not set here is as in sla.py. Without an arm it trains AutoMix."""
     config = sla.get_config()
     config.augment = "shift(2) | flip(0.5)"
-    config.method = methods.all_methods(
-        "automix", automix={"momentum": 0.95, "momentum_end": 0.999}
-    )
+    momentum = {"momentum": 0.95, "momentum_end": 0.999}
+    config.method = methods.all_methods("automix", automix=momentum, adautomix=momentum)
     config.arms = arms(config.augment)
     return config

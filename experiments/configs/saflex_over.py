@@ -10,7 +10,8 @@ The arms in pairs: "automix_saflex" with "automix", the table's base, and "sla_s
 not see.
 
 SAFLEX is the paper's rule along the implicit direction, with options chosen on digits. Its score
-memory follows a view of SLA from visit to visit, but a mixture is never seen twice, so that over AutoMix there is none.
+memory follows a view of SLA from visit to visit, but a mixture is never seen twice, so that over
+AutoMix there is none.
 """
 
 from ml_collections import ConfigDict
