@@ -1,12 +1,18 @@
-"""Mix blocks against NumPy, for every combination of their switches."""
+"""Mix blocks against NumPy, for every combination of their options."""
 
+import functools
 import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from saflex_jax.models import AdversarialMixBlock, MixBlock
+from saflex_jax.models import (
+    AdversarialMixBlock,
+    AdversarialMixBlockOptions,
+    MixBlock,
+    MixBlockOptions,
+)
 from saflex_jax.models.mix_block import rescaled
 from tests.problems import softmax
 
@@ -14,7 +20,10 @@ SIZE, GRID, FACTOR, CHANNELS = 3, (3, 2), 4, 6
 PIXELS = tuple(FACTOR * side for side in GRID)
 REDUCTION, WIDTH = 3, 2
 UPSAMPLE = ("nearest", "bilinear")
+SAMIX = {"lam_mul": 1.0, "lam_mul_k": 0.25, "qk_concat": True, "v_neck": True}
 KEY = jax.random.key(0)
+# For programs that run once.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def combinations():
@@ -25,7 +34,8 @@ def combinations():
     for by_value, factor, both in itertools.product((False, True), scaled, (False, True)):
         of_lambda.append({"lam_concat_v": by_value, "qk_concat": both, **factor})
     for first, v_concat, v_neck in itertools.product(of_lambda, (False, True), (False, True)):
-        yield {**first, "v_concat": v_concat, "v_neck": v_neck}
+        if not (v_neck and first.get("lam_concat_v")):
+            yield {**first, "v_concat": v_concat, "v_neck": v_neck}
 
 
 def maps_of(images, *, size=SIZE, seed=0):
@@ -40,15 +50,24 @@ def random_params(block, maps, seed=0):
     """Nothing zero, nothing small."""
     rng = np.random.default_rng(seed)
     shares = np.ones(len(maps), np.float32) / len(maps)
-    shapes = jax.eval_shape(lambda: block.init(KEY, maps, shares, size=PIXELS))
-    draw = lambda shape: rng.normal(size=shape.shape).astype(np.float32)
-    return jax.tree.map(draw, shapes["params"])
+    shapes = jax.eval_shape(functools.partial(block.init, size=PIXELS), KEY, maps, shares)
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes["params"])
 
 
-def masks_of(block, params, maps, *draws):
-    """Masks for each of several draws of shares."""
-    apply = lambda shares: block.apply({"params": params}, maps, shares_of(*shares), size=PIXELS)
-    return [np.asarray(apply(shares)) for shares in draws]
+def masks_of(blocks, params, maps, *draws):
+    """Masks of each block for each of several draws of shares, all in one program."""
+
+    @quick_jit
+    def masks(params, maps, draws):
+        def of_draw(shares):
+            return [
+                block.apply({"params": p}, maps, shares, size=PIXELS)
+                for block, p in zip(blocks, params)
+            ]
+
+        return jax.vmap(of_draw)(draws)
+
+    return jax.device_get(masks(params, maps, np.stack([shares_of(*shares) for shares in draws])))
 
 
 # --- the equations, in double precision ------------------------------------------------------
@@ -89,12 +108,12 @@ def neck(params, x):
 
 def expected(
     params, maps, lam, upsample, *, lam_concat=False, lam_concat_v=False, lam_mul=0.0,
-    lam_mul_k=-1.0, qk_concat=False, v_concat=False, v_neck=False,
+    lam_mul_k=None, qk_concat=False, v_concat=False, v_neck=False,
 ):  # fmt: skip
     own, partner = np.float64(maps)
     if lam_mul:
         curve = lam
-        if lam_mul_k >= 0:
+        if lam_mul_k is not None:
             k = lam_mul_k + 1
             curve = (4 / 3 * lam**3 - 2 * lam**2 + k * lam) / (k - 2 / 3)
         own, partner = own * (1 + lam_mul * curve), partner * (1 + lam_mul * (1 - curve))
@@ -135,73 +154,85 @@ def assert_masks(masks, reference, what):
     assert masks.min() >= 0 and masks.std() > 0.02, what
 
 
-@pytest.mark.parametrize("upsample", UPSAMPLE)
-def test_two_images(upsample):
+CASES = [
+    *({"upsample": "nearest", **options} for options in combinations()),
+    *({"upsample": "bilinear", **options} for options in ({}, SAMIX)),
+]
+
+
+def test_two_images():
     maps = maps_of(2)
-    for switches in combinations():
-        block = MixBlock(reduction=REDUCTION, upsample=upsample, **switches)
-        params = random_params(block, maps)
-        masks, other = masks_of(block, params, maps, (0.3, 0.7), (0.7, 0.3))
-        assert_masks(masks, expected(params, maps, 0.3, upsample, **switches), switches)
+    blocks = [MixBlock(MixBlockOptions(REDUCTION, **options)) for options in CASES]
+    params = [random_params(block, maps) for block in blocks]
+    for options, p, (masks, other) in zip(
+        CASES, params, masks_of(blocks, params, maps, (0.3, 0.7), (0.7, 0.3))
+    ):
+        assert_masks(masks, expected(p, maps, 0.3, **options), options)
         change = np.abs(masks - other).max()
-        if any(switches.get(name) for name in ("lam_concat", "lam_mul")):
-            assert change > 1e-4, switches
-        elif switches["lam_concat_v"] and switches["v_neck"]:
-            assert change < 1e-6, switches  # a constant channel, which the normalisation takes off
-        elif switches["lam_concat_v"]:
-            assert change > 1e-4, switches
+        if any(options.get(name) for name in ("lam_concat", "lam_concat_v", "lam_mul")):
+            assert change > 1e-4, options
         else:
-            assert change == 0, switches
+            assert change == 0, options
 
 
-@pytest.mark.parametrize("upsample", UPSAMPLE)
-@pytest.mark.parametrize("lam_concat", [False, True])
 @pytest.mark.parametrize("shares", [(0.3, 0.7), (0.2, 0.5, 0.3)])
-def test_several_images(shares, lam_concat, upsample):
+def test_several_images(shares):
     maps = maps_of(len(shares))
-    block = AdversarialMixBlock(reduction=REDUCTION, upsample=upsample, lam_concat=lam_concat)
-    params = random_params(block, maps)
-    masks, other = masks_of(block, params, maps, shares, shares[::-1])
-    reference = expected_adversarial(params, maps, shares, upsample, lam_concat=lam_concat)
-    assert_masks(masks, reference, shares)
-    assert lam_concat == (np.abs(masks - other).max() > 0)
+    cases = list(itertools.product(UPSAMPLE, (False, True)))
+    blocks = [
+        AdversarialMixBlock(AdversarialMixBlockOptions(REDUCTION, *options)) for options in cases
+    ]
+    params = [random_params(block, maps) for block in blocks]
+    for (upsample, lam_concat), p, (masks, other) in zip(
+        cases, params, masks_of(blocks, params, maps, shares, shares[::-1])
+    ):
+        reference = expected_adversarial(p, maps, shares, upsample, lam_concat=lam_concat)
+        assert_masks(masks, reference, (upsample, lam_concat))
+        assert lam_concat == (np.abs(masks - other).max() > 0)
 
 
 # --- initial values and sizes ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "block, images",
-    [
-        (MixBlock(), 2),
-        (MixBlock(lam_mul=1.0, lam_mul_k=0.25, qk_concat=True, v_neck=True), 2),
-        (AdversarialMixBlock(), 2),
-        (AdversarialMixBlock(), 3),
-    ],
-)
-def test_masks_start_about_equal(block, images):
-    maps, shares = np.abs(maps_of(images)), np.full(images, 1 / images, np.float32)
-    variables = block.init(KEY, maps, shares, size=PIXELS)
-    masks = np.asarray(block.apply(variables, maps, shares, size=PIXELS))
-    assert 0 < np.abs(masks - 1 / images).max() < 0.03
+def test_masks_start_about_equal():
+    blocks = {
+        AdversarialMixBlock(): (2, 3),
+        MixBlock(): (2,),
+        MixBlock(MixBlockOptions(**SAMIX)): (2,),
+    }
+    maps, shares = np.abs(maps_of(3)), np.full(3, 1 / 3, np.float32)
+
+    @quick_jit
+    def first_masks():
+        return {
+            images: [
+                block.init_with_output(KEY, maps[:images], shares[:images], size=PIXELS)[0]
+                for block, numbers in blocks.items()
+                if images in numbers
+            ]
+            for images in (2, 3)
+        }
+
+    masks = first_masks()
+    assert {images: len(found) for images, found in masks.items()} == {2: 3, 3: 1}
+    for images, found in masks.items():
+        for of_block in found:
+            assert 0 < np.abs(of_block - 1 / images).max() < 0.03
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        ({}, 33_153),
-        ({"lam_mul": 1.0, "lam_mul_k": 0.25, "qk_concat": True, "v_neck": True}, 164_480),
-    ],
-)
+@pytest.mark.parametrize("options, expected", [({}, 33_153), (SAMIX, 164_480)])
 def test_numbers_of_parameters(options, expected):
     maps = np.zeros((2, 1, 2, 2, 256), np.float32)
-    init = lambda: MixBlock(**options).init(KEY, maps, shares_of(0.5, 0.5), size=(4, 4))
-    assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(init))) == expected
+    block = MixBlock(MixBlockOptions(**options))
+    init = functools.partial(block.init, size=(4, 4))
+    params = jax.eval_shape(init, KEY, maps, shares_of(0.5, 0.5))
+    assert sum(x.size for x in jax.tree.leaves(params)) == expected
 
 
 def test_convolutions_start_small():
     maps = np.zeros((2, 1, 2, 2, 256), np.float32)
-    params = MixBlock().init(KEY, maps, shares_of(0.5, 0.5), size=(4, 4))["params"]
+    init = quick_jit(functools.partial(MixBlock().init, size=(4, 4)))
+    params = init(KEY, maps, shares_of(0.5, 0.5))["params"]
     np.testing.assert_allclose(np.std(params["query"]["kernel"]), 0.01, rtol=0.02)
     assert 0.005 < np.std(params["value"]["kernel"]) < 0.02
     assert not any(np.any(params[name]["bias"]) for name in ("query", "value"))
@@ -209,19 +240,26 @@ def test_convolutions_start_small():
 
 def test_batch_statistics_are_those_of_all_devices():
     maps, shares = maps_of(2, size=4), shares_of(0.3, 0.7)
-    whole, split = (MixBlock(v_neck=True, axis_name=name) for name in (None, "data"))
+    whole, split = (MixBlock(MixBlockOptions(v_neck=True), name) for name in (None, "data"))
     params = {"params": random_params(whole, maps)}
     shards = maps.reshape(2, 2, 2, *maps.shape[2:]).swapaxes(0, 1)
-    apply = lambda x: split.apply(params, x, shares, size=PIXELS)
-    found = np.asarray(jax.vmap(apply, axis_name="data")(shards)).swapaxes(0, 1)
-    reference = np.asarray(whole.apply(params, maps, shares, size=PIXELS))
-    np.testing.assert_allclose(found.reshape(reference.shape), reference, rtol=0, atol=1e-6)
+
+    @quick_jit
+    def both(params, maps, shards):
+        apply = functools.partial(split.apply, params, shares=shares, size=PIXELS)
+        return whole.apply(params, maps, shares, size=PIXELS), jax.vmap(apply, axis_name="data")(
+            shards
+        )
+
+    reference, masks = map(np.asarray, both(params, maps, shards))
+    masks = masks.swapaxes(0, 1).reshape(reference.shape)
+    np.testing.assert_allclose(masks, reference, rtol=0, atol=1e-6)
 
 
 def test_the_rescaled_lambda_goes_through_both_ends_and_the_middle():
     for k in (0.0, 0.25, 3.0):
-        found = rescaled(shares_of(0, 0.5, 1), k)
-        np.testing.assert_allclose(found, [0, 0.5, 1], rtol=0, atol=1e-6)
+        ends_and_middle = rescaled(shares_of(0, 0.5, 1), k)
+        np.testing.assert_allclose(ends_and_middle, [0, 0.5, 1], rtol=0, atol=1e-6)
 
 
 # --- errors ----------------------------------------------------------------------------------
@@ -231,16 +269,37 @@ def test_the_rescaled_lambda_goes_through_both_ends_and_the_middle():
     "block, images, message",
     [
         (MixBlock(), 3, "maps must be of 2 images; given 3"),
-        (MixBlock(upsample="cubic"), 2, "upsample must be one of"),
         (AdversarialMixBlock(), 1, "maps must be of at least 2 images; given 1"),
-        (AdversarialMixBlock(upsample="nearst"), 2, "upsample must .* did you mean 'nearest'"),
+    ],
+)
+def test_a_number_of_images_is_refused(block, images, message):
+    shares = np.full(images, 1 / images, np.float32)
+    with pytest.raises(ValueError, match=message):
+        block.init(KEY, maps_of(images), shares, size=PIXELS)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"upsample": "cubic"}, "upsample must be one of"),
+        ({"reduction": 0}, "reduction must be a whole number >= 1; given 0"),
+        ({"lam_mul": -1.0}, "lam_mul must be >= 0 and finite; given -1.0"),
+        ({"lam_mul_k": 0.25}, "lam_mul_k needs lam_mul > 0; given 0.25"),
+        ({"lam_mul": 1.0, "lam_mul_k": -1.0}, "lam_mul_k must be >= 0 and finite; given -1.0"),
+        ({"v_neck": True, "lam_concat_v": True}, "lam_concat_v must be off with v_neck"),
         *(
-            (MixBlock(lam_concat=True, **{name: value}), 2, f"{name} must be off .* given {value}")
+            ({"lam_concat": True, name: value}, f"{name} must be off .* given {value}")
             for name, value in {"lam_concat_v": True, "lam_mul": 0.5, "qk_concat": True}.items()
         ),
     ],
 )
-def test_errors(block, images, message):
-    shares = np.full(images, 1 / images, np.float32)
+def test_an_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        block.init(KEY, maps_of(images), shares, size=PIXELS)
+        MixBlockOptions(**options)
+
+
+def test_an_option_of_the_adversarial_block_is_refused():
+    with pytest.raises(ValueError, match=r"upsample must .* did you mean 'nearest'"):
+        AdversarialMixBlockOptions(upsample="nearst")
+    with pytest.raises(ValueError, match="reduction must be a whole number >= 1; given 0"):
+        AdversarialMixBlockOptions(reduction=0)
