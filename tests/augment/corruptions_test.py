@@ -98,7 +98,7 @@ def test_smaller_side_and_severity_choose_the_constants(shape, severity, monkeyp
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEAR)) for n in NAMES]
 )
 def test_severity_is_monotone_in_the_distance_to_the_clean_image(name, severities):
-    images = photos()
+    images = photos(size=SIDE if severities == SMALL else 64)
     worse = [corrupted(images, name, severity, severities) for severity in SEVERITIES]
     assert all(m.min() >= 0 and m.max() <= 1 for m in worse)
     steps = np.diff([np.sqrt(np.mean((m - images) ** 2)) for m in worse])
