@@ -9,7 +9,7 @@ from scipy import stats
 
 from saflex_jax import Batch
 from saflex_jax.augment import mixing
-from saflex_jax.augment.base import OPERATIONS
+from saflex_jax.augment.base import OPERATIONS, sample_keys
 from saflex_jax.augment.mixing import (
     cutmix,
     fmix,
@@ -35,7 +35,7 @@ ALL = {"mixup": partial(mixup, 0.7), **MASKED}
 
 def run_all(make, key, batch, probability):
     """channels -> what comes of that many of the batch's five; "half" -> of one in bf16."""
-    kinds = {str(channels): batch.inputs[..., :channels] for channels in (1, 3, 5)}
+    kinds = {str(channels): batch.inputs[..., :channels] for channels in (1, 5)}
     kinds["half"] = kinds["1"].astype(jnp.bfloat16)
     augment = make(probability=probability)
     return {kind: augment(key, batch._replace(inputs=x)) for kind, x in kinds.items()}
@@ -46,31 +46,33 @@ JITTED = {name: jax.jit(partial(run_all, make)) for name, make in ALL.items()}
 
 
 def run(name, batch, *, key=KEY, kind=1, probability=1.0):
-    return JITTED[name](key, batch, probability)[str(kind)]
+    return jax.device_get(JITTED[name](key, batch, np.float32(probability))[str(kind)])
 
 
 def coded(padding=0):
     """Image i is i + 1 everywhere; label i is the unit vector i."""
-    images = jnp.arange(1.0, SIZE + 1).reshape(-1, 1, 1, 1)
+    images = np.arange(1, SIZE + 1, dtype=np.float32).reshape(-1, 1, 1, 1)
     index = np.random.default_rng(0).permutation(10 * SIZE)[:SIZE].astype(np.int32)
     return Batch(
-        jnp.broadcast_to(images, (SIZE, HEIGHT, WIDTH, 5)),
-        jnp.eye(SIZE),
-        jnp.arange(SIZE) < SIZE - padding,
-        jnp.asarray(index),
+        np.broadcast_to(images, (SIZE, HEIGHT, WIDTH, 5)),
+        np.eye(SIZE, dtype=np.float32),
+        np.arange(SIZE) < SIZE - padding,
+        index,
     )
 
 
 def many(name, keys=20):
     """(images [N, H, W], own rows, own share f64[N], partner [N]) of mixed samples."""
-    found = []
+    augmented = []
     for seed in range(keys):
-        made = run(name, coded(), key=jax.random.key(seed))
-        own, partner = parents(made)
-        found.append((np.asarray(made.inputs, np.float64)[..., 0], np.arange(SIZE), own, partner))
-    found = [np.concatenate(x) for x in zip(*found)]
-    mixed = found[3] >= 0
-    return [x[mixed] for x in found]
+        out = run(name, coded(), key=jax.random.key(seed))
+        own, partner = parents(out)
+        augmented.append(
+            (np.asarray(out.inputs, np.float64)[..., 0], np.arange(SIZE), own, partner)
+        )
+    augmented = [np.concatenate(x) for x in zip(*augmented)]
+    mixed = augmented[3] >= 0
+    return [x[mixed] for x in augmented]
 
 
 def masks(images, rows, partner):
@@ -79,9 +81,9 @@ def masks(images, rows, partner):
     return (images - (partner + 1)) / (rows - partner)
 
 
-def parents(found):
+def parents(augmented):
     """(own share f64[B], partner row or -1 i64[B]) by the labels."""
-    labels = np.asarray(found.labels, np.float64)
+    labels = np.asarray(augmented.labels, np.float64)
     own = np.diag(labels)
     rest = labels - np.diag(own)
     assert ((rest > 0).sum(1) <= 1).all()
@@ -105,27 +107,30 @@ def test_mix_by_shares_is_the_formula_on_every_leaf_and_keeps_dtypes():
     mask = np.array([True, True, True, True, True, False])  # 4's partner is padding
     index = np.array([9, 8, 7, 6, 5, 4], np.int32)
     batch = jax.tree.map(jnp.asarray, Batch(inputs, labels, mask, index))
-    found = jax.jit(partial(mix, name="mixup"))(batch, jnp.asarray(partner), jnp.asarray(share))
+    augmented = jax.jit(partial(mix, name="mixup"))(batch, jnp.asarray(partner), jnp.asarray(share))
     share[[3, 4]] = 1
-    blend = lambda x: (
-        share.reshape(-1, *[1] * (x.ndim - 1)) * x
-        + (1 - share.reshape(-1, *[1] * (x.ndim - 1))) * x[partner]
-    )
-    np.testing.assert_allclose(found.inputs["image"], blend(inputs["image"]), atol=1e-6)
-    np.testing.assert_allclose(found.labels, blend(labels), atol=1e-6)
+
+    def blend(x):
+        return (
+            share.reshape(-1, *[1] * (x.ndim - 1)) * x
+            + (1 - share.reshape(-1, *[1] * (x.ndim - 1))) * x[partner]
+        )
+
+    np.testing.assert_allclose(augmented.inputs["image"], blend(inputs["image"]), atol=1e-6)
+    np.testing.assert_allclose(augmented.labels, blend(labels), atol=1e-6)
     half = np.asarray(inputs["half"], np.float32)
-    assert found.inputs["half"].dtype == jnp.bfloat16
+    assert augmented.inputs["half"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(  # rounded once, from single precision
-        np.asarray(found.inputs["half"], np.float32),
+        np.asarray(augmented.inputs["half"], np.float32),
         np.asarray(jnp.asarray(blend(half), jnp.bfloat16), np.float32),
     )
-    trace = found.trace
+    trace = augmented.trace
     assert (trace.operation == OPERATIONS.index("mixup")).all()
     np.testing.assert_array_equal(trace.magnitude[:, 0], share)
     np.testing.assert_array_equal(trace.partner[:, 0], [8, 9, 6, 6, 5, 5])
 
 
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("channels", [1, 5])
 def test_mix_by_masks_takes_each_pixel_from_its_parent(channels):
     rng = np.random.default_rng(1)
     shape = (5, 11, 11)  # where a compiled mean of ones is not one
@@ -134,31 +139,36 @@ def test_mix_by_masks_takes_each_pixel_from_its_parent(channels):
     mask[2] = 1
     partner = np.array([2, 0, 1, 4, 3])
     batch = Batch(images, np.eye(5, dtype=np.float32), np.ones(5, bool), np.arange(5))
-    found = jax.jit(partial(mix, name="fmix"))(jax.tree.map(jnp.asarray, batch), partner, mask)
+    augmented = jax.jit(partial(mix, name="fmix"))(batch, partner, mask)
     expected = np.where(mask[..., None] > 0, images, images[partner])
-    np.testing.assert_array_equal(found.inputs, expected)
+    np.testing.assert_array_equal(augmented.inputs, expected)
     share = mask.sum((1, 2)) / 121
-    np.testing.assert_allclose(np.diag(found.labels), share, rtol=2e-7)
-    np.testing.assert_array_equal(np.diag(found.labels), found.trace.magnitude[:, 0])
-    np.testing.assert_array_equal(found.labels[2], np.eye(5)[2])
+    np.testing.assert_allclose(np.diag(augmented.labels), share, rtol=2e-7)
+    np.testing.assert_array_equal(np.diag(augmented.labels), augmented.trace.magnitude[:, 0])
+    np.testing.assert_array_equal(augmented.labels[2], np.eye(5)[2])
 
 
 def test_codes_come_whole_from_a_parent_with_its_share():
     size, columns = 400, 6
-    share = jnp.full(size, 0.8)
+    share = np.full(size, 0.8, np.float32)
+    rows = np.arange(size, dtype=np.int32)
     codes = {
-        name: jnp.broadcast_to(jnp.arange(size)[:, None] + first, (size, columns))
+        name: np.broadcast_to(rows[:, None] + np.int32(first), (size, columns))
         for name, first in (("a", 0), ("b", 1000))
     }
-    partner = jnp.roll(jnp.arange(size), 1)
-    batch = Batch(codes, jnp.eye(size), jnp.ones(size, bool), jnp.arange(size))
-    keys = jax.vmap(partial(jax.random.fold_in, KEY))(batch.index)
-    found = jax.jit(partial(mix, name="mixup"))(batch, partner, share, keys=keys).inputs
-    own = {name: np.asarray(found[name] == codes[name]) for name in codes}
+    partner = np.roll(rows, 1)
+    batch = Batch(codes, np.eye(size, dtype=np.float32), np.ones(size, bool), rows)
+
+    @jax.jit
+    def mixed(batch):
+        return mix(batch, partner, share, "mixup", keys=sample_keys(KEY, batch))
+
+    augmented = mixed(batch).inputs
+    own = {name: np.asarray(augmented[name] == codes[name]) for name in codes}
     for name in codes:
-        assert found[name].dtype == codes[name].dtype
+        assert augmented[name].dtype == codes[name].dtype
         kept = np.where(own[name], codes[name], codes[name][partner])
-        np.testing.assert_array_equal(found[name], kept)
+        np.testing.assert_array_equal(augmented[name], kept)
         assert stats.binomtest(int(own[name].sum()), own[name].size, 0.8).pvalue > 1e-3
     # Columns and leaves are independent: as often equal as two coins of .8.
     same = int((own["a"] == own["b"]).sum())
@@ -171,16 +181,16 @@ def test_codes_come_whole_from_a_parent_with_its_share():
 
 
 @pytest.mark.parametrize("name", MASKED)
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("channels", [1, 5])
 def test_the_label_share_is_the_realised_share(name, channels):
     batch = coded()
-    found = run(name, batch, kind=channels)
-    own, partner = parents(found)
+    augmented = run(name, batch, kind=channels)
+    own, partner = parents(augmented)
     mixed = partner >= 0
     assert mixed.sum() > 0.7 * SIZE
     if name != "resizemix":
         assert own.min() > 0.5 - 1e-6
-    images = np.asarray(found.inputs, np.float64)
+    images = np.asarray(augmented.inputs, np.float64)
     np.testing.assert_array_equal(images, images[..., :1].repeat(channels, -1))
     images = images[..., 0]
     rows = np.arange(SIZE)
@@ -194,23 +204,25 @@ def test_the_label_share_is_the_realised_share(name, channels):
     # Nobody is two samples' partner; the trace names the parent.
     assert len(set(partner[mixed])) == mixed.sum()
     expected = np.where(mixed, np.asarray(batch.index)[partner], batch.index)
-    np.testing.assert_array_equal(found.trace.partner[:, 0], expected)
-    np.testing.assert_array_equal(found.trace.magnitude[:, 0], np.diag(found.labels))
-    assert (found.trace.operation == OPERATIONS.index(name)).all()
+    np.testing.assert_array_equal(augmented.trace.partner[:, 0], expected)
+    np.testing.assert_array_equal(augmented.trace.magnitude[:, 0], np.diag(augmented.labels))
+    assert (augmented.trace.operation == OPERATIONS.index(name)).all()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_padding_is_nobodys_partner_and_nothing_else_of_it_gets_in(name):
     real = slice(0, SIZE - 20)
     batch = coded(padding=20)
-    found = run(name, batch._replace(inputs=batch.inputs.at[real.stop :].set(jnp.nan)))
-    own, partner = (x[real] for x in parents(found))
+    poisoned = np.array(batch.inputs)
+    poisoned[real.stop :] = np.nan
+    augmented = run(name, batch._replace(inputs=poisoned))
+    own, partner = (x[real] for x in parents(augmented))
     assert (partner < real.stop).all()
-    assert np.isfinite(np.asarray(found.inputs)[real]).all()
+    assert np.isfinite(np.asarray(augmented.inputs)[real]).all()
     alone = partner < 0
     assert 0 < alone.sum() < real.stop
     np.testing.assert_array_equal(own[alone], 1)
-    np.testing.assert_array_equal(found.inputs[real][alone], batch.inputs[real][alone][..., :1])
+    np.testing.assert_array_equal(augmented.inputs[real][alone], batch.inputs[real][alone][..., :1])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -229,11 +241,11 @@ def test_what_is_drawn_depends_on_the_index_and_not_on_the_place(name):
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "resizemix"])
 def test_one_draw_for_the_whole_batch(name):
-    found = jax.jit(ALL[name](per_sample=False))(KEY, coded())
-    own, partner = parents(found)
+    augmented = jax.jit(ALL[name](per_sample=False))(KEY, coded())
+    own, partner = parents(augmented)
     assert 0.8 * SIZE < (partner >= 0).sum()
     assert len(set(own[partner >= 0])) == 1
-    masks_ = masks(np.float64(found.inputs[..., 0]), np.arange(SIZE), partner)[partner >= 0]
+    masks_ = masks(np.float64(augmented.inputs[..., 0]), np.arange(SIZE), partner)[partner >= 0]
     np.testing.assert_allclose(masks_, masks_[:1].repeat(len(masks_), 0), atol=1e-4)
 
 
@@ -266,12 +278,12 @@ def test_probability(name):
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.7, 1.0, 8.0])
 def test_beta_has_its_distribution(alpha):
     draw = jax.jit(jax.vmap(partial(mixing.beta, alpha=alpha)))
-    found = np.asarray(draw(jax.random.split(KEY, 20_000)), np.float64)
-    assert ((found >= 0) & (found <= 1)).all()
+    augmented = np.asarray(draw(jax.random.split(KEY, 20_000)), np.float64)
+    assert ((augmented >= 0) & (augmented <= 1)).all()
     # Not to the last digit before 1, where single precision ends.
     for bound in (1e-3, 0.03, 0.2, 0.4, 0.5, 0.7, 0.9, 0.999):
         expected = stats.beta(alpha, alpha).cdf(bound)
-        assert stats.binomtest(int((found < bound).sum()), 20_000, expected).pvalue > 1e-3
+        assert stats.binomtest(int((augmented < bound).sum()), 20_000, expected).pvalue > 1e-3
 
 
 def test_mixup_keeps_the_larger_share():
@@ -381,13 +393,13 @@ def between(length, side):
     return (2 * np.arange(length) + 1) * side % (2 * length) == 0
 
 
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("channels", [1, 5])
 def test_resizemix_pastes_the_whole_partner_shrunk_to_the_nearest_pixel(channels):
     levels = np.random.default_rng(0).integers(1, 256, (SIZE, HEIGHT, WIDTH, 5))
-    batch = coded()._replace(inputs=jnp.asarray(levels, jnp.float32))
+    batch = coded()._replace(inputs=levels.astype(np.float32))
     boxes = np.asarray(run("resizemix", coded()).inputs)[..., 0]
-    found = run("resizemix", batch, kind=channels)
-    _, partner = parents(found)
+    augmented = run("resizemix", batch, kind=channels)
+    _, partner = parents(augmented)
     for i in range(SIZE):
         inside = boxes[i] != i + 1
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
@@ -401,7 +413,7 @@ def test_resizemix_pastes_the_whole_partner_shrunk_to_the_nearest_pixel(channels
             # Where a pixel's centre falls between two, Pillow's rounding errors decide.
             compared[rows[between(len(rows), HEIGHT)]] = False
             compared[:, columns[between(len(columns), WIDTH)]] = False
-        np.testing.assert_array_equal(found.inputs[i][compared], expected[compared])
+        np.testing.assert_array_equal(augmented.inputs[i][compared], expected[compared])
 
 
 def test_resizemix_shares_may_be_below_one_half():
@@ -414,18 +426,18 @@ def test_manifold_mixup_mixes_labels_and_hands_the_rest_to_the_network():
     augment = jax.jit(manifold_mixup(0.7, layers=3))
     layers = []
     for seed in range(12):
-        found = augment(jax.random.key(seed), batch)
-        inputs = found.inputs
+        augmented = jax.device_get(augment(jax.random.key(seed), batch))
+        inputs = augmented.inputs
         np.testing.assert_array_equal(inputs["inputs"], batch.inputs)
-        own, partner = parents(found)
+        own, partner = parents(augmented)
         rows = np.where(partner < 0, np.arange(SIZE), partner)
         np.testing.assert_array_equal(inputs["partner"], rows)
-        np.testing.assert_array_equal(inputs["share"], np.diag(found.labels))
+        np.testing.assert_array_equal(inputs["share"], np.diag(augmented.labels))
         assert (partner[:-10] < SIZE - 10).all() and (own >= 0.5).all() and (own < 1).any()
         assert len(set(inputs["layer"].tolist())) == 1 and inputs["layer"].shape == (SIZE,)
         layers.append(int(inputs["layer"][0]))
     assert set(layers) == {0, 1, 2}
-    assert (found.trace.operation == OPERATIONS.index("mixup")).all()
+    assert (augmented.trace.operation == OPERATIONS.index("mixup")).all()
 
 
 # --- bad input
@@ -453,7 +465,7 @@ def test_bad_arguments_are_named(make, name):
 
 def test_inputs_that_do_not_fit_are_named():
     batch = coded()
-    table, codes = batch.inputs[:, 0, :, 0], batch.inputs.astype(jnp.int32)
+    table, codes = batch.inputs[:, 0, :, 0], batch.inputs.astype(np.int32)
 
     def trace(augment, **changes):  # errors come before anything is compiled
         jax.eval_shape(augment, KEY, batch._replace(**changes))
