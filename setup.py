@@ -2,17 +2,18 @@
 
 from setuptools import find_packages, setup
 
-# The lower bounds of JAX, Flax, Optax, chex and Orbax ran the tests. Upper bounds are the next
-# release that is announced to break or could not be tested (jax 0.11 needs Python 3.12).
+# Every lower bound runs the tests, all of them together under Python 3.11, and the newest releases
+# run them under 3.12 and 3.13: .ci/versions. Upper bounds are the next release that is announced to
+# break or is not there yet to be tested. What Google Colab has installed lies between them.
 DATA = [
     "array_record>=0.5,<1",
     "grain>=0.2.10,<0.3",
     "importlib_resources>=6",  # TFDS needs it to prepare a set, and does not say so
     "pillow>=11,<14",
-    "scikit-learn>=1.4,<2",
+    "scikit-learn>=1.5,<2",
     "tensorflow-datasets>=4.9.7,<5",
 ]
-EXPERIMENTS = ["matplotlib>=3.8,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6,<3"]
+EXPERIMENTS = ["matplotlib>=3.9,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6.2.2,<3"]
 # What the benchmarks compare with; a missing one is reported. On a CPU machine first install the
 # CPU build of exactly this torch, or pip fetches gigabytes of CUDA:
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
@@ -38,12 +39,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["saflex_jax", "saflex_jax.*"]),
     install_requires=[
-        "absl-py>=2.0",
+        "absl-py>=1.4",
         "chex>=0.1.90,<0.2",
-        "etils[epath]>=1.9",
-        "flax>=0.12.6,<0.13",
-        "jax>=0.10,<0.11",
-        "numpy>=2.0",
+        "etils[epath]>=1.9.1",
+        "flax>=0.11.2,<0.13",
+        "jax>=0.7.2,<0.13",
+        "numpy>=2.0,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",  # the v1 API still moves between minor releases
         "tqdm>=4.66",
@@ -54,8 +55,8 @@ setup(
         "bench": DATA + EXPERIMENTS + BENCH,
         "test": DATA
         + EXPERIMENTS
-        + ["equinox>=0.13,<0.14", "hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10"]
+        + ["equinox>=0.13,<0.14", "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10"]
         + ["nbformat>=5.10"]
-        + ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6"],
+        + ["pytest>=8", "pytest-xdist>=3.6.1", "ruff>=0.6"],
     },
 )  # fmt: skip

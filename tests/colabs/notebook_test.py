@@ -43,6 +43,15 @@ def test_only_the_last_code_cell_uses_the_package(path):
 
 
 @each_notebook
+def test_installs_what_the_package_asks_for(path):
+    text = "\n".join(c.source for c in code_cells(nbformat.read(path, as_version=4)))
+    requirements = re.findall(r'"([\w-]+>=[^"]+)"', re.search(r"%pip install .*", text)[0])
+    assert requirements
+    pins = (ROOT / "setup.py").read_text()
+    assert [r for r in requirements if f'"{r}"' not in pins] == []
+
+
+@each_notebook
 def test_stored_outputs_are_complete_and_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)  # cell ids included
