@@ -1,16 +1,17 @@
-"""What AutoMix mixes through a training run, or what SLA says of each view after one; a figure.
+"""What AutoMix mixes through a training run, or what SLA says of each view after one: a figure.
 
     python -m experiments.gallery --config=experiments/configs/automix.py --workdir=runs/gallery
 
-Trains the config's method, or that of one of its arms (--arm=samix), on one seed and looks at it
-with samples of the training split (AutoMix) or of the validation split (SLA). The test split is not
-read.
+Trains the config's method, or that of one of its arms (--arm=samix), on one seed and shows
+it at work on samples of the training split (AutoMix, AdAutoMix) or of the validation split (SLA).
+The test split is not read.
 """
 
 from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,11 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
 from experiments import arms, build, task
-from experiments.configs.methods import taken
-from saflex_jax import checks, parallel
+from saflex_jax import checks, configure, parallel
 from saflex_jax.augment.transformations import transformed
 from saflex_jax.batches import take
-from saflex_jax.methods import automix, sla
-from saflex_jax.models import MixBlock
+from saflex_jax.methods import METHODS, mixtures, sla
+from saflex_jax.methods.mixtures import MixtureOptions
 from saflex_jax.types import Batch, Model, Streams, TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/automix.py")
@@ -43,24 +43,25 @@ def samples(data: task.Data, *, of_val: bool) -> Batch:
     pool = data.pools.val if of_val else data.pools.candidates
     classes = np.argmax(pool.labels, -1)
     first = [np.flatnonzero(classes == k)[n] for n in range(2) for k in np.unique(classes)]
-    found = take(Streams(pool), Streams(np.array(first[: 2 * ROWS]))).candidates
-    return jax.tree.map(jnp.asarray, found)
+    chosen = take(Streams(pool), Streams(np.array(first[: 2 * ROWS]))).candidates
+    return jax.tree.map(jnp.asarray, chosen)
 
 
 def masks_through(
-    config: ConfigDict, data: task.Data, model: Model, states: dict[int, TrainState]
+    config: ConfigDict,
+    data: task.Data,
+    model: Model,
+    options: MixtureOptions,
+    states: dict[int, TrainState],
 ) -> Figure:
     """Rows: a pair of images; columns: the pair, then mask and mixture after so many steps."""
-    options = build.method_options(config, "automix")
-    block = automix.make_block(
-        adversarial=options["adversarial_every"] > 0, **taken(MixBlock, options)
-    )
-    shown, number = samples(data, of_val=False), options["images"]
+    block, shown = options.make_block(), samples(data, of_val=False)
     rows = jnp.arange(2 * ROWS)
-    partners = [(rows + ROWS * n) % len(rows) for n in range(number)]
-    rest = (1 - SHARE) / (number - 1)
-    mixture = automix.Mixture(jnp.stack(partners), jnp.array([SHARE] + [rest] * (number - 1)))
-    look = jax.jit(lambda state: automix.look(model, block, state, shown, mixture))
+    partners = [(rows + ROWS * n) % len(rows) for n in range(options.images)]
+    rest = (1 - SHARE) / (options.images - 1)
+    shares = jnp.array([SHARE] + [rest] * (options.images - 1))
+    mixture = mixtures.Mixture(jnp.stack(partners), shares)
+    look = jax.jit(lambda state: mixtures.look(model, block, state, shown, mixture))
 
     figure = Figure(figsize=(1.5 * (2 + 2 * len(states)), 1.75 * ROWS), layout="constrained")
     axes = figure.subplots(ROWS, 2 + 2 * len(states), squeeze=False)
@@ -80,19 +81,20 @@ def masks_through(
     _bare(axes)
     figure.colorbar(drawn, ax=axes, shrink=0.6, label="share of the first image in a pixel")
     figure.suptitle(
-        f"{_ARM.value or 'automix'} on {task.title(config.data)}: lambda = {SHARE}, "
+        f"{_ARM.value or config.method.name} on {task.title(config.data)}: lambda = {SHARE}, "
         f"seed {config.seed}"
     )
     return figure
 
 
-def views_of(config: ConfigDict, data: task.Data, model: Model, state: TrainState) -> Figure:
+def views_of(
+    config: ConfigDict, data: task.Data, model: Model, options: sla.Options, state: TrainState
+) -> Figure:
     """Rows: a sample; columns: its views, each with its likeliest class, then the aggregate."""
-    name = build.method_options(config, "sla")["transformations"]
     shown = samples(data, of_val=True)
     shown = jax.tree.map(lambda x: x[:ROWS], shown)
-    seen = transformed(jnp.asarray(shown.inputs), name)
-    views = len(seen) // ROWS
+    seen = transformed(jnp.asarray(shown.inputs), options.transformations)
+    views = options.views
     joint = model.logits(state.params, state.model_state, seen)["joint"]
     # Of each view, given its transformation.
     of_view = joint.reshape(ROWS, views, -1, views)[:, np.arange(views), :, np.arange(views)]
@@ -134,6 +136,11 @@ def _bare(axes) -> None:
         axis.set(xticks=[], yticks=[])
 
 
+def is_drawn(options: Any) -> bool:
+    """Whether there is a figure of the method with these options."""
+    return isinstance(options, MixtureOptions) or getattr(options, "joint", False)
+
+
 def main(argv: list[str]) -> None:
     """Trains, looks, draws."""
     if len(argv) > 1:
@@ -141,12 +148,16 @@ def main(argv: list[str]) -> None:
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     build.check(config)
     if _ARM.value:
-        found = arms.configs(config)
-        checks.choice(found, **{"--arm": _ARM.value})
-        config = found[_ARM.value]
-    checks.choice(("automix", "sla"), **{"config.method.name": config.method.name})
-    if config.method.name == "sla":
-        checks.choice(("sla", "sd"), **{"config.method.sla.mode": config.method.sla.mode})
+        configs = arms.configs(config)
+        checks.choice(configs, **{"--arm": _ARM.value})
+        config = configs[_ARM.value]
+    options = configure.method_options(config.method.to_dict())
+    if not is_drawn(options):
+        accepted = [name for name, spec in METHODS.items() if is_drawn(spec.options)]
+        raise app.UsageError(
+            f"config.method must be one of {accepted} (of sla: mode sla or sd); "
+            f"given {config.method.name} {options}"
+        )
     data = task.make_data(config)
     model = build.make_model(config, data.pools, data.source.columns)
     method = build.make_method(config, data.pools, data.source.columns)
@@ -171,10 +182,10 @@ def main(argv: list[str]) -> None:
     )
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)
-    if config.method.name == "automix":
-        figure = masks_through(config, data, model, states)
+    if isinstance(options, MixtureOptions):
+        figure = masks_through(config, data, model, options, states)
     else:
-        figure = views_of(config, data, model, result.state)
+        figure = views_of(config, data, model, options, result.state)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / f"{_ARM.value or config.method.name}.png"
     figure.savefig(path, dpi=130)

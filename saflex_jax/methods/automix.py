@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -130,11 +131,13 @@ class Options(MixtureOptions):
         "none", "l1", "l1_variance(weight=0.1, margin=0.1)".
       mask_adjust: probability with which the network's masks are scaled to have the mean l.
       block: options of `MixBlock`, or a module in its place (see `models.mix_block`).
+      images: n = 2, of a mixture; no option.
 
     Raises:
       ValueError: an unknown name, or a value out of range.
     """
 
+    images: ClassVar[int] = 2
     mask_loss: str | MaskLoss = "l1"
     mask_adjust: float = 0.0
     block: MixBlockOptions | nn.Module = MixBlockOptions()
@@ -217,7 +220,9 @@ def make(
         no_clean("automix", streams.clean)
         batch, k, phi = streams.candidates, state.extra.momentum, state.params["mix_block"]
         keys = jax.random.split(steps.step_key(state, batch.index), 8)
-        for_block, for_network = (mixtures.draw(key, batch, options.alpha) for key in keys[:2])
+        for_block, for_network = (
+            mixtures.draw(key, batch, options.alpha, options.images) for key in keys[:2]
+        )
 
         k_outputs, k_stats = model.train(k, state.model_state["k"], batch.inputs, keys[3])
         masks = networks.masks(phi, k_outputs["map"], for_network, batch)
@@ -262,7 +267,7 @@ def make(
         return state._replace(extra=MomentumAndRule(k, arrays)), {**metrics, **of_rule}
 
     return Method(
-        init=partial(networks.init, tx=tx, images=2),
+        init=partial(networks.init, tx=tx, images=options.images),
         step=step,
         predict=partial(networks.predict, which=options.predict),
         targets=networks.targets,

@@ -38,7 +38,7 @@ PREDICTIONS = ("one_q", "mix_q", "one_k", "mix_k")
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOptions:
-    """Options of both methods.
+    """Options of both methods; each adds `images`, the number in a mixture, and `make_block`.
 
     Attributes:
       alpha: > 0. Shares of two images are l ~ Beta(alpha, alpha) and 1 - l; of more, one such draw

@@ -9,7 +9,7 @@ from tests.train import process_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, arm", [("automix", "samix"), ("sla", "")])
+@pytest.mark.parametrize("name, arm", [("automix", "samix"), ("automix", "adautomix"), ("sla", "")])
 def test_a_short_run_is_drawn(name, arm, tmp_path):
     options = {
         "data.name": "digits", "data.val": 150, "data.test": 697, "data.per_class": 0,
@@ -18,6 +18,6 @@ def test_a_short_run_is_drawn(name, arm, tmp_path):
     command = [sys.executable, "-m", "experiments.gallery", "--noprogress", f"--arm={arm}"]
     command += [f"--config=experiments/configs/{name}.py", f"--workdir={tmp_path}"]
     command += [f"--config.{field}={value}" for field, value in options.items()]
-    found = subprocess.run(command, cwd=process_.ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    done = subprocess.run(command, cwd=process_.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / f"{arm or name}.png").read_bytes().startswith(b"\x89PNG")
