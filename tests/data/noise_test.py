@@ -78,6 +78,16 @@ def test_labels_keep_their_type_up_to_its_last_class(kind, dtype):
     assert found.min() >= 0 and int(found.max()) < classes
 
 
+# --- symmetric
+
+
+def test_noise_is_uniform_over_the_other_classes():
+    labels = np.zeros(30_000, int)
+    counts = np.bincount(symmetric_noise(labels, 4, share=1.0, seed=0), minlength=4)
+    assert counts[0] == 0
+    np.testing.assert_allclose(counts[1:], 10_000, atol=5 * np.sqrt(30_000 * 2 / 9))  # 5 sigma
+
+
 # --- pairwise
 
 

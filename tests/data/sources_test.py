@@ -113,6 +113,20 @@ def test_priors():
             data.priors(labels, 3, task)
 
 
+@pytest.mark.parametrize(
+    "name, size, shape, dtype",
+    [("digits", 1797, (8, 8, 1), np.float32), ("wdbc", 569, (30,), np.float64)],
+)
+def test_sources(name, size, shape, dtype):
+    source = data.SOURCES[name]()
+    assert source.inputs.shape == (size, *shape) and source.inputs.dtype == dtype
+    assert source.labels.shape == (size,)
+    assert sorted(set(source.labels.tolist())) == list(range(source.num_classes))
+    assert np.isfinite(source.inputs).all()
+    if len(shape) == 3:
+        assert source.inputs.min() == 0 and source.inputs.max() == 1
+
+
 # --- .npz --------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,21 @@ def test_a_seed_gives_the_split_it_always_gave(val, test, seed):
     assert same(split, map(np.sort, (train_index, val_index, test_index)))
 
 
+@pytest.mark.parametrize("val, test", [(30, 60), (7, 3), (150, 100)])
+def test_splits_are_disjoint_complete_and_in_proportion(val, test):
+    parts = stratified_split(LABELS, val=val, test=test, seed=0)
+    assert [len(p) for p in parts] == [300 - val - test, val, test]
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(300))
+    for part in parts:
+        counts = np.bincount(LABELS[part], minlength=3)
+        # Two draws, each of which rounds a class up or down.
+        assert (np.abs(counts - len(part) * SHARES) <= 2).all()
+    again = stratified_split(LABELS, val=val, test=test, seed=0)
+    assert all((a == b).all() for a, b in zip(parts, again))
+    other = stratified_split(LABELS, val=val, test=test, seed=1)
+    assert any((a != b).any() for a, b in zip(parts, other))
+
+
 @pytest.mark.parametrize("size", [3, 41, 120])
 def test_hold_out_parts_the_given_samples_in_proportion(size):
     index = np.random.default_rng(1).permutation(300)[:200]
@@ -306,3 +321,17 @@ def test_inputs_whose_slices_are_too_short_are_refused():
     inputs.size = 300
     with pytest.raises(ValueError, match=r"inputs\[8:16\] must be an array of 8 rows; .*\[2\]"):
         fingerprints(inputs, chunk=8)
+
+
+@pytest.mark.parametrize(
+    "val, test, message",
+    [
+        (0, 10, "the val split must hold at least one sample for each of 3 classes; given 0 of 30"),
+        (10, 2, "the test split .*given 2 of 30"),
+        (14, 14, "the train split .*given 2 of 30"),
+        (20, 20, "the train split .*given -10 of 30"),
+    ],
+)
+def test_split_errors(val, test, message):
+    with pytest.raises(ValueError, match=message):
+        stratified_split(np.arange(30) % 3, val=val, test=test, seed=0)

@@ -1,9 +1,10 @@
-"""Reading ahead and data that stays on the devices: the same batches, the same training."""
+"""Streams of batches: their order, reading ahead, data that stays on the devices."""
 
 import re
 import signal
 import threading
 
+import grain
 import jax
 import numpy as np
 import optax
@@ -15,10 +16,14 @@ from saflex_jax._compat import auto_mesh
 from saflex_jax.batches import floats, take
 from saflex_jax.data import ArrayStream, FoldStream, IndexStream, Pool, Prefetched, Rows, sizes
 from saflex_jax.methods import saflex
-from saflex_jax.models import Classifier, SmallCNN, from_linen
+from saflex_jax.models import MLP, Classifier, from_linen
 from saflex_jax.parallel import RUNNERS, jit_runner
 from saflex_jax.train import Checkpoints, fit
+from saflex_jax.types import RunInfo
 from tests.train.setup_ import (
+    CLASSES,
+    FEATURES,
+    ROWS,
     Tampered,
     assert_same_bits,
     make_method,
@@ -64,6 +69,106 @@ def test_a_stream_gives_floats_of_8_bit_images():
     streams = [ArrayStream(p, batch_size=8, seed=3) for p in (eight, full)]
     for _ in range(6):
         assert_same_bits(*map(next, streams))
+
+
+# --- ArrayStream -----------------------------------------------------------------------------
+
+
+def host_stream(size=21, rows=8, *, val=6, seed=0, **kwargs):
+    return ArrayStream(Streams(pool(size), pool(val, seed=1)), batch_size=rows, seed=seed, **kwargs)
+
+
+def indices(batches, part="candidates"):
+    return np.concatenate([getattr(b, part).index for b in batches])
+
+
+@pytest.mark.parametrize("size, rows", [(21, 8), (24, 8), (5, 8), (3, 8), (7, 1)])
+def test_every_sample_once_an_epoch(size, rows):
+    # Also where an epoch ends inside a batch, or a batch holds several.
+    batches, epochs = host_stream(size, rows), 6
+    seen = indices([next(batches) for _ in range(-(-epochs * size // rows))])[: epochs * size]
+    orders = seen.reshape(epochs, size)
+    assert (np.sort(orders, axis=1) == np.arange(size)).all()
+    assert len({tuple(order) for order in orders}) > 1  # shuffled anew
+
+
+def test_rows_stay_together_and_the_pools_untouched():
+    pools = Streams(pool(21), pool(6, seed=1), pool(9, seed=2))
+    before = jax.tree.map(np.copy, pools)
+    batches = ArrayStream(pools, batch_size=4, val_batch_size=3, seed=0)
+    for _ in range(8):
+        batch = next(batches)
+        for name, rows in {"candidates": 4, "val": 3, "clean": 4}.items():
+            part, whole = getattr(batch, name), getattr(before, name)
+            assert len(part.index) == rows
+            assert_same_bits(part, jax.tree.map(lambda x, i=part.index: x[i], whole))
+        jax.tree.map(lambda x: x.fill(0), batch)  # a batch is a copy, never a view
+    assert_same_bits(pools, before)
+
+
+def test_orders_differ_between_streams_and_seeds():
+    pools = Streams(pool(50), pool(50), pool(50))
+    first = next(ArrayStream(pools, batch_size=50, val_batch_size=50, seed=0))
+    other = next(ArrayStream(pools, batch_size=50, val_batch_size=50, seed=1))
+    orders = {tuple(b.index) for s in (first, other) for b in s}
+    assert len(orders) == 6
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 5, 13])
+def test_a_position_gives_the_same_remaining_sequence(position):
+    whole, resumed = host_stream(), host_stream()
+    batches = [next(whole) for _ in range(20)]
+    resumed.set_state({"step": position})
+    assert resumed.get_state() == {"step": position}
+    for batch in batches[position:]:
+        assert_same_bits(next(resumed), batch)
+    assert resumed.get_state() == whole.get_state() == {"step": 20}
+    # Backwards, too, in the middle of a later epoch.
+    resumed.set_state({"step": position})
+    assert_same_bits(next(resumed), batches[position])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_together_give_the_global_batches(count):
+    whole = host_stream(21, 8, val=8)
+    parts = [host_stream(21, 8, val=8, process_index=i, process_count=count) for i in range(count)]
+    for _ in range(9):
+        shares = [next(part) for part in parts]
+        assert all(len(s.candidates.index) == 8 // count for s in shares)
+        assert_same_bits(jax.tree.map(lambda *x: np.concatenate(x), *shares), next(whole))
+
+
+def test_the_whole_validation_set_in_every_batch():
+    for val_batch_size in (None, 6):
+        batches = host_stream(val=6, val_batch_size=val_batch_size)
+        for _ in range(5):
+            assert sorted(next(batches).val.index) == list(range(6))
+    assert next(ArrayStream(Streams(pool(9)), batch_size=2, seed=0)).val is None
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: host_stream(rows=0), "batch_size must be positive and finite; given 0"),
+        (lambda: host_stream(val_batch_size=-2), "val_batch_size must be positive .* given -2"),
+        (lambda: host_stream(size=0), "candidates must hold at least one sample; given 0"),
+        (lambda: host_stream(val=0), "val must hold at least one sample; given 0"),
+        (lambda: host_stream(process_count=3), "batch of candidates must be a multiple of 3 "),
+        (
+            lambda: host_stream(val=6, process_count=4),
+            "batch of val must be a multiple of 4 processes; given 6",
+        ),
+        (
+            lambda: ArrayStream(
+                Streams(pool(9)._replace(labels=np.zeros((9, CLASSES)))), batch_size=2, seed=0
+            ),
+            "candidates.labels must have rows .* sum to one",
+        ),
+    ],
+)
+def test_stream_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -228,6 +333,61 @@ def test_an_empty_pool_is_refused():
         IndexStream(Streams(3, 0), batch_size=1, seed=0)
 
 
+# --- grain -----------------------------------------------------------------------------------
+
+
+class Samples:
+    """A random-access source of single samples, as grain asks for."""
+
+    def __init__(self, samples: Batch):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples.labels)
+
+    def __getitem__(self, i):
+        return jax.tree.map(lambda x: x[i], self.samples)
+
+
+def grain_stream(steps=1000):
+    def batches(samples, seed):
+        endless = grain.MapDataset.source(Samples(samples)).seed(seed).shuffle().repeat()
+        return endless.batch(ROWS).slice(slice(0, steps))
+
+    both = grain.experimental.ZipMapDataset([batches(pool(21), 0), batches(pool(ROWS, seed=1), 1)])
+    few = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(both.map(lambda parts: Streams(*parts)).to_iter_dataset(few))
+
+
+class Recorded(Tampered):
+    """A grain iterator whose batches are written down; its position has a form of its own."""
+
+    def __next__(self):
+        batch = next(self.stream)
+        self.seen.append(batch.candidates.index.tolist())
+        return batch
+
+
+def test_a_grain_iterator_is_a_stream(tmp_path):
+    def run(folder, steps):
+        runner, state = make_run()
+        batches = Recorded(grain_stream())
+        checkpoints = Checkpoints(tmp_path / folder, every=4)
+        result = fit(
+            runner, state, batches, num_steps=steps, checkpoints=checkpoints, progress=False
+        )
+        checkpoints.close()
+        return result.state, batches.seen
+
+    whole, order = run("whole", 12)
+    _, first = run("parts", 7)
+    resumed, then = run("parts", 12)
+    assert first + then == order
+    assert_same_bits(resumed, whole)
+    batch = next(grain_stream())
+    assert batch.candidates.inputs.shape == (ROWS, FEATURES) and batch.val.mask.dtype == bool
+
+
 # --- on the devices --------------------------------------------------------------------------
 
 
@@ -236,10 +396,10 @@ def trained(runner, method, stream):
     return fit(runner, state, stream, num_steps=STEPS, progress=False).state
 
 
-@pytest.mark.parametrize("kind, devices", [("jit", 1), ("jit", 4), ("pmap", 2)])
+# On four devices: tests/parallel/two_process_test.py.
+@pytest.mark.parametrize("kind, devices", [("jit", 1), ("pmap", 2)])
 def test_the_same_training_whichever_way_the_data_come(kind, devices):
-    backbone = SmallCNN(widths=(4,), norm="group")
-    method = saflex.make(from_linen(Classifier(backbone, 3)), optax.adam(1e-2))
+    method = saflex.make(from_linen(Classifier(MLP((8,)), 3)), optax.adam(1e-2), RunInfo(21, 3))
     options = dict(devices=jax.devices()[:devices])
     host = RUNNERS[kind](method.step, **options)
     held = host.hold(pools())

@@ -1,4 +1,4 @@
-"""What is said of a data set before anybody trains on it."""
+"""How a data set is described before training."""
 
 import numpy as np
 import pytest
@@ -92,8 +92,9 @@ def test_what_is_left_between_splits_is_a_leak_and_counts_are_of_what_trains(tmp
 def test_the_exit_status_says_whether_copies_are_left(tmp_path, monkeypatch, capsys, leak):
     monkeypatch.setattr(inspect, "report", lambda *a: (["lines"], leak))
     flags.FLAGS.unparse_flags()
-    flags.FLAGS(["inspect", f"--sheets={tmp_path}"])
+    images(tmp_path / "mnist")
+    flags.FLAGS(["inspect", f"--sheets={tmp_path}", f"--data_dir={tmp_path}"])
     with pytest.raises(SystemExit) as stopped:
-        inspect.main(["inspect", "digits"])
-    assert stopped.value.code == bool(leak) and (tmp_path / "digits.png").exists()
+        inspect.main(["inspect", "mnist"])
+    assert stopped.value.code == bool(leak) and (tmp_path / "mnist.png").exists()
     assert capsys.readouterr().out.startswith("lines")

@@ -68,7 +68,7 @@ def test_a_save_is_a_copy_although_the_next_step_donates(tmp_path, opened, devic
     state = runner.put_state(TrainState(jnp.int32(0), params, {}, (), jax.random.key(0)))
     batch = runner.put_batch(np.ones(8, np.float32))
     checkpoints, copies, donated = opened(tmp_path, every=4, keep=100), {}, []
-    for number in range(1, 49):
+    for number in range(1, 25):
         before, (state, _) = state, runner.step(state, batch)
         donated.append(before.params["a"].is_deleted())
         if checkpoints.due(number):
@@ -79,7 +79,7 @@ def test_a_save_is_a_copy_although_the_next_step_donates(tmp_path, opened, devic
     assert any(donated)
 
     reader = opened(tmp_path)
-    assert sorted(copies) == list(range(4, 49, 4))
+    assert sorted(copies) == list(range(4, 25, 4))
     for number, copy in copies.items():
         loaded, position = reader.load(state, number)
         assert position == {"step": number}
@@ -147,15 +147,15 @@ def test_a_damaged_checkpoint_is_refused_or_loads_exactly(written, tmp_path, ope
         try:
             loaded, position = checkpoints.load(make_state())
         except CheckpointError as error:
+            if not refused:  # what the message advises works
+                shutil.rmtree(folder / "3")
+                assert_same_bits(opened(folder).load(make_state())[0], make_state(2))
             refused.add(name)
             for part in ("step 3", str(folder), "cannot be read", "others: [1, 2]"):
                 assert part in str(error), name
         else:  # a file that Orbax writes but does not need
             assert position == {"step": 3}
             assert_same_bits(loaded, make_state(3))
-        # What the message advises works.
-        shutil.rmtree(folder / "3")
-        assert_same_bits(opened(folder).load(make_state())[0], make_state(2))
     needed = {"_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt"}
     data = {name for name in files_of(written / "3") if "/d/" in name}
     assert len(data) >= 2 and needed | data <= refused

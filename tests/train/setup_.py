@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -36,6 +37,7 @@ def make_stream() -> ArrayStream:
     return ArrayStream(POOLS, batch_size=ROWS, seed=0)
 
 
+@functools.cache  # and so one compilation for all tests of a file
 def make_method() -> Method:
     """Softmax regression, trained by Adam."""
     model = from_function(
@@ -45,6 +47,7 @@ def make_method() -> Method:
     return supervised.make(model, optax.adam(0.1))
 
 
+@functools.cache
 def make_run(devices: int = 1):
     """A runner and a first state of `make_method`."""
     method = make_method()
