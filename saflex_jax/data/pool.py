@@ -255,6 +255,13 @@ def write_array_record(
 
     The file is written beside `path` and renamed, so a file of that name is always complete.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder) / "pool.array_record"
+    ...     write_array_record(file, np.ones((3, 2)), np.array([0, 1, 1]), np.array([0, 0, 1]))
+    ...     Pool.from_array_record(file, num_classes=2).draws(np.array([0, 1])).tolist()
+    [2, 1]
+
     Args:
       path: the file; an existing one is replaced.
       inputs: f[T, ...].

@@ -123,7 +123,7 @@ def read_description(path: str | os.PathLike) -> Description:
 def from_prepared(path: str | os.PathLike, *, size: tuple[int, int] | None = None) -> Source:
     """A prepared data set: a folder with a dataset.json, as `write_prepared` makes it.
 
-    Arrays are mapped into memory, not read.
+    Arrays are mapped into memory, not read. An example is at `write_prepared`.
 
     Args:
       path: the folder.

@@ -93,7 +93,11 @@ def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np
 
 
 def digits() -> Source:
-    """Handwritten digits: 1,797 grey images of 8x8, 10 classes (UCI, via scikit-learn)."""
+    """Handwritten digits: 1,797 grey images of 8x8, 10 classes (UCI, via scikit-learn).
+
+    >>> digits().inputs.shape
+    (1797, 8, 8, 1)
+    """
     with optional("scikit-learn"):
         from sklearn import datasets
 
@@ -102,7 +106,11 @@ def digits() -> Source:
 
 
 def wdbc() -> Source:
-    """Wisconsin breast cancer: 569 rows, 30 numeric columns, 2 classes (UCI, via scikit-learn)."""
+    """Wisconsin breast cancer: 569 rows, 30 numeric columns, 2 classes (UCI, via scikit-learn).
+
+    >>> wdbc().class_names
+    ('malignant', 'benign')
+    """
     with optional("scikit-learn"):
         from sklearn import datasets
 
@@ -120,6 +128,16 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
 
     Images are uint8[n, H, W] or uint8[n, H, W, 3]; labels [n, 1], or 0 and 1 in [n, C] with C > 1
     for C labels at once.
+
+    >>> import tempfile
+    >>> arrays = {f"{split}_images": np.zeros((2, 4, 4), np.uint8) for split in SPLITS}
+    >>> arrays |= {f"{split}_labels": np.array([[0], [1]]) for split in SPLITS}
+    >>> with tempfile.TemporaryFile() as file:
+    ...     np.savez(file, **arrays)
+    ...     _ = file.seek(0)
+    ...     source = from_npz(file)
+    >>> source.inputs.shape, source.splits["test"].tolist()
+    ((6, 4, 4, 1), [4, 5])
 
     Args:
       path: the file.
@@ -179,6 +197,17 @@ def from_folder(
     """Image files [SPLIT/]CLASS/FILE, decoded on access; SPLIT is train, val or test.
 
     Classes are the names of the folders, sorted, over all splits.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("cat", "dog"):
+    ...         (pathlib.Path(folder) / name).mkdir()
+    ...         Image.new("RGB", (6, 4)).save(pathlib.Path(folder) / name / "0.png")
+    ...     source = from_folder(folder)
+    ...     shape = source.inputs[:2].shape
+    >>> source.class_names, source.labels.tolist(), shape
+    (('cat', 'dog'), [0, 1], (2, 4, 6, 3))
 
     Args:
       path: the folder.
@@ -281,7 +310,15 @@ def from_tfds(
 
 
 def from_table(path: str | os.PathLike, **options) -> Source:
-    """A CSV, ARFF or KEEL file; `options` are those of `tables.read_table`."""
+    """A CSV, ARFF or KEEL file; `options` are those of `tables.read_table`.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+    ...     _ = file.write("age,class\\n31,no\\n45,yes\\n")
+    ...     file.flush()
+    ...     from_table(file.name).labels.tolist()
+    [0, 1]
+    """
     table = read_table(path, **options)
     return Source(
         table.values,

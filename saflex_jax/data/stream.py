@@ -273,6 +273,10 @@ class Prefetched(_Stream):
     It gives the batches of `stream` and has its position: a checkpoint of one continues with the
     other. Batches that were made ahead when a run stops are made again.
 
+    >>> plain, ahead = (IndexStream(Streams(6), batch_size=3, seed=0) for _ in range(2))
+    >>> bool((next(Prefetched(ahead)).candidates == next(plain).candidates).all())
+    True
+
     Args:
       stream: its `batch(step)` is called from several threads.
       threads: number of threads that make batches.

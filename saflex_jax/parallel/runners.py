@@ -200,6 +200,14 @@ def pmap_runner(
     be built with `axis_name="data"`, so that its statistics are those of the global batch. Mixing
     inside the step (mixup) pairs samples within a device's share.
 
+    >>> def step(state, batch, *, reduce):
+    ...     return state + reduce(jax.numpy.mean(batch)), {}
+    >>> runner = pmap_runner(step)
+    >>> batch = runner.put_batch(np.ones(jax.device_count(), "float32"))
+    >>> state, metrics = runner.step(runner.put_state(np.float32(2)), batch)
+    >>> float(state)
+    3.0
+
     Args:
       step: (state, streams, *, reduce) -> (state, metrics).
       devices: None = jax.local_devices().

@@ -126,6 +126,18 @@ def fit(
     there, bit for bit. A second Ctrl-C raises KeyboardInterrupt. Metrics stay on the device until
     they are logged or a checkpoint is due; a step whose metrics are not finite is never saved.
 
+    >>> from saflex_jax import data, parallel
+    >>> def step(state, streams, *, reduce):
+    ...     mean = reduce(jax.numpy.mean(streams.candidates.inputs))
+    ...     return state._replace(step=state.step + 1), {"mean": (mean, 1.0)}
+    >>> pool = Batch(np.arange(4.0), np.eye(4), np.ones(4, bool), np.arange(4))
+    >>> stream = data.ArrayStream(Streams(pool), batch_size=4, seed=0)
+    >>> state = TrainState(np.int32(0), {}, {}, (), jax.random.key(0))
+    >>> runner = parallel.jit_runner(step, devices=jax.devices()[:1])
+    >>> result = fit(runner, state, stream, num_steps=6, log_every=3, progress=False)
+    >>> [(record["step"], record["mean"]) for record in result.history]
+    [(3, 1.5), (6, 1.5)]
+
     Args:
       runner: from `saflex_jax.parallel`.
       state: of a new run.
