@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -179,6 +179,49 @@ def run(
     if targets is not None:
         common["samples"] = figures.pick(data, probe(result.state)[0])
     return {arm: measure(m, result.state, data) | common for arm, m in methods.items()}
+
+
+def run_all(
+    configs: dict[str, ConfigDict],
+    seeds: Sequence[int],
+    log: pathlib.Path,
+    *,
+    resume: bool,
+    progress: bool = True,
+) -> dict[tuple[str, int], dict]:
+    """Runs every arm on every seed, one seed after another; stops early when interrupted.
+
+    Args:
+      configs: arm -> its config, of `configs`.
+      seeds: of the runs.
+      log: a file of records, which grows by each finished run.
+      resume: keep those of its records whose settings are the arm's; else it starts anew.
+      progress: show progress bars on stderr.
+
+    Returns:
+      (arm, seed) -> record, of all runs unless interrupted.
+    """
+    fixed = {arm: settings(config) for arm, config in configs.items()}
+    kept = [r for r in read_records(log) if r["settings"] == fixed.get(r["arm"])] if resume else []
+    records = {(r["arm"], r["seed"]): r for r in kept}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
+
+    jobs = [(group, seed) for seed in seeds for group in trainings(configs)]
+    compiled: dict = {}
+    for number, (group, seed) in enumerate(jobs):
+        left = {a: of_seed(c, seed) for a, c in group.items() if (a, seed) not in records}
+        if not left:
+            continue
+        description = f"[{number + 1}/{len(jobs)}] {', '.join(left)}, seed {seed}"
+        finished = run(left, compiled, progress=progress, description=description)
+        if finished is None:
+            break
+        for arm, record in finished.items():
+            records[arm, seed] = {"arm": arm, "seed": seed, "settings": fixed[arm], **record}
+        with log.open("a") as file:
+            file.write("".join(json.dumps(records[arm, seed]) + "\n" for arm in finished))
+    return records
 
 
 def read_records(path: pathlib.Path) -> list[dict]:

@@ -2,12 +2,13 @@
 
     python -m experiments.compare [--json] [--seeds=3] [--config=experiments/configs/wdbc.py]
 
-`config.arms` names them (`experiments.arms`). Without it there are four: SAFLEX reads validation
-labels, so both fair partners are shown: the upstream pipeline trained on the training split and on
-training + validation, and SAFLEX with a validation split that is held out and one that also trains.
-The test split is read once for each arm and seed, with the last parameters.
-Finished runs are kept; after Ctrl-C, --resume continues with the others. With all of them finished,
---resume --base=ARM prints the same runs against another arm.
+`config.arms` names the arms (`experiments.arms`). Without it there are four: the upstream pipeline
+trained on the training split, and on training + validation; SAFLEX with validation samples that are
+held out, and that also train. SAFLEX reads validation labels, so each has its fair partner.
+
+The test split is read once for each arm and seed, with the last parameters. Finished runs are kept:
+after Ctrl-C, --resume continues with the others. With all of them finished, --resume --base=ARM
+prints the same runs against another arm.
 """
 
 from __future__ import annotations
@@ -32,44 +33,24 @@ _RESUME = flags.DEFINE_bool("resume", False, "Keep the finished runs of the last
 
 
 def main(argv: list[str]) -> None:
-    """Runs every arm on every seed, interleaved, then prints and draws."""
+    """Runs every arm on every seed, then prints and draws."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     configs = arms.configs(config)
-    first = _BASE.value or next(iter(configs))
-    checks.choice(configs, **{"--base": first})
-    settings = {arm: arms.settings(c) for arm, c in configs.items()}
-    workdir.mkdir(parents=True, exist_ok=True)
-    log = workdir / "runs.jsonl"
-    done = {}
-    if _RESUME.value:
-        for record in arms.read_records(log):
-            if record["settings"] == settings.get(record["arm"]):
-                done[record["arm"], record["seed"]] = record
-    log.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
-
+    base = _BASE.value or next(iter(configs))
+    checks.choice(configs, **{"--base": base})
     seeds = range(config.seed, config.seed + _SEEDS.value)
-    jobs = [(group, seed) for seed in seeds for group in arms.trainings(configs)]
-    compiled: dict = {}
-    for number, (group, seed) in enumerate(jobs):
-        left = {a: arms.of_seed(c, seed) for a, c in group.items() if (a, seed) not in done}
-        if not left:
-            continue
-        description = f"[{number + 1}/{len(jobs)}] {', '.join(left)}, seed {seed}"
-        records = arms.run(left, compiled, progress=_PROGRESS.value, description=description)
-        if records is None:
-            print(f"interrupted; {len(done)} of {len(configs) * len(seeds)} runs are kept in {log};"
-                  " --resume continues", file=sys.stderr)  # fmt: skip
-            sys.exit(130)
-        for arm, record in records.items():
-            done[arm, seed] = {"arm": arm, "seed": seed, "settings": settings[arm], **record}
-        with log.open("a") as file:
-            file.write("".join(json.dumps(done[arm, seed]) + "\n" for arm in records))
+    log = workdir / "runs.jsonl"
+    records = arms.run_all(configs, seeds, log, resume=_RESUME.value, progress=_PROGRESS.value)
+    if len(records) < len(configs) * len(seeds):
+        print(f"interrupted; {len(records)} of {len(configs) * len(seeds)} runs are kept in {log}; "
+              "--resume continues", file=sys.stderr)  # fmt: skip
+        sys.exit(130)
 
-    runs = {arm: [done[arm, seed] for seed in seeds] for arm in {first: None, **configs}}
+    runs = {arm: [records[arm, seed] for seed in seeds] for arm in {base: None, **configs}}
     summary = arms.summary(runs)
-    differences = {arm: found["difference"] for arm, found in summary.items()}
+    differences = {arm: numbers["difference"] for arm, numbers in summary.items()}
     figure = figures.compare(
         runs,
         title=task.title(config.data),

@@ -35,7 +35,7 @@ def pick(data, learned: Targets) -> list[dict]:
 
 
 def measure(runs: dict[str, list[dict]]) -> str:
-    """What the runs are compared by."""
+    """The score that runs are compared by."""
     (first, *_), *_ = runs.values()
     return "test_auc" if "test_auc" in first else "test_accuracy"
 
@@ -43,12 +43,13 @@ def measure(runs: dict[str, list[dict]]) -> str:
 def compare(
     runs: dict[str, list[dict]], *, title: str, differences: dict[str, dict] | None = None
 ) -> Figure:
-    """Accuracy of every arm; of the arm "saflex" also learned weights over time, and samples.
+    """The score of every arm; of the arm "saflex" also learned weights over time, and samples.
 
     Args:
       runs: arm -> one record a seed, as `experiments.arms.run` returns them.
       title: of the figure.
-      differences: arm -> `experiments.arms.paired_difference` to the first arm, to be drawn.
+      differences: arm -> `experiments.arms.paired_difference` to the first arm; None leaves their
+        panel out.
     """
     saflex = runs.get("saflex", [{}])
     samples = saflex[0].get("samples", [])
@@ -71,7 +72,7 @@ def compare(
 
 
 def colour(arm: str, place: int) -> str:
-    """Of an arm; by its place where it has none of its own."""
+    """The arm's colour; by its place if it has none of its own."""
     return COLOURS.get(arm, f"C{place}")
 
 
@@ -97,13 +98,13 @@ def _draw_accuracy(axis, runs: dict[str, list[dict]]) -> None:
 def _draw_differences(axis, differences: dict[str, dict], name: str) -> None:
     base, *_ = differences
     axis.axhline(0, color=COLOURS["upstream"], lw=1)
-    for place, (arm, found) in enumerate(differences.items()):
-        if found is None:
+    for place, (arm, difference) in enumerate(differences.items()):
+        if difference is None:
             continue
         shade = colour(arm, place)
-        axis.plot(place, found["mean"], "o", color=shade)
-        if found["low"] is not None:
-            axis.vlines(place, found["low"], found["high"], color=shade, lw=2)
+        axis.plot(place, difference["mean"], "o", color=shade)
+        if difference["low"] is not None:
+            axis.vlines(place, difference["low"], difference["high"], color=shade, lw=2)
     _name_arms(axis, differences)
     axis.set_xlim(-0.5, len(differences) - 0.5)
     axis.set_ylabel(f"{name.replace('_', ' ')} minus that of {base},\nseed by seed (95 % interval)")
@@ -114,7 +115,7 @@ def _draw_weights(axis, records: list[dict]) -> None:
         key = f"eval/weight_{name}"
         histories = [r["history"] for r in records if key in r["history"][0]]
         if not histories:
-            continue  # no seed has such a label among the samples looked at
+            continue  # no seed has such a label among the probed samples
         curves = np.array([[h[key] for h in history] for history in histories])
         steps = [h["step"] for h in histories[0]]
         axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)

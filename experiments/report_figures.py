@@ -16,11 +16,11 @@ Panels = dict[str, dict[str, list[dict]]]
 
 
 def gain_against_noise(panels: Panels) -> Figure:
-    """A dot a task; where several tasks have one share of wrong labels, the line is their mean."""
+    """One dot per task; the line is the mean of the tasks with one share of wrong labels."""
 
     def draw(axis, tasks, place, number, shade):
         shares = np.round([t["x"] for t in tasks], 2)
-        # Beside one another, where many tasks have one share.
+        # Side by side, since many tasks have the same share.
         shifted = shares + 0.012 * (place - (number - 1) / 2)
         levels = sorted(set(shares))
         gains = np.array([t["mean"] for t in tasks])
@@ -35,7 +35,7 @@ def gain_against_noise(panels: Panels) -> Figure:
 
 
 def gain_against_validation(panels: Panels) -> Figure:
-    """A dot a task; a line joins those that differ in nothing else, with intervals over seeds."""
+    """One dot per task; a line with intervals joins tasks that differ in nothing else."""
 
     def draw(axis, tasks, place, number, shade):
         families = {}
@@ -60,9 +60,9 @@ def gain_against_validation(panels: Panels) -> Figure:
 
 
 def course(tasks: dict[str, dict]) -> Figure:
-    """The estimated share of wrong labels, and the labels that were changed, through a run.
+    """The estimated share of wrong labels, and the share of changed labels, through a run.
 
-    A line is the mean over the seeds of a task, its colour the share that is wrong.
+    One line per task, the mean over its seeds; its colour is the true share of wrong labels.
     """
     figure = Figure(figsize=(12.4, 4.2), layout="constrained")
     shades = matplotlib.colormaps["viridis"]
@@ -85,7 +85,7 @@ def course(tasks: dict[str, dict]) -> Figure:
 
 
 def _panels(panels: Panels, draw: Callable) -> Figure:
-    """One panel a base, all arms in each."""
+    """One panel per base, with all arms."""
     figure = Figure(figsize=(6.2 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (base, by_arm) in zip(axes, panels.items()):
@@ -101,5 +101,5 @@ def _panels(panels: Panels, draw: Callable) -> Figure:
     return figure
 
 
-# The entry of a record that is the horizontal axis -> figure.
+# Field of a record for the horizontal axis -> figure.
 DRAWN = {"noise": gain_against_noise, "val": gain_against_validation}

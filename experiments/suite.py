@@ -1,22 +1,22 @@
-"""Many tasks, arms and seeds: one line of JSON for each run; what is finished is never run again.
+"""Many tasks, arms and seeds: one line of JSON for each run; a finished run is never repeated.
 
     python -m experiments.suite --suite=small --jobs=2 [--half=development] [--tasks=REGEX]
         [--arms=REGEX] [--seeds=K] [--workdir=runs/suite] [--data=data] [--dry_run]
 
 The lines go to WORKDIR/SUITE.jsonl, for `experiments.report`. After Ctrl-C, SIGTERM or SIGKILL the
-same command continues. A run that fails is written to WORKDIR/errors.jsonl, the others go on, and
-the exit code is 1; the next call tries it again. The first seed of all tasks comes first, then
-seeds 1 and 2, then the rest, so that an interrupted suite says something about every task.
+same command continues. A run that fails is reported in WORKDIR/errors.jsonl, the others go on, and
+the exit code is 1; the next call tries it again. Seed 0 of all tasks runs first, then seeds 1 and
+2, then the rest, so that an interrupted suite has results on every task.
 
-The test split is read once a run, with the last parameters. Choose by `val_accuracy`; of arms that
-train on the validation samples it says nothing.
+The test split is read once a run, with the last parameters. Choose by `val_accuracy`, except among
+arms that train on the validation samples, where it means nothing.
 
     python -m experiments.suite --rehash=docs/results.jsonl [--suite=small]
 
-gives the kept records of each arm's last settings the hash that these settings have today, so that
-they count as finished again. Use it only after a change of the configs' form: fields that moved or
-have other names. Where the meaning of an arm changed, in a config or in the code, its records are
-of another experiment; run the arm again.
+gives the records of each arm's last settings today's settings hash, so that they count as finished
+again. Use it only after a change in the form of configs: fields that moved or were renamed. If the
+meaning of an arm changed, in a config or in the code, its records belong to another experiment: run
+the arm again instead.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from experiments.task import Data
 from saflex_jax import configure, train
 from saflex_jax.types import Method, TrainState
 
-PASSES = (1, 3)  # the seeds below the first number come first, then those below the second, ...
+PASSES = (1, 3)  # seeds below the first number run first, then those below the second, ...
 BINS = 15  # of the calibration error
-LEARNED = ("step", "kept", "relabelled", "noise_rate")  # of a history, what is recorded
+LEARNED = ("step", "kept", "relabelled", "noise_rate")  # the metrics of a history that are kept
 PACKAGES = ("saflex_jax", "jax", "flax", "optax", "numpy")
 
 
@@ -61,7 +61,7 @@ PACKAGES = ("saflex_jax", "jax", "flax", "optax", "numpy")
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, loss in nats, and how far confidence is from accuracy.
+    """Accuracy, loss in nats, and expected calibration error.
 
         ece = sum_b n_b / N |accuracy_b - confidence_b|
 
@@ -78,43 +78,44 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     of_label = np.maximum((p * labels).sum(1), np.finfo(np.float32).tiny)  # finite where it is 0
     bins = np.ceil(confidence * BINS).astype(int)
     gaps = np.bincount(bins, right - confidence)  # n_b (accuracy_b - confidence_b)
-    found = {
+    values = {
         "accuracy": right.mean(),
         "loss": -np.log(of_label).mean(),
         "ece": np.abs(gaps).sum() / len(p),
     }
-    return {name: round(float(value), 6) for name, value in found.items()}
+    return {name: round(float(value), 6) for name, value in values.items()}
 
 
 def measured(method: Method, state: TrainState, data: Data) -> dict[str, float]:
-    """`scores` of the validation and the test split, which this reads."""
-    found = {}
+    """`scores` of the validation and the test split; reads the test split."""
+    values = {}
     for split, batch in (("val", data.held_out), ("test", data.test)):
         probabilities = train.probabilities(method, state, batch.inputs)
-        found |= {f"{split}_{k}": v for k, v in scores(probabilities, batch.labels).items()}
-    return found
+        values |= {f"{split}_{k}": v for k, v in scores(probabilities, batch.labels).items()}
+    return values
 
 
 def settings_hash(config: ConfigDict) -> str:
-    """12 hexadecimal digits of what fixes an arm's runs but for the seed.
+    """12 hexadecimal digits of what fixes an arm's runs except the seed.
 
     Left out are the options of methods and rules that do not take part, options and fields of the
-    data that are at their defaults, and where the data lie: a new method, option or field leaves
-    old results good.
+    data that are at their defaults, and the data's folder: a new method, option or field leaves old
+    results valid.
     """
-    found = arms.settings(config)
-    method, defaults = found["method"], configure.all_options()
-    found["method"] = {name: method[name] for name in configure.KEYS} | {
+    settings = arms.settings(config)
+    method, defaults = settings["method"], configure.all_options()
+    settings["method"] = {name: method[name] for name in configure.KEYS} | {
         name: _changes(method[name], defaults[name])
         for name in (method["name"], method["rule"])
         if name in defaults
     }
-    found["data"] = _changes(found["data"], sources.DEFAULTS | {"dir": found["data"]["dir"]})
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+    data = settings["data"]
+    settings["data"] = _changes(data, sources.DEFAULTS | {"dir": data["dir"]})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _changes(section: dict, defaults: dict) -> dict:
-    """What a section has that is not its default; of an option without one, what is set."""
+    """The fields of a section that are not at their defaults; None is the default of a type."""
     changes = {}
     for name, value in section.items():
         default = defaults.get(name)
@@ -125,7 +126,7 @@ def _changes(section: dict, defaults: dict) -> dict:
     return changes
 
 
-# --- What is to be done
+# --- Jobs
 
 
 class Job(NamedTuple):
@@ -154,8 +155,8 @@ def select(
 
 def configs(task: Task, names: str) -> dict[str, ConfigDict]:
     """The task's arms whose name matches, checked."""
-    found = arms.configs(task.config)
-    return {arm: config for arm, config in found.items() if re.search(names, arm)}
+    every = arms.configs(task.config)
+    return {arm: config for arm, config in every.items() if re.search(names, arm)}
 
 
 def in_passes(seeds: Iterable[int]) -> list[tuple[int, ...]]:
@@ -167,20 +168,20 @@ def in_passes(seeds: Iterable[int]) -> list[tuple[int, ...]]:
 
 
 def jobs(
-    tasks: dict[str, Task], found: dict[str, dict[str, ConfigDict]], done: set[tuple]
+    tasks: dict[str, Task], by_task: dict[str, dict[str, ConfigDict]], done: set[tuple]
 ) -> list[Job]:
-    """What is left, in the order of the suite: pass, task, training.
+    """The jobs that are left, by pass, task and training.
 
     Args:
       tasks: name -> task.
-      found: name -> its `configs`.
-      done: (task, arm, seed, settings hash) of the runs that are kept.
+      by_task: name -> its `configs`.
+      done: (task, arm, seed, settings hash) of the finished runs.
     """
     result = []
     for number in range(len(PASSES) + 1):
         for name, task in tasks.items():
-            hashes = {arm: settings_hash(config) for arm, config in found[name].items()}
-            for group in arms.trainings(found[name]):
+            hashes = {arm: settings_hash(config) for arm, config in by_task[name].items()}
+            for group in arms.trainings(by_task[name]):
                 left = collections.defaultdict(list)  # arms that are to be run -> seeds
                 for seed in in_passes(range(task.seeds))[number]:
                     which = [
@@ -199,12 +200,13 @@ def jobs(
 
 def missing(tasks: dict[str, Task]) -> list[str]:
     """The data sets that `experiments.prepare` has not made."""
-    found = set()
+    names = set()
     for task in tasks.values():
         section = task.config.data
-        names = {section.name, section.outside_from, section.test_on} & DATASETS.keys()
-        found |= {n for n in names if not (pathlib.Path(section.dir) / n / "dataset.json").exists()}
-    return sorted(found)
+        needed = {section.name, section.outside_from, section.test_on} & DATASETS.keys()
+        folder = pathlib.Path(section.dir)
+        names |= {name for name in needed if not (folder / name / "dataset.json").exists()}
+    return sorted(names)
 
 
 def estimate(tasks: dict[str, Task], todo: list[Job]) -> float | None:
@@ -224,14 +226,14 @@ def estimate(tasks: dict[str, Task], todo: list[Job]) -> float | None:
 
 
 def _work(connection: multiprocessing.connection.Connection, cores: set[int]) -> None:
-    """Runs the jobs that come in; sends (seed, arm -> record, traceback), then None."""
+    """Runs the jobs it receives; sends (seed, arm -> record, traceback) for each, then None."""
     os.setsid()  # Ctrl-C in a terminal is for the parent, which ends its workers
     if cores:
         os.sched_setaffinity(0, cores)  # before JAX starts, which then makes as many threads
     while True:
         try:
             job = connection.recv()
-        except (EOFError, OSError):  # the parent is no more
+        except (EOFError, OSError):  # the parent has ended
             return
         compiled: dict = {}
         for seed in job.seeds:
@@ -246,19 +248,19 @@ def _work(connection: multiprocessing.connection.Connection, cores: set[int]) ->
 
 def _run(job: Job, seed: int, compiled: dict) -> dict[str, dict]:
     of_seed = {arm: arms.of_seed(config, seed) for arm, config in job.arms.items()}
-    found = arms.run(of_seed, compiled, progress=False, look=False, measure=measured)
-    if found is None:
+    records = arms.run(of_seed, compiled, progress=False, look=False, measure=measured)
+    if records is None:
         raise RuntimeError("a signal ended the run")
-    return {arm: r | {"history": course(r["history"])} for arm, r in found.items()}
+    return {arm: r | {"history": course(r["history"])} for arm, r in records.items()}
 
 
 def course(history: list[dict]) -> list[dict]:
-    """Of a run's history what a rule learned, for the arms that have one."""
+    """What a rule learned through a run; empty for an arm without a rule."""
     return [{k: round(h[k], 4) for k in LEARNED if k in h} for h in history]
 
 
 class _Worker:
-    """A process and the job that it has."""
+    """A process and its job."""
 
     def __init__(self, cores: set[int]):
         context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
@@ -270,18 +272,18 @@ class _Worker:
 
     def give(self, job: Job) -> None:
         self.job, self.left = job, list(job.seeds)
-        with contextlib.suppress(OSError):  # that it is no more is heard later
+        with contextlib.suppress(OSError):  # `receive` notices that the process has ended
             self.connection.send(job)
 
     def end(self) -> None:
         if self.job is not None:
             self.process.kill()
-        self.connection.close()  # which ends one that waits for a job
+        self.connection.close()  # ends a process that waits for a job
         self.process.join()
 
 
 def share(cores: Iterable[int], workers: int) -> list[set[int]]:
-    """The cores of each worker, none empty; where there are too few, all for each."""
+    """The CPU cores of each worker; all cores for every worker if there are too few."""
     cores = sorted(cores)
     if len(cores) < workers:
         return [set(cores)] * workers
@@ -296,28 +298,28 @@ def run(
     record: Callable[[Job, int, dict[str, dict]], None],
     fail: Callable[[Job, int, str], None],
 ) -> None:
-    """Has the jobs run by so many processes, in order; returns early when told to stop.
+    """Runs jobs in `workers` processes, in order; returns early after a stop request.
 
     Args:
       todo: the jobs.
       workers: number of processes.
-      stop: looked at once a second.
-      record: called with the job, the seed and the records of its arms, in this process.
-      fail: called with the job, the seed and what went wrong. The other seeds still run, but where
-        the process died.
+      stop: checked once a second.
+      record: called in this process with the job, the seed and the records of its arms.
+      fail: called with the job, the seed and the error. The job's other seeds still run, unless the
+        process died.
     """
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     queue = collections.deque(todo)
     team = [_Worker(cores) for cores in share(affinity, min(workers, len(todo)))]
 
-    def heard(worker: _Worker) -> None:
+    def receive(worker: _Worker) -> None:
         try:
             message = worker.connection.recv()
-        except (EOFError, OSError):  # the process is no more
+        except (EOFError, OSError):  # the process has ended
             worker.process.join()
             lost, worker.job = worker.job, None
             worker.end()
-            if stop.signal is None:  # else it was told to stop, too
+            if stop.signal is None:  # else the same signal ended it
                 for seed in worker.left:
                     fail(lost, seed, f"the process ended with {worker.process.exitcode}")
                 team[team.index(worker)] = _Worker(worker.cores)
@@ -325,10 +327,10 @@ def run(
         if message is None:
             worker.job = None
             return
-        seed, found, error = message
+        seed, records, error = message
         worker.left.remove(seed)
         if error is None:
-            record(worker.job, seed, found)
+            record(worker.job, seed, records)
         elif stop.signal is None:
             fail(worker.job, seed, error)
 
@@ -341,10 +343,10 @@ def run(
             if not busy:
                 return
             for connection in multiprocessing.connection.wait(list(busy), timeout=1):
-                heard(busy[connection])
-        for worker in list(team):  # what was finished before the signal
+                receive(busy[connection])
+        for worker in list(team):  # what finished before the signal
             while worker.job is not None and worker.connection.poll():
-                heard(worker)
+                receive(worker)
     finally:
         for worker in team:
             worker.end()
@@ -354,7 +356,7 @@ def run(
 
 
 def described(suite: str, name: str, task: Task) -> dict[str, Any]:
-    """What a record says of its task."""
+    """The fields of a record that describe its task."""
     return {
         "suite": suite,
         "task": name,
@@ -367,7 +369,7 @@ def described(suite: str, name: str, task: Task) -> dict[str, Any]:
 
 
 def kept(path: pathlib.Path) -> list[dict]:
-    """The records of the file, from which half a last line is cut off: more is to be appended."""
+    """The records of a file; cuts off half a last line, so that records can be appended."""
     if path.exists():
         whole = path.read_bytes().rpartition(b"\n")[:2]
         os.truncate(path, sum(map(len, whole)))
@@ -375,7 +377,7 @@ def kept(path: pathlib.Path) -> list[dict]:
 
 
 def append(path: pathlib.Path, record: dict) -> None:
-    """Adds a line, which is on the disk when this returns."""
+    """Appends a line; it is on the disk when this returns."""
     with path.open("ab") as file:
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
@@ -422,7 +424,7 @@ def _now() -> str:
 
 
 def _plan(tasks: dict[str, Task], todo: list[Job], workers: int) -> str:
-    """One line a task, and the sum."""
+    """One line per task, and the total."""
     lines = [f"{'task':26} {'half':12} {'noise':>6} {'val':>4} {'steps':>6} {'runs':>5}  upstream"]
     for name, task in tasks.items():
         runs, data = sum(job.runs for job in todo if job.task == name), task.config.data
@@ -436,7 +438,7 @@ def _plan(tasks: dict[str, Task], todo: list[Job], workers: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what is left; the exit code."""
+    """Runs what is left; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--suite", default="small", choices=suite_tasks.SUITES)
@@ -448,28 +450,32 @@ def main(arguments: list[str] | None = None) -> int:
     add("--workdir", type=pathlib.Path, default="runs/suite", help="results and errors go here")
     add("--data", default="data", help="where experiments.prepare put data sets")
     add("--dry_run", action="store_true", help="say what would be run, and stop")
-    add("--rehash", type=pathlib.Path, metavar="FILE",
+    add(
+        "--rehash",
+        type=pathlib.Path,
+        metavar="FILE",
         help="give the records of each arm's last settings today's hash, and stop; only where the "
-        "meaning of the settings did not change")
+        "meaning of the settings did not change",
+    )
     given = parser.parse_args(arguments)
     if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
         parser.error(f"--jobs and --seeds must be >= 1; given {given.jobs} and {given.seeds}")
 
     tasks = suite_tasks.make(given.suite, given.data)
     tasks = select(tasks, half=given.half, names=given.tasks, seeds=given.seeds)
-    found = {name: configs(task, given.arms) for name, task in tasks.items()}
-    if not any(found.values()):
+    by_task = {name: configs(task, given.arms) for name, task in tasks.items()}
+    if not any(by_task.values()):
         parser.error(f"nothing matches --tasks={given.tasks!r} --arms={given.arms!r}")
     if given.rehash is not None:
         if not given.rehash.is_file():
             parser.error(f"--rehash must be a file of records; given {given.rehash}")
-        changed = rehash(given.rehash, given.suite, found)
+        changed = rehash(given.rehash, given.suite, by_task)
         print(f"{changed} records with a new hash: {given.rehash}", file=sys.stderr)
         return 0
     results, errors = given.workdir / f"{given.suite}.jsonl", given.workdir / "errors.jsonl"
     records = arms.read_records(results) if given.dry_run else kept(results)
     done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in records}
-    todo = jobs(tasks, found, done)
+    todo = jobs(tasks, by_task, done)
     if given.dry_run:
         print(_plan(tasks, todo, given.jobs))
         return 0
