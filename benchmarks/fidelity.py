@@ -1,192 +1,430 @@
-"""How true the first-order step is: scores against brute force, memories, and what both are worth.
+"""How true the first-order step is: scores against brute force, over the course of training.
 
     python -m benchmarks.fidelity [--json] [--out FILE] [--figure FILE.png] [--seeds=3]
-        [--accuracy-seeds=5] [--rounds=5] [--part agreement,end_to_end,memory]
 
-agreement: every direction beside every truth (`benchmarks.truths`), over the course of training.
-memory: scores averaged over visits, with and without augmentation and small validation batches.
-end_to_end: test accuracy at equal wall time, in `rounds` turns, full bilevel optimisation included.
+Every direction beside every truth (`benchmarks.truths`), at moments of plain training with three
+optimisers; the figures are FILE.png and, over the course of training, FILE_course.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import pathlib
+import dataclasses
+import functools
+import itertools
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import tqdm
 
-from benchmarks import fidelity_agreement as agreement
-from benchmarks import fidelity_end_to_end as end_to_end
-from benchmarks import fidelity_figures as figures
-from benchmarks import fidelity_memory as memory
-from benchmarks import fidelity_problems as problems
-from benchmarks import timing
-from saflex_jax import checks
+from benchmarks import reporting, timing, truths
+from experiments import task
+from experiments.configs import digits, wdbc
+from saflex_jax import checks, data, models
+from saflex_jax._compat import enable_x64
+from saflex_jax.data.seeds import generator
+from saflex_jax.rules import Scoring
+from saflex_jax.types import Batch, Model, Params, PyTree, Streams, TrainState
 
-PARTS = ("agreement", "memory", "end_to_end")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn")
+CONVEX, OPTIMUM = "logistic", "optimum"  # its optimum, where the implicit truth is exact
+MOMENTS = (0, 20, 100, 400)  # steps of plain training
+BATCH, VAL = 32, 16  # of training, and samples whose scores are looked at; a small val batch
+L2 = 1e-3
+RATES, MOMENTUM = {"sgd": 0.1, "momentum": 0.02, "adam": 5e-3, "retrain": 0.1}, 0.9
+TX = {
+    "sgd": optax.sgd(RATES["sgd"]),
+    "momentum": optax.sgd(RATES["momentum"], momentum=MOMENTUM),
+    "adam": optax.adam(RATES["adam"]),
+}
+# Of `unrolled`, and of `leave_one_out` on networks.
+RETRAIN = {"tx": optax.sgd(RATES["retrain"]), "steps": 10}
+DAMPINGS = {"implicit": L2, "implicit .1": 0.1}  # of the implicit truths
+GREEDY, HEAD_CG = Scoring("identity", ""), Scoring("cg(10, damping=0.1)")
+DIRECTIONS = {
+    "identity": GREEDY,
+    "adam": Scoring("adam", ""),
+    **{f"neumann {n}": Scoring(f"neumann({n}, damping=0.01)", "") for n in (1, 2, 4, 8)},
+    "cg .01": Scoring("cg(10, damping=0.01)", ""),
+    "cg .1": Scoring("cg(10, damping=0.1)", ""),
+    "head": Scoring("identity"),
+    "head cg .01": Scoring("cg(10, damping=0.01)"),
+    "head cg .1": HEAD_CG,
+    "finite difference": Scoring("identity", "", mode="finite_difference"),
+    "bf16": Scoring("identity", "", compute_dtype="bfloat16"),
+    "val 16": GREEDY,  # by so many validation samples
+    "head cg .1, val 16": HEAD_CG,
+}
+COURSE = ("identity", "adam", "neumann 8", "cg .01", "cg .1", "head", "head cg .01", "head cg .1",
+          "implicit")  # fmt: skip
+COURSE_TRUTHS = ("exact adam", "unrolled", "implicit .1", "leave one out")
+TRUTHS = {
+    "exact sgd": "one optimiser step, taken and measured: SGD",
+    "exact momentum": "the same, momentum, with the run's own buffer",
+    "exact adam": "the same, Adam, with the run's own moments",
+    "implicit": "-N dL_val/dy through the Gauss-Newton matrix of the training set plus L2, solved",
+    "implicit .1": "the same with damping .1 instead of L2",
+    "unrolled": "-dL_val/dy through 10 full-batch SGD steps",
+    "leave one out": "retraining without the sample: to the optimum (logistic), or 10 steps",
+}
 
 
-class Found:
-    """What was measured so far; filled in place, so that an interruption loses nothing."""
-
-    def __init__(self):
-        self.agreement = agreement.Found([], {})
-        self.memory = memory.Found({}, {})
-        self.end_to_end: end_to_end.Found = {}
-        self.failed: dict[str, str] = {}
+# --- the problems: small enough that what a sample does can be computed
 
 
-def length(options: argparse.Namespace) -> int:
-    """Runs of the parts asked for: the bar's length."""
-    followed, trained = memory.jobs(options.seeds, options.accuracy_seeds)
-    competitions = end_to_end.jobs(options.accuracy_seeds)
-    runs = {
-        "agreement": len(agreement.jobs(options.seeds)),
-        "memory": len(followed) + len(trained),
-        "end_to_end": len(competitions) * len(end_to_end.ARMS),
+class Problem(NamedTuple):
+    """A task and a network without state."""
+
+    about: str
+    config: Any  # module of the task's config
+    model: Model
+
+    def logits(self, params: Params, inputs: PyTree) -> jax.Array:
+        """f[B, K]."""
+        return self.model.logits(params, {}, inputs)
+
+    def pools(self, seed: int) -> Streams:
+        """Candidates (labels partly wrong) and val (trusted); the seed draws both."""
+        config = self.config.get_config()
+        config.seed = seed
+        if self.config is digits:
+            config.data.test = 1047  # leaves 600 to train on, and 150 to validate
+        return task.make_data(config).pools
+
+
+def problem(about: str, config: Any, backbone: nn.Module, classes: int) -> Problem:
+    """A classifier on the backbone."""
+    return Problem(about, config, models.from_linen(models.Classifier(backbone, classes)))
+
+
+PROBLEMS = {
+    CONVEX: problem(
+        "softmax regression on WDBC (30 columns, 2 classes), 30 % of 309 labels wrong",
+        wdbc, models.MLP(()), 2,
+    ),
+    "mlp": problem("MLP of widths (16, 16) on the same table", wdbc, models.MLP((16, 16)), 2),
+    "cnn": problem(
+        "SmallCNN of widths (8, 16) on digits (8x8, 10 classes), 40 % of 600 labels wrong",
+        digits, models.SmallCNN((8, 16)), 10,
+    ),
+}  # fmt: skip
+
+
+def rows_of(batch: Batch, rows) -> Batch:
+    """These rows of a batch."""
+    return jax.tree.map(lambda x: x[rows], batch)
+
+
+def drawn(what: str, pool: Batch, size: int, *seed: int) -> np.ndarray:
+    """So many rows i[size] of a pool."""
+    return generator(f"fidelity: {what}", *seed).choice(len(pool.labels), size, replace=False)
+
+
+def double(tree: PyTree) -> PyTree:
+    """Floating-point leaves in double precision; inside `jax.enable_x64`."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+@functools.cache
+def train_step(name: str, optimiser: str) -> Callable:
+    """(params, opt_state, pool, rows i[B]) -> (params, opt_state), compiled once for all seeds."""
+
+    @jax.jit
+    def step(params, opt_state, pool, rows):
+        batch = rows_of(pool, rows)
+        loss = truths.training_loss(PROBLEMS[name].logits, batch.inputs, l2=L2)
+        grads = jax.grad(loss)(params, (None, batch.labels))
+        updates, opt_state = TX[optimiser].update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def history(name: str, pool: Batch, optimiser: str, seed: int) -> list[tuple[Params, PyTree]]:
+    """(params, opt_state) before each step of plain training on prior labels, and at the end."""
+    step, pool = train_step(name, optimiser), jax.device_put(pool)
+    stream = data.IndexStream(data.sizes(Streams(pool)), batch_size=BATCH, seed=seed)
+    params, _ = jax.jit(PROBLEMS[name].model.init)(jax.random.key(seed), pool.inputs[:1])
+    states = [(params, TX[optimiser].init(params))]
+    for _ in range(max(MOMENTS)):
+        states.append(step(*states[-1], pool, next(stream).candidates))
+    return states
+
+
+# --- comparisons
+
+
+@functools.cache
+def compiled(name: str) -> dict[str, Callable]:
+    """What compiles of a problem, once for all its seeds: truths, and "scores" of a direction."""
+    logits = PROBLEMS[name].logits
+
+    @partial(jax.jit, static_argnames="scoring")
+    def scores(scoring, params, opt_state, batch, val):
+        state = TrainState(jnp.zeros((), jnp.int32), params, {}, opt_state, jax.random.key(0))
+        return scoring.prepare(state, logits, Streams(batch, val))(None, 0)[0].scores
+
+    functions = {
+        f"exact {o}": partial(truths.exact_change, logits, tx=tx, l2=L2) for o, tx in TX.items()
     }
-    return sum(runs[part] for part in options.part)
+    for truth, damping in DAMPINGS.items():
+        functions[truth] = partial(truths.implicit, logits, damping=damping)
+    functions["unrolled"] = partial(truths.unrolled, logits, l2=L2, **RETRAIN)
+    return {truth: jax.jit(function) for truth, function in functions.items()} | {"scores": scores}
 
 
-def measure(options: argparse.Namespace, found: Found, bar: tqdm.tqdm) -> None:
-    """Runs the parts; one that fails leaves its reason and stops no other."""
-    seeds, accuracy_seeds = options.seeds, options.accuracy_seeds
-    parts = {
-        "agreement": lambda: agreement.measure(found.agreement, seeds=seeds, bar=bar),
-        "memory": lambda: memory.measure(
-            found.memory, seeds=seeds, accuracy_seeds=accuracy_seeds, bar=bar
-        ),
-        "end_to_end": lambda: end_to_end.measure(
-            found.end_to_end, seeds=accuracy_seeds, rounds=options.rounds, bar=bar
-        ),
-    }
-    for part in options.part:
+def compare(scores: np.ndarray, truth: np.ndarray, prior: np.ndarray) -> dict[str, float]:
+    """All measures; those of all labels only where the truth has all, [B, K]."""
+    useful = truth if truth.ndim == 1 else truths.utility(truth, prior)
+    of_prior = truths.agreement(truths.utility(scores, prior), useful)
+    measures = {"utility_rank": of_prior["rank"], "utility_sign": of_prior["sign"]}
+    return measures | (truths.agreement(scores, truth) if truth.ndim == 2 else {})
+
+
+class Comparison(NamedTuple):
+    """One direction against one truth, at one moment of a run."""
+
+    problem: str
+    moment: int | str
+    truth: str
+    direction: str
+    measures: dict[str, float]
+
+
+@dataclasses.dataclass
+class Run:
+    """Plain training, stopped at moments to compare every direction with every truth."""
+
+    problem: str
+    seed: int
+    optimiser: str
+    comparisons: list[Comparison] = dataclasses.field(default_factory=list)
+    residuals: list[float] = dataclasses.field(default_factory=list)  # of the implicit truths
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    length = 1  # on the progress bar
+
+    def measure(self, bar: tqdm.tqdm) -> None:
+        """Compares; a run that fails leaves its reason and stops no other."""
+        bar.set_description(title := f"{self.problem}, {self.optimiser}, seed {self.seed}")
         try:
-            parts[part]()
-        except Exception as error:  # the other parts' numbers are kept
-            found.failed[part] = f"{type(error).__name__}: {error}"
+            self.compare()
+        except Exception as error:
+            self.failed[title] = timing.reason(error)
+        bar.update()
+
+    def compare(self) -> None:
+        """Every direction with every truth."""
+        pools = PROBLEMS[self.problem].pools(self.seed)
+        states = history(self.problem, pools.candidates, self.optimiser, self.seed)
+        rows = drawn("rows", pools.candidates, BATCH, self.seed)
+        batch = rows_of(pools.candidates, rows)
+        moments = {moment: states[moment] for moment in MOMENTS}
+        with enable_x64(True):
+            train, val = map(double, (pools.candidates, pools.val))
+            if self.optimiser == "adam" and self.problem == CONVEX:
+                moments[OPTIMUM] = self.optimum(double(states[-1][0]), train), states[0][1]
+        for moment, (params, opt_state) in moments.items():
+            with enable_x64(True):
+                now = double(params), double(opt_state)
+                by_truth = self.true_scores(moment, *now, train, val, rows)
+            read = {truth: by_truth[truth] for truth in DAMPINGS if truth in by_truth}
+            params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+            small = drawn("val", pools.val, VAL, self.seed, 0 if moment == OPTIMUM else moment)
+            few = rows_of(pools.val, small)
+            for direction, scoring in DIRECTIONS.items():
+                if direction != "adam" or (self.optimiser == "adam" and moment not in (0, OPTIMUM)):
+                    seen = few if direction.endswith("val 16") else pools.val
+                    scores = compiled(self.problem)["scores"]
+                    read[direction] = scores(scoring, params, opt_state, batch, seen)
+            self.add(moment, read, by_truth, batch.labels)
+
+    def add(self, moment, read: dict, by_truth: dict, prior: np.ndarray) -> None:
+        """Scores beside every truth; a truth itself may be among the scores."""
+        for direction, truth in itertools.product(read, by_truth):
+            if direction != truth:
+                measures = compare(np.asarray(read[direction]), by_truth[truth], prior)
+                at = self.problem, moment, truth, direction
+                self.comparisons.append(Comparison(*at, measures))
+
+    def loss(self, train: Batch) -> truths.TrainingLoss:
+        """Of the whole training set."""
+        return truths.training_loss(PROBLEMS[self.problem].logits, train.inputs, l2=L2)
+
+    def optimum(self, params: Params, train: Batch) -> Params:
+        """Where the convex problem's training loss is least."""
+        retrain = truths.to_optimum(self.loss(train), params)
+        return retrain(jnp.ones(len(train.labels)), train.labels)
+
+    def true_scores(
+        self, moment: int | str, params: Params, opt_state: PyTree, train: Batch, val: Batch, rows
+    ) -> dict[str, np.ndarray]:
+        """Truth -> f[B, K], or f[B]; those that no optimiser is part of, in Adam's run alone."""
+        call, batch, found = compiled(self.problem), rows_of(train, rows), {}
+        if moment != OPTIMUM:
+            exact = f"exact {self.optimiser}"
+            found[exact] = call[exact](params, opt_state, batch, val)
+        if self.optimiser == "adam":
+            for truth in DAMPINGS:
+                found[truth], residual = call[truth](params, train.inputs, batch.inputs, val)
+                self.residuals.append(float(residual))
+            found["unrolled"] = call["unrolled"](params, train, val, rows)
+            if self.problem == CONVEX:
+                retrain = truths.to_optimum(self.loss(train), params)
+            else:
+                retrain = truths.some_steps(self.loss(train), params, **RETRAIN)
+            val_loss = jax.jit(truths.validation_loss(PROBLEMS[self.problem].logits, val))
+            found["leave one out"] = truths.leave_one_out(retrain, val_loss, train.labels, rows)
+        return jax.tree.map(np.asarray, found)
 
 
-def report(options: argparse.Namespace, found: Found) -> dict:
-    """The JSON."""
-    made = {
-        "agreement": agreement.summary(found.agreement),
-        "memory": memory.summary(found.memory),
-        "end_to_end": end_to_end.summary(found.end_to_end),
+# --- the report
+
+
+def mean_sd(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean and sample standard deviation to four digits, and n, how many values count.
+
+    Values that are not finite are left out; no mean of none, no deviation of fewer than two.
+    """
+    finite = [value for value in values if np.isfinite(value)]
+    mean = round(float(np.mean(finite)), 4) if finite else None
+    sd = round(float(np.std(finite, ddof=1)), 4) if len(finite) > 1 else None
+    return {"mean": mean, "sd": sd, "n": len(finite)}
+
+
+def shared_moments(comparisons: list[Comparison]) -> dict[str, list[int | str]]:
+    """problem -> the moments at which each of its directions was read, whatever the truth."""
+    read = {}
+    for c in comparisons:
+        read.setdefault(c.problem, {}).setdefault(c.direction, set()).add(c.moment)
+    return {
+        name: [m for m in (*MOMENTS, OPTIMUM) if all(m in at for at in by_direction.values())]
+        for name, by_direction in read.items()
     }
-    return {part: made[part] for part in options.part} | {
-        "problems": problems.SETTINGS,
-        "seeds": {"agreement": options.seeds, "accuracy": options.accuracy_seeds},
-        "failed": found.failed,
-        "machine": timing.machine(PACKAGES) | {"rounds": options.rounds},
+
+
+def summary(comparisons: list[Comparison]) -> dict:
+    """problem -> truth -> direction -> measure -> mean and sd over seeds and shared moments."""
+    over_all, by_moment, shared = {}, {}, shared_moments(comparisons)
+    for c in comparisons:
+        for measure, value in c.measures.items():
+            key = c.problem, c.truth, c.direction, measure
+            if c.moment in shared[c.problem]:
+                over_all.setdefault(key, []).append(value)
+            if measure in ("rank", "utility_rank"):
+                by_moment.setdefault((*key, str(c.moment)), []).append(value)
+    return {
+        "over_all": reporting.nested({key: mean_sd(v) for key, v in over_all.items()}),
+        "over_all_moments": shared,
+        "by_moment": reporting.nested({key: mean_sd(v)["mean"] for key, v in by_moment.items()}),
     }
 
 
-def show(value: float | None, width: int = 8, digits: int = 2) -> str:
-    """So many digits, or "-"."""
-    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+def ranks(by_truth: dict) -> dict[str, dict[str, float | None]]:
+    """direction -> truth -> mean rank correlation, of prior labels where a truth has no other."""
+    table = {}
+    for truth, by_direction in by_truth.items():
+        for direction, measures in by_direction.items():
+            measure = measures.get("rank", measures["utility_rank"])
+            table.setdefault(direction, {})[truth] = measure["mean"]
+    return table
 
 
-def mean_and_sd(found: dict) -> str:
-    """Of seeds, and how many of them count."""
-    return f"{show(found['mean'], 7, 4)} ± {show(found['sd'], 6, 4)} (n = {found['n']})"
+class Fidelity(reporting.Benchmark):
+    """The benchmark: every problem, seed and optimiser."""
 
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn")
+    rounds = None
 
-def agreement_table(made: dict) -> list[str]:
-    """Spearman's correlation of each direction with each truth."""
-    lines = [
-        "rank correlation with each truth (leave one out: of prior labels), mean over seeds and",
-        "over the moments that all rows of a table have, named with its problem",
-    ]
-    for problem, by_truth in made["over_all"].items():
-        names = list(by_truth)
-        moments = ", ".join(map(str, made["over_all_moments"][problem]))
-        lines += [
-            "",
-            f"{f'{problem} ({moments})':32}"
-            + "".join(f"{name.replace('exact ', ''):>14}" for name in names),
-        ]
-        for direction in dict.fromkeys(d for found in by_truth.values() for d in found):
-            cells = [figures.rank(by_truth[name].get(direction, {})) for name in names]
-            lines.append(f"  {direction:30}" + "".join(show(cell, 16) for cell in cells))
-    return lines
+    @staticmethod
+    def add_options(parser):
+        """--seeds."""
+        parser.add_argument("--seeds", type=int, default=3)
 
-
-def memory_table(made: dict) -> list[str]:
-    """Area under the ROC curve after the last visits, and test accuracy."""
-    kinds = list(memory.KINDS)
-    lines = ["right labels told from wrong by remembered scores: AUC after the last visit"]
-    lines += [f"{'':44}" + "".join(f"{kind:>10}" for kind in kinds)]
-    for problem, settings in made["fidelity"].items():
-        for setting, directions in settings.items():
-            for direction, found in directions.items():
-                last = [list(found[kind]["auc"].values())[-1]["mean"] for kind in kinds]
-                name = f"{problem}, {setting}, {direction}"
-                lines.append(f"  {name:42}" + "".join(show(value, 10) for value in last))
-    lines += ["", "test accuracy, mean and sd over seeds"]
-    for setting, arms in made["accuracy"].items():
-        lines += [f"  {setting:20} {arm:22} {mean_and_sd(a)}" for arm, a in arms.items()]
-    return lines
-
-
-def end_to_end_table(made: dict) -> list[str]:
-    """Test accuracy at equal wall time."""
-    lines = ["test accuracy at equal wall time: last parameters, those of least validation loss"]
-    for problem, arms in made["accuracy"].items():
-        for arm, found in arms.items():
-            cells = [mean_and_sd(found[at]) for at in ("last", "best")]
-            count = sum(found["by_seed"]["steps"]) / len(found["by_seed"]["steps"])
-            lines.append(f"  {problem:6}{arm:30}{cells[0]:>26}{cells[1]:>26}{count:>10,.0f} steps")
-    rules = {name: rule for name, rule in made["settings"].items() if name.startswith("saflex")}
-    for name, rule in rules.items():
-        lines.append(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in rule.items()))
-    return lines
-
-
-def table(made: dict) -> str:
-    """The report for people."""
-    makers = {"agreement": agreement_table, "memory": memory_table, "end_to_end": end_to_end_table}
-    machine = made["machine"]
-    lines = [f"{machine['cpu']}, {machine['cores']} cores; {machine['date']}"]
-    for part in PARTS:
-        if part in made:
-            lines += ["", f"== {part}", *makers[part](made[part])]
-    return "\n".join(lines + [f"failed: {part}: {why}" for part, why in made["failed"].items()])
-
-
-def parts(text: str) -> list[str]:
-    """The parts named in "agreement,memory"."""
-    names = text.split(",")
-    for name in names:
-        checks.choice(PARTS, part=name)
-    return names
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measures, prints, and returns the exit status: 0, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--figure", type=pathlib.Path, help="FILE.png, and beside it FILE_*.png")
-    parser.add_argument("--seeds", type=int, default=3, help="of agreement and memory")
-    parser.add_argument("--accuracy-seeds", type=int, default=5, help="where accuracy is reported")
-    parser.add_argument("--part", type=str, default=",".join(PARTS))
-    found = Found()
-
-    def start(options):
+    def __init__(self, options):
         checks.whole(1, seeds=options.seeds)
-        checks.whole(1, accuracy_seeds=options.accuracy_seeds)
-        options.part = parts(options.part)
-        return length(options), lambda bar: measure(options, found, bar)
+        self.seeds = options.seeds
+        self.series = [Run(*at) for at in itertools.product(PROBLEMS, range(self.seeds), TX)]
 
-    def finish(options):
-        made = report(options, found)
-        if options.figure is not None:
-            figures.draw(made, options.figure)
-        return made
+    def report(self):
+        """Agreement, and what was agreed on."""
+        settings = {
+            "moments": MOMENTS, "batch": BATCH, "l2": L2, "truths": TRUTHS,
+            "learning_rates": RATES, "momentum": MOMENTUM,
+            "retrain": f"SGD, {RETRAIN['steps']} steps",
+        }  # fmt: skip
+        residuals = {name: [] for name in PROBLEMS}
+        for run in self.series:
+            residuals[run.problem] += run.residuals
+        agreement = summary([c for run in self.series for c in run.comparisons])
+        return {
+            "agreement": agreement
+            | {"implicit_residual_max": {name: max(r) for name, r in residuals.items() if r}}
+            | {"settings": settings},
+            "problems": {name: problem.about for name, problem in PROBLEMS.items()},
+            "seeds": {"agreement": self.seeds},
+            "failed": {key: why for run in self.series for key, why in run.failed.items()},
+        }
 
-    return timing.command(parser, argv, start=start, report=finish, table=table)
+    @staticmethod
+    def table(report):
+        """Spearman's correlation of each direction with each truth."""
+        yield "rank correlation with each truth (leave one out: of prior labels), mean over seeds"
+        for name, by_truth in report["agreement"]["over_all"].items():
+            moments = ", ".join(map(str, report["agreement"]["over_all_moments"][name]))
+            yield f"\n{name}, mean over the steps that all rows have: {moments}"
+            yield from reporting.columns(ranks(by_truth))
+        yield from reporting.tables({"failed": report["failed"]})
 
+    @staticmethod
+    def draw(report, file):
+        """Every direction beside every truth, and some over the course of training."""
+        agreement = report["agreement"]
+        draw_all(agreement).savefig(file, dpi=110)
+        draw_course(agreement).savefig(file.with_stem(file.stem + "_course"), dpi=110)
+
+
+def draw_all(agreement: dict):
+    """Rank correlation of every direction with every truth, one panel a problem."""
+    problems = agreement["over_all"]
+    figure, axes = reporting.panels(len(problems), size=(4.6 * len(problems) + 1.6, 9))
+    for axis, (name, by_truth) in zip(axes[0], problems.items()):
+        rows, truths_there = ranks(by_truth), [t for t in TRUTHS if t in by_truth]
+        values = np.array([[row.get(t) for t in truths_there] for row in rows.values()], float)
+        axis.imshow(values, cmap="RdYlBu", vmin=-1, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+        axis.set_title(f"{name}: Spearman's correlation")
+        axis.set_xticks(range(len(truths_there)), truths_there, rotation=45, ha="right", fontsize=9)
+        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    return figure
+
+
+def draw_course(agreement: dict):
+    """Rank correlation over the course of training."""
+    problems, columns = agreement["by_moment"], len(COURSE_TRUTHS)
+    size = (3.2 * columns, 2.7 * len(problems) + 0.6)
+    figure, axes = reporting.panels(columns, rows=len(problems), size=size, sharey=True)
+    for line, (name, by_truth) in zip(axes, problems.items()):
+        for axis, truth in zip(line, COURSE_TRUTHS):
+            for direction in (d for d in COURSE if d in by_truth.get(truth, {})):
+                course = by_truth[truth][direction]
+                course = course.get("rank", course.get("utility_rank"))
+                axis.plot(list(course), list(course.values()), "o-", ms=4, label=direction)
+            axis.set(title=f"{name}: {truth}", xlabel="step of training", ylim=(-0.6, 1.05))
+            axis.axhline(0, color="k", lw=0.5)
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+main = partial(reporting.command, Fidelity)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,51 +1,39 @@
-"""Interleaved timing of jobs in one process, the machine it was done on, and the command."""
+"""Interleaved timing of jobs in one process, what they train on, and the machine."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
-from saflex_jax import checks
+from saflex_jax.types import Batch, PyTree
 
 Job = Callable[[], object]  # returns when its work is done: asynchronous libraries block inside
+Setup = Callable[[], Job]  # neither it nor the job's first calls are timed
 
 
-class Run(NamedTuple):
-    """What was measured so far; filled in place, so that an interruption loses nothing.
-
-    Attributes:
-      seconds: name -> seconds a call, one number a round.
-      failed: name -> why it has no numbers.
-    """
-
-    seconds: dict[str, list[float]]
-    failed: dict[str, str]
+def median(values: Iterable[float]) -> float | None:
+    """None of no values."""
+    values = list(values)
+    return float(np.median(values)) if values else None
 
 
-def keep_memory() -> bool:
-    """Lets malloc keep what is freed, where it is glibc's; whether it does from now on.
-
-    By default it maps buffers above 32 MiB anew for every call, and the kernel fills them with
-    zeros: a step whose buffers are a little larger than another's then takes half as long again.
-    """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+def spread(values: Iterable[float]) -> float | None:
+    """The interquartile range; None of no values."""
+    values = list(values)
+    return float(np.subtract(*np.percentile(values, (75, 25)))) if values else None
 
 
 def seconds_a_call(job: Job, calls: int = 1) -> float:
@@ -65,112 +53,127 @@ def calls_in(job: Job, seconds: float) -> int:
     return calls
 
 
-def fastest(*jobs: Job) -> Job:
-    """The job whose next call takes least; each was called before."""
-    return min(jobs, key=seconds_a_call)
+def reason(error: Exception) -> str:
+    """One line of it."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def interleaved(
-    setups: dict[str, Callable[[], Job]],
-    into: Run,
-    *,
-    rounds: int,
-    seconds: float,
-    bar: tqdm.tqdm,
-) -> None:
-    """Times every job in turn, A B C, C B A, ..., so that a slow moment of the machine hits all.
+@dataclasses.dataclass
+class Series:
+    """Jobs that are timed in turn, A B C, C B A, ..., so that a slow moment hits all.
 
-    A job is called once before it is timed: the threads of the one before may still spin. There and
-    back, so that what the one before leaves behind is not always the same job's.
-
-    Args:
-      setups: name -> function that makes the job; it and the job's first calls are not timed.
-      into: receives the times, and the reason of a job that failed.
-      rounds: times that each job comes up.
-      seconds: length of one job's part of a round; a slower job is called once.
-      bar: advances by `rounds + 1` for every job.
+    There and back, so that what the one before leaves behind is not always the same job's.
     """
-    jobs, calls = {}, {}
 
-    def attempt(name, work):
-        if name not in into.failed:
-            bar.set_postfix_str(name)
-            try:
-                work(name)
-            except Exception as error:  # whatever a peer raises is its result
-                into.failed[name] = f"{type(error).__name__}: {error}"
-        bar.update()
+    title: str
+    names: Sequence[str]  # of the jobs
+    setups: Callable[[], Mapping[str, Setup]]  # called when the series' turn comes
+    rounds: int  # times that each job comes up
+    seconds: float  # length of one job's part of a round; a slower job is called once
+    # Filled in place, so that an interruption loses nothing: seconds a call, one number a round,
+    # and why a job has no numbers.
+    measured: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def warm_up(name):
-        jobs[name] = setups[name]()
-        jobs[name]()
-        calls[name] = calls_in(jobs[name], seconds)
+    @property
+    def length(self) -> int:
+        """By how much `measure` advances the bar."""
+        return len(self.names) * (self.rounds + 1)
 
-    def measure(name):
-        times = into.seconds.setdefault(name, [])
-        jobs[name]()
-        times.append(seconds_a_call(jobs[name], calls[name]))
+    def measure(self, bar: tqdm.tqdm) -> None:
+        """Times all jobs; one that fails stops no other."""
+        bar.set_description(self.title)
+        setups, jobs, calls = self.setups(), {}, {}
 
-    for name in setups:
-        attempt(name, warm_up)
-    for number in range(rounds):
-        for name in reversed(setups) if number % 2 else setups:
-            attempt(name, measure)
+        def attempt(name, work):
+            if name not in self.failed:
+                bar.set_postfix_str(name)
+                try:
+                    work(name)
+                except Exception as error:  # whatever a peer raises is its result
+                    self.failed[name] = reason(error)
+            bar.update()
+
+        def warm_up(name):
+            jobs[name] = setups[name]()
+            jobs[name]()
+            calls[name] = calls_in(jobs[name], self.seconds)
+
+        def time_it(name):
+            jobs[name]()  # the threads of the job before may still spin
+            times = self.measured.setdefault(name, [])
+            times.append(seconds_a_call(jobs[name], calls[name]))
+
+        for name in self.names:
+            attempt(name, warm_up)
+        for number in range(self.rounds):
+            for name in reversed(self.names) if number % 2 else self.names:
+                attempt(name, time_it)
+
+    def times(self, name: str) -> list[float]:
+        """Seconds a call, a number a round; none of a job that failed."""
+        return [] if name in self.failed else self.measured.get(name, [])
+
+    def ratios(self, name: str, base: str) -> list[float]:
+        """To another job, round by round: a slow moment of the machine is in both of a pair."""
+        return [a / b for a, b in zip(self.times(name), self.times(base))]
+
+    def why_null(self) -> dict[str, str]:
+        """name -> why it has no times, for those that have none."""
+        missing = (name for name in self.names if not self.times(name))
+        unknown = dict.fromkeys(missing, "interrupted before it was measured")
+        return unknown | self.failed
 
 
-def command(
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None,
+# --- what is timed
+
+
+def labelled(inputs: np.ndarray, num_classes: int = 10, *, seed: int = 0) -> Batch:
+    """Samples with labels drawn at random."""
+    size = len(inputs)
+    labels = np.random.default_rng(seed).integers(num_classes, size=size)
+    onehot = np.eye(num_classes, dtype=np.float32)[labels]
+    return Batch(inputs, onehot, np.ones(size, bool), np.arange(size, dtype=np.int32))
+
+
+def steps_of(
+    step: Callable[[PyTree, Any], tuple[PyTree, dict]],
+    state: PyTree,
+    batches: Iterator[Any],
     *,
-    start: Callable[[argparse.Namespace], tuple[int, Callable[[tqdm.tqdm], None]]],
-    report: Callable[[argparse.Namespace], dict],
-    table: Callable[[dict], str],
-) -> int:
-    """Measures, prints a table or JSON, and gives the exit status: 0, or 130 after Ctrl-C.
+    steps: int = 1,
+) -> Job:
+    """So many training steps, dispatched one after the other, then waited for; gives the loss."""
 
-    Args:
-      parser: the benchmark's own options; --json, --out and --rounds are added.
-      argv: None = the process's.
-      start: options -> (length of the bar, what measures).
-      report: options -> the JSON, of whatever was measured.
-      table: the JSON for people.
+    def job():
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = step(state, next(batches))
+        jax.block_until_ready(state)
+        if not np.isfinite(loss := metrics["loss"][0]):
+            raise FloatingPointError("the loss is not finite")
+        return loss
+
+    return job
+
+
+# --- the machine
+
+
+def keep_memory() -> bool:
+    """Lets malloc keep what is freed, where it is glibc's; whether it does from now on.
+
+    By default it maps buffers above 32 MiB anew for every call, and the kernel fills them with
+    zeros: a step whose buffers are a little larger than another's then takes half as long again.
     """
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--out", type=pathlib.Path, help="write the JSON to this file as well")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args(argv)
-    checks.positive(rounds=options.rounds)
-    total, measure = start(options)
-    status = 0
-    # Whatever a library prints goes to stderr, beside the progress bar.
-    with contextlib.redirect_stdout(sys.stderr), tqdm.tqdm(total=total, leave=False) as bar:
-        try:
-            measure(bar)
-        except KeyboardInterrupt:
-            status = 130
-    if status:
-        print("interrupted; what was measured:", file=sys.stderr)
-    made = report(options)
-    text = json.dumps(made, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text if options.json else table(made))
-    return status
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def header(machine: dict) -> list[str]:
-    """The first lines of a table."""
-    return [
-        f"{machine['cpu']}, {machine['cores']} cores; device {machine['device']}; "
-        f"{machine['date']}; {machine['rounds']} rounds and their interquartile range",
-        ", ".join(f"{p} {v}" for p, v in machine["versions"].items() if v is not None),
-    ]
-
-
-def spread(values: Iterable[float]) -> float:
-    """The interquartile range."""
-    low, high = np.percentile(list(values), (25, 75))
-    return float(high - low)
+def threads() -> int:
+    """As many as JAX's CPU client starts: the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_model() -> str:
@@ -183,14 +186,12 @@ def cpu_model() -> str:
 
 def version(package: str) -> str | None:
     """The installed version; None when there is none."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def machine(packages: Iterable[str]) -> dict:
-    """Processor, cores, device, date and versions: the header of every table."""
+    """Processor, cores, device, date, and versions of the packages that are installed."""
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

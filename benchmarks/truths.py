@@ -7,6 +7,9 @@ nothing is centred; scales differ, and no measure sees them. Every truth shares
     L(theta; w, y) = 1/N sum_i w_i CE(f_theta(x_i), y_i) + l2/2 |theta|^2     (training)
     L_val(theta)   = mean_j CE(f_theta(x_j), y_j)                             (validation)
 
+and these arguments: logits_fn, (params, inputs) -> f[B, K]; params, where scores are taken; train
+of N rows, val of M rows, and a batch of B rows or their places i[B]; tx, an optimiser; l2.
+
 Meant for double precision (`jax.enable_x64`): most are differences of nearly equal losses.
 """
 
@@ -33,7 +36,7 @@ Retrain = Callable[[jax.Array, jax.Array], Params]
 
 
 def training_loss(logits_fn: LogitsFn, inputs: PyTree, *, l2: float = 0.0) -> TrainingLoss:
-    """L(theta; w, y) of these inputs; see the module."""
+    """L(theta; w, y) of these inputs."""
 
     def loss(params, meta):
         weights, labels = meta
@@ -51,39 +54,24 @@ def validation_loss(logits_fn: LogitsFn, val: Batch) -> Callable[[Params], jax.A
 
 
 def exact_change(
-    logits_fn: LogitsFn,
-    params: Params,
-    opt_state: PyTree,
-    batch: Batch,
-    val: Batch,
-    *,
-    tx: optax.GradientTransformation,
-    l2: float = 0.0,
-) -> jax.Array:
+    logits_fn: LogitsFn, params: Params, opt_state: PyTree, batch: Batch, val: Batch, *,
+    tx: optax.GradientTransformation, l2: float = 0.0,
+) -> jax.Array:  # fmt: skip
     """What one optimiser step on (x_i, k) does to the validation loss, taken and measured.
 
         T_ik = L_val(step with w_i = 0) - L_val(step with w_i = 1, y_i = k)
 
-    the other rows of the batch having weight one and their prior labels in both.
-
-    Args:
-      logits_fn: (params, inputs) -> f[B, K].
-      params, opt_state: of a run, so that momentum and moments are its own.
-      batch, val: of B and M rows.
-      tx: the run's optimiser.
-      l2: of the training loss.
-
-    Returns:
-      f[B, K], nats.
+    the other rows of the batch having weight one and their prior labels in both, and momentum and
+    moments being those of `opt_state`. f[B, K], nats.
     """
-    loss = training_loss(logits_fn, batch.inputs, l2=l2)
+    loss, val_loss = training_loss(logits_fn, batch.inputs, l2=l2), validation_loss(logits_fn, val)
     (size, classes), labels = batch.labels.shape, jnp.asarray(batch.labels)
     ones = jnp.ones(size)
 
     def after(weights, labels):
         grads = jax.grad(loss)(params, (weights, labels))
         updates, _ = tx.update(grads, opt_state, params)
-        return validation_loss(logits_fn, val)(optax.apply_updates(params, updates))
+        return val_loss(optax.apply_updates(params, updates))
 
     def with_label(pair):
         i, k = pair
@@ -97,14 +85,11 @@ def exact_change(
 def curvature_matrix(
     logits_fn: LogitsFn, params: Params, inputs: PyTree, *, damping: float = 0.0
 ) -> jax.Array:
-    """The damped Gauss-Newton matrix of the training loss, dense.
-
-    With l2 as damping and linear logits it is the Hessian.
+    """The damped Gauss-Newton matrix of the training loss, dense, in the order of `ravel_pytree`.
 
         H = 1/N sum_i J_i^T (diag p_i - p_i p_i^T) J_i + damping I ,   J_i = d logits_i / d theta
 
-    Returns:
-      f[P, P], P parameters in the order of `ravel_pytree`.
+    With l2 as damping and linear logits it is the Hessian.
     """
     flat, unravel = ravel_pytree(params)
 
@@ -119,31 +104,15 @@ def curvature_matrix(
 
 
 def implicit(
-    logits_fn: LogitsFn,
-    params: Params,
-    train_inputs: PyTree,
-    inputs: PyTree,
-    val: Batch,
-    *,
+    logits_fn: LogitsFn, params: Params, train_inputs: PyTree, inputs: PyTree, val: Batch, *,
     damping: float,
-) -> tuple[jax.Array, jax.Array]:
-    """The implicit-function hypergradient of soft labels, at these parameters.
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The implicit-function hypergradient of soft labels, and its system's relative residual.
 
         T_ik = -N dL_val / dy_ik = <H^-1 grad L_val, grad CE(f(x_i), k)>
 
     with `curvature_matrix` of the whole training set as H, solved by Cholesky. At the optimum of a
     model with linear logits, and with l2 as damping, it is the exact hypergradient.
-
-    Args:
-      logits_fn: (params, inputs) -> f[B, K].
-      params: where it is taken.
-      train_inputs: the training set's, N rows.
-      inputs: the rows whose labels are differentiated, B of them.
-      val: of M rows.
-      damping: > 0; that of an exact hypergradient is the training loss's l2.
-
-    Returns:
-      (f[B, K], f[] relative residual of the linear system).
 
     Source: Koh and Liang, "Understanding Black-box Predictions via Influence Functions", ICML 2017.
     """
@@ -159,31 +128,12 @@ def implicit(
 
 
 def unrolled(
-    logits_fn: LogitsFn,
-    params: Params,
-    train: Batch,
-    val: Batch,
-    rows: jax.Array,
-    *,
-    tx: optax.GradientTransformation,
-    steps: int,
-    l2: float = 0.0,
-) -> jax.Array:
-    """Soft labels differentiated through optimiser steps on the whole training set.
+    logits_fn: LogitsFn, params: Params, train: Batch, val: Batch, rows: jax.Array, *,
+    tx: optax.GradientTransformation, steps: int, l2: float = 0.0,
+) -> jax.Array:  # fmt: skip
+    """Soft labels differentiated through optimiser steps on the whole training set, f[B, K].
 
-        T_ik = -dL_val(theta_steps) / dy_ik ,   theta_0 = params
-
-    Args:
-      logits_fn: (params, inputs) -> f[B, K].
-      params: where the steps start.
-      train, val: of N and M rows.
-      rows: i[B], the training samples that are looked at.
-      tx: optimiser, from its initial state.
-      steps: how many.
-      l2: of the training loss.
-
-    Returns:
-      f[B, K].
+    T_ik = -dL_val(theta_steps) / dy_ik ,   theta_0 = params
     """
     loss = training_loss(logits_fn, train.inputs, l2=l2)
     weights = jnp.ones(len(train.labels))
@@ -206,10 +156,10 @@ def some_steps(
         return optax.apply_updates(params, updates), opt_state
 
     def retrain(*meta):
-        found = params, tx.init(params)
+        state = params, tx.init(params)
         for _ in range(steps):  # on a CPU convolutions are several times slower in compiled loops
-            found = step(*found, meta)
-        return found[0]
+            state = step(*state, meta)
+        return state[0]
 
     return retrain
 
@@ -239,42 +189,15 @@ def to_optimum(loss: TrainingLoss, params: Params, *, steps: int = 20) -> Retrai
 def leave_one_out(
     retrain: Retrain, val_loss: Callable[[Params], jax.Array], labels: jax.Array, rows: np.ndarray
 ) -> jax.Array:
-    """What retraining without sample i does to the validation loss.
+    """What retraining without sample i does to the validation loss, f[B], nats.
 
         T_i = L_val(theta(w_i = 0)) - L_val(theta(w = 1))
 
     the utility of its prior label, to be compared with <q_i, S_i>.
-
-    Args:
-      retrain: (weights, labels) -> params.
-      val_loss: params -> f[].
-      labels: f[N, K], the training set's.
-      rows: i[B], the samples left out, one at a time.
-
-    Returns:
-      f[B], nats.
     """
     ones = jnp.ones(len(labels))
     without = [val_loss(retrain(ones.at[i].set(0.0), labels)) for i in rows]
     return jnp.stack(without) - val_loss(retrain(ones, labels))
-
-
-def relabelling(
-    retrain: Retrain, val_loss: Callable[[Params], jax.Array], labels: jax.Array, rows: np.ndarray
-) -> jax.Array:
-    """What retraining with each label does, beside retraining without the sample.
-
-        T_ik = L_val(theta(w_i = 0)) - L_val(theta(w = 1, y_i = k))
-
-    Args as for `leave_one_out`.
-
-    Returns:
-      f[B, K], nats.
-    """
-    ones, onehot = jnp.ones(len(labels)), jnp.eye(labels.shape[1])
-    without = [val_loss(retrain(ones.at[i].set(0.0), labels)) for i in rows]
-    taken = [[val_loss(retrain(ones, labels.at[i].set(k))) for k in onehot] for i in rows]
-    return jnp.stack(without)[:, None] - jnp.array(taken)
 
 
 # --- measures: scores against a truth, neither's scale counts
@@ -290,14 +213,14 @@ def agreement(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
       best: share of samples whose largest entry is the same label (not for f[B]); 1/K by chance.
     """
     a, b = (np.asarray(x, np.float64) for x in (scores, truth))
-    found = {
+    measures = {
         "cosine": float(np.vdot(a, b) / np.sqrt(np.vdot(a, a) * np.vdot(b, b))),
         "sign": float(np.mean(np.sign(a) == np.sign(b))),
         "rank": float(stats.spearmanr(a.ravel(), b.ravel()).statistic),
     }
     if a.ndim == 2:
-        found["best"] = float(np.mean(a.argmax(1) == b.argmax(1)))
-    return found
+        measures["best"] = float(np.mean(a.argmax(1) == b.argmax(1)))
+    return measures
 
 
 def utility(scores: np.ndarray, prior: np.ndarray) -> np.ndarray:

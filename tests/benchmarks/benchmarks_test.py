@@ -1,5 +1,8 @@
+"""The shared command and timing, RandAugment's peers, the input paths."""
+
 import json
 import sys
+import types
 
 import jax
 import numpy as np
@@ -8,19 +11,17 @@ import tqdm
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks import augment_throughput, input_pipeline, timing
+from benchmarks import augment_throughput, input_pipeline, reporting, timing
 from saflex_jax import parallel
 from saflex_jax.augment import policies
 
-MISSING = ("albumentations", "kornia", "keras", "augmax")
+MISSING = ("albumentations", "kornia")
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """One image size, one small step, and none of the libraries that only the benchmarks need."""
+    """One image size, and none of the libraries that only the benchmarks need."""
     monkeypatch.setattr(augment_throughput, "BATCH_SIZES", {8: 16})
-    monkeypatch.setattr(augment_throughput, "STEP_BATCH_SIZES", (8,))
-    monkeypatch.setattr(augment_throughput, "STEP_PAIRS", 1)
     monkeypatch.setattr(augment_throughput, "SECONDS", 0.0)
     for name in (*MISSING, "torch"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -29,11 +30,10 @@ def tiny(monkeypatch):
 @pytest.mark.slow
 def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_path):
     file = tmp_path / "out.json"
-    arguments = ["--json", "--sizes", "8", "--rounds", "1", "--out", str(file)]
-    assert augment_throughput.main(arguments) == 0
+    assert augment_throughput.main(["--json", "--rounds", "1", "--out", str(file)]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made == json.loads(file.read_text())
-    rates, why = made["images_per_second"]["8"], made["why_null"]["images_per_second"]["8"]
+    rates, why = made["images_per_second"]["8"], made["why_null"]["8"]
     assert set(rates) == {"saflex_jax", "pillow", "copy", *MISSING}
     assert {name for name, rate in rates.items() if rate is None} == set(why) == set(MISSING)
     for name in MISSING:
@@ -44,11 +44,6 @@ def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_p
         assert made["ratios"]["8"][f"{above}/{below}"] == rates[above] / rates[below] > 0
     assert len(made["ratios"]["8"]) == len(MISSING) + 2
     assert set(made["spread"]["8"]) == set(made["peers"]) == set(rates)
-    assert set(made["operation_microseconds"]["8"]) == set(policies.STANDARD)
-    assert min(made["operation_microseconds"]["8"].values()) > 0
-    step = made["saflex_step"]["8"]
-    assert step["ratio"] == step["seconds"]["with"] / step["seconds"]["without"] > 0
-    assert made["why_null"]["saflex_step"] == {"8": {}}
     assert made["machine"]["cores"] >= 1
     assert made["machine"]["versions"]["jax"]
 
@@ -61,29 +56,38 @@ def test_ctrl_c_prints_what_was_measured(tiny, monkeypatch, capsys):
         if len(calls) == 3:  # two warm up; by then its predecessor has been timed
             raise KeyboardInterrupt
 
-    peers = {
-        "saflex_jax": (lambda images: lambda: None, "quick"),
-        "pillow": (lambda images: interrupting, "interrupted"),
-        "copy": (lambda images: lambda: None, "late"),
-    }
+    def nothing():
+        """Does nothing."""
+
+    def setup(job):
+        def of_images(images):
+            return job
+
+        of_images.__doc__ = "quick"
+        return of_images
+
+    peers = {"saflex_jax": nothing, "pillow": interrupting, "copy": nothing}
+    peers = {name: setup(job) for name, job in peers.items()}
     monkeypatch.setattr(augment_throughput, "PEERS", peers)
-    assert augment_throughput.main(["--sizes", "8", "--rounds", "1"]) == 130
+    assert augment_throughput.main(["--rounds", "1"]) == 130
     printed = capsys.readouterr()
-    rows = {row[0]: row[1] for line in printed.out.splitlines() if len(row := line.split()) == 4}
-    assert float(rows["saflex_jax"].replace(",", "")) > 0
-    assert float(rows["8"]) > 0  # the step comes first
-    assert rows["pillow"] == rows["copy"] == "null"
-    assert "null: images_per_second 8 copy: interrupted before it was measured" in printed.out
+    lines = printed.out.splitlines()
+    heads, cells = (next(x for x in lines[lines.index("images_per_second") :] if start in x)
+                    for start in ("copy", "8 "))  # fmt: skip
+    rates = dict(zip(heads.split(), cells.split()[1:]))
+    assert float(rates["saflex_jax"].replace(",", "")) > 0
+    assert rates["pillow"] == rates["copy"] == "null"
+    assert "why_null: 8: copy: interrupted before it was measured" in lines
     assert "interrupted" in printed.err
 
 
 def test_jobs_take_turns_and_one_that_fails_stops_no_other():
-    calls, run = [], timing.Run({}, {})
+    calls = []
 
     def failing():
         calls.append("b")
         if calls.count("b") > 2:
-            raise RuntimeError("no more")
+            raise RuntimeError("no more\nand more of it")
 
     setups = {
         "a": lambda: lambda: calls.append("a"),
@@ -91,18 +95,62 @@ def test_jobs_take_turns_and_one_that_fails_stops_no_other():
         "c": lambda: lambda: calls.append("c"),
         "d": lambda: 1 / 0,
     }
-    with tqdm.tqdm(total=16, disable=True) as bar:
-        timing.interleaved(setups, run, rounds=3, seconds=0.0, bar=bar)
+    series = timing.Series("letters", tuple(setups), lambda: setups, rounds=3, seconds=0.0)
+    with tqdm.tqdm(total=series.length, disable=True) as bar:
+        series.measure(bar)
     assert "".join(calls) == "aabbcc" + "aabcc" + "ccaa" + "aacc"
-    assert run.failed == {"b": "RuntimeError: no more", "d": "ZeroDivisionError: division by zero"}
-    assert {name: len(times) for name, times in run.seconds.items()} == {"a": 3, "b": 0, "c": 3}
+    reasons = {"b": "RuntimeError: no more", "d": "ZeroDivisionError: division by zero"}
+    assert series.failed == series.why_null() == reasons
+    measured = {name: len(series.times(name)) for name in setups}
+    assert measured == {"a": 3, "b": 0, "c": 3, "d": 0}
 
 
-@pytest.mark.parametrize("arguments", [["--sizes", "32,1000"], ["--sizes", "2"], ["--rounds", "0"]])
-def test_bad_arguments_are_refused_before_anything_runs(arguments):
-    name, given = arguments[0].strip("-"), arguments[1].split(",")[-1]
-    with pytest.raises(ValueError, match=f"{name} must .*given {given}"):
-        augment_throughput.main(arguments)
+def test_ratios_are_of_the_same_round_and_there_are_none_of_what_failed():
+    series = timing.Series("", ("a", "b", "c"), dict, 3, 0.0)
+    series.measured.update(a=[2.0, 4.0, 4.0], b=[4.0, 4.0], c=[1.0])
+    series.failed["c"] = "no"
+    assert series.ratios("b", "a") == [2.0, 1.0] and series.ratios("c", "a") == []
+    assert timing.median(series.ratios("b", "a")) == 1.5
+    assert timing.spread(series.ratios("b", "a")) == 0.5  # the interquartile range
+    assert timing.median([]) is timing.spread([]) is None
+
+
+def test_a_job_refuses_a_loss_that_is_not_finite():
+    def step(state, batch):
+        return state + batch, {"loss": (np.float32(np.nan), 1)}
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        timing.steps_of(step, 0, iter([1, 2]), steps=2)()
+
+
+def test_nested_numbers_are_tables_and_other_leaves_are_lines():
+    report = {
+        "speed": {"small": {"a": 12345.6, "b": None}, "large": {"a": 0.12345, "does": "a lot"}},
+        "deeper": {"x": {"small": {"a": 1}}},
+        "same": {"small": True},
+        "why": {"small": {"b": "missing"}},
+    }
+    assert list(reporting.tables(report)) == [
+        "\nspeed",
+        "               a      b",
+        "  small   12,346   null",
+        "  large   0.1235   null",
+        "\ndeeper: x",
+        "          a",
+        "  small   1",
+        "same: small: True",
+        "why: small: b: missing",
+    ]
+
+
+def test_nested_keys_make_a_tree():
+    flat = {("a", "b", "c"): 1, ("a", "b", "d"): 2, ("e",): 3}
+    assert reporting.nested(flat) == {"a": {"b": {"c": 1, "d": 2}}, "e": 3}
+
+
+def test_bad_rounds_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match=r"rounds must .*given 0"):
+        augment_throughput.main(["--rounds", "0"])
 
 
 # --- the input paths
@@ -125,12 +173,18 @@ def test_the_paths_report_holds_every_number(monkeypatch, capsys):
     for name in input_pipeline.PATHS:
         assert steps[name]["share_alone"] == speeds["demand"] / speeds[name]
         assert steps[name]["ratio"] > 0
-    assert len(input_pipeline.table(made).splitlines()) > 8
+    assert len(list(input_pipeline.InputPipeline.table(made))) > 8
 
 
-def test_every_path_gives_the_samples_of_its_source(tmp_path):
+@pytest.fixture
+def source(tmp_path):
+    """Pixels, and a runner that takes no step."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
-    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    return pixels, parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+
+
+def test_every_path_gives_the_samples_of_its_source(source, tmp_path):
+    pixels, runner = source
     files = input_pipeline.write_files(tmp_path, pixels)
     for name, make in input_pipeline.paths(pixels, files, 8, runner).items():
         _, batches = make()
@@ -147,20 +201,21 @@ def test_every_path_gives_the_samples_of_its_source(tmp_path):
         assert sorted(seen) == list(range(24)), name
 
 
-def test_the_report_is_the_arithmetic_of_the_times():
+def test_the_report_is_the_arithmetic_of_the_times(monkeypatch):
     steps = {"demand": [2.0, 4.0, 3.0]} | {name: [4.0, 4.0, 9.0] for name in input_pipeline.PATHS}
     alone = {name: [0.5, 0.25, 1.0] for name in input_pipeline.PATHS}
-    runs = {"8": {"alone": timing.Run(alone, {}), "steps": timing.Run(steps, {})}}
-    made = input_pipeline.report(runs, rounds=1)
+    monkeypatch.setattr(input_pipeline, "BATCH_SIZES", (8,))
+    benchmark = input_pipeline.InputPipeline(types.SimpleNamespace(rounds=1))
+    benchmark.alone["8"].measured, benchmark.steps["8"].measured = alone, steps
+    made = benchmark.report()
     assert made["samples_per_second"]["8"]["demand"] == 8 * input_pipeline.STEPS / 3
     for name in input_pipeline.PATHS:
         assert made["samples_per_second"]["8"][name] == 16
         assert made["step"]["8"][name]["ratio"] == 2
 
 
-def test_a_path_alone_gives_shuffled_samples_from_where_its_name_says(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
-    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+def test_a_path_alone_gives_shuffled_samples_from_where_its_name_says(source, tmp_path):
+    pixels, runner = source
     files = input_pipeline.write_files(tmp_path, 255 - pixels)
     for name, make in input_pipeline.paths(pixels, files, 8, runner).items():
         batch = input_pipeline.alone(pixels, make)().candidates
@@ -201,9 +256,19 @@ def expected(image, sign):
     smooth = image.astype(float)
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]])[..., None] / 13
     smooth[1:-1, 1:-1] = ndimage.convolve(smooth, kernel)[1:-1, 1:-1]
-    blend = lambda other: other + (1 + 0.27 * sign) * (image - other)
-    per_channel = lambda f: np.stack([f(image[..., c].astype(int)) for c in range(3)], -1)
-    same_x, same_y = (lambda x, y: x), (lambda x, y: y)
+
+    def blend(other):
+        return other + (1 + 0.27 * sign) * (image - other)
+
+    def per_channel(f):
+        return np.stack([f(image[..., c].astype(int)) for c in range(3)], -1)
+
+    def same_x(x, y):
+        return x
+
+    def same_y(x, y):
+        return y
+
     return {
         "identity": image,
         "autocontrast": per_channel(stretched),

@@ -2,7 +2,7 @@
 
 import functools
 import json
-import types
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,18 @@ import optax
 import pytest
 
 from benchmarks import fidelity, truths
-from benchmarks import fidelity_agreement as agreement
-from benchmarks import fidelity_end_to_end as end_to_end
-from benchmarks import fidelity_memory as memory
-from benchmarks import fidelity_problems as problems
+from saflex_jax._compat import enable_x64
+from saflex_jax.rules import Scoring
 from saflex_jax.types import Batch
 from tests.problems import softmax
 
+COMMITTED = pathlib.Path(__file__).parents[2] / "docs" / "fidelity.json"
 N, M, D, K, L2 = 12, 7, 3, 3, 0.1
 
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 
@@ -128,7 +127,10 @@ def test_the_curvature_of_a_network_is_its_gauss_newton_matrix(x64):
         return jnp.tanh(x @ params[:, :2]) @ params[:2]
 
     flat = PARAMS.ravel()
-    value = lambda flat: np.asarray(network(flat.reshape(D, K), TRAIN.inputs))
+
+    def value(flat):
+        return np.asarray(network(flat.reshape(D, K), TRAIN.inputs))
+
     e = 1e-6
     jac = np.stack(
         [(value(flat + e * d) - value(flat - e * d)) / (2 * e) for d in np.eye(D * K)], -1
@@ -181,7 +183,9 @@ def test_leave_one_out_of_a_quadratic_is_the_closed_form(x64):
         theta = np.linalg.solve(a.T @ a / N + L2 * np.eye(D), a.T @ b / N)
         return np.mean((val_x @ theta - val_targets) ** 2)
 
-    outer = lambda theta: jnp.mean((val_x @ theta - val_targets) ** 2)
+    def outer(theta):
+        return jnp.mean((val_x @ theta - val_targets) ** 2)
+
     retrain, rows = truths.to_optimum(loss, jnp.zeros(D), steps=2), np.array([2, 7, 11])
     found = truths.leave_one_out(retrain, outer, jnp.asarray(targets), rows)
     everyone = np.arange(N)
@@ -193,12 +197,16 @@ def test_retraining_is_compared_without_the_sample(x64):
     # Where "retraining" returns what it was given, and L_val is linear in that, all is exact.
     rng = np.random.default_rng(6)
     of_weight, of_label = rng.normal(size=N), rng.normal(size=(N, K))
-    outer = lambda meta: jnp.sum(of_weight * meta[0]) + jnp.sum(of_label * meta[1])
-    given = lambda *meta: meta, outer, jnp.asarray(TRAIN.labels), np.array([3, 0])
-    np.testing.assert_allclose(truths.leave_one_out(*given), -of_weight[[3, 0]])
-    moved = [[of_label[i, k] - TRAIN.labels[i] @ of_label[i] for k in range(K)] for i in (3, 0)]
-    expected = -of_weight[[3, 0], None] - moved
-    np.testing.assert_allclose(truths.relabelling(*given), expected, atol=1e-12)
+
+    def outer(meta):
+        return jnp.sum(of_weight * meta[0]) + jnp.sum(of_label * meta[1])
+
+    def given(*meta):
+        return meta
+
+    labels = jnp.asarray(TRAIN.labels)
+    found = truths.leave_one_out(given, outer, labels, np.array([3, 0]))
+    np.testing.assert_allclose(found, -of_weight[[3, 0]])
 
 
 # --- measures
@@ -223,24 +231,24 @@ def test_utility_is_of_the_prior_label():
     prior = np.array([[0.0, 1.0], [0.5, 0.5]], np.float32)
     np.testing.assert_array_equal(truths.utility([[5.0, 2.0], [1.0, 4.0]], prior), [2.0, 2.5])
     # Truths of prior labels alone are compared with the utility of scores.
-    found = agreement.compare(np.array([[5.0, 2], [1, 4]]), np.array([1.0, 2]), prior)
+    found = fidelity.compare(np.array([[5.0, 2], [1, 4]]), np.array([1.0, 2]), prior)
     assert found == pytest.approx({"utility_rank": 1.0, "utility_sign": 1.0})
 
 
 def test_mean_and_sd_leave_out_what_is_not_finite_and_say_how_many_count():
-    assert problems.mean_sd([1.0, np.nan, 4.0]) == {"mean": 2.5, "sd": 2.1213, "n": 2}
-    assert problems.mean_sd([1.0]) == {"mean": 1.0, "sd": None, "n": 1}
-    assert problems.mean_sd([np.inf]) == {"mean": None, "sd": None, "n": 0}
+    assert fidelity.mean_sd([1.0, np.nan, 4.0]) == {"mean": 2.5, "sd": 2.1213, "n": 2}
+    assert fidelity.mean_sd([1.0]) == {"mean": 1.0, "sd": None, "n": 1}
+    assert fidelity.mean_sd([np.inf]) == {"mean": None, "sd": None, "n": 0}
 
 
 def test_directions_are_averaged_over_the_moments_that_all_of_them_have():
     values = {"identity": {0: 9.0, 20: 1.0, 100: 2.0, "optimum": 9.0}, "stale 4": {20: 3, 100: 5}}
     comparisons = [
-        agreement.Comparison("logistic", 0, moment, "implicit", direction, {"rank": float(value)})
+        fidelity.Comparison("logistic", moment, "implicit", direction, {"rank": float(value)})
         for direction, by_moment in values.items()
         for moment, value in by_moment.items()
     ]
-    found = agreement.summary(agreement.Found(comparisons, {}))
+    found = fidelity.summary(comparisons)
     assert found["over_all_moments"] == {"logistic": [20, 100]}
     over_all = found["over_all"]["logistic"]["implicit"]
     assert {name: m["rank"]["mean"] for name, m in over_all.items()} == {
@@ -250,118 +258,106 @@ def test_directions_are_averaged_over_the_moments_that_all_of_them_have():
     assert complete == {"0": 9.0, "20": 1.0, "100": 2.0, "optimum": 9.0}
 
 
-def test_a_turn_that_took_too_long_is_made_up_for_and_copies_are_free(monkeypatch):
-    clock = [0.0]
-
-    class Slow:
-        steps = 0
-
-        def advance(self):
-            self.steps += 1
-
-        def wait(self):  # a burst takes .3 s, a turn .2 s
-            clock[0] += 0.3
-
-        def params(self):
-            clock[0] += 100.0
-
-    monkeypatch.setattr(end_to_end, "SECONDS", {"logistic": 1.0})
-    monkeypatch.setattr(end_to_end, "ARMS", ("a", "b"))
-    monkeypatch.setattr(end_to_end, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(end_to_end, "started", lambda *_: Slow())
-    monkeypatch.setattr(problems, "evaluate", lambda *_: (0.0, 0.0))
-    found = {}
-    end_to_end.compete("logistic", 0, found, rounds=5, bar=types.SimpleNamespace(update=int))
-    for (run,) in found.values():  # four bursts of .3 s, not five
-        assert run.steps == 4 * end_to_end.TOGETHER and run.seconds == pytest.approx(1.2)
-
-
 # --- the command
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """One small problem, moments, visits and seconds; compiled fast, not for speed."""
+    """One small problem, two moments, few directions; compiled fast, not for speed."""
     jax.config.update("jax_disable_most_optimizations", True)
-    all_directions = agreement.directions
-    few = ("identity", "adam", "memory of val 16", "random")
-    monkeypatch.setattr(
-        agreement, "directions", lambda problem: {k: all_directions(problem)[k] for k in few}
-    )
-    agreement.compiled.cache_clear()
-    monkeypatch.setattr(problems, "SETTINGS", {"logistic": "softmax regression"})
-    for module, values in {
-        agreement: {"MOMENTS": (0, 12), "BATCH": 4, "TX": {"adam": optax.adam(1e-2)}},
-        memory: {"NAMES": ("logistic",), "DIRECTIONS": {"identity": {}},
-                 "KINDS": {"none": (0.0, "float32"), ".9": (0.9, "float32")},
-                 "POOLS": {"pool": False}, "VISITS": (1, 2), "ROWS": 4,
-                 "ARMS": {"upstream": None}, "ACCURACY_SETTINGS": ("pool",), "STEPS": 2,
-                 "ACCURACY_ON": "logistic"},
-        end_to_end: {"SECONDS": {"logistic": 0.01}, "ARMS": ("upstream", "full bilevel")},
-    }.items():  # fmt: skip
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
+    few = ("identity", "adam", "val 16")
+    monkeypatch.setattr(fidelity, "DIRECTIONS", {d: fidelity.DIRECTIONS[d] for d in few})
+    for name, value in {
+        "PROBLEMS": {"logistic": fidelity.PROBLEMS["logistic"]},
+        "MOMENTS": (0, 12),
+        "BATCH": 4,
+        "TX": {"adam": optax.adam(1e-2)},
+    }.items():
+        monkeypatch.setattr(fidelity, name, value)
+    fidelity.compiled.cache_clear()
     yield
+    fidelity.compiled.cache_clear()
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_the_command_reports_the_parts_asked_for(tiny, capsys):
-    parts = ["memory", "end_to_end"]
-    arguments = ["--json", f"--part={','.join(parts)}", "--seeds=1", "--accuracy-seeds=1"]
-    assert fidelity.main([*arguments, "--rounds=1"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["failed"] == {} and [part for part in fidelity.PARTS if part in found] == parts
-    pool = found["memory"]["fidelity"]["logistic"]["pool"]["identity"]
-    assert set(pool) == set(memory.KINDS) and set(pool["none"]["auc"]) == {"1", "2"}
-    assert pool["none"]["auc"]["1"] == pool[".9"]["auc"]["1"]  # one visit: nothing to average
-    arms = found["end_to_end"]["accuracy"]["logistic"]
-    assert set(arms) == set(end_to_end.ARMS)
-    assert all(0 < arm["last"]["mean"] and arm["last"]["n"] == 1 for arm in arms.values())
-    assert arms["full bilevel"]["by_seed"]["steps"][0] > 0
-    shown = fidelity.table(found)
-    assert all(rule in shown for rule in ("full bilevel", "tolerance 0.25", "tolerance 0.0"))
+def test_directions_read_what_their_names_say(tiny, monkeypatch):
+    # Scores of one run, with truths that cost nothing in the place of the others.
+    def nothing(self, moment, params, *_):
+        return {"exact adam": np.ones((4, 2))}
+
+    monkeypatch.setattr(fidelity.Run, "true_scores", nothing)
+    monkeypatch.setattr(fidelity.Run, "optimum", lambda self, params, train: params)
+    read = {}
+    monkeypatch.setattr(
+        fidelity.Run, "add", lambda self, moment, scores, *_: read.update({moment: scores})
+    )
+    run = fidelity.Run("logistic", 0, "adam")
+    run.compare()
+    assert set(read) == {0, 12, "optimum"}
+    assert set(read[0]) == set(read["optimum"]) == {"identity", "val 16"}
+    assert set(read[12]) == {"identity", "adam", "val 16"}
+    now = read[12]
+    assert all(scores.shape == (4, 2) for scores in now.values())
+    assert not np.allclose(now["identity"], now["val 16"])
+    assert not np.allclose(now["identity"], now["adam"])
+
+
+def test_every_direction_is_a_scoring_and_each_truth_is_explained():
+    assert all(isinstance(scoring, Scoring) for scoring in fidelity.DIRECTIONS.values())
+    exact = {f"exact {optimiser}" for optimiser in fidelity.TX}
+    assert set(fidelity.TRUTHS) == exact | {*fidelity.DAMPINGS, "unrolled", "leave one out"}
 
 
 @pytest.mark.slow
-def test_the_command_reports_every_part_and_draws_it(tiny, capsys, tmp_path):
-    arguments = ["--json", "--seeds=1", "--accuracy-seeds=1", "--rounds=1"]
+def test_the_command_reports_and_draws(tiny, capsys, tmp_path):
     files = ["--out", str(tmp_path / "out.json"), "--figure", str(tmp_path / "figure.png")]
-    assert fidelity.main(arguments + files) == 0
+    assert fidelity.main(["--json", "--seeds=1", *files]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out.json").read_text())
     assert found["failed"] == {}
-    assert found["agreement"]["over_all_moments"] == {"logistic": [12]}  # no past at 0
+    assert found["agreement"]["over_all_moments"] == {"logistic": [12]}  # Adam has none at 0
     by_truth = found["agreement"]["over_all"]["logistic"]
-    expected = {"exact adam", "implicit", "implicit .1", "unrolled", "leave one out", "relabelling"}
-    assert set(by_truth) == expected
-    # The direction of the run's own optimiser sees its step; a random one does not.
-    by_direction = by_truth["exact adam"]
-    assert by_direction["adam"]["rank"]["mean"] > 0.95
-    assert abs(by_direction["random"]["rank"]["mean"]) < 0.9
+    assert set(by_truth) == {
+        "exact adam", "implicit", "implicit .1", "unrolled", "leave one out"
+    }  # fmt: skip
+    # The direction of the run's own optimiser sees its step.
+    assert by_truth["exact adam"]["adam"]["rank"]["mean"] > 0.95
     # Of two truths computed in two ways: at the optimum influence foretells retraining.
     course = found["agreement"]["by_moment"]["logistic"]["leave one out"]["implicit"]
     assert course["utility_rank"]["optimum"] > 0.9
     assert found["agreement"]["implicit_residual_max"]["logistic"] < 1e-8
     assert found["machine"]["versions"]["jax"]
-    made = {"figure.png", *(f"figure_{n}.png" for n in ("course", "memory", "end_to_end"))}
-    assert {file.name for file in tmp_path.glob("*.png")} == made
-    shown = fidelity.table(found)
-    assert "logistic (12)" in shown and "full bilevel" in shown
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn == {"figure.png", "figure_course.png"}
+    assert any("logistic" in line and "12" in line for line in fidelity.Fidelity.table(found))
 
 
-def test_ctrl_c_and_a_part_that_fails_keep_the_rest(monkeypatch, capsys):
-    def interrupted(into, **_):
-        raise KeyboardInterrupt
+def test_ctrl_c_and_a_run_that_fails_keep_the_rest(monkeypatch, capsys):
+    def compare(self):
+        if self.optimiser == "momentum":
+            raise KeyboardInterrupt
+        self.comparisons.append(
+            fidelity.Comparison(self.problem, 20, "implicit", "identity", {"rank": 0.5})
+        )
+        raise ZeroDivisionError("no")
 
-    monkeypatch.setattr(agreement, "measure", lambda into, **_: 1 / 0)
-    monkeypatch.setattr(memory, "measure", interrupted)
-    assert fidelity.main(["--json", "--part=agreement,memory,end_to_end"]) == 130
+    monkeypatch.setattr(fidelity.Run, "compare", compare)
+    assert fidelity.main(["--json", "--seeds=1"]) == 130
     found = json.loads(capsys.readouterr().out)
-    assert found["failed"] == {"agreement": "ZeroDivisionError: division by zero"}
-    assert found["memory"]["fidelity"] == {} and found["end_to_end"]["accuracy"] == {}
+    assert found["failed"] == {"logistic, sgd, seed 0": "ZeroDivisionError: no"}
+    mean = {"mean": 0.5, "sd": None, "n": 1}
+    agreement = found["agreement"]["over_all"]
+    assert agreement == {"logistic": {"implicit": {"identity": {"rank": mean}}}}
 
 
-@pytest.mark.parametrize("argument", ["--part=agreement,memories", "--seeds=0"])
-def test_bad_arguments_are_refused_before_anything_runs(argument):
-    with pytest.raises(ValueError, match=argument.strip("-").partition("=")[0]):
-        fidelity.main([argument])
+def test_bad_arguments_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="seeds"):
+        fidelity.main(["--seeds=0"])
+
+
+def test_the_committed_report_can_be_drawn_and_printed(tmp_path):
+    report = json.loads(COMMITTED.read_text())
+    fidelity.Fidelity.draw(report, tmp_path / "figure.png")
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    shown = list(fidelity.Fidelity.table(report))
+    assert sum("head cg .1" in line for line in shown) == 3  # a row a problem

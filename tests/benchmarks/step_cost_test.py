@@ -1,6 +1,7 @@
 """The counting rules against programs of known cost, and the report's arithmetic by hand."""
 
 import json
+import pathlib
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import step_cost
+from benchmarks import step_cost, timing
 from saflex_jax import models
 from saflex_jax.core.steps import init_state
 from saflex_jax.core.tree import identity, paths
@@ -20,18 +21,21 @@ PRODUCT = 2 * ROWS * WIDTH * WIDTH  # x @ w
 X, W = np.ones((ROWS, WIDTH), np.float32), np.ones((WIDTH, WIDTH), np.float32)
 TINY = step_cost.Model(partial(models.MLP, (8,)), (5,), ("Dense_0",), batch=8, classes=3)
 IMAGES = TINY._replace(backbone=partial(models.SmallCNN, (4, 8)), shape=(8, 8, 3))
+COMMITTED = pathlib.Path(__file__).parents[2] / "docs" / "step_cost.json"
 
 
 def counted(function, **options):
-    return step_cost.operations(jax.jit(function).lower(X, W).compile(), **options)
+    traced = jax.jit(function).trace(X, W)
+    return step_cost.operations(traced, traced.lower().compile(), **options)
+
+
+def repeat(trips, body, x):
+    return jax.lax.fori_loop(0, trips, lambda _, x: body(x), x)
 
 
 def test_a_loop_counts_as_often_as_it_runs():
-    repeat = lambda trips, body, x: jax.lax.fori_loop(0, trips, lambda _, x: body(x), x)
-
     def nested(x, w):
-        inner = lambda x: repeat(5, lambda x: x @ w, x)
-        return repeat(7, inner, x) @ w
+        return repeat(7, lambda x: repeat(5, lambda x: x @ w, x), x) @ w
 
     def until_small(x, w):
         return jax.lax.while_loop(lambda x: x[0, 0] > 1, lambda x: x @ w, x)
@@ -39,13 +43,48 @@ def test_a_loop_counts_as_often_as_it_runs():
     def in_rows(x, w):
         return jax.lax.map(lambda row: row @ w, x.reshape(4, -1, WIDTH))
 
+    def solved(x, w):  # a loop within a linear solve, whose other programs are for derivatives
+        return jax.scipy.sparse.linalg.cg(lambda v: v @ w, x, maxiter=9, tol=0.0)[0]
+
     slack = 0.01 * PRODUCT  # counters
     assert counted(lambda x, w: x @ w) == PRODUCT
     assert counted(nested) == pytest.approx(36 * PRODUCT, abs=36 * slack)
     assert counted(until_small, iterations=9) == pytest.approx(9 * PRODUCT, abs=9 * slack)
     assert counted(in_rows) == pytest.approx(PRODUCT, abs=slack)
+    vectors = 16 * 10 * ROWS * WIDTH  # sums and inner products
+    assert 0 <= counted(solved, iterations=9) - 10 * PRODUCT < vectors
     with pytest.raises(ValueError, match="iterations must be given"):
         counted(until_small)
+
+
+def test_a_loop_in_a_branch_is_refused():
+    def branch(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: repeat(3, lambda x: x @ w, x), lambda: x)
+
+    with pytest.raises(ValueError, match="in a branch"):
+        list(step_cost.loops(jax.make_jaxpr(branch)(X, W).jaxpr))
+    with pytest.raises(ValueError, match="no branch"):
+        counted(branch)
+
+
+@pytest.mark.parametrize("variant", ["plain", "saflex_full", "saflex_head_cg", "l2rw"])
+def test_counts_are_those_of_the_committed_report(variant):
+    assert_as_committed("mlp", variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mlp", "small_cnn"])
+@pytest.mark.parametrize("variant", json.loads(COMMITTED.read_text())["mlp"])
+def test_all_counts_are_those_of_the_committed_report(model, variant):
+    assert_as_committed(model, variant)
+
+
+def assert_as_committed(name, variant):
+    model, given = step_cost.MODELS[name], step_cost.VARIANTS[variant]
+    method, streams = step_cost.make_method(model, given), step_cost.data(model)
+    found = step_cost.compile_step(method, streams, given, fast=False).flops
+    committed = json.loads(COMMITTED.read_text())[name][variant]["flops"]
+    assert found == pytest.approx(committed, rel=0.002)
 
 
 def periodic(dear_on):
@@ -54,12 +93,12 @@ def periodic(dear_on):
     def step(state, streams, *, reduce):
         w = streams.candidates.inputs
         x = state.params @ w
-        dear = lambda x: x @ w @ w @ w
-        x = jax.lax.cond(dear_on(state.step), dear, lambda x: x, x)
+        x = jax.lax.cond(dear_on(state.step), lambda x: x @ w @ w @ w, lambda x: x, x)
         return state._replace(params=x, step=state.step + 1), {}
 
-    tx = optax.identity()
-    init = lambda key, inputs: init_state(key, jnp.asarray(X), {}, tx)
+    def init(key, inputs):
+        return init_state(key, jnp.asarray(X), {}, optax.identity())
+
     return Method(init, step, None)
 
 
@@ -69,16 +108,17 @@ def periodic(dear_on):
 )
 def test_a_branch_counts_as_often_as_it_is_taken(dear_on, products):
     method, streams = periodic(dear_on), Streams(Batch(W, None, None, None))
-    found = step_cost.compile_step(method, streams, step_cost.Variant("", period=4))
+    found = step_cost.compile_step(method, streams, step_cost.Variant(period=4))
     assert found.flops == pytest.approx(products * PRODUCT, rel=0.01)
     with pytest.raises(ValueError, match="no branch"):
-        step_cost.compile_step(method, streams, step_cost.Variant("", period=1))
+        step_cost.compile_step(method, streams, step_cost.Variant())
 
 
 def test_floors_are_the_sums_of_their_parts():
     # No head: forward 1/3, validation gradient 1/4, JVP 2/3, product with the curvature 4/3.
     expected = {
         "plain": 1,
+        "saflex": 13 / 12,
         "saflex_full": 23 / 12,
         "saflex_finite_difference": 19 / 12,
         "saflex_head": 13 / 12,
@@ -96,19 +136,19 @@ def test_floors_are_the_sums_of_their_parts():
         "adautomix": 4,
     }
     floors = {name: v.floor for name, v in step_cost.VARIANTS.items() if v.floor is not None}
-    assert {name: floor(0.0) for name, floor in floors.items()} == pytest.approx(expected)
-    # A head that is a tenth of the step: products of a thirtieth, the validation's of a quarter.
-    assert floors["saflex_head"](0.1) == pytest.approx(13 / 12 + 1.25 / 30)
-    assert floors["saflex_head_cg"](0.1) == pytest.approx(13 / 12 + (1.25 + 22) / 30)
-    assert floors["saflex_head_every4"](0.1) == pytest.approx(1 + (1 / 12 + 1 / 120) / 4 + 1 / 30)
+    assert {name: floor for name, (floor, _) in floors.items()} == pytest.approx(expected)
+    # A product with the head is a third of its training, the validation samples' a quarter of that.
+    of_head = {name: slope for name, (_, slope) in floors.items() if slope}
+    cg = dict.fromkeys(("saflex", "saflex_head_cg", "saflex_head_cg_memory", "implicit"), 23.25 / 3)
+    first = {"saflex_head": 1.25 / 3, "saflex_head_every4": (1 / 4 / 4 + 1) / 3}
+    assert of_head == pytest.approx(cg | first)
 
 
 def stage_size(name, model):
     """Parameters that `saflex_last_stage` moves, without the head."""
     network = models.from_linen(models.Classifier(model.backbone(), 10))
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, *model.shape)))[0]
-    predicate = step_cost.VARIANTS["saflex_last_stage"].options(model)["predicate"]
-    chosen = [p for p in paths(shapes) if predicate(p)]
+    chosen = list(filter(step_cost.last_stage(model), paths(shapes)))
     assert [p for p in chosen if p.startswith("head/")] == ["head/bias", "head/kernel"]
     sizes = dict(zip(paths(shapes), (x.size for x in jax.tree.leaves(shapes))))
     return sum(sizes[p] for p in chosen if not p.startswith("head/"))
@@ -142,20 +182,21 @@ def test_every_variant_is_a_step(monkeypatch, name):
 
 def known_point(model, timed=True):
     """A point whose counts and times are given."""
-    at = step_cost.point(model, ("plain", "saflex_full", "saflex_last_stage", "l2rw"), timed)
+    names = ("plain", "saflex_full", "saflex_last_stage", "l2rw")
+    at = step_cost.Point("known", model, 5, names, timed)
     state = init_state(
         jax.random.key(0), {"head": {"kernel": jnp.zeros((8, 3))}}, {}, optax.identity()
     )
     for name, flops in {"plain": 5000.0, "saflex_full": 9000.0, "l2rw": 9776.0}.items():
         at.steps[name] = step_cost.Step(None, lambda: state, flops, 7)
-    at.run.seconds.update({"plain": [4.0, 8.0, 4.0], "saflex_full": [8.0, 12.0, 12.0]})
-    at.run.failed["l2rw"] = "RuntimeError: no"
+    at.series.measured.update({"plain": [4.0, 8.0, 4.0], "saflex_full": [8.0, 12.0, 12.0]})
+    at.series.failed["l2rw"] = "RuntimeError: no"
     return at
 
 
 def test_rows_are_the_arithmetic_of_counts_and_times():
     at = known_point(TINY)
-    rows, head = step_cost.rows(at), 3 * 2 * 8 * 8 * 3  # batch, features, classes
+    rows, head = at.rows(), 3 * 2 * 8 * 8 * 3  # batch, features, classes
     assert rows["plain"] | {"temp_bytes": 7, "flops": 5000, "floor": 1} == rows["plain"]
     assert rows["plain"]["flops_ratio"] == rows["plain"]["seconds_ratio"] == 1
     full = rows["saflex_full"]
@@ -166,25 +207,26 @@ def test_rows_are_the_arithmetic_of_counts_and_times():
     assert full["floor"] == pytest.approx(23 / 12)
     assert set(rows["saflex_last_stage"].values()) == {None}
     assert rows["l2rw"]["flops_ratio"] == pytest.approx(1.9552)
-    why = step_cost.missing(at)
+    why = at.why_null()
     assert why["l2rw"] == "RuntimeError: no"
     assert why["saflex_last_stage"] == "interrupted before it was measured"
-    assert "last stage" in why["saflex_last_stage floor"] and set(why) & {"plain"} == set()
+    assert "model" in why["saflex_last_stage floor"] and "plain" not in why
 
 
 def test_slow_models_count_the_dear_variants_only_and_have_fewer_rounds():
     at = known_point(TINY._replace(slow=True))
-    assert step_cost.timed(at) == ["plain", "saflex_full", "saflex_last_stage"]
-    del at.run.failed["l2rw"]
-    assert "counted only" in step_cost.missing(at)["l2rw"]
-    assert step_cost.length(at, 5) == 4 + 3 * (2 + 1)
-    assert step_cost.length(known_point(TINY), 5) == 4 + 4 * (5 + 1)
-    assert step_cost.timed(known_point(TINY, timed=False)) == []
+    assert at.timed == ["plain", "saflex_full", "saflex_last_stage"]
+    del at.series.failed["l2rw"]
+    assert "counted only" in at.why_null()["l2rw"]
+    assert at.series.length == 3 * (2 + 1)
+    assert known_point(TINY).series.length == 4 * (5 + 1)
+    counted = known_point(TINY, timed=False)
+    assert counted.timed == [] and "saflex_full" not in counted.why_null()
 
 
 def test_what_needs_images_is_left_out_where_there_are_none():
-    left_out = set(step_cost.point(IMAGES).variants) - set(step_cost.point(TINY).variants)
-    assert left_out == {"sla_rotation", "automix", "adautomix"}
+    variants = [step_cost.Point("", model, 1).variants.keys() for model in (IMAGES, TINY)]
+    assert variants[0] - variants[1] == {"sla_rotation", "automix", "adautomix"}
 
 
 @pytest.mark.slow
@@ -215,28 +257,24 @@ def test_a_shared_forward_pass_is_within_two_percent_of_the_floor(ratio, shared)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """One model in place of four, and four variants, of which one cannot be built."""
+    """One model in place of five, and four variants, of which one cannot be built."""
     names = ("plain", "saflex_full", "saflex_head_every4")
     variants = {name: step_cost.VARIANTS[name] for name in names}
-    variants["broken"] = step_cost.Variant("erm", lambda model: {"widht": 3})
+    variants["broken"] = step_cost.Variant(lambda model: model.widht)
     monkeypatch.setattr(step_cost, "VARIANTS", variants)
     monkeypatch.setattr(step_cost, "MODELS", {"tiny": TINY})
     monkeypatch.setattr(step_cost, "SECONDS", 0.0)
-    point = step_cost.point
+    monkeypatch.setattr(step_cost.Point.__init__, "__defaults__", (tuple(variants), True))
+    scaled = {
+        ("classes", "tiny", "3"): ("plain", "saflex_full"),
+    }
     monkeypatch.setattr(
         step_cost,
         "scaling_points",
-        lambda: {
-            "classes": {"tiny": {"3": point(TINY, ("plain", "saflex_full"), timed=False)}},
+        lambda rounds: {
+            at: step_cost.Point("scaled", TINY, rounds, names, timed=False)
+            for at, names in scaled.items()
         },
-    )
-    monkeypatch.setattr(step_cost, "SCALED", ("plain", "saflex_full"))
-    monkeypatch.setattr(
-        step_cost,
-        "point",
-        lambda model, names=tuple(variants), timed=True, parts=False: point(
-            model, names, timed, parts
-        ),
     )
 
 
@@ -256,9 +294,6 @@ def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_p
     assert "widht" in made["why_null"]["tiny"]["broken"]
     assert rows["broken"]["flops"] is rows["broken"]["seconds"] is None
     assert made["shared_forward"]["tiny"] in (True, False)
-    in_branch = {f"{name}_in_branch" for name in step_cost.BRANCHED}
-    assert set(made["parts"]["tiny"]) == set(step_cost.PARTS) | in_branch
-    assert min(made["parts"]["tiny"].values()) > 0
     scaled = made["scaling"]["classes"]["tiny"]["3"]
     assert scaled["saflex_full"]["extra_flops"] == rows["saflex_full"]["extra_flops"]
     assert scaled["saflex_full"]["seconds"] is None
@@ -266,21 +301,17 @@ def test_the_report_holds_every_number_or_the_reason_why_not(tiny, capsys, tmp_p
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_neither_scaling_nor_parts_where_a_model_is_named(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(step_cost, "measure", lambda at, *, rounds, bar: None)
+def test_no_scaling_where_a_model_is_named(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(timing.Series, "measure", lambda self, bar: None)
     for arguments, kinds in [([], {"classes"}), (["--model", "tiny"], set())]:
         assert step_cost.main(["--json", *arguments]) == 0
-        made = json.loads(capsys.readouterr().out)
-        assert set(made["scaling"]) == kinds
-        assert bool(made["parts"]["tiny"]) == bool(kinds)
-    assert step_cost.main(["--json", "--model", "tiny", "--scaling"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["scaling"]) == {"classes"}
+        assert set(json.loads(capsys.readouterr().out)["scaling"]) == kinds
 
 
 def test_ctrl_c_prints_what_was_measured(tiny, monkeypatch, capsys):
     order = []
 
-    def job(step, streams, steps):
+    def steps_of(step, state, batches, *, steps):
         order.append(steps)
         number, calls = len(order), []
 
@@ -291,25 +322,20 @@ def test_ctrl_c_prints_what_was_measured(tiny, monkeypatch, capsys):
 
         return run
 
-    known = step_cost.Step(None, None, 1.0, 0)
+    known = step_cost.Step(None, lambda: (), 1.0, 0)
     monkeypatch.setattr(step_cost, "compile_step", lambda *_, fast: known)
-    monkeypatch.setattr(step_cost, "job", job)
-    monkeypatch.setattr(step_cost, "head_flops", lambda at: 1.0)
-    assert step_cost.main(["--no-scaling", "--rounds", "1"]) == 130
+    monkeypatch.setattr(timing, "steps_of", steps_of)
+    monkeypatch.setattr(step_cost.Point, "head_flops", lambda self: 1.0)
+    assert step_cost.main(["--model", "tiny", "--rounds", "1"]) == 130
     printed = capsys.readouterr()
     lines = {row[0]: row[1:] for line in printed.out.splitlines() if (row := line.split())}
-    assert order == [4, 4, 16]  # a whole number of periods
-    assert lines["plain"][4] == "1.000"
-    assert lines["saflex_full"][4] == lines["saflex_head_every4"][4] == "null"
-    assert "null: tiny saflex_head_every4: seconds: interrupted before it was timed" in printed.out
+    column = lines["flops"].index("seconds_ratio") + 1
+    assert order == [16, 16, 16]  # a whole number of periods
+    assert lines["plain"][column] == "1"
+    assert lines["saflex_full"][column] == lines["saflex_head_every4"][column] == "null"
+    why = "interrupted before it was measured"
+    assert f"why_null: tiny: saflex_head_every4: {why}" in printed.out
     assert "interrupted" in printed.err
-
-
-def test_a_job_refuses_a_loss_that_is_not_finite():
-    step = lambda state, streams: (state + 1, {"loss": (np.float32(np.nan), 1)})
-    run = step_cost.job(step_cost.Step(step, lambda: 0, 0.0, 0), None, 2)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        run()
 
 
 def test_bad_arguments_are_refused_before_anything_runs(tiny):
@@ -317,3 +343,9 @@ def test_bad_arguments_are_refused_before_anything_runs(tiny):
         step_cost.main(["--rounds", "0"])
     with pytest.raises(SystemExit):
         step_cost.main(["--model", "alexnet"])
+
+
+def test_the_committed_report_can_be_drawn(tmp_path):
+    report, file = json.loads(COMMITTED.read_text()), tmp_path / "figure.png"
+    step_cost.StepCost.draw(report, file)
+    assert file.read_bytes().startswith(b"\x89PNG")
