@@ -1,5 +1,6 @@
 """SLA, its baselines and self-distillation against the paper's equations in NumPy."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -9,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from saflex_jax import Batch, Model, Refiner, Streams, Targets
-from saflex_jax.core.losses import weighted_soft_cross_entropy
+from saflex_jax import Batch, Model, RunInfo, Streams, Targets
+from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.steps import init_state
-from saflex_jax.core.tree import identity
-from saflex_jax.methods import erm, saflex, sla
-from saflex_jax.models import MLP, Classifier, SmallCNN, from_linen
+from saflex_jax.methods import sla, supervised
+from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import jit_runner, pmap_runner
+from saflex_jax.rules import Posterior, Refinement, Scoring, Simplex, VisitMean
 from saflex_jax.types import Trace
 from tests import cost_test
 from tests.augment.transformations_test import views
@@ -41,7 +42,8 @@ class Case(NamedTuple):
     mode: str
     transformations: str = "rotation"
     options: dict = {}  # noqa: RUF012
-    given: bool = True  # whether a refiner sets the targets
+    given: bool = True  # whether a rule sets the targets
+    loss: CandidateLoss = weighted_soft_cross_entropy
 
     @property
     def views(self):
@@ -60,17 +62,18 @@ class Case(NamedTuple):
 CASES = {
     "da": Case("da"),
     "da_prior": Case("da", given=False),
-    "da_options": Case("da", "color_perm3", {"loss": doubled, "sum_views": True}),
+    "da_options": Case("da", "color_perm3", {"sum_views": True}, loss=doubled),
     "mt": Case("mt"),
-    "mt_options": Case("mt", "rotation2", {"loss": doubled, "sum_views": True}),
+    "mt_options": Case("mt", "rotation2", {"sum_views": True}, loss=doubled),
     "sla": Case("sla"),
-    "sla_options": Case("sla", "rotation2", {"loss": doubled, "sum_views": True}),
+    "sla_options": Case("sla", "rotation2", {"sum_views": True}, loss=doubled),
     "sd": Case("sd"),
     "sd_prior": Case("sd", "rotation2", {"beta": 0.0}, given=False),
     "sd_options": Case(
         "sd",
         "color_perm3",
-        {"loss": doubled, "sum_views": True, "temperature": 2.5, "beta": 0.3},
+        {"sum_views": True, "temperature": 2.5, "beta": 0.3},
+        loss=doubled,
     ),
 }
 EVERY_MODE = pytest.mark.parametrize("mode", sla.MODES)
@@ -100,7 +103,10 @@ STREAMS = Streams(batch(0, SIZE, masked=1), batch(1, VAL_SIZE)._replace(trace=No
 def linear_params(case):
     rng = np.random.default_rng(2)
     widths = {"class": CLASSES, "transformation": case.views, "joint": CLASSES * case.views}
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     return {
         "backbone": draw(SIDE * SIDE * 3, FEATURES) / 2,
         "head": {name: draw(FEATURES, widths[name]) for name in HEADS[case.mode]},
@@ -133,7 +139,7 @@ def outputs_by_hand(params, flat):
 
 
 def given_targets(case) -> Targets:
-    """Of a refiner that has its own mind, also about padding."""
+    """Of a rule that has its own mind, also about padding."""
     rng = np.random.default_rng(3)
     size = SIZE * case.views
     weights = rng.uniform(0.5, 2.0, size).astype(np.float32) * (rng.uniform(size=size) > 0.2)
@@ -141,39 +147,45 @@ def given_targets(case) -> Targets:
     return Targets(weights, soft_labels(rng, size, case.width), utility)
 
 
-def stub_refiner(case) -> Refiner:
+class Stub(NamedTuple):
     """The given targets; its arrays are what it was shown."""
 
-    def apply(arrays, state, logits_fn, streams, *, reduce):
+    case: Case
+
+    def init(self, params):
+        return np.float32(len(params["head"]))
+
+    def apply(self, arrays, state, logits_fn, streams, *, reduce):
         shown = {"streams": streams, "logits": logits_fn(state.params, streams.candidates.inputs)}
-        return given_targets(case), {**shown, "number": arrays + 1}, {"stub": (2.0, 1.0)}
-
-    return Refiner(lambda params: np.float32(len(params["head"])), apply)
+        return given_targets(self.case), {**shown, "number": arrays + 1}, {"stub": (2.0, 1.0)}
 
 
-def make(case, model=None, **options):
-    refiner = stub_refiner(case) if case.given else None
-    return sla.make(
-        linear_model(case) if model is None else model,
-        optax.sgd(1.0),
-        refiner=refiner,
-        mode=case.mode,
-        transformations=case.transformations,
-        **case.options | options,
-    )
+def make(case, model=None, **changes):
+    options = sla.Options(case.mode, case.transformations, **case.options | changes)
+    model = linear_model(case) if model is None else model
+    rule = Stub(case) if case.given else None
+    return sla.make(model, optax.sgd(1.0), options, rule=rule, loss=case.loss)
 
 
 @functools.cache
-def outcome(name):
-    """A step and the targets, in one compilation: (state, new state, metrics, targets)."""
-    method = make(CASES[name])
-    state = method.init(jax.random.key(0), STREAMS.candidates.inputs)
+def outcomes():
+    """Of every case a step and the targets, in one compilation.
+
+    Name -> (state, new state, metrics, targets).
+    """
+    methods = {name: make(case) for name, case in CASES.items()}
+    inputs = STREAMS.candidates.inputs
+    states = {name: method.init(jax.random.key(0), inputs) for name, method in methods.items()}
 
     @jax.jit
-    def run(state, streams):
-        return *method.step(state, streams, reduce=identity), method.targets(state, streams)
+    def run(states, streams):
+        return {
+            name: (*method.step(states[name], streams), method.targets(states[name], streams))
+            for name, method in methods.items()
+        }
 
-    return state, *run(state, STREAMS)
+    after = run(states, STREAMS)
+    return {name: (states[name], *after[name]) for name in CASES}
 
 
 def joint_by_hand(labels, size):
@@ -186,8 +198,8 @@ def targets_by_hand(case):
     if case.given:
         return given_targets(case)[:2]
     labels = STREAMS.candidates.labels
-    seen = joint_by_hand if case.refined == "joint" else functools.partial(np.repeat, axis=0)
-    return np.ones(SIZE * case.views), seen(labels, case.views)
+    of_views = joint_by_hand if case.refined == "joint" else functools.partial(np.repeat, axis=0)
+    return np.ones(SIZE * case.views), of_views(labels, case.views)
 
 
 def loss_by_hand(case, out):
@@ -207,7 +219,7 @@ def loss_by_hand(case, out):
         z = out[head][view::size]
         add(scale, head, view, -(labels * log_softmax(z)).sum(1), softmax(z) - labels)
 
-    scale = 2 if "loss" in case.options else 1
+    scale = 2 if case.loss is doubled else 1
     if case.refined == "joint" and case.options.get("sum_views"):
         scale *= size
     for j in range(size):
@@ -232,7 +244,7 @@ def loss_by_hand(case, out):
 def test_a_step_descends_the_papers_loss(name):
     # Of the backbone, too: each head's gradient flows into it, but none through the teacher.
     case = CASES[name]
-    state, new, metrics, _ = outcome(name)
+    state, new, metrics, _ = outcomes()[name]
     flat = flat_views(case, STREAMS.candidates.inputs)
     out = outputs_by_hand(state.params, flat)
     loss, of_outputs, apart = loss_by_hand(case, out)
@@ -254,29 +266,29 @@ def test_a_step_descends_the_papers_loss(name):
 
 
 @pytest.mark.parametrize("name", ["da", "mt", "sla", "sd"])
-def test_the_refiner_sees_the_views_as_candidates_of_one_label_space(name):
+def test_the_rule_sees_the_views_as_candidates_of_one_label_space(name):
     case = CASES[name]
-    state, new, metrics, _ = outcome(name)
+    state, new, metrics, _ = outcomes()[name]
     assert state.extra == len(HEADS[name]) and new.extra["number"] == state.extra + 1
     assert metrics["stub"] == (2, 1)
-    for found, given in zip(new.extra["streams"], STREAMS):
+    for shown, given in zip(new.extra["streams"], STREAMS):
         if given is None:
-            assert found is None
+            assert shown is None
             continue
         labels = joint_by_hand(given.labels, 4) if name in ("sla", "sd") else given.labels
-        assert_close(found.inputs.reshape(len(found.inputs), -1), flat_views(case, given.inputs), 0)
-        assert_close(found.labels, labels if name in ("sla", "sd") else labels.repeat(4, 0), 1e-6)
-        np.testing.assert_array_equal(found.mask, [m for m in given.mask for _ in range(4)])
+        assert_close(shown.inputs.reshape(len(shown.inputs), -1), flat_views(case, given.inputs), 0)
+        assert_close(shown.labels, labels if name in ("sla", "sd") else labels.repeat(4, 0), 1e-6)
+        np.testing.assert_array_equal(shown.mask, [m for m in given.mask for _ in range(4)])
         np.testing.assert_array_equal(
-            found.index, [4 * i + j for i in given.index for j in range(4)]
+            shown.index, [4 * i + j for i in given.index for j in range(4)]
         )
-        assert jax.tree.structure(found.trace) == jax.tree.structure(given.trace)
+        assert jax.tree.structure(shown.trace) == jax.tree.structure(given.trace)
         if given.trace is not None:  # a view's partner is the same view of the sample's
-            np.testing.assert_array_equal(found.trace.operation, given.trace.operation.repeat(4, 0))
-            np.testing.assert_array_equal(found.trace.magnitude, given.trace.magnitude.repeat(4, 0))
+            np.testing.assert_array_equal(shown.trace.operation, given.trace.operation.repeat(4, 0))
+            np.testing.assert_array_equal(shown.trace.magnitude, given.trace.magnitude.repeat(4, 0))
             partner = 4 * given.trace.partner[:, None] + np.arange(4)[:, None]
             np.testing.assert_array_equal(
-                found.trace.partner, partner.reshape(-1, partner.shape[2])
+                shown.trace.partner, partner.reshape(-1, partner.shape[2])
             )
     out = outputs_by_hand(state.params, flat_views(case, STREAMS.candidates.inputs))
     assert_close(new.extra["logits"], GAIN * out[case.refined])  # in evaluation mode
@@ -290,14 +302,14 @@ def test_targets_are_of_samples_means_over_views(name):
     if case.refined == "joint":  # P(y) = sum of P(y, j) over j
         columns = [[y * case.views + j for j in range(case.views)] for y in range(CLASSES)]
         labels = np.stack([labels[:, c].sum(1) for c in columns], 1)
-    found = outcome(name)[-1]
+    targets = outcomes()[name][-1]
     if case.given:
-        assert_close(found.weights, weights[rows].mean(1))
-        assert_close(found.utility, given_targets(case).utility[rows].mean(1))
+        assert_close(targets.weights, weights[rows].mean(1))
+        assert_close(targets.utility, given_targets(case).utility[rows].mean(1))
     else:
-        np.testing.assert_array_equal(found.weights, STREAMS.candidates.mask)
+        np.testing.assert_array_equal(targets.weights, STREAMS.candidates.mask)
         assert_close(labels[rows].mean(1), STREAMS.candidates.labels)
-    assert_close(found.labels, labels[rows].mean(1))
+    assert_close(targets.labels, labels[rows].mean(1))
 
 
 @EVERY_MODE
@@ -317,7 +329,7 @@ def test_all_views_go_through_the_network_once(mode):
     )
     method = make(case, model)
     state = method.init(jax.random.key(0), STREAMS.candidates.inputs)
-    jax.eval_shape(functools.partial(method.step, reduce=identity), state, STREAMS)
+    jax.eval_shape(method.step, state, STREAMS)
     assert calls == [("train", 4 * SIZE)]
     calls.clear()
     for predict, rows in ("single", SIZE), ("aggregated", 4 * SIZE):
@@ -328,19 +340,35 @@ def test_all_views_go_through_the_network_once(mode):
 # --- labels and predictions ------------------------------------------------------------------
 
 
+@functools.cache
+def all_priors():
+    """(mode, transformations) -> priors and their marginals, in one compilation."""
+
+    @jax.jit
+    def run(labels):
+        priors = {
+            (m, name): sla.priors(labels, sla.Options(m, name)) for m in sla.MODES for name in M
+        }
+        joint = {key: x for key, x in priors.items() if key[0] in ("sla", "sd")}
+        marginals = {key: sla.class_labels(x, M[key[1]]) for key, x in joint.items()}
+        return priors, dict.fromkeys(priors) | marginals
+
+    return jax.device_get(run(STREAMS.candidates.labels))
+
+
 @EVERY_MODE
 @pytest.mark.parametrize("name", M)
 def test_priors_are_the_views_labels(mode, name):
     labels, size = STREAMS.candidates.labels, M[name]
-    found = np.asarray(sla.priors(labels, mode=mode, transformations=name))
+    priors, marginals = (x[mode, name] for x in all_priors())
     if mode in ("da", "mt"):
-        np.testing.assert_array_equal(found, [y for y in labels for _ in range(size)])
+        np.testing.assert_array_equal(priors, [y for y in labels for _ in range(size)])
         return
-    np.testing.assert_array_equal(found, np.float32(joint_by_hand(labels, size)))
-    cube = found.reshape(SIZE, size, CLASSES, size)
+    np.testing.assert_array_equal(priors, np.float32(joint_by_hand(labels, size)))
+    cube = priors.reshape(SIZE, size, CLASSES, size)
     assert_close(cube.sum((2, 3)), np.ones((SIZE, size)), 1e-6)
     # Its marginals are the label, and the transformation that was made.
-    assert_close(sla.class_labels(found, size), labels.repeat(size, 0), 1e-6)
+    assert_close(marginals, labels.repeat(size, 0), 1e-6)
     for j in range(size):
         assert_close(cube[:, j].sum(1), np.eye(size)[[j] * SIZE], 1e-6)
 
@@ -351,16 +379,47 @@ def test_the_marginal_of_a_joint_softmax_is_the_sum_over_transformations():
     assert_close(sla.class_labels(np.float32(joint), 4), np.stack(expected, 1), 1e-6)
 
 
+def test_a_run_is_seen_as_one_of_views():
+    labels = STREAMS.candidates.labels
+    run = RunInfo(SIZE, CLASSES, num_trusted=2, counts=labels.sum(0), labels=lambda: labels)
+    for mode in sla.MODES:
+        options = sla.Options(mode, "rotation2")
+        of_views, priors = sla.seen(run, options), all_priors()[0][mode, "rotation2"]
+        classes = CLASSES * (2 if options.joint else 1)
+        assert of_views[:3] == (2 * SIZE, classes, 4)
+        np.testing.assert_array_equal(of_views.labels(), priors)
+        np.testing.assert_allclose(of_views.counts, priors.sum(0), rtol=1e-6)
+
+
+PREDICTED = ("rotation", "color_perm3")
+
+
+@functools.cache
+def predictions():
+    """(mode, prediction, transformations) -> logits, in one compilation."""
+    methods = {
+        (mode, predict, name): make(Case(mode, name, given=False), predict=predict)
+        for mode in sla.MODES
+        for predict in sla.PREDICTIONS
+        for name in PREDICTED
+    }
+    inputs = STREAMS.candidates.inputs
+    states = {key: method.init(jax.random.key(0), inputs) for key, method in methods.items()}
+
+    @jax.jit
+    def run(states, inputs):
+        return {key: method.predict(states[key], inputs) for key, method in methods.items()}
+
+    return jax.device_get(run(states, inputs))
+
+
 @EVERY_MODE
 @pytest.mark.parametrize("predict", sla.PREDICTIONS)
-@pytest.mark.parametrize("name", ["rotation", "color_perm3"])
+@pytest.mark.parametrize("name", PREDICTED)
 def test_predictions_are_the_papers(mode, predict, name):
-    case = Case(mode, name, given=False)
-    method, size = make(case, predict=predict), M[name]
-    inputs = STREAMS.candidates.inputs
-    state = method.init(jax.random.key(0), inputs)
-    found = np.asarray(jax.jit(method.predict)(state, inputs))
-    out = outputs_by_hand(state.params, flat_views(case, inputs))
+    case, size = Case(mode, name, given=False), M[name]
+    logits = predictions()[mode, predict, name]
+    out = outputs_by_hand(linear_params(case), flat_views(case, STREAMS.candidates.inputs))
     out = {head: GAIN * z for head, z in out.items()}
     if predict == "single" and mode != "sla":
         expected = out["class"][::size]
@@ -370,21 +429,26 @@ def test_predictions_are_the_papers(mode, predict, name):
         expected = np.log(sum(softmax(out["class"][j::size]) for j in range(size)) / size)
     else:
         expected = sum(out["joint"][j::size, j::size] for j in range(size)) / size
-    assert_close(found, expected)
+    assert_close(logits, expected)
     if mode == "sla":
         # Of the joint distribution: P(y | x_0, 0), or the geometric mean of all P(y | x_j, j).
         cube = softmax(out["joint"]).reshape(SIZE, size, CLASSES, size)
         given_view = [cube[:, j, :, j] / cube[:, j, :, j].sum(1)[:, None] for j in range(size)]
         mean = given_view[0] if predict == "single" else np.prod(given_view, 0) ** (1 / size)
-        assert_close(softmax(found), mean / mean.sum(1)[:, None])
+        assert_close(softmax(logits), mean / mean.sum(1)[:, None])
 
 
 def test_distillation_is_finite_where_both_are_certain():
     logits = np.float32([[1e4, 0, -1e4], [0, 1e4, 0]])
-    value = lambda student: jnp.sum(sla.divergence(logits, student, 0.5))
-    loss, slope = jax.value_and_grad(value)(logits[::-1])
+
+    @jax.jit
+    @jax.value_and_grad
+    def value(student):
+        return jnp.sum(sla.divergence(logits, student, 0.5))
+
+    loss, slope = value(logits[::-1])
     assert 1e3 < loss < np.inf and np.isfinite(slope).all()
-    assert value(logits) == 0
+    assert value(logits)[0] == 0
 
 
 # --- one view is plain training --------------------------------------------------------------
@@ -403,23 +467,27 @@ def initial():
 def trained(method, params):
     """The state after some steps from the given parameters, and the last step's loss."""
     state = init_state(jax.random.key(0), params, initial()[1], TX)
-    step = jax.jit(functools.partial(method.step, reduce=identity))
+    step = jax.jit(method.step)
     for _ in range(4):
         state, metrics = step(state, Streams(STREAMS.candidates))
     return state, metrics["loss"]
 
 
-def predicted(method, state):
-    return jax.jit(method.predict)(state, STREAMS.candidates.inputs)
+def predicted(state, *methods):
+    """The logits by each method, in one compilation."""
+    inputs = STREAMS.candidates.inputs
+    return jax.jit(lambda state: [method.predict(state, inputs) for method in methods])(state)
 
 
 @functools.cache
 def plainly_trained():
-    method = erm.make(PLAIN, TX)
+    method = supervised.make(PLAIN, TX)
     state, loss = trained(method, initial()[0])
-    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), state.params, initial()[0])
+    moved = jax.tree.map(
+        lambda x, y: np.abs(x - y).max(), *map(jax.device_get, (state.params, initial()[0]))
+    )
     assert min(jax.tree.leaves(moved)) > 1e-3
-    return state, loss, predicted(method, state)
+    return state, loss, *predicted(state, method)
 
 
 @EVERY_MODE
@@ -429,42 +497,42 @@ def test_one_view_is_plain_training_exactly(mode):
     # A softmax over one transformation has nothing to learn, nor to teach the backbone.
     idle = {"kernel": np.ones((4, 1), np.float32), "bias": np.ones(1, np.float32)}
     others = {"transformation": idle} if mode == "mt" else {}
-    names = dict(mode=mode, transformations="none")
-    model = from_linen(sla.network(BACKBONE, CLASSES, **names))
-    options = dict(temperature=2.0, beta=3.0, sum_views=True)
+    options = sla.Options(mode, "none", temperature=2.0, beta=3.0, sum_views=True)
+    model = from_linen(sla.network(BACKBONE, CLASSES, options))
     single, aggregated = (
-        sla.make(model, TX, predict=predict, **names, **options) for predict in sla.PREDICTIONS
+        sla.make(model, TX, dataclasses.replace(options, predict=p)) for p in sla.PREDICTIONS
     )
     state, loss = trained(single, params | {"head": {main: params["head"], **others}})
 
     heads = {main: plain.params["head"], **others}
     assert_close(state.params, plain.params | {"head": heads}, 0)
     assert_close((state.model_state, loss), (plain.model_state, plain_loss), 0)
-    assert_close(predicted(single, state), logits, 0)
+    of_single, of_aggregated = predicted(state, single, aggregated)
+    assert_close(of_single, logits, 0)
     if main == "joint":
-        assert_close(predicted(aggregated, state), logits, 0)
+        assert_close(of_aggregated, logits, 0)
     else:  # logarithms of probabilities
-        assert_close(predicted(aggregated, state), log_softmax(logits), 1e-6)
+        assert_close(of_aggregated, log_softmax(logits), 1e-6)
 
 
 # --- padding and runners, with SAFLEX on the views -------------------------------------------
 
 
 ROWS, PADDING, STEPS = 16, 3, 3
-NETWORK = from_linen(sla.network(MLP((6,)), CLASSES))
-
-
-def learning_method():
-    memory = dict(memory_decay=0.9, num_samples=ROWS * 4, num_classes=CLASSES * 4)
-    # Well conditioned, so that rounding is not amplified.
-    rule = dict(rule="simplex", direction="identity", temperature=0.5, tolerance=0.0)
-    refiner = saflex.refiner(**rule, **memory)
-    return sla.make(NETWORK, optax.sgd(0.1, momentum=0.9), refiner=refiner, temperature=2.0)
+LINEAR = Case("sd")
 
 
 @functools.cache
-def learning_state():
-    return jax.jit(learning_method().init)(jax.random.key(0), STREAMS.candidates.inputs)
+def learning():
+    """SLA by SAFLEX with a memory, and its state at step 0: of small logits."""
+    options = sla.Options(LINEAR.mode, temperature=2.0)
+    run = sla.seen(RunInfo(ROWS, CLASSES), options)
+    # Well conditioned, so that rounding is not amplified.
+    simplex = Simplex(temperature=0.5, tolerance=0.0, run=run, memory=VisitMean(0.9))
+    rule = Refinement(Scoring("identity", "head/joint"), simplex)
+    method = sla.make(linear_model(LINEAR), optax.sgd(0.02, momentum=0.9), options, rule=rule)
+    state = method.init(jax.random.key(0), STREAMS.candidates.inputs)
+    return method, state._replace(params=jax.tree.map(lambda x: x / 3, state.params))
 
 
 def padded(seed, garbage):
@@ -479,26 +547,26 @@ def padded(seed, garbage):
 
 def run(runner, garbage=False):
     """State and metrics, as averages, after some steps."""
-    state = runner.put_state(learning_state())
+    state = runner.put_state(learning()[1])
     for number in range(STEPS):
         streams = Streams(padded(2 * number, garbage), padded(2 * number + 1, garbage))
         state, metrics = runner.step(state, runner.put_batch(streams))
-    averages = {f"metrics/{name}": total / count for name, (total, count) in metrics.items()}
+    averages = {f"metrics/{name}": np.divide(*pair) for name, pair in metrics.items()}
     return setup_.flatten((state, averages))
 
 
 @functools.cache
 def on_one_device():
-    return jit_runner(learning_method().step, devices=jax.devices()[:1])
+    return jit_runner(learning()[0].step, devices=jax.devices()[:1])
 
 
 def test_padding_changes_nothing():
-    expected, found = (run(on_one_device(), garbage) for garbage in (False, True))
+    expected, after = (run(on_one_device(), garbage) for garbage in (False, True))
     assert 0 < expected["1/metrics/kept"] < 1 and expected["1/metrics/relabelled"] > 0
-    assert expected.keys() == found.keys()
+    assert expected.keys() == after.keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
-    visits = expected["0/extra/memory/visits"][: ROWS * 4]
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    visits = expected["0/extra/rule/visits"][: ROWS * 4]
     np.testing.assert_array_equal(visits, STEPS * np.repeat(np.arange(ROWS) < ROWS - PADDING, 4))
 
 
@@ -506,11 +574,9 @@ def test_padding_changes_nothing():
 def test_saflex_shares_the_forward_pass_of_all_views():
     # Beside it, the validation samples' own and products with features.
     model = from_linen(sla.network(SmallCNN((16, 32)), cost_test.CLASSES))
-    plain, refined = (
-        cost_test.step_flops(sla.make(model, TX, refiner=refiner))
-        for refiner in (None, saflex.refiner(direction="identity"))
-    )
-    method = sla.make(model, TX, predict="aggregated")
+    rule = Refinement(Scoring("identity"), Posterior())
+    plain, refined = (cost_test.step_flops(sla.make(model, TX, rule=r)) for r in (None, rule))
+    method = sla.make(model, TX, sla.Options(predict="aggregated"))
     inputs = cost_test.STREAMS.val.inputs
     forward = cost_test.flops(method.predict, method.init(jax.random.key(0), inputs), inputs)
     assert refined <= plain + forward + 0.03 * plain
@@ -519,11 +585,11 @@ def test_saflex_shares_the_forward_pass_of_all_views():
 @pytest.mark.parametrize("make_runner", [jit_runner, pmap_runner])
 def test_eight_devices_agree_with_one(make_runner):
     assert jax.device_count() == 8
-    expected, found = (run(r) for r in (on_one_device(), make_runner(learning_method().step)))
-    assert expected.keys() == found.keys()
+    expected, on_eight = (run(r) for r in (on_one_device(), make_runner(learning()[0].step)))
+    assert expected.keys() == on_eight.keys()
     for name, value in expected.items():
         tol = 1e-6 if np.issubdtype(value.dtype, np.floating) else 0
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=tol, err_msg=name)
+        np.testing.assert_allclose(on_eight[name], value, rtol=0, atol=tol, err_msg=name)
 
 
 # --- what is refused, and the network --------------------------------------------------------
@@ -532,13 +598,12 @@ def test_eight_devices_agree_with_one(make_runner):
 @EVERY_MODE
 @pytest.mark.parametrize("name", M)
 def test_the_network_has_the_heads_of_its_mode(mode, name):
-    module = sla.network(SmallCNN((4,)), CLASSES, mode=mode, transformations=name)
-    model = from_linen(module)
+    model = from_linen(sla.network(SmallCNN((4,)), CLASSES, sla.Options(mode, name)))
     params, _ = jax.eval_shape(model.init, jax.random.key(0), STREAMS.candidates.inputs)
     widths = {"class": CLASSES, "transformation": M[name], "joint": CLASSES * M[name]}
     heads = HEADS["sla" if mode == "sd" and name == "none" else mode]
-    found = {head: x["kernel"].shape[1] for head, x in params["head"].items()}
-    assert found == {head: widths[head] for head in heads}
+    given = {head: x["kernel"].shape[1] for head, x in params["head"].items()}
+    assert given == {head: widths[head] for head in heads}
 
 
 @pytest.mark.parametrize(
@@ -553,18 +618,13 @@ def test_the_network_has_the_heads_of_its_mode(mode, name):
 )
 def test_an_option_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sla.make(linear_model(Case("sd")), TX, **options)
-    if options.keys() & {"mode", "transformations"}:
-        with pytest.raises(ValueError, match=message):
-            sla.network(SmallCNN((4,)), CLASSES, **options)
-        with pytest.raises(ValueError, match=message):
-            sla.priors(STREAMS.candidates.labels, **options)
+        sla.Options(**options)
 
 
 def test_clean_samples_are_refused():
     method = make(Case("sd"))
     state = method.init(jax.random.key(0), STREAMS.candidates.inputs)
     streams = STREAMS._replace(clean=STREAMS.candidates)
-    for call in (functools.partial(method.step, reduce=identity), method.targets):
+    for call in (method.step, method.targets):
         with pytest.raises(ValueError, match="sla trains on candidates alone"):
             call(state, streams)
