@@ -64,7 +64,7 @@ def _check_operation(**names: str) -> None:
 def check_interval(low: float, high: float, /, **bounds: tuple[float, float]) -> None:
     """Raises ValueError unless each is (a, b) with low <= a <= b <= high."""
     for name, given in bounds.items():
-        if len(given) != 2 or not low <= given[0] <= given[1] <= high:
+        if np.shape(given) != (2,) or not low <= given[0] <= given[1] <= high:
             raise ValueError(f"{name} must be (a, b) with {low} <= a <= b <= {high}; given {given}")
 
 

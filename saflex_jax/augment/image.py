@@ -213,7 +213,10 @@ def color(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Mean + factor (x - mean); the mean of the grey image, to the nearest level as in Pillow."""
+    """Mean + factor (x - mean), with the mean of the grey image to the nearest level, as in Pillow.
+
+    Pillow rounds every grey pixel before, so its mean may fall to the next level.
+    """
     height, width, _ = image.shape
     mean = grey(_over_pixels(jnp.sum, image) / (height * width))[0]
     mean = jnp.floor(mean * 255 + 0.5) / 255

@@ -86,7 +86,9 @@ def both():
 )
 def test_a_text_is_the_call_that_it_reads_as(text, direct, batch):
     # The same program, constants included, gives the same samples.
-    program = lambda augment: jax.jit(augment).lower(KEY, batch).as_text()
+    def program(augment):
+        return jax.jit(augment).lower(KEY, batch).as_text()
+
     assert program(parse(text)) == program(direct)
 
 
@@ -100,12 +102,15 @@ def test_every_factory_can_be_named(name):
     given = table() if FACTORIES[name].__module__.endswith("tabular") else images()
     given = both() if name == "on" else given
     # Abstractly: what the operations make is in the tests of their own.
-    made = jax.eval_shape(parse(EXAMPLES.get(name, name)), KEY, given)
+    augmented = jax.eval_shape(parse(EXAMPLES.get(name, name)), KEY, given)
     if name == "manifold_mixup":  # hands the network its inputs and how to mix them
-        made = made._replace(inputs=made.inputs["inputs"])
-    shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch._replace(trace=None))
-    assert shapes(made) == shapes(given)
-    assert made.trace.operation.shape[0] == len(given.index)
+        augmented = augmented._replace(inputs=augmented.inputs["inputs"])
+
+    def shapes(batch):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), batch._replace(trace=None))
+
+    assert shapes(augmented) == shapes(given)
+    assert augmented.trace.operation.shape[0] == len(given.index)
 
 
 @pytest.mark.parametrize(

@@ -17,25 +17,28 @@ def crops(size, count, *, grey=False, seed=0):
     """uint8[count, H, W, 3 or 1], random crops of scikit-learn's two photographs."""
     height, width = size if isinstance(size, tuple) else (size, size)
     rng = np.random.default_rng(seed)
-    found = []
+    photos = []
     for number in range(count):
         photo = load_sample_images().images[number % 2]
         top = rng.integers(photo.shape[0] - height + 1)
         left = rng.integers(photo.shape[1] - width + 1)
-        found.append(photo[top : top + height, left : left + width])
+        photos.append(photo[top : top + height, left : left + width])
     if grey:
-        found = [np.asarray(Image.fromarray(p).convert("L"))[..., None] for p in found]
-    return np.stack(found)
+        photos = [np.asarray(Image.fromarray(p).convert("L"))[..., None] for p in photos]
+    return np.stack(photos)
 
 
 def pillow(name, pixels, value, *, fill=0, resample=Image.Resampling.NEAREST):
     """uint8[H, W, C] after one operation by Pillow."""
     image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     colour = fill if image.mode == "L" else (fill,) * 3
-    move = lambda *matrix: image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=colour
-    )
-    made = {
+
+    def move(*matrix):
+        return image.transform(
+            image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=colour
+        )
+
+    out = {
         "identity": lambda: image,
         "autocontrast": lambda: ImageOps.autocontrast(image),
         "equalize": lambda: ImageOps.equalize(image),
@@ -52,13 +55,13 @@ def pillow(name, pixels, value, *, fill=0, resample=Image.Resampling.NEAREST):
         "translate_x": lambda: move(1, 0, value, 0, 1, 0),
         "translate_y": lambda: move(1, 0, 0, 0, 1, value),
     }[name]()
-    return np.asarray(made).reshape(pixels.shape)
+    return np.asarray(out).reshape(pixels.shape)
 
 
-def assert_like_pillow(name, value, found, pixels, **options):
-    """`found` f32 in [0, 1] is what Pillow makes of `pixels`, to the project's tolerances."""
+def assert_like_pillow(name, value, actual, pixels, **options):
+    """`actual` f32 in [0, 1] is what Pillow makes of `pixels`, to the project's tolerances."""
     expected = pillow(name, pixels, value, **options).astype(np.float64)
-    off = np.abs(np.clip(np.asarray(found, np.float64), 0, 1) * 255 - expected)
+    off = np.abs(np.clip(np.asarray(actual, np.float64), 0, 1) * 255 - expected)
     if name in GEOMETRIC:
         assert (off <= 1).mean() >= 0.99, f"{name}({value}): {(off <= 1).mean():.4f} of the pixels"
     else:

@@ -39,29 +39,31 @@ JITTED = {name: jax.jit(partial(run_both, make)) for name, make in ALL.items()}
 
 
 def run(name, batch, part=0):
-    return JITTED[name](KEY, batch)[part]
+    return jax.device_get(JITTED[name](KEY, batch)[part])
 
 
 def coded(padding=0):
     """Row i holds i + 1 in every column, and label i."""
-    rows = jnp.arange(1, SIZE + 1)[:, None]
+    rows = np.arange(1, SIZE + 1, dtype=np.int32)[:, None]
     inputs = {
-        "numeric": jnp.broadcast_to(rows.astype(jnp.float32), (SIZE, NUMERIC)),
-        "categorical": jnp.broadcast_to(rows, (SIZE, CATEGORICAL)),
+        "numeric": np.tile(rows.astype(np.float32), NUMERIC),
+        "categorical": np.tile(rows, CATEGORICAL),
     }
     index = np.random.default_rng(0).permutation(10 * SIZE)[:SIZE].astype(np.int32)
-    return Batch(inputs, jnp.eye(SIZE), jnp.arange(SIZE) < SIZE - padding, jnp.asarray(index))
+    labels = np.eye(SIZE, dtype=np.float32)
+    return Batch(inputs, labels, np.arange(SIZE) < SIZE - padding, index)
 
 
 def classed(padding=0):
     """The coded table with labels of three classes; the last real row is alone in a fourth."""
-    label = (jnp.arange(SIZE) % 3).at[SIZE - 1 - padding].set(3)
-    return coded(padding)._replace(labels=jax.nn.one_hot(label, SIZE))
+    label = np.arange(SIZE) % 3
+    label[SIZE - 1 - padding] = 3
+    return coded(padding)._replace(labels=np.eye(SIZE, dtype=np.float32)[label])
 
 
-def parents(found):
+def parents(augmented):
     """(own share, partner row or -1) by the labels."""
-    labels = np.asarray(found.labels, np.float64)
+    labels = np.asarray(augmented.labels, np.float64)
     own = np.diag(labels)
     rest = labels - np.diag(own)
     assert ((rest > 0).sum(1) <= 1).all()
@@ -71,24 +73,30 @@ def parents(found):
 @pytest.mark.parametrize("name", ALL)
 def test_a_sample_depends_on_its_index_and_padding_gets_in_nowhere(name):
     batch = classed(padding=100)
-    poisoned = jax.tree.map(
-        lambda x: x.at[-100:].set(jnp.nan if x.dtype == jnp.float32 else -1), batch.inputs
-    )
-    found = run(name, batch._replace(inputs=poisoned))
+    poisoned = jax.tree.map(np.copy, batch.inputs)
+    for x in poisoned.values():
+        x[-100:] = np.nan if x.dtype == np.float32 else -1
+    augmented = run(name, batch._replace(inputs=poisoned))
     again = run(name, batch)
-    for part, again_part in zip(*map(jax.tree.leaves, (found.inputs, again.inputs))):
+    for part, again_part in zip(*map(jax.tree.leaves, (augmented.inputs, again.inputs))):
         np.testing.assert_array_equal(part[:-100], again_part[:-100])
-    assert found.trace.operation.shape == (SIZE, 1)
-    assert (found.trace.operation == OPERATIONS.index(name)).all()
-    assert jax.tree.map(jnp.result_type, found.inputs) == jax.tree.map(
+    assert augmented.trace.operation.shape == (SIZE, 1)
+    assert (augmented.trace.operation == OPERATIONS.index(name)).all()
+    assert jax.tree.map(jnp.result_type, augmented.inputs) == jax.tree.map(
         jnp.result_type, batch.inputs
     )
     order = np.random.default_rng(1).permutation(SIZE)
     moved = run(name, batch._replace(index=batch.index[order]))
     if name.startswith("feature"):  # no partner: what is added or masked moves with the index
-        changed = lambda b: np.float64(b.inputs["numeric"]) - batch.inputs["numeric"]
+
+        def changed(b):
+            return np.float64(b.inputs["numeric"]) - batch.inputs["numeric"]
+
         if name == "feature_mask":
-            changed = lambda b: np.asarray(b.inputs["numeric"] == -7)
+
+            def changed(b):
+                return np.asarray(b.inputs["numeric"] == -7)
+
         np.testing.assert_allclose(changed(moved), changed(again)[order], atol=1e-4)
         np.testing.assert_array_equal(again.labels, batch.labels)
     else:
@@ -114,18 +122,18 @@ def test_an_array_is_a_table_without_categories(name):
 
 def test_noise_is_normal_and_on_numeric_columns_alone():
     batch = coded()
-    found = run("feature_noise", batch)
-    noise = np.float64(found.inputs["numeric"] - batch.inputs["numeric"]).ravel()
+    augmented = run("feature_noise", batch)
+    noise = np.float64(augmented.inputs["numeric"] - batch.inputs["numeric"]).ravel()
     assert stats.kstest(noise / 0.5, "norm").pvalue > 1e-3
     assert stats.pearsonr(noise[:-1], noise[1:]).pvalue > 1e-3
-    np.testing.assert_array_equal(found.inputs["categorical"], batch.inputs["categorical"])
-    np.testing.assert_array_equal(found.trace.magnitude, np.full((SIZE, 1), 0.5))
+    np.testing.assert_array_equal(augmented.inputs["categorical"], batch.inputs["categorical"])
+    np.testing.assert_array_equal(augmented.trace.magnitude, np.full((SIZE, 1), 0.5))
 
 
 def test_mask_overwrites_its_share_of_columns():
     batch = coded()
-    found = run("feature_mask", batch)
-    numeric, categorical = found.inputs["numeric"], found.inputs["categorical"]
+    augmented = run("feature_mask", batch)
+    numeric, categorical = augmented.inputs["numeric"], augmented.inputs["categorical"]
     masked = [np.asarray(numeric == -7), np.array(categorical == 99)]
     np.testing.assert_array_equal(numeric, np.where(masked[0], -7, batch.inputs["numeric"]))
     kept = np.where(masked[1], 99, batch.inputs["categorical"])
@@ -135,12 +143,15 @@ def test_mask_overwrites_its_share_of_columns():
         assert stats.binomtest(int(m.sum()), m.size, 0.3).pvalue > 1e-3
     counts = np.concatenate(masked, 1).sum(1)
     np.testing.assert_allclose(
-        np.delete(found.trace.magnitude[:, 0], 98), np.delete(counts, 98) / 9, rtol=1e-6
+        np.delete(augmented.trace.magnitude[:, 0], 98), np.delete(counts, 98) / 9, rtol=1e-6
     )
     # Independent columns: the number masked in a row is binomial.
     expected = stats.binom(9, 0.3).pmf(range(10)) * SIZE
     observed = np.bincount(counts, minlength=10)
-    tail = lambda x: [*x[:6], x[6:].sum()]
+
+    def tail(x):
+        return [*x[:6], x[6:].sum()]
+
     assert stats.chisquare(tail(observed), tail(expected)).pvalue > 1e-3
 
 
@@ -149,14 +160,14 @@ def test_mask_overwrites_its_share_of_columns():
 
 def test_cutmix_swaps_whole_columns_and_the_label_has_their_share():
     batch = coded()
-    found = run("tabular_cutmix", batch)
-    own, partner = parents(found)
+    augmented = run("tabular_cutmix", batch)
+    own, partner = parents(augmented)
     rows = np.arange(SIZE)
-    columns = np.concatenate([found.inputs["numeric"], found.inputs["categorical"]], 1)
+    columns = np.concatenate([augmented.inputs["numeric"], augmented.inputs["categorical"]], 1)
     kept = columns == rows[:, None] + 1
     np.testing.assert_array_equal(columns, np.where(kept, rows[:, None] + 1, partner[:, None] + 1))
     np.testing.assert_allclose(own, kept.mean(1), rtol=1e-6)
-    np.testing.assert_array_equal(own, found.trace.magnitude[:, 0])
+    np.testing.assert_array_equal(own, augmented.trace.magnitude[:, 0])
     assert own.min() > 0.5  # of nine columns
     # With l ~ U(0, 1) every number of kept columns is as likely; 4 kept are 5 of the partner.
     counts = np.bincount(kept.sum(1)[partner >= 0], minlength=10)[5:9]
@@ -166,14 +177,15 @@ def test_cutmix_swaps_whole_columns_and_the_label_has_their_share():
 
 def test_mixup_averages_numbers_and_chooses_categories():
     batch = coded()
-    found = run("mixup", batch)
-    own, partner = parents(found)
+    augmented = run("mixup", batch)
+    own, partner = parents(augmented)
     mixed = partner >= 0
     rows = np.arange(SIZE)
     share, other = own[:, None], partner[:, None] + 1
     numeric = np.where(mixed[:, None], share * (rows[:, None] + 1) + (1 - share) * other, 0)
-    np.testing.assert_allclose(found.inputs["numeric"][mixed], numeric[mixed].repeat(5, 1), 1e-5)
-    categorical = np.asarray(found.inputs["categorical"])
+    expected = numeric[mixed].repeat(5, 1)
+    np.testing.assert_allclose(augmented.inputs["numeric"][mixed], expected, 1e-5)
+    categorical = np.asarray(augmented.inputs["categorical"])
     kept = categorical == rows[:, None] + 1
     np.testing.assert_array_equal(categorical[mixed], np.where(kept, categorical, other)[mixed])
     # As often one's own as the share says, in all and where the share is small.
@@ -185,21 +197,21 @@ def test_mixup_averages_numbers_and_chooses_categories():
 
 def test_smote_interpolates_within_the_class():
     batch = classed()
-    found = run("smote", batch)
+    augmented = run("smote", batch)
     rows = np.arange(SIZE)
-    own = np.float64(found.trace.magnitude[:, 0])
+    own = np.float64(augmented.trace.magnitude[:, 0])
     partner = np.argsort(batch.index)[
-        np.searchsorted(np.sort(batch.index), found.trace.partner[:, 0])
+        np.searchsorted(np.sort(batch.index), augmented.trace.partner[:, 0])
     ]
     alone = rows == SIZE - 1
     np.testing.assert_array_equal(partner == rows, alone)
     assert (partner[~alone] % 3 == rows[~alone] % 3).all() and SIZE - 1 not in partner[~alone]
     numeric = own * (rows + 1) + (1 - own) * (partner + 1)
-    np.testing.assert_allclose(found.inputs["numeric"][:, 0], numeric, rtol=1e-5)
-    np.testing.assert_allclose(found.labels, batch.labels, atol=1e-6)
+    np.testing.assert_allclose(augmented.inputs["numeric"][:, 0], numeric, rtol=1e-5)
+    np.testing.assert_allclose(augmented.labels, batch.labels, atol=1e-6)
     assert own[-1] == 1
     assert stats.kstest(own[:-1], "uniform").pvalue > 1e-3
-    categorical = np.asarray(found.inputs["categorical"])
+    categorical = np.asarray(augmented.inputs["categorical"])
     kept = categorical == rows[:, None] + 1
     np.testing.assert_array_equal(categorical, np.where(kept, categorical, partner[:, None] + 1))
     deviation = np.sqrt(4 * (own * (1 - own)).sum())
@@ -209,11 +221,11 @@ def test_smote_interpolates_within_the_class():
 def test_smote_interpolates_soft_labels():
     soft = jnp.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
     batch = Batch(jnp.zeros((3, 2)), soft, jnp.ones(3, bool), jnp.arange(3))
-    found = jax.jit(smote())(KEY, batch)
-    own = found.trace.magnitude[:, 0]
-    np.testing.assert_allclose(found.labels[0], own[0] * soft[0] + (1 - own[0]) * soft[1], 1e-5)
-    np.testing.assert_allclose(found.labels[1], own[1] * soft[1] + (1 - own[1]) * soft[0], 1e-5)
-    np.testing.assert_array_equal(found.labels[2], soft[2])
+    augmented = jax.jit(smote())(KEY, batch)
+    own = augmented.trace.magnitude[:, 0]
+    np.testing.assert_allclose(augmented.labels[0], own[0] * soft[0] + (1 - own[0]) * soft[1], 1e-5)
+    np.testing.assert_allclose(augmented.labels[1], own[1] * soft[1] + (1 - own[1]) * soft[0], 1e-5)
+    np.testing.assert_array_equal(augmented.labels[2], soft[2])
 
 
 def test_classmates_are_uniform_over_the_unmasked_others():
@@ -221,10 +233,10 @@ def test_classmates_are_uniform_over_the_unmasked_others():
     mask = np.array([True] * 8 + [True, True, False])
     batch = Batch((), jax.nn.one_hot(label, 4), jnp.asarray(mask), jnp.arange(11))
     draw = jax.jit(jax.vmap(lambda key: classmates(key, batch)))
-    found = np.asarray(draw(jax.random.split(KEY, 1200)))
+    augmented = np.asarray(draw(jax.random.split(KEY, 1200)))
     for row in np.flatnonzero(mask):
         others = np.flatnonzero((label == label[row]) & mask & (np.arange(11) != row))
-        counts = np.bincount(found[:, row], minlength=11)
+        counts = np.bincount(augmented[:, row], minlength=11)
         if len(others):
             assert counts[others].sum() == 1200
             assert len(others) == 1 or stats.chisquare(counts[others]).pvalue > 1e-3
