@@ -49,7 +49,12 @@ def none() -> MaskLoss:
 
 
 def l1(weight: float = 0.1, margin: float = 0.1) -> MaskLoss:
-    """weight max(|a - l| - margin, 0)."""
+    """weight max(|a - l| - margin, 0).
+
+    >>> half = jnp.full((1, 2, 2), 0.5)
+    >>> print(l1(weight=2.0, margin=0.25)(half, 0.0, jnp.array([True])))
+    0.5
+    """
     checks.at_least_zero(weight=weight, margin=margin)
 
     def loss(own, share, mask):
@@ -197,6 +202,10 @@ def make(
     drawn shares, whatever the masks. q and k compute in training mode. The rule learns weights and
     labels of the mixtures N x, by head "mix". Under pmap every device draws its own mixtures and
     compares its own masks with them.
+
+        run = RunInfo(num_samples=50_000, num_classes=100, num_steps=100_000)
+        model = from_linen(automix.network(ResNet18(norm="batch"), 100))
+        method = automix.make(model, tx, automix.SAMIX, run=run)
 
     Args:
       model: of `network`.

@@ -245,7 +245,10 @@ def average(k: Params, q: Params, m: jax.Array) -> Params:
 def momentum_at(step: jax.Array, num_steps: int, *, start: float, end: float) -> jax.Array:
     """m of a step: `start` for the first tenth of the run, then a cosine that ends at `end`.
 
-    m = end - (end - start) (cos(pi t / T) + 1) / 2
+        m = end - (end - start) (cos(pi t / T) + 1) / 2
+
+    >>> print(momentum_at(jnp.array([0, 9, 100]), 100, start=0.5, end=0.75))
+    [0.5  0.5  0.75]
     """
     cosine = end - (end - start) * (jnp.cos(jnp.pi * (step / num_steps)) + 1) / 2
     return jnp.where(step < 0.1 * num_steps, start, cosine)

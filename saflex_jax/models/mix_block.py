@@ -216,7 +216,10 @@ class BatchStatistics(nn.Module):
 def rescaled(share: jax.Array, k: float) -> jax.Array:
     """SAMix's curve through (0, 0), (1/2, 1/2) and (1, 1) in the place of lambda.
 
-    (4/3 l^3 - 2 l^2 + (k + 1) l) / (k + 1/3)
+        (4/3 l^3 - 2 l^2 + (k + 1) l) / (k + 1/3)
+
+    >>> rescaled(0.5, k=0.25)
+    0.5
     """
     return (4 / 3 * share**3 - 2 * share**2 + (k + 1) * share) / (k + 1 / 3)
 

@@ -11,15 +11,18 @@ from saflex_jax.methods.adautomix import Options
 from saflex_jax.models import AdversarialMixBlock
 from saflex_jax.parallel import jit_runner
 from tests.methods.mixture_setup_ import (
+    LAM_MARGIN,
     MOMENTUM,
     REAL,
     RUN,
     SIZE,
     STREAMS,
     THREE,
+    THREE_AT_MARGIN,
     TX,
     assert_agree,
     assert_step,
+    at_margin,
     checked_step,
     cross_entropy,
     expected,
@@ -51,15 +54,25 @@ def test_the_step():
         return value + linear_share * jnp.mean(cross_entropy(linear, labels))
 
     options = Options(
-        adversarial_every=3, adversarial_share=share, linear_share=linear_share, **MOMENTUM
+        adversarial_every=3,
+        adversarial_share=share,
+        linear_share=linear_share,
+        lam_margin=LAM_MARGIN,
+        **MOMENTUM,
     )
     method = adautomix.make(model(), TX, options, run=RUN)
-    reference = expected(model(), AdversarialMixBlock(), generator, network, third=True)
+    losses = generator, network
+    reference = expected(model(), AdversarialMixBlock(), *losses, settle=at_margin, third=True)
     step = checked_step(method, reference)
     # The last of three steps is cooperative: against every third only.
-    for number, weights in ((6, (-share, 1 - share)), (8, (1.0, 0.0))):
+    against, with_it = (-share, 1 - share), (1.0, 0.0)
+    for number, weights, of in (
+        (6, against, THREE),
+        (8, with_it, THREE),
+        (9, against, THREE_AT_MARGIN),
+    ):
         state = start(method, number)
-        returned, wanted = step(state, STREAMS, THREE, momentum_of(number), *weights)
+        returned, wanted = step(state, STREAMS, of, momentum_of(number), *weights)
         assert_step(returned, wanted, state)
 
 

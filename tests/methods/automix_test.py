@@ -15,6 +15,7 @@ from saflex_jax.parallel import jit_runner
 from tests.methods.mixture_setup_ import (
     GIVEN,
     GIVING,
+    LAM_MARGIN,
     MARGIN,
     MIDDLE,
     MOMENTUM,
@@ -23,6 +24,7 @@ from tests.methods.mixture_setup_ import (
     STREAMS,
     TX,
     assert_step,
+    at_margin,
     checked_step,
     constant,
     cross_entropy,
@@ -61,16 +63,11 @@ def given_targets(logits, labels, one, batch, linear):
     return jnp.mean(losses) + jnp.mean(cross_entropy(one, batch.labels))
 
 
-def at_margin(masks, of):
-    lam = of.shares[0]
-    return jnp.where((lam <= 0.0625) | (lam >= 0.9375), constant(of), masks)
-
-
 @functools.cache
 def plain():
     """AutoMix with a mask loss and a margin of this file."""
     options = Options(
-        mask_loss=f"l1_variance({WEIGHT}, margin={LIMIT})", lam_margin=0.0625, **MOMENTUM
+        mask_loss=f"l1_variance({WEIGHT}, margin={LIMIT})", lam_margin=LAM_MARGIN, **MOMENTUM
     )
     method = automix.make(model(), TX, options, rule=GIVING, run=RUN)
     losses = block_loss(WEIGHT, LIMIT), given_targets
@@ -148,6 +145,13 @@ def test_padding_changes_nothing():
     for name in ("params", "opt_state"):
         assert_close(getattr(state, name), getattr(again, name), 0)
     assert_close(state.extra.momentum, again.extra.momentum, 0)
+
+
+def test_batch_statistics_of_the_block_are_over_the_runs_axis():
+    run = RUN._replace(axis_name="data")
+    method = automix.make(model(), TX, SAMIX, run=run)
+    with pytest.raises(NameError, match="data"):  # where nothing is mapped
+        jax.eval_shape(method.step, start(automix.make(model(), TX, SAMIX, run=RUN)), STREAMS)
 
 
 def test_every_step_makes_two_draws_of_its_own():

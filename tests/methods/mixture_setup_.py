@@ -23,6 +23,7 @@ SIZE, REAL, PIXELS = 8, 6, (8, 8)  # rows, those that are no padding
 KEY, LR, NUM_STEPS = jax.random.key(0), 0.2, 10
 TX = optax.sgd(LR, momentum=0.9)  # its state is the first step's gradient
 RUN = RunInfo(num_samples=SIZE, num_classes=CLASSES, num_steps=NUM_STEPS)
+LAM_MARGIN = 0.0625
 MOMENTUM = {"momentum": 0.5, "momentum_end": 0.9}
 # For programs that run once or twice.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -73,6 +74,7 @@ def mixture(*shares, rows=(0, 1)):
 MIDDLE = mixture(0.25, 0.75), mixture(0.625, 0.375, rows=(0, 2))
 MARGIN = mixture(0.9375, 0.0625), mixture(0.0625, 0.9375, rows=(0, 2))
 THREE = mixture(0.25, 0.25, 0.5, rows=(0, 1, 2)), mixture(0.5, 0.375, 0.125, rows=(0, 2, 1))
+THREE_AT_MARGIN = THREE[0], mixture(0.0625, 0.5, 0.4375, rows=(0, 2, 1))
 
 
 def start(method, step=7):
@@ -190,6 +192,11 @@ def constant(of):
 
 def unchanged(masks, of):
     return masks
+
+
+def at_margin(masks, of):
+    lam = of.shares[0]
+    return jnp.where((lam <= LAM_MARGIN) | (lam >= 1 - LAM_MARGIN), constant(of), masks)
 
 
 def expected(model, block, generator, network, *, settle=unchanged, third=False):
