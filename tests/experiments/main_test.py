@@ -1,10 +1,7 @@
 import importlib
-import json
 import math
 import shutil
 import struct
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,8 +12,7 @@ from experiments import build, task
 from experiments.configs import digits, wdbc
 from saflex_jax import parallel
 from saflex_jax.data import SOURCES
-from saflex_jax.methods import METHODS
-from saflex_jax.train import Checkpoints
+from saflex_jax.train import Checkpoints, MetricsWriter
 from tests.train import process_
 from tests.train.setup_ import arrays, assert_same_bits, read_records
 
@@ -30,7 +26,6 @@ CONFIGS = sorted(
     for module in MODULES
     if hasattr(module, "get_config") and module.get_config().data.name in SOURCES
 )
-OF_IMAGES = ("sla", "automix", "fixmatch", "invariance", "madaug", "protonet")
 
 
 def changed(config, **overrides):
@@ -54,8 +49,8 @@ def steps(config, count=2, *, devices=1):
     """State and metrics (sums and counts) after some steps, all built from a config."""
     build.check(config)
     data = task.make_data(config)
-    made = build.make_method(config, data.pools, data.source.columns)
-    method = build.with_upstream(config, made)
+    alone = build.make_method(config, data.pools, data.source.columns)
+    method = build.with_upstream(config, alone)
     runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:devices])
     state = runner.put_state(build.init_state(config, method, data.pools))
     runner, stream = build.make_input(config, data, runner)
@@ -76,53 +71,60 @@ def test_every_config_runs(name):
     assert all(np.isfinite(total) for total, _ in metrics.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_by_config(method):
-    make = small_images if method in OF_IMAGES else small
-    hidden = {"data.unlabelled": True, "data.noise": 0.0} if method == "fixmatch" else {}
-    state, metrics = steps(make(**{"method.name": method, **hidden}))
+def finite(state, metrics):
     assert int(state.step) == 2
     assert all(np.isfinite(total) for total, _ in metrics.values())
 
 
+@pytest.mark.parametrize(
+    "method, changes",
+    [("fixmatch", {"data.unlabelled": True, "data.noise": 0.0}), ("protonet", {})],
+)
+def test_methods_whose_data_are_special_run_by_config(method, changes):
+    """Of all others tests/train/loop_guard_test.py has runs."""
+    finite(*steps(small_images(**{"method.name": method, "method.rule": "as_given", **changes})))
+
+
 def test_options_reach_the_rule():
     # An infinite prior strength with the weights left alone is the plain upstream step.
-    plain, _ = steps(small(**{"method.name": "erm"}))
-    options = {"rule": "simplex", "prior_strength": math.inf, "learn": "labels", "predicate": ""}
-    anchored, metrics = steps(small(**{f"method.saflex.{k}": v for k, v in options.items()}))
+    plain, _ = steps(small(**{"method.rule": "as_given"}))
+    options = {"prior_strength": math.inf, "learn": "labels"}
+    options = {f"method.saflex_paper.rule.{k}": v for k, v in options.items()}
+    anchored, metrics = steps(small(**options, **{"method.rule": "saflex_paper"}))
     assert metrics["kept"][0] == metrics["kept"][1]
     for name, expected in arrays(plain.params).items():
         np.testing.assert_allclose(arrays(anchored.params)[name], expected, atol=1e-6)
 
 
 REWEIGHTING = {
-    "l2rw": {"predicate": "head", "mode": "finite_difference", "chunk": 8},
+    "l2rw": {"scoring.predicate": "head", "scoring.mode": "finite_difference",
+             "schedule.start": 2},
     "meta_weight_net": {"predicate": "head", "hidden": 7, "inner_learning_rate": 0.2,
-                        "meta_tx": 0.1, "seed": 1},
+                        "meta_tx": 0.1, "seed": 1, "start": 2},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", REWEIGHTING)
-def test_every_option_of_reweighting_by_config(method):
-    options = {"start": 2, **REWEIGHTING[method]}
-    config = small(**{f"method.{method}.{name}": value for name, value in options.items()})
-    config.method.name = method
-    assert set(options) == set(config.method[method])
+@pytest.mark.parametrize("rule", REWEIGHTING)
+def test_options_of_reweighting_by_config(rule):
+    options = {f"method.{rule}.{name}": value for name, value in REWEIGHTING[rule].items()}
+    config = small(**{"method.rule": rule}, **options)
     state, metrics = steps(config, 3)
-    assert metrics["val_loss"][1] == 1
+    assert metrics["val_loss"][1] == 1  # of the third step alone
     assert all(np.isfinite(total) for total, _ in metrics.values())
-    if method == "meta_weight_net":
+    if rule == "meta_weight_net":
         net, _ = state.extra
         assert net["out"]["kernel"].shape == (7, 1)
+    (start,) = (name for name in options if name.endswith("start"))
     with pytest.raises(ValueError, match="start must be a whole number >= 0; given -1"):
-        steps(changed(config, **{f"method.{method}.start": -1}))
+        build.check(changed(config, **{start: -1}))
 
 
 def test_pmap_and_jit_agree_by_config():
     # Mixup pairs within a device's share under pmap. The damping keeps conjugate gradients from
     # magnifying the rounding by which already jit on 1 and on 8 devices differ.
     overrides = {
-        "augment": "feature_noise(0.1)", "train.val_batch_size": 56, "method.saflex.damping": 0.3,
+        "augment": "feature_noise(0.1)", "train.val_batch_size": 56,
+        "method.saflex.scoring.direction": "cg(damping=0.3)",
     }  # fmt: skip
     found = {
         runner: steps(small(**overrides, runner=runner), 3, devices=8) for runner in ("jit", "pmap")
@@ -207,9 +209,13 @@ def test_folds_of_a_config(changes, on_device):
 
 def test_samples_to_choose_on_come_from_training_with_right_labels():
     # Images, whose values do not depend on what trains.
-    make = lambda n: task.make_data(changed(digits.get_config(), **{"data.select": n}))
-    plain, chosen = make(0), make(90)
-    prints = lambda batch: {x.tobytes() for x in np.asarray(batch.inputs)}
+    plain, chosen = (
+        task.make_data(changed(digits.get_config(), **{"data.select": n})) for n in (0, 90)
+    )
+
+    def prints(batch):
+        return {x.tobytes() for x in np.asarray(batch.inputs)}
+
     assert len(chosen.test.labels) == 90
     assert prints(chosen.test) <= prints(plain.pools.candidates) - prints(chosen.pools.candidates)
     assert len(chosen.pools.candidates.labels) == len(plain.pools.candidates.labels) - 90
@@ -221,7 +227,7 @@ def test_samples_to_choose_on_come_from_training_with_right_labels():
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_validation_samples_that_train_stay_as_given(trains):
-    config = small(**{"data.train_on_val": trains, "method.saflex.noise_rate": 0.5})
+    config = small(**{"data.train_on_val": trains, "method.saflex.rule.noise_rate": 0.5})
     data = task.make_data(config)
     method = build.make_method(config, data.pools, data.source.columns)
     state = build.init_state(config, method, data.pools)
@@ -254,18 +260,24 @@ def test_validation_samples_that_train_stay_as_given(trains):
         ("model", "width", (3,), r"config.model has no field 'width'; did you mean 'widths'\?"),
         ("model", "axis_name", "data", r"config.model has no field 'axis_name'"),
         ("method.saflex", "num_samples", 3, r"config.method.saflex has no field 'num_samples'"),
+        ("method.saflex.rule", "run", 3, r"config.method.saflex.rule has no field 'run'"),
         ("method", "options", {}, r"config.method has no field 'options'; .*known fields: "),
-        ("method.saflex", "temprature", 1, r"did you mean 'temperature'\?"),
+        ("method.saflex_paper.rule", "temprature", 1, r"did you mean 'temperature'\?"),
         ("method.implicit", "max_wight", 1, r"method.implicit .*did you mean 'max_weight'\?"),
-        ("method", "refiner", "safle", r"config.method.refiner .*did you mean 'saflex'\?"),
-        ("method", "refiner", "saflex", "config.method.refiner must be '' with saflex; given 'saf"),
+        ("method", "rule", "safle", r"config.method.rule .*did you mean 'saflex'\?"),
+        (
+            "method",
+            "name",
+            "madaug",
+            "config.method.rule must be 'as_given' with madaug; given 'saf",
+        ),
         ("method.drw", "counts", 3, "config.method.drw has no field 'counts'; known fields: "),
-        ("method.l2rw", "chunck", 4, r"method.l2rw has no field 'chunck'; did you mean 'chunk'\?"),
+        ("method.l2rw.scoring", "chunck", 4, r"scoring has no field 'chunck'; .*'chunk'\?"),
         ("method.meta_weight_net", "hiden", 9, r"did you mean 'hidden'\?"),
         ("", "runner", "jitt", r"config.runner must be one of .*'jitt'; did you mean 'jit'\?"),
         ("data", "name", "digit", r"config.data.name .*did you mean 'digits'\?"),
         ("model", "name", "small_cn", r"config.model.name .*did you mean 'small_cnn'\?"),
-        ("method", "name", "saflexx", r"config.method.name .*did you mean 'saflex'\?"),
+        ("method", "name", "supervise", r"config.method.name .*did you mean 'supervised'\?"),
         ("train", "steps", 0, "config.train.steps must be positive and finite; given 0"),
         ("train", "checkpoint_every", -1, "config.train.checkpoint_every must be positive"),
     ],
@@ -301,10 +313,10 @@ def compiled():
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("temperature", 0.0, "temperature must be positive and finite; given 0.0"),
-        ("prior_strength", -1.0, "prior_strength must be >= 0; given -1.0"),
-        ("direction", "cgg", r"direction must be one of .*did you mean 'cg'\?"),
-        ("predicate", "hed", "predicate selects no parameter; the paths are"),
+        ("rule.lookahead", -1.0, "lookahead must be >= 0 and finite; given -1.0"),
+        ("rule.memory.decay", 1.0, r"decay must lie in \[0, 1\); given 1.0"),
+        ("scoring.direction", "cgg", r"direction must be one of .*did you mean 'cg'\?"),
+        ("scoring.predicate", "hed", "predicate selects no parameter; the paths are"),
     ],
 )
 def test_a_bad_option_is_refused_before_compilation(compiled, option, value, message):
@@ -342,54 +354,44 @@ SAFLEX_OVER = {
 def over(method):
     """What the command runs: SAFLEX as the rule of another method."""
     return {
-        "method.name": method, "method.refiner": "saflex", "model.widths": (4, 4),
-        # Quicker to compile; and it leaves samples out from the first step on.
-        "method.saflex.direction": "identity", "method.saflex.rule": "simplex",
+        # The paper's rule leaves samples out from the first step on.
+        "method.name": method, "method.rule": "saflex_paper", "model.widths": (4, 4),
+        "method.saflex_paper.scoring.predicate": "head",
+        "method.saflex_paper.rule.memory.decay": 0.97,
         "train.batch_size": 16, "train.steps": LAST, "train.log_every": 1,
         "train.checkpoint_every": FIRST, **SAFLEX_OVER[method],
     }  # fmt: skip
 
 
-def run_both(folders, cache):
-    """The command for every method, side by side: each compiles on one core."""
-    command = [sys.executable, "-m", "experiments.main", "--noprogress"]
-    jobs = [
-        subprocess.Popen(
-            [*command, f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in over(m).items())],
-            cwd=process_.ROOT, env=process_.environment(cache), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+@pytest.fixture(scope="module", params=SAFLEX_OVER)
+def runs(request, tmp_path_factory):
+    """A method; the folders and last states of a run, and of one that goes on from step FIRST."""
+    method, root = request.param, tmp_path_factory.mktemp("over")
+    config = changed(digits.get_config(), **over(method))
+    build.check(config)
+    data = task.make_data(config)
+    trained = build.with_upstream(config, build.make_method(config, data.pools))
+    runner = parallel.RUNNERS[config.runner](trained.step, devices=jax.devices()[:1])
+
+    def run(folder):
+        checkpoints = Checkpoints(
+            folder / "checkpoints", config=build.settings(config), every=FIRST
         )
-        for m, folder in folders.items()
-    ]  # fmt: skip
-    try:
-        for job in jobs:
-            _, stderr = job.communicate(timeout=process_.LIMIT)
-            assert job.returncode == 0, stderr[-3000:]
-    finally:
-        for job in jobs:
-            job.kill()
+        writer = MetricsWriter(folder, resume_from=checkpoints.latest)
+        result = build.fit(
+            config, data, trained, runner, writer=writer, checkpoints=checkpoints, progress=False
+        )
+        writer.close(), checkpoints.close()
+        return result.state
+
+    whole = run(root / "whole")
+    shutil.copytree(root / "whole", root / "killed")
+    shutil.rmtree(root / "killed" / "checkpoints" / str(LAST))
+    return method, (root / "whole", whole), (root / "killed", run(root / "killed"))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Method -> the folders of a run, and of one killed after FIRST steps that was resumed."""
-    root = tmp_path_factory.mktemp("over")
-    whole = {method: root / method for method in SAFLEX_OVER}
-    run_both(whole, root / "compiled")
-    killed = {method: root / f"{method}_killed" for method in SAFLEX_OVER}
-    for method, folder in killed.items():
-        shutil.copytree(whole[method], folder)
-        shutil.rmtree(folder / "checkpoints" / str(LAST))
-        (folder / "result.json").unlink()
-    run_both(killed, root / "compiled")
-    return {method: (whole[method], killed[method]) for method in SAFLEX_OVER}
-
-
-@pytest.mark.parametrize("method", SAFLEX_OVER)
-def test_saflex_over_another_method_by_configuration_alone(runs, method):
-    folder, _ = runs[method]
-    result = json.loads((folder / "result.json").read_text())
-    assert 0 < result["test_accuracy"] < 1 and result["config"]["method"]["name"] == method
+def test_saflex_over_another_method_by_configuration_alone(runs):
+    _, (folder, _), _ = runs
     records = process_.records(folder)
     assert list(records) == [*range(1, LAST + 1)]
     for record in records.values():  # of the method, and of its rule
@@ -398,28 +400,13 @@ def test_saflex_over_another_method_by_configuration_alone(runs, method):
     assert any(weighed)
 
 
-@pytest.mark.parametrize("method", SAFLEX_OVER)
-def test_saflex_over_another_method_resumes_bit_for_bit(runs, method):
-    config = changed(digits.get_config(), **over(method))
-    data = task.make_data(config)
-    made = build.make_method(config, data.pools)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: build.init_state(config, made, data.pools))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    found = []
-    for folder in runs[method]:
-        checkpoints = Checkpoints(folder / "checkpoints", config=build.settings(config))
-        found.append(checkpoints.load(like, LAST))
-        checkpoints.close()
-    (whole, at), (resumed, its) = found
-    assert at == its == {"step": LAST}
+def test_saflex_over_another_method_resumes_bit_for_bit(runs):
+    method, (folder, whole), (resumed_folder, resumed) = runs
+    assert whole.step == resumed.step == LAST
     assert_same_bits(resumed, whole)
-    memory = whole.extra.memory if method == "sla" else whole.extra.refiner.memory
+    memory = whole.extra.rule if method == "sla" else whole.extra.rule.rule
     assert memory.visits.sum() == LAST * 16 * (2 if method == "sla" else 1)  # of views, mixtures
-    first, second = map(process_.records, runs[method])
-    assert first == second
-    texts = [(folder / "result.json").read_text() for folder in runs[method]]
-    assert texts[0] == texts[1]
+    assert process_.records(folder) == process_.records(resumed_folder)
 
 
 def test_tensorboard_without_tensorflow(tmp_path):
