@@ -33,7 +33,8 @@ def tiny(**changes):
 
 
 def of_sla(predict, **options):
-    return {"method": {"name": "sla", "sla": {"mode": "sla", "predict": predict, **options}}}
+    section = {"mode": "sla", "predict": predict, **options}
+    return {"method": {"name": "sla", "rule": "as_given", "sla": section}}
 
 
 # --- configs -------------------------------------------------------------------------------------
@@ -42,8 +43,8 @@ def of_sla(predict, **options):
 def test_arms_are_changes_of_the_config_in_the_order_written():
     changes = {
         "second": {"augment": "flip(0.5)"},
-        "first": {"method": {"name": "erm"}, "model": {"widths": [5, 6]}},
-        "a": {"method": {"saflex": {"memory_decay": 0.5, "damping": 1}}},
+        "first": {"method": {"rule": "as_given"}, "model": {"widths": [5, 6]}},
+        "a": {"method": {"saflex": {"rule": {"lookahead": 1, "memory": {"decay": 0.5}}}}},
     }
     config = tiny(arms=changes)
     before = config.to_json()
@@ -56,40 +57,41 @@ def test_arms_are_changes_of_the_config_in_the_order_written():
     for arm, changed in {
         "second": plain | {"augment": "flip(0.5)"},
         "first": plain
-        | {"method": plain["method"] | {"name": "erm"}}
+        | {"method": plain["method"] | {"rule": "as_given"}}
         | {"model": plain["model"] | {"widths": [5, 6]}},
     }.items():
         assert build.settings(found[arm]) == {k: v for k, v in changed.items() if k != "arms"}
     assert found["first"].model.widths == (5, 6)
-    assert found["a"].method.saflex.memory_decay == 0.5
-    assert isinstance(found["a"].method.saflex.damping, float)
-    assert config.method.saflex.memory_decay == 0.97
+    rule = found["a"].method.saflex.rule
+    assert rule.memory.decay == 0.5 and isinstance(rule.lookahead, float)
+    assert config.method.saflex.rule.memory.decay == 0.97
 
 
 def test_without_arms_there_are_the_four():
     for config in (tiny(), tiny(arms={})):
         found = arms.configs(config)
-        assert {a: (c.method.name, c.data.train_on_val) for a, c in found.items()} == {
-            "upstream": ("erm", False),
-            "upstream_train_val": ("erm", True),
+        assert {a: (c.method.rule, c.data.train_on_val) for a, c in found.items()} == {
+            "upstream": ("as_given", False),
+            "upstream_train_val": ("as_given", True),
             "saflex": ("saflex", False),
             "saflex_train_val": ("saflex", True),
         }
         assert list(found) == ["upstream", "upstream_train_val", "saflex", "saflex_train_val"]
     config = tiny()
-    config.method.update({"name": "sla", "refiner": "saflex"})
-    assert arms.configs(config)["upstream"].method.refiner == ""
-    assert arms.configs(config)["saflex"].method.refiner == "saflex"
+    config.method.name = "sla"
+    of_upstream, of_saflex = (arms.configs(config)[arm].method for arm in ("upstream", "saflex"))
+    assert (of_upstream.name, of_upstream.rule) == ("supervised", "as_given")
+    assert (of_saflex.name, of_saflex.rule) == ("sla", "saflex")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"trian": {}}, r"config has no field 'trian'; did you mean 'train'\?"),
-        ({"method": {"nam": "erm"}}, r"config.method has no field 'nam'; did you mean 'name'\?"),
+        ({"method": {"nam": "sla"}}, r"config.method has no field 'nam'; did you mean 'name'\?"),
         ({"method": {"sla": {"mod": "da"}}}, r"config.method.sla .*did you mean 'mode'\?"),
         ({"data": {"nois": 0.1}}, r"config.data has no field 'nois'; did you mean 'noise'\?"),
-        ({"method": {"name": "erm", "refiner": "saflex"}}, "refiner must be '' with erm"),
+        ({"method": {"name": "madaug"}}, "rule must be 'as_given' with madaug; given 'saflex'"),
         ({"seed": 3}, "all arms run on the comparison's seeds"),
         ({"train": {"steps": "many"}}, "many is of original type"),
         ({"train": 3}, r"must be nested changes of the config; given \{'train': 3\}"),
@@ -110,7 +112,7 @@ def test_other_bad_configs_are_refused():
     with pytest.raises(ValueError, match=r"config\.arms must be a dict, arm -> changes; given 3"):
         arms.configs(tiny(arms=3))
     config = tiny()
-    config.method.nam = "erm"
+    config.method.nam = "sla"
     with pytest.raises(ValueError, match=r"^config\.method has no field 'nam'"):
         arms.configs(config)
 
@@ -124,7 +126,9 @@ def test_a_runs_settings_leave_out_the_arms():
 
 
 def test_arms_that_differ_in_what_is_read_are_trained_once():
-    automix = lambda **options: {"method": {"name": "automix", "automix": options}}
+    def automix(**options):
+        return {"method": {"name": "automix", "automix": options}}
+
     config = tiny(
         arms={
             "si": of_sla("single"),
@@ -190,7 +194,9 @@ def test_every_arm_of_every_config_builds(config):
 
 
 def without_time(records):
-    drop = lambda x: {k: v for k, v in x.items() if k not in ("seconds_per_step", "history")}
+    def drop(x):
+        return {k: v for k, v in x.items() if k not in ("seconds_per_step", "history")}
+
     return [drop(records), *map(drop, records["history"])]
 
 
@@ -230,7 +236,7 @@ def test_what_learns_weights_is_looked_at():
     config = wdbc.get_config()
     config.model.widths = (4,)
     config.augment = "feature_noise(0.1)"
-    config.method.saflex.update({"direction": "identity", "memory_decay": None})
+    config.method.saflex.scoring.direction = "identity"
     config.train.update({"steps": 4, "log_every": 2, "batch_size": 16, "val_batch_size": 24})
     found = arms.configs(config)
     (record,) = arms.run({"saflex": found["saflex"]}, {}, progress=False).values()
@@ -245,13 +251,13 @@ def test_what_learns_weights_is_looked_at():
 @pytest.mark.parametrize(
     "method, again",
     [
-        ({"name": "erm"}, 0),
-        ({"name": "saflex"}, 0),
-        ({"name": "implicit"}, 1),
-        ({"name": "erm", "loss": "ldam"}, 1),
-        ({"name": "drw"}, 1),
-        ({"name": "sla", "refiner": "implicit"}, 1),
-        ({"name": "sla", "refiner": "saflex"}, 0),
+        ({}, 0),
+        ({"rule": "as_given"}, 0),
+        ({"rule": "implicit"}, 1),
+        ({"loss": "ldam"}, 1),
+        ({"rule": "drw"}, 1),
+        ({"name": "sla", "rule": "implicit"}, 1),
+        ({"name": "sla"}, 0),
     ],
 )
 def test_a_seed_builds_anew_only_what_holds_its_labels(monkeypatch, method, again):
@@ -349,8 +355,13 @@ def test_panels_on_what_was_learned_are_those_of_the_arm_saflex():
               "confidence": 0.9, "weight": 1.0}  # fmt: skip
     image = sample | {"input": np.zeros((3, 3, 1)).tolist()}
     history = [{"step": s, "eval/weight_right": 1.0, "eval/weight_wrong": 0.5} for s in (1, 2)]
-    learned = lambda sample: records([0.5, 0.6], [1, 1], samples=[sample], history=history)
-    draw = lambda runs, **options: figures.compare(runs, title="x", **options)
+
+    def learned(sample):
+        return records([0.5, 0.6], [1, 1], samples=[sample], history=history)
+
+    def draw(runs, **options):
+        return figures.compare(runs, title="x", **options)
+
     weights = "mean learned weight"
 
     found = panels(draw({"upstream": learned(sample), "saflex": learned(sample)}))
@@ -376,8 +387,8 @@ def get_config():
     config.model.widths = (4,)
     config.augment = "feature_noise(0.1)"
     config.train.update({"steps": 6, "log_every": 3, "batch_size": 16})
-    config.arms = {"plain": {"method": {"name": "erm"}},
-                   "hard": {"method": {"name": "erm"}, "optimizer": {"learning_rate": 0.1}}}
+    config.arms = {"plain": {"method": {"rule": "as_given"}},
+                   "hard": {"method": {"rule": "as_given"}, "optimizer": {"learning_rate": 0.1}}}
     return config
 """
 
@@ -426,5 +437,8 @@ def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path):
     turned = compare(tmp_path, "--resume", "--base=hard")  # nothing is run again
     assert log.read_text().splitlines() == again
     assert list(turned) == ["hard", "plain"] and turned["hard"]["difference"] is None
-    mean = lambda found: found["difference"]["mean"]
+
+    def mean(found):
+        return found["difference"]["mean"]
+
     assert mean(turned["plain"]) == pytest.approx(-mean(resumed["hard"]))

@@ -180,7 +180,10 @@ def test_calibration_and_cost():
 
 def cells(text):
     """A Markdown table as row name -> column -> cell."""
-    split = lambda row: [cell.strip() for cell in row.strip("|").split("|")]
+
+    def split(row):
+        return [cell.strip() for cell in row.strip("|").split("|")]
+
     head, _, *rows = map(split, text.splitlines())
     assert all(len(row) == len(head) for row in rows)
     return {row[0]: dict(zip(head, row)) for row in rows}
@@ -251,9 +254,11 @@ def test_points_of_the_figures():
 
 
 def test_figures_draw_the_points():
-    task = lambda x, mean, family="f": {
-        "x": x, "mean": mean, "low": mean - 1, "high": mean + 1, "family": family,
-    }  # fmt: skip
+    def task(x, mean, family="f"):
+        return {
+            "x": x, "mean": mean, "low": mean - 1, "high": mean + 1, "family": family,
+        }  # fmt: skip
+
     tasks = [task(0.4, 2.0), task(0.0, 1.0), task(0.4021, 4.0)]
     figure = report_figures.gain_against_noise({"upstream": {"saflex": tasks}, "other": {}})
     left, right = figure.axes
@@ -293,7 +298,7 @@ def test_the_course_of_a_run_is_that_of_the_seeds_that_learned():
 def test_without_results_the_kept_ones_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
-    (tmp_path / report.KEPT).write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    (tmp_path / report.RESULTS).write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     assert report.main(["--json", "--arm=saflex"]) == 0
     assert json.loads(capsys.readouterr().out) == report.headline(REPORT, "saflex")
 

@@ -17,6 +17,7 @@ import pytest
 from experiments import arms, suite, suite_tasks, task
 from experiments.configs import digits, wdbc
 from experiments.suite import Job
+from saflex_jax.train import StopRequest
 from tests.train import process_
 
 SMALL = suite_tasks.make("small")
@@ -50,9 +51,16 @@ def test_the_small_suite_is_within_two_hours_on_two_cores():
     for job in todo:
         for arm in job.arms:
             runs[job.task, arm] += len(job.seeds)
-    image = lambda t: t.config.model.name == "small_cnn"
-    judged = lambda t: 7 if t.half == "report" else 5
-    seeds = lambda t, arm: judged(t) if arm in suite_tasks.HEADLINE else 5
+
+    def image(t):
+        return t.config.model.name == "small_cnn"
+
+    def judged(t):
+        return 7 if t.half == "report" else 5
+
+    def seeds(t, arm):
+        return judged(t) if arm in suite_tasks.HEADLINE else 5
+
     assert runs == {
         (n, arm): seeds(t, arm) if image(t) else 10 for n, t in SMALL.items() for arm in found[n]
     }
@@ -78,7 +86,7 @@ def test_every_task_has_every_arm_and_fits_its_data():
                 wrong = 1 - (1 - section.noise) * (1 - section.outside)
                 assert wrong == pytest.approx(t.noise)
         for arm in arms.STANDING:
-            assert found[arm].method.name == ("saflex" if "saflex" in arm else "erm")
+            assert found[arm].method.rule == ("saflex" if "saflex" in arm else "as_given")
             assert found[arm].data.train_on_val == arm.endswith("train_val")
 
 
@@ -113,11 +121,11 @@ def test_a_number_of_training_samples():
     assert task.make_data(arms.of_seed(config, 0)).clean_labels.mean() == pytest.approx(
         labels.mean(), abs=0.05
     )
-    found = task.some(np.arange(100, 400), 30, 0)
+    found = task.sample(np.arange(100, 400), 30, 0)
     assert np.array_equal(found, np.unique(found)) and found.min() >= 100 and found[-1] > 340
-    assert not np.array_equal(found, task.some(np.arange(100, 400), 30, 1))
+    assert not np.array_equal(found, task.sample(np.arange(100, 400), 30, 1))
     with pytest.raises(ValueError, match=r"config\.data\.train must be at most 300; given 301"):
-        task.some(np.arange(300), 301, 0)
+        task.sample(np.arange(300), 301, 0)
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -156,7 +164,7 @@ def test_validation_scores_are_of_the_validation_split_and_agree_with_the_evalua
     config = wdbc.get_config()
     config.model.widths = (4,)
     config.augment = "identity"
-    config.method.name = "erm"
+    config.method.rule = "as_given"
     config.train.update({"steps": 4, "log_every": 2, "batch_size": 16, "val_batch_size": 24})
     seen = []
 
@@ -184,13 +192,15 @@ def test_the_hash_is_of_what_fixes_a_run():
 
     same = changed()
     assert re.fullmatch("[0-9a-f]{12}", same)
-    for name, value in {"method.l2rw.start": 5, "method.sla.mode": "da", "data.dir": "/elsewhere",
-                        "seed": 7}.items():  # fmt: skip
+    for name, value in {
+        "method.l2rw.schedule.start": 5, "method.sla.mode": "da", "data.dir": "/elsewhere",
+        "seed": 7,
+    }.items():  # fmt: skip
         assert changed(**{name: value}) == same, name
     different = [
         changed(**{name: value})
         for name, value in {
-            "method.saflex.temperature": 0.7, "method.name": "l2rw", "data.noise": 0.1,
+            "method.saflex.rule.lookahead": 0.7, "method.rule": "l2rw", "data.noise": 0.1,
             "train.steps": 801, "augment": "flip", "model.widths": (16, 33), "method.loss": "ldam",
         }.items()
     ]  # fmt: skip
@@ -199,11 +209,11 @@ def test_the_hash_is_of_what_fixes_a_run():
     config = digits.get_config()
     del config.data["select"]
     assert suite.settings_hash(config) == same != changed(**{"data.select": 5})
-    # A refiner's options count where there is one.
-    over = {"method.name": "sla", "method.refiner": "saflex"}
-    assert changed(**over) != changed(**over, **{"method.saflex.temperature": 0.7})
+    # Of the method and of the rule.
+    over = {"method.name": "sla"}
+    assert changed(**over) != changed(**over, **{"method.saflex.rule.lookahead": 0.7})
     assert changed(**over) != changed(**over, **{"method.sla.mode": "da"})
-    assert changed(**over) == changed(**over, **{"method.l2rw.start": 5})
+    assert changed(**over) == changed(**over, **{"method.l2rw.schedule.start": 5})
 
 
 def test_half_a_line_is_cut_off_before_more_is_appended(tmp_path):
@@ -228,8 +238,11 @@ def test_half_a_line_is_cut_off_before_more_is_appended(tmp_path):
 def three_arms():
     """Two that share a training, and one."""
     config = digits.get_config()
-    sla = lambda predict: {"method": {"name": "sla", "sla": {"mode": "sla", "predict": predict}}}
-    config.arms = {"plain": {"method": {"name": "erm"}}, "si": sla("single"),
+
+    def sla(predict):
+        return {"method": {"name": "sla", "sla": {"mode": "sla", "predict": predict}}}
+
+    config.arms = {"plain": {"method": {"rule": "as_given"}}, "si": sla("single"),
                    "ag": sla("aggregated")}  # fmt: skip
     return config
 
@@ -368,7 +381,7 @@ def in_threads(monkeypatch):
         suite.run(
             todo,
             workers=workers,
-            stop=stop or suite.Stop(),
+            stop=stop or StopRequest(),
             record=record,
             fail=lambda job, seed, error: failed.append((job.task, seed, error)),
         )
@@ -408,7 +421,7 @@ def test_a_run_that_fails_leaves_the_others(in_threads):
 
 
 def test_a_signal_loses_nothing_that_was_finished(in_threads):
-    stop, asked, last = suite.Stop(), threading.Event(), threading.Event()
+    stop, asked, last = StopRequest(), threading.Event(), threading.Event()
 
     def behave(arm, config, seed):
         if seed == 3:
@@ -418,14 +431,16 @@ def test_a_signal_loses_nothing_that_was_finished(in_threads):
         return {"v": seed}
 
     # The parent writes the first record while the others are finished and the signal comes.
-    hear = lambda: asked.wait(60)
+    def hear():
+        return asked.wait(60)
+
     threading.Timer(2, last.set).start()  # a process would have been killed
     found, failed = in_threads(behave, [Job("a", {"x": 0}, tuple(range(10)))], 1, stop, hear)
     assert [seed for _, seed, _ in found] == [0, 1, 2] and failed == []
 
 
 def test_workers_that_end_with_the_same_signal_have_not_failed(in_threads):
-    stop = suite.Stop()
+    stop = StopRequest()
 
     def behave(arm, config, seed):
         if (config, seed) in ((0, 1), (1, 0)):
@@ -438,15 +453,6 @@ def test_workers_that_end_with_the_same_signal_have_not_failed(in_threads):
         stop.signal = None
         found, failed = in_threads(behave, todo, workers, stop)
         assert failed == [] and all(task in "ab" for task, _, _ in found)
-
-
-def test_stop_listens_and_gives_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with suite.Stop() as stop:
-        assert stop.signal is None
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before and suite.Stop().signal is None
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -494,7 +500,9 @@ def test_killed_and_resumed_every_run_is_made_once(tmp_path):
     command = [sys.executable, "-m", "experiments.suite", "--tasks=^wdbc|^pima$", "--seeds=2",
                "--arms=^upstream$|^saflex$", "--jobs=2", f"--workdir={workdir}",
                f"--data={tmp_path / 'data'}"]  # fmt: skip
-    lines = lambda: results.read_bytes().count(b"\n") if results.exists() else 0
+
+    def lines():
+        return results.read_bytes().count(b"\n") if results.exists() else 0
 
     def start():
         return subprocess.Popen(

@@ -420,7 +420,7 @@ def test_validation_rows_are_as_many_as_asked_for(tmp_path):
 def test_weight_decay_is_the_configs(tmp_path):
     images(tmp_path / "mnist")
     found = config("mnist", dir=str(tmp_path), val=9, steps=2)
-    found.method.name, found.augment = "erm", ""
+    found.method.rule, found.augment = "as_given", ""
     made, after = task.make_data(found), []
     for decay in (0.0, 0.5):
         found.optimizer.weight_decay = decay
