@@ -9,7 +9,7 @@ DATA = [
     "array_record>=0.5,<1",
     "grain>=0.2.10,<0.3",
     "importlib_resources>=6",  # TFDS needs it to prepare a set, and does not say so
-    "pillow>=11,<14",
+    "pillow>=11.1,<14",
     "scikit-learn>=1.5,<2",
     "tensorflow-datasets>=4.9.7,<5",
 ]

@@ -76,20 +76,22 @@ def test_twenty_steps_compile_once_donate_and_transfer_nothing(runner, caplog):
     given = setup_.make_state("posterior_memory_padding")
     before = leaves(given)
     run = RUNNERS[runner](step)
+    # pmap before JAX 0.8 compiles once more, when it is given a state that it returned.
+    compilations = 2 if runner == "pmap" and jax.__version_info__ < (0, 8) else 1
     state = run.put_state(given)
     batches = 4 * setup_.make_batches("posterior_memory_padding")
     with warnings.catch_warnings(), jax.log_compiles():
         warnings.filterwarnings("error", message=".*donated buffers were not usable")
         for number, batch in enumerate(batches):
             placed = run.put_batch(batch)
-            if number == 1:
+            if number == compilations:
                 caplog.clear()
             with jax.transfer_guard("disallow"):
                 new, _ = run.step(state, placed)
             assert all(x.is_deleted() for x in jax.tree.leaves(state))
             state = new
     assert int(state.step) == len(batches) == 20
-    assert len(traces) == 1
+    assert len(traces) == compilations
     assert not [r for r in caplog.messages if "ompil" in r]
     for x, kept in zip(leaves(given), before):
         np.testing.assert_array_equal(x, kept)

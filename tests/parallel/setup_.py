@@ -187,10 +187,12 @@ def reference(variant: str) -> dict[str, np.ndarray]:
 
 def assert_agrees(found: dict[str, np.ndarray], variant: str) -> None:
     """All of the state and the metrics, to 1e-6; counters and keys exactly."""
+    # Before JAX 0.10.2 XLA's sums over a batch are less exact, by up to 1.6e-6 in BatchNorm's bias.
+    atol = 1e-6 if jax.__version_info__ >= (0, 10, 2) else 2e-6
     expected = reference(variant)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         exact = not np.issubdtype(value.dtype, np.floating)
         np.testing.assert_allclose(
-            found[name], value, rtol=0, atol=0 if exact else 1e-6, err_msg=name
+            found[name], value, rtol=0, atol=0 if exact else atol, err_msg=name
         )
