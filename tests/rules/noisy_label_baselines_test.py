@@ -13,17 +13,13 @@ import pytest
 
 from saflex_jax import Batch, Model, Streams, TrainState
 from saflex_jax.core.tree import Mean, identity
-from saflex_jax.methods import (
-    METHODS,
-    REFINERS,
-    bootstrap,
-    co_teaching,
-    erm,
-    label_smoothing,
-    small_loss,
-)
+from saflex_jax.methods import co_teaching, supervised
 from saflex_jax.models import from_function
 from saflex_jax.parallel import jit_runner, pmap_runner
+from saflex_jax.rules import small_loss
+from saflex_jax.rules.bootstrap import Bootstrap
+from saflex_jax.rules.label_smoothing import LabelSmoothing
+from saflex_jax.rules.small_loss import SmallLoss
 from tests import cost_test
 from tests.problems import assert_close, hard_labels, log_softmax, soft_labels, softmax
 
@@ -37,6 +33,19 @@ OPTIONS = {
     "small_loss": {"forget": FORGET, "ramp": RAMP},
     "co_teaching": {"forget": FORGET, "ramp": RAMP},
 }
+RULES = {
+    "label_smoothing": LabelSmoothing,
+    "bootstrap": Bootstrap,
+    "bootstrap_hard": Bootstrap,
+    "small_loss": SmallLoss,
+}
+
+
+def method_of(name, model, tx, **options):
+    """Co-teaching, or plain training with a rule."""
+    if name == "co_teaching":
+        return co_teaching.make(model, tx, co_teaching.Options(**options))
+    return supervised.make(model, tx, RULES[name](**options))
 
 
 def candidates(size=ROWS, masked=MASKED, seed=0, labels=soft_labels):
@@ -56,15 +65,17 @@ def refined(rule, batch, step=NOW, reduce=identity):
 
 @functools.cache
 def _refined(rule, reduce):
+    def logits_fn(params, inputs):
+        return inputs
+
     @jax.jit
-    def found(batch, step):
+    def targets_of(batch, step):
         state = TrainState(step, None, None, None, None)
-        logits_fn = lambda params, inputs: inputs
         targets, arrays, _ = rule.apply((), state, logits_fn, Streams(batch), reduce=reduce)
         assert arrays == ()
         return targets
 
-    return found
+    return targets_of
 
 
 # --- label smoothing -------------------------------------------------------------------------
@@ -73,12 +84,12 @@ def _refined(rule, reduce):
 def test_a_smooth_label_has_its_share_of_the_uniform_one():
     batch = candidates()
     for epsilon in (0.0, 0.1, 1.0):
-        targets = refined(label_smoothing.refiner(epsilon=epsilon), batch)
+        targets = refined(LabelSmoothing(epsilon), batch)
         expected = [[(1 - epsilon) * q + epsilon / CLASSES for q in row] for row in batch.labels]
         np.testing.assert_allclose(targets.labels, expected, rtol=0, atol=1e-7)
         np.testing.assert_array_equal(targets.weights, batch.mask)
     one_hot = batch._replace(labels=np.eye(CLASSES, dtype=np.float32)[[1] * ROWS])
-    found = refined(label_smoothing.refiner(), one_hot).labels[0]
+    found = refined(LabelSmoothing(), one_hot).labels[0]
     np.testing.assert_allclose(found, [0.025, 0.925, 0.025, 0.025], atol=1e-7)
 
 
@@ -98,7 +109,7 @@ def test_labels_move_to_what_the_network_says_from_start_on(hard):
     said, mask = softmax(batch.inputs[batch.mask]), batch.mask
     if hard:
         said = np.eye(CLASSES)[said.argmax(1)]
-    rule = bootstrap.refiner(beta=BETA, hard=hard, start=START)
+    rule = Bootstrap(BETA, hard, START)
     for step in (0, START - 1):
         np.testing.assert_array_equal(refined(rule, batch, step).labels, batch.labels)
     for step in (START, START + 9):
@@ -107,7 +118,7 @@ def test_labels_move_to_what_the_network_says_from_start_on(hard):
         np.testing.assert_allclose(targets.labels[mask], expected, rtol=0, atol=1e-6)
         np.testing.assert_array_equal(targets.labels[~mask], batch.labels[~mask])
         np.testing.assert_array_equal(targets.weights, mask)
-    alone = refined(bootstrap.refiner(beta=1.0, hard=hard), batch)
+    alone = refined(Bootstrap(1.0, hard), batch)
     np.testing.assert_array_equal(alone.labels, batch.labels)
 
 
@@ -131,11 +142,13 @@ def weights_of(logits, batch, rate, shares=1):
 
 
 def test_the_share_left_out_grows_to_forget():
-    rate = lambda t: float(small_loss.rate_at(np.int32(t), forget=0.4, ramp=10))
+    def rate(t):
+        return float(SmallLoss(forget=0.4, ramp=10).rate_at(np.int32(t)))
+
     assert rate(0) == 0
     assert rate(1) == pytest.approx(0.04) and rate(9) == pytest.approx(0.36)
     assert rate(10) == rate(11) == rate(10**6) == np.float32(0.4)
-    assert small_loss.rate_at(np.int32(1), forget=0.4, ramp=1) == np.float32(0.4)
+    assert SmallLoss(forget=0.4, ramp=1).rate_at(np.int32(1)) == np.float32(0.4)
 
 
 def test_how_many_are_kept_is_exact():
@@ -149,7 +162,7 @@ def test_how_many_are_kept_is_exact():
     @functools.partial(jax.vmap, in_axes=(None, None, 0, None))
     @functools.partial(jax.vmap, in_axes=(None, None, None, 0))
     def kept(logits, mask, step, forget):
-        rate = small_loss.rate_at(step, forget=forget, ramp=ramp)
+        rate = forget * SmallLoss(0.5, ramp).rate_at(step) / 0.5  # the share is traced here
         return small_loss.select(logits, batch._replace(mask=mask), rate).weights > 0
 
     counts, steps = np.arange(1, size + 1), np.arange(ramp + 2)
@@ -179,7 +192,7 @@ def test_of_equal_losses_the_earlier_rows_are_kept():
 
 def test_the_smallest_losses_are_kept_whatever_the_padding():
     batch = logits_as_inputs(candidates())
-    rule = small_loss.refiner(forget=FORGET, ramp=RAMP)
+    rule = SmallLoss(FORGET, RAMP)
     for step, rate in ((0, 0), (3, Fraction("0.55") * 3 / 8), (RAMP, Fraction("0.55"))):
         targets = refined(rule, batch, step)
         expected = weights_of(batch.inputs, batch, rate)
@@ -191,11 +204,10 @@ def test_the_smallest_losses_are_kept_whatever_the_padding():
 
 def test_every_device_ranks_its_own_rows():
     batch = logits_as_inputs(candidates())
-    of_share = lambda x: x.reshape(4, -1, *x.shape[1:])
-    rule = small_loss.refiner(forget=FORGET, ramp=RAMP)
+    rule = SmallLoss(FORGET, RAMP)
     weights = jax.vmap(
         lambda batch: refined(rule, batch, RAMP, Mean("data")).weights, axis_name="data"
-    )(jax.tree.map(of_share, batch))
+    )(jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch))
     expected = weights_of(batch.inputs, batch, Fraction("0.55"), shares=4)
     np.testing.assert_allclose(weights.ravel(), expected, rtol=1e-6)
     assert (expected != weights_of(batch.inputs, batch, Fraction("0.55"))).any()
@@ -207,7 +219,7 @@ def test_what_is_not_finite_reaches_the_loss(rule):
     row = np.flatnonzero(batch.mask)[2]
     for value in (np.nan, np.inf):
         batch.inputs[row, 1] = value
-        targets = refined(REFINERS[rule.removesuffix("_hard")](**OPTIONS[rule]), batch)
+        targets = refined(RULES[rule](**OPTIONS[rule]), batch)
         found = np.isfinite(targets.labels).all(1) & np.isfinite(targets.weights)
         assert np.flatnonzero(~found).tolist() == [row]
 
@@ -229,8 +241,7 @@ LINEAR = Model(linear_init, linear_train, lambda p, s, x: GAIN * (x @ p["kernel"
 
 
 def make(name, **changes):
-    options = {**OPTIONS[name], **changes}
-    return METHODS[name.removesuffix("_hard")](LINEAR, optax.sgd(LR), **options)
+    return method_of(name, LINEAR, optax.sgd(LR), **{**OPTIONS[name], **changes})
 
 
 def jitted(method):
@@ -255,8 +266,13 @@ def stepped(kernel, batch, labels, weights):
 
 def expected_step(name, params, batch, shares):
     """The parameters after one step, and its loss."""
-    logits = lambda kernel: np.asarray(batch.inputs, np.float64) @ kernel
-    kernel = lambda p: np.asarray(p["kernel"], np.float64)
+
+    def logits(kernel):
+        return np.asarray(batch.inputs, np.float64) @ kernel
+
+    def kernel(params):
+        return np.asarray(params["kernel"], np.float64)
+
     rate = Fraction("0.55") * NOW / RAMP
     q, ones = np.asarray(batch.labels, np.float64), np.ones(ROWS)
     if name == "co_teaching":
@@ -313,7 +329,7 @@ def test_a_step_is_one_on_constant_targets_of_unmasked_rows(runner, name):
 
 def test_soft_bootstrapping_is_a_shorter_plain_step_where_the_modes_agree():
     model = LINEAR._replace(logits=lambda p, s, x: x @ p["kernel"])
-    method, batch = bootstrap.make(model, optax.sgd(LR), beta=BETA), candidates()
+    method, batch = method_of("bootstrap", model, optax.sgd(LR), beta=BETA), candidates()
     before = start_state(method)
     after, _ = jitted(method)(before, Streams(batch))
     own = np.asarray(before.params["kernel"])
@@ -332,8 +348,8 @@ def test_the_networks_differ_and_the_first_is_the_one_of_this_key():
 
 
 def test_without_forgetting_each_network_is_trained_alone():
-    alone = erm.make(LINEAR, optax.adam(0.1))
-    method = co_teaching.make(LINEAR, optax.adam(0.1), forget=0.0)
+    alone = supervised.make(LINEAR, optax.adam(0.1))
+    method = method_of("co_teaching", LINEAR, optax.adam(0.1), forget=0.0)
     state, streams = start_state(method), Streams(candidates())
     step, step_alone = jitted(method), jitted(alone)
     for name in "ab":
@@ -387,10 +403,10 @@ def two_layers(hidden, classes):
 
 def test_what_a_step_costs():
     model, tx = two_layers(256, cost_test.CLASSES), cost_test.TX
-    plain = cost_test.step_flops(erm.make(model, tx))
+    plain = cost_test.step_flops(supervised.make(model, tx))
     # A rule shares the training step's forward pass; two networks pick by their own.
     for name, steps in (("small_loss", 1), ("co_teaching", 2)):
-        found = cost_test.step_flops(METHODS[name](model, tx))
+        found = cost_test.step_flops(method_of(name, model, tx))
         assert (steps - 0.02) * plain < found < (steps + 0.02) * plain
 
 
@@ -410,7 +426,7 @@ def test_what_a_step_costs():
 )
 def test_an_option_out_of_range_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        METHODS[name](LINEAR, optax.sgd(LR), **options)
+        method_of(name, LINEAR, optax.sgd(LR), **options)
 
 
 def test_clean_samples_and_other_logits_are_refused():
@@ -419,7 +435,7 @@ def test_clean_samples_and_other_logits_are_refused():
         method.step(start_state(method), Streams(batch, clean=batch), reduce=identity)
     for name in ("bootstrap", "small_loss"):
         with pytest.raises(ValueError, match=r"must share one shape \[B, K\]; given .*\(24, 3\)"):
-            refined(REFINERS[name](), batch)  # its inputs are no logits of four classes
+            refined(RULES[name](), batch)  # its inputs are no logits of four classes
 
 
 @pytest.mark.parametrize(
@@ -433,7 +449,7 @@ def test_wrong_labels_are_left_out(name):
     inputs = (centres[truth] + rng.normal(size=(160, 6))).astype(np.float32)
     labels = np.eye(4, dtype=np.float32)[given]
     streams = Streams(Batch(inputs, labels, np.ones(160, bool), np.arange(160, dtype=np.int32)))
-    method = METHODS[name](two_layers(16, 4), optax.sgd(0.1), forget=0.4, ramp=50)
+    method = method_of(name, two_layers(16, 4), optax.sgd(0.1), forget=0.4, ramp=50)
     state = method.init(jax.random.key(0), inputs)
     step = jitted(method)
     for _ in range(100):
