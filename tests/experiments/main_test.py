@@ -1,5 +1,7 @@
+"""What a config builds, runs and refuses; the command that trains one."""
+
 import importlib
-import math
+import json
 import shutil
 import struct
 
@@ -10,22 +12,14 @@ from tensorboardX.proto.event_pb2 import Event
 
 from experiments import build, task
 from experiments.configs import digits, wdbc
-from saflex_jax import parallel
-from saflex_jax.data import SOURCES
-from saflex_jax.train import Checkpoints, MetricsWriter
+from saflex_jax import configure, parallel, train
+from saflex_jax.batches import take
+from saflex_jax.methods import METHODS
+from saflex_jax.rules import RULES
 from tests.train import process_
 from tests.train.setup_ import arrays, assert_same_bits, read_records
 
 FOLDER = process_.ROOT / "experiments" / "configs"
-MODULES = [
-    importlib.import_module(f"experiments.configs.{path.stem}") for path in FOLDER.glob("*.py")
-]
-# Those of embedded data; tests/arms_test.py builds all.
-CONFIGS = sorted(
-    module.__name__
-    for module in MODULES
-    if hasattr(module, "get_config") and module.get_config().data.name in SOURCES
-)
 
 
 def changed(config, **overrides):
@@ -35,23 +29,24 @@ def changed(config, **overrides):
 
 def small(**overrides):
     """A config that compiles quickly."""
-    return changed(wdbc.get_config(), **{"model.widths": (8,), "train.batch_size": 16, **overrides})
+    changes = {"model.widths": (8,), "train.batch_size": 16, "augment": "feature_noise(0.1)"}
+    return changed(wdbc.get_config(), **changes | overrides)
 
 
 def small_images(**overrides):
     """The same of images."""
     changes = {"model.widths": (4, 4), "train.batch_size": 16, "augment": "shift(1)"}
     changes |= {"method.protonet.ways": 4, "method.protonet.queries": 3}  # 16 rows an episode
-    return changed(digits.get_config(), **changes, **overrides)
+    return changed(digits.get_config(), **changes | overrides)
 
 
-def steps(config, count=2, *, devices=1):
+def steps(config, count, *, devices):
     """State and metrics (sums and counts) after some steps, all built from a config."""
     build.check(config)
     data = task.make_data(config)
-    alone = build.make_method(config, data.pools, data.source.columns)
-    method = build.with_upstream(config, alone)
-    runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:devices])
+    method = build.make_method(config, data.pools, data.source.columns)
+    step = build.with_upstream(config, method).step
+    runner = parallel.RUNNERS[config.runner](step, devices=jax.devices()[:devices])
     state = runner.put_state(build.init_state(config, method, data.pools))
     runner, stream = build.make_input(config, data, runner)
     for _ in range(count):
@@ -62,74 +57,66 @@ def steps(config, count=2, *, devices=1):
 # --- what runs -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_runs(name):
-    module = importlib.import_module(name)
-    assert "Command:" in module.__doc__ and "Hardware:" in module.__doc__
-    state, metrics = steps(module.get_config())
-    assert int(state.step) == 2
-    assert all(np.isfinite(total) for total, _ in metrics.values())
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_says_how_to_run_it_and_on_what(path):
+    module = importlib.import_module(f"experiments.configs.{path.stem}")
+    if hasattr(module, "get_config"):
+        assert "Command:" in module.__doc__ and "Hardware:" in module.__doc__
 
 
-def finite(state, metrics):
-    assert int(state.step) == 2
-    assert all(np.isfinite(total) for total, _ in metrics.values())
+TAKES_RULE = {name: "rule" in spec.takes for name, spec in METHODS.items()}
 
 
 @pytest.mark.parametrize(
-    "method, changes",
-    [("fixmatch", {"data.unlabelled": True, "data.noise": 0.0}), ("protonet", {})],
+    "name, rule",
+    [
+        *((name, "saflex" if takes else "as_given") for name, takes in TAKES_RULE.items()),
+        *(("supervised", rule) for rule in RULES if rule != "saflex"),
+    ],
 )
-def test_methods_whose_data_are_special_run_by_config(method, changes):
-    """Of all others tests/train/loop_guard_test.py has runs."""
-    finite(*steps(small_images(**{"method.name": method, "method.rule": "as_given", **changes})))
+def test_every_method_and_rule_is_built_of_a_config(name, rule):
+    """As far as the traced step; tests/train/loop_guard_test.py trains each of them."""
+    make = small if name == "supervised" else small_images
+    config = make(**{"method.name": name, "method.rule": rule})
+    if "clean" in METHODS[name].needs:
+        config.data.update({"unlabelled": True, "noise": 0.0})
+    data, held = task.make_data(config), []
+    method = build.make_method(config, data.pools, data.source.columns)
+    state = jax.eval_shape(lambda: build.init_state(config, method, data.pools))
+    _, stream = build.make_input(config, data, parallel.Runner(None, None, None, held.append))
+    streams = take(*held, next(stream))
+    new, metrics = jax.eval_shape(build.with_upstream(config, method).step, state, streams)
+    assert jax.tree.structure(new) == jax.tree.structure(state) and "loss" in metrics
+    reads_val = rule in ("saflex", "saflex_paper", "l2rw", "meta_weight_net", "implicit")
+    assert ("val_loss" in metrics) == (reads_val or name == "madaug")
 
 
-def test_options_reach_the_rule():
-    # An infinite prior strength with the weights left alone is the plain upstream step.
-    plain, _ = steps(small(**{"method.rule": "as_given"}))
-    options = {"prior_strength": math.inf, "learn": "labels"}
-    options = {f"method.saflex_paper.rule.{k}": v for k, v in options.items()}
-    anchored, metrics = steps(small(**options, **{"method.rule": "saflex_paper"}))
-    assert metrics["kept"][0] == metrics["kept"][1]
-    for name, expected in arrays(plain.params).items():
-        np.testing.assert_allclose(arrays(anchored.params)[name], expected, atol=1e-6)
-
-
-REWEIGHTING = {
-    "l2rw": {"scoring.predicate": "head", "scoring.mode": "finite_difference",
-             "schedule.start": 2},
-    "meta_weight_net": {"predicate": "head", "hidden": 7, "inner_learning_rate": 0.2,
-                        "meta_tx": 0.1, "seed": 1, "start": 2},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("rule", REWEIGHTING)
-def test_options_of_reweighting_by_config(rule):
-    options = {f"method.{rule}.{name}": value for name, value in REWEIGHTING[rule].items()}
-    config = small(**{"method.rule": rule}, **options)
-    state, metrics = steps(config, 3)
-    assert metrics["val_loss"][1] == 1  # of the third step alone
-    assert all(np.isfinite(total) for total, _ in metrics.values())
-    if rule == "meta_weight_net":
-        net, _ = state.extra
-        assert net["out"]["kernel"].shape == (7, 1)
-    (start,) = (name for name in options if name.endswith("start"))
-    with pytest.raises(ValueError, match="start must be a whole number >= 0; given -1"):
-        build.check(changed(config, **{start: -1}))
+def test_options_and_the_run_reach_the_rule():
+    options = {"scoring.direction": "identity", "rule.lookahead": 0.5, "rule.memory.decay": 0.25}
+    config = small(**{f"method.saflex.{name}": value for name, value in options.items()})
+    for trusted in (0, 60):
+        config.data.train_on_val = trusted > 0
+        pools = task.make_data(config).pools
+        run = build.run_info(config, pools)
+        rule = configure.make_rule(config.method.to_dict(), run)
+        assert rule.scoring.direction == "identity" and rule.schedule.every == 1
+        assert (rule.rule.lookahead, rule.rule.memory.decay) == (0.5, 0.25)
+        assert rule.rule.run is run and run.num_trusted == trusted and run.num_val == 60
+        assert run.num_samples == 309 + trusted and run.num_classes == 2
+        assert run.steps_per_epoch == run.num_samples / 16 and run.num_steps == config.train.steps
+        np.testing.assert_array_equal(run.counts, pools.candidates.labels.sum(0))
+        assert run.upstream == "feature_noise(0.1)" and run.axis_name is None
+    config.runner = "pmap"
+    assert build.run_info(config, pools).axis_name == "data"
 
 
 def test_pmap_and_jit_agree_by_config():
-    # Mixup pairs within a device's share under pmap. The damping keeps conjugate gradients from
-    # magnifying the rounding by which already jit on 1 and on 8 devices differ.
-    overrides = {
-        "augment": "feature_noise(0.1)", "train.val_batch_size": 56,
-        "method.saflex.scoring.direction": "cg(damping=0.3)",
-    }  # fmt: skip
-    found = {
-        runner: steps(small(**overrides, runner=runner), 3, devices=8) for runner in ("jit", "pmap")
-    }
-    (jitted, jit_metrics), (mapped, pmap_metrics) = found["jit"], found["pmap"]
+    # Mixup would pair within a device's share under pmap. The damping keeps conjugate gradients
+    # from magnifying the rounding by which already jit on 1 and on several devices differ.
+    overrides = {"method.saflex.scoring.direction": "cg(10, damping=0.3)"}
+    (jitted, jit_metrics), (mapped, pmap_metrics) = (
+        steps(small(**overrides, runner=runner), 3, devices=4) for runner in ("jit", "pmap")
+    )
     for name, expected in arrays(jitted).items():
         np.testing.assert_allclose(arrays(mapped)[name], expected, atol=2e-6, err_msg=name)
     assert jit_metrics.keys() == pmap_metrics.keys()
@@ -140,14 +127,14 @@ def test_pmap_and_jit_agree_by_config():
 
 
 def test_batch_statistics_are_the_global_batchs_by_config():
-    overrides = {"augment": "feature_noise(0.1)", "model.norm": "batch", "train.val_batch_size": 56}
-    found = [
-        arrays(steps(small(**overrides, runner=runner), 1, devices=8)[0].model_state)
+    overrides = {"model.norm": "batch", "method.rule": "as_given"}
+    jitted, mapped = (
+        arrays(steps(small(**overrides, runner=runner), 1, devices=4)[0].model_state)
         for runner in ("jit", "pmap")
-    ]
-    assert found[0]
-    for name, expected in found[0].items():
-        np.testing.assert_allclose(found[1][name], expected, atol=1e-6, err_msg=name)
+    )
+    assert jitted
+    for name, expected in jitted.items():
+        np.testing.assert_allclose(mapped[name], expected, atol=1e-6, err_msg=name)
 
 
 def test_data_of_a_seed():
@@ -227,12 +214,15 @@ def test_samples_to_choose_on_come_from_training_with_right_labels():
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_validation_samples_that_train_stay_as_given(trains):
-    config = small(**{"data.train_on_val": trains, "method.saflex.rule.noise_rate": 0.5})
+    config = small(
+        **{"data.train_on_val": trains, "method.saflex.rule.noise_rate": 0.5,
+           "method.saflex.scoring.direction": "identity"}
+    )  # fmt: skip
     data = task.make_data(config)
     method = build.make_method(config, data.pools, data.source.columns)
-    state = build.init_state(config, method, data.pools)
+    state = jax.jit(lambda: build.init_state(config, method, data.pools))()
     candidates = data.pools.candidates
-    learned = method.targets(state, data.pools)
+    learned = jax.jit(method.targets)(state, data.pools)
     as_given = (np.asarray(learned.labels) == candidates.labels).all(1)
     trusted = np.arange(len(as_given)) >= len(as_given) - trains * len(data.held_out.labels)
     np.testing.assert_array_equal(as_given, trusted)
@@ -249,12 +239,7 @@ def test_validation_samples_that_train_stay_as_given(trains):
         ("data", "val_from", "test", r"config.data.val_from must be one of"),
         ("data", "folds", 4, r"config.data.folds must be 0 unless train_on_val=True or"),
         ("data", "noize", 0.1, r"config.data has no field 'noize'; did you mean 'noise'\?"),
-        (
-            "",
-            "augment",
-            "mix_up(1.0)",
-            r"augment must be one of .*'mix_up'; did you mean 'mixup'\?",
-        ),
+        ("", "augment", "mix_up(1.0)", r"augment must be .*'mix_up'; did you mean 'mixup'\?"),
         ("method", "loss", "augmi", r"config.method.loss .*did you mean 'augmix'\?"),
         ("optimizer", "learning_rte", 1, r"did you mean 'learning_rate'\?"),
         ("model", "width", (3,), r"config.model has no field 'width'; did you mean 'widths'\?"),
@@ -265,12 +250,11 @@ def test_validation_samples_that_train_stay_as_given(trains):
         ("method.saflex_paper.rule", "temprature", 1, r"did you mean 'temperature'\?"),
         ("method.implicit", "max_wight", 1, r"method.implicit .*did you mean 'max_weight'\?"),
         ("method", "rule", "safle", r"config.method.rule .*did you mean 'saflex'\?"),
-        (
-            "method",
-            "name",
-            "madaug",
-            "config.method.rule must be 'as_given' with madaug; given 'saf",
-        ),
+        ("method", "name", "madaug", "config.method.rule must be 'as_given' with madaug; given 's"),
+        ("method.saflex.rule", "lookahead", -1.0, "lookahead must be >= 0 and finite; given -1.0"),
+        ("method.saflex.rule.memory", "decay", 1.0, r"decay must lie in \[0, 1\); given 1.0"),
+        ("method.saflex.scoring", "direction", "cgg", r"direction must be .*did you mean 'cg'\?"),
+        ("method.meta_weight_net", "start", -1, "start must be a whole number >= 0; given -1"),
         ("method.drw", "counts", 3, "config.method.drw has no field 'counts'; known fields: "),
         ("method.l2rw.scoring", "chunck", 4, r"scoring has no field 'chunck'; .*'chunk'\?"),
         ("method.meta_weight_net", "hiden", 9, r"did you mean 'hidden'\?"),
@@ -310,27 +294,80 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize(
-    "option, value, message",
-    [
-        ("rule.lookahead", -1.0, "lookahead must be >= 0 and finite; given -1.0"),
-        ("rule.memory.decay", 1.0, r"decay must lie in \[0, 1\); given 1.0"),
-        ("scoring.direction", "cgg", r"direction must be one of .*did you mean 'cg'\?"),
-        ("scoring.predicate", "hed", "predicate selects no parameter; the paths are"),
-    ],
-)
-def test_a_bad_option_is_refused_before_compilation(compiled, option, value, message):
-    config = small(**{f"method.saflex.{option}": value})
+def test_an_option_that_does_not_fit_the_network_is_refused_before_compilation(compiled):
+    config = small(**{"method.saflex.scoring.predicate": "hed"})
     data = task.make_data(config)
-    with pytest.raises(ValueError, match=message):
-        method = build.make_method(config, data.pools)
-        runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:1])
-        state = build.init_state(config, method, data.pools)
-        runner, stream = build.make_input(config, data, runner)
-        batch = runner.put_batch(next(stream))
-        compiled.clear()  # the operations of the initialisation
+    method = build.make_method(config, data.pools)
+    runner = parallel.RUNNERS[config.runner](method.step, devices=jax.devices()[:1])
+    state = build.init_state(config, method, data.pools)
+    runner, stream = build.make_input(config, data, runner)
+    batch = runner.put_batch(next(stream))
+    compiled.clear()  # the operations of the initialisation
+    with pytest.raises(ValueError, match="predicate selects no parameter; the paths are"):
         runner.step(state, batch)
     assert not compiled
+
+
+# --- a rule over another method ----------------------------------------------------------------
+
+FIRST, LAST = 3, 6  # checkpoints
+SAFLEX_OVER = {
+    "automix": {"method.automix.momentum": 0.5, "method.automix.momentum_end": 0.9},
+    "sla": {"method.sla.transformations": "rotation2", "model.name": "mlp", "model.norm": "none"},
+}
+
+
+@pytest.fixture(scope="module", params=SAFLEX_OVER)
+def over(request, tmp_path_factory):
+    """SAFLEX as the rule of another method, by the config alone, and trained as the command does.
+
+    The method's name; (folder, last state) of a whole run, and of one killed after FIRST steps.
+    """
+    config = small_images(
+        **{"method.name": request.param, "method.rule": "saflex_paper",
+           # This leaves samples out from the first step on.
+           "method.saflex_paper.rule.tolerance": 0.25,
+           "method.saflex_paper.rule.memory.decay": 0.97, "augment": "",
+           "train.steps": LAST, "train.log_every": 1, "train.checkpoint_every": FIRST},
+        **SAFLEX_OVER[request.param],
+    )  # fmt: skip
+    data = task.make_data(config)
+    method = build.with_upstream(config, build.make_method(config, data.pools))
+    runner = parallel.jit_runner(method.step, devices=jax.devices()[:1])
+
+    def run(folder):
+        checkpoints = train.Checkpoints(
+            folder / "checkpoints", config=build.settings(config), every=FIRST
+        )
+        writer = train.MetricsWriter(folder, resume_from=checkpoints.latest)
+        options = {"checkpoints": checkpoints, "writer": writer, "progress": False}
+        state = build.fit(config, data, method, runner, **options).state
+        writer.close(), checkpoints.close()
+        return folder, state
+
+    root = tmp_path_factory.mktemp(request.param)
+    whole = run(root / "whole")
+    shutil.copytree(root / "whole", root / "killed")
+    shutil.rmtree(root / "killed" / "checkpoints" / str(LAST))
+    return request.param, whole, run(root / "killed")
+
+
+def test_saflex_over_another_method_by_configuration_alone(over):
+    name, (folder, state), _ = over
+    records = process_.records(folder)
+    assert list(records) == [*range(1, LAST + 1)]
+    for record in records.values():  # of the method, and of its rule
+        assert {"val_loss", "kept", "relabelled", "candidate_loss"} < set(record)
+    assert any(record["kept"] < 1 or record["relabelled"] > 0 for record in records.values())
+    memory, views = (state.extra.rule, 2) if name == "sla" else (state.extra.rule.rule, 1)
+    assert memory.visits.sum() == LAST * 16 * views  # else of mixtures
+
+
+def test_saflex_over_another_method_resumes_bit_for_bit(over):
+    _, (folder, whole), (other, resumed) = over
+    assert whole.step == LAST
+    assert_same_bits(resumed, whole)
+    assert process_.records(folder) == process_.records(other)
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -344,95 +381,35 @@ def test_an_unknown_flag_names_the_nearest(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-FIRST, LAST = 3, 6  # checkpoints
-SAFLEX_OVER = {
-    "automix": {"method.automix.momentum": 0.5, "method.automix.momentum_end": 0.9},
-    "sla": {"method.sla.transformations": "rotation2", "model.name": "mlp", "model.norm": "none"},
-}
-
-
-def over(method):
-    """What the command runs: SAFLEX as the rule of another method."""
-    return {
-        # The paper's rule leaves samples out from the first step on.
-        "method.name": method, "method.rule": "saflex_paper", "model.widths": (4, 4),
-        "method.saflex_paper.scoring.predicate": "head",
-        "method.saflex_paper.rule.memory.decay": 0.97,
-        "train.batch_size": 16, "train.steps": LAST, "train.log_every": 1,
-        "train.checkpoint_every": FIRST, **SAFLEX_OVER[method],
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=SAFLEX_OVER)
-def runs(request, tmp_path_factory):
-    """A method; the folders and last states of a run, and of one that goes on from step FIRST."""
-    method, root = request.param, tmp_path_factory.mktemp("over")
-    config = changed(digits.get_config(), **over(method))
-    build.check(config)
-    data = task.make_data(config)
-    trained = build.with_upstream(config, build.make_method(config, data.pools))
-    runner = parallel.RUNNERS[config.runner](trained.step, devices=jax.devices()[:1])
-
-    def run(folder):
-        checkpoints = Checkpoints(
-            folder / "checkpoints", config=build.settings(config), every=FIRST
-        )
-        writer = MetricsWriter(folder, resume_from=checkpoints.latest)
-        result = build.fit(
-            config, data, trained, runner, writer=writer, checkpoints=checkpoints, progress=False
-        )
-        writer.close(), checkpoints.close()
-        return result.state
-
-    whole = run(root / "whole")
-    shutil.copytree(root / "whole", root / "killed")
-    shutil.rmtree(root / "killed" / "checkpoints" / str(LAST))
-    return method, (root / "whole", whole), (root / "killed", run(root / "killed"))
-
-
-def test_saflex_over_another_method_by_configuration_alone(runs):
-    _, (folder, _), _ = runs
-    records = process_.records(folder)
-    assert list(records) == [*range(1, LAST + 1)]
-    for record in records.values():  # of the method, and of its rule
-        assert {"val_loss", "kept", "relabelled", "candidate_loss"} < set(record)
-    weighed = [record["kept"] < 1 or record["relabelled"] > 0 for record in records.values()]
-    assert any(weighed)
-
-
-def test_saflex_over_another_method_resumes_bit_for_bit(runs):
-    method, (folder, whole), (resumed_folder, resumed) = runs
-    assert whole.step == resumed.step == LAST
-    assert_same_bits(resumed, whole)
-    memory = whole.extra.rule if method == "sla" else whole.extra.rule.rule
-    assert memory.visits.sum() == LAST * 16 * (2 if method == "sla" else 1)  # of views, mixtures
-    assert process_.records(folder) == process_.records(resumed_folder)
-
-
-def test_tensorboard_without_tensorflow(tmp_path):
+def test_the_command_writes_its_result_and_tensorboard_without_tensorflow(tmp_path):
     # A TensorFlow that reports when somebody imports it, and cannot be used.
     fake, report = tmp_path / "fake" / "tensorflow", tmp_path / "imported"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text(
         f"open({str(report)!r}, 'w').close()\nraise ImportError('not for run time')\n"
     )
-    env = process_.environment(tmp_path.parent / "compiled")
-    env["PYTHONPATH"] = str(fake.parent)
+    env = process_.environment() | {"PYTHONPATH": str(fake.parent)}
     workdir = tmp_path / "run"
-    job = process_.start(workdir, "--tensorboard", env=env)
-    code, _, stderr = job.finish()
+    quick = ["--config.augment=", "--config.train.steps=6", "--config.method.rule=as_given"]
+    job = process_.start(workdir, "--tensorboard", *quick, env=env)
+    code, stdout, stderr = job.finish()
     assert code == 0, stderr[-3000:]
     assert not report.exists()
+    result = json.loads((workdir / "result.json").read_text())
+    settings = result.pop("config")
+    assert json.loads(stdout) == result and 0 < result["test_accuracy"] < 1
+    assert result["steps"] == 6 == settings["train"]["steps"]
+    assert settings["method"]["rule"] == "as_given"
 
     (events,) = workdir.glob("events.out.tfevents.*")
-    found = {}
+    logged = {}
     for event in read_events(events):
         for value in event.summary.value:
-            found.setdefault(event.step, {})[value.tag] = value.simple_value
+            logged.setdefault(event.step, {})[value.tag] = value.simple_value
     expected = {r.pop("step"): r for r in read_records(workdir / "metrics.jsonl")}
-    assert found.keys() == expected.keys()
+    assert logged.keys() == expected.keys() == {3, 6}
     for step, record in expected.items():
-        assert found[step] == pytest.approx(record, rel=1e-6)
+        assert logged[step] == pytest.approx(record, rel=1e-6)
 
 
 def read_events(path):
