@@ -377,7 +377,7 @@ def test_panels_on_what_was_learned_are_those_of_the_arm_saflex():
     assert list(panels(draw(runs, differences=difference))) == names
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- a comparison and its command ----------------------------------------------------------------
 
 CONFIG = """
 from experiments.configs import wdbc
@@ -386,59 +386,76 @@ def get_config():
     config = wdbc.get_config()
     config.model.widths = (4,)
     config.augment = "feature_noise(0.1)"
-    config.train.update({"steps": 6, "log_every": 3, "batch_size": 16})
+    config.train.update({"steps": 4, "log_every": 2, "batch_size": 16,
+                         "val_batch_size": 24})
     config.arms = {"plain": {"method": {"rule": "as_given"}},
                    "hard": {"method": {"rule": "as_given"}, "optimizer": {"learning_rate": 0.1}}}
     return config
 """
 
 
-def compare(folder, *flags):
-    """The command's standard output and error."""
-    command = [sys.executable, "-m", "experiments.compare", "--noprogress", "--json", "--seeds=2",
-               f"--config={folder / 'config.py'}", f"--workdir={folder}"]  # fmt: skip
-    done = subprocess.run(
-        [*command, *flags], cwd=process_.ROOT, env=process_.environment(), timeout=process_.LIMIT,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def small_config():
+    module = {}
+    exec(CONFIG, module)
+    return module["get_config"]()
 
 
-def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG)
-    whole = compare(tmp_path)
-    assert list(whole) == ["plain", "hard"] and whole["hard"]["difference"]["low"] is not None
-    log = tmp_path / "runs.jsonl"
+def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path, monkeypatch):
+    configs, log = arms.configs(small_config()), tmp_path / "new" / "runs.jsonl"
+    compiled, run = {}, arms.run  # all calls below share the programs
+    monkeypatch.setattr(arms, "run", lambda group, _, **options: run(group, compiled, **options))
+    runs = counting(monkeypatch, arms, "run")
+
+    def run_all(resume):
+        runs.clear()
+        records = arms.run_all(configs, (0, 1), log, resume=resume, progress=False)
+        return records, [(arm, c.seed) for (group, _) in runs for arm, c in group.items()]
+
+    whole, ran = run_all(False)
+    interleaved = [("plain", 0), ("hard", 0), ("plain", 1), ("hard", 1)]
+    assert ran == list(whole) == interleaved
     lines = log.read_text().splitlines()
-    ran = [(r["arm"], r["seed"]) for r in map(json.loads, lines)]
-    assert ran == [("plain", 0), ("hard", 0), ("plain", 1), ("hard", 1)]  # interleaved
+    assert [json.loads(line) for line in lines] == list(whole.values())
+
     # Killed while it wrote the last line; and one arm has other settings by now.
     other = json.loads(lines[0])
     other["settings"]["optimizer"]["learning_rate"] = 3.0
     kept = lines[1:3]
     log.write_text("\n".join([json.dumps(other), *kept, lines[3][:50]]))
-    (tmp_path / "compare.png").unlink()
-    resumed = compare(tmp_path, "--resume")
-    for arm, found in whole.items():
-        assert resumed[arm]["test_accuracy"] == found["test_accuracy"]
-        assert resumed[arm]["difference"] == found["difference"]
+    resumed, ran = run_all(True)
+    assert ran == [("plain", 0), ("hard", 1)]
+    for of_run, record in resumed.items():
+        assert without_time(record) == without_time(whole[of_run])
     again = log.read_text().splitlines()
     assert again[:2] == kept and len(again) == 4
-    new = {(r["arm"], r["seed"]): r for r in map(json.loads, again[2:])}
-    for line in (lines[0], lines[3]):
-        record = json.loads(line)
-        found = new[record["arm"], record["seed"]]
-        assert found["settings"] == record["settings"]
-        for mine, its in zip(found["history"], record["history"], strict=True):
-            assert {**mine, "seconds_per_step": 0} == {**its, "seconds_per_step": 0}
+    assert run_all(True) == (resumed, []) and log.read_text().splitlines() == again
+
+    results = iter([{"plain": {}}, None])  # interrupted in the second run
+    monkeypatch.setattr(arms, "run", lambda *_, **__: next(results))
+    assert list(arms.run_all(configs, (0, 1), log, resume=False)) == [("plain", 0)]
+
+
+def test_the_command_of_a_comparison(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    configs, log = arms.configs(small_config()), tmp_path / "runs.jsonl"
+    for score, seed in ((0.5, 0), (0.625, 1)):  # finished runs, so that nothing is trained
+        for arm, more in (("plain", 0.0), ("hard", 0.25 * seed)):
+            record = {"arm": arm, "seed": seed, "settings": arms.settings(configs[arm]),
+                      "test_accuracy": score + more, "seconds_per_step": 0.25}  # fmt: skip
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    command = [sys.executable, "-m", "experiments.compare", "--noprogress", "--json", "--seeds=2",
+               f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}", "--resume",
+               "--base=hard"]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=process_.ROOT, env=process_.environment(), timeout=process_.LIMIT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    assert list(summary) == ["hard", "plain"] and summary["hard"]["difference"] is None
+    assert summary["plain"]["test_accuracy"] == [0.5, 0.625]
+    assert summary["plain"]["difference"]["mean"] == -0.125
+    assert summary["plain"]["difference"]["low"] is not None
+    assert len(log.read_text().splitlines()) == 4
     assert (tmp_path / "compare.png").stat().st_size > 0
-
-    turned = compare(tmp_path, "--resume", "--base=hard")  # nothing is run again
-    assert log.read_text().splitlines() == again
-    assert list(turned) == ["hard", "plain"] and turned["hard"]["difference"] is None
-
-    def mean(found):
-        return found["difference"]["mean"]
-
-    assert mean(turned["plain"]) == pytest.approx(-mean(resumed["hard"]))
