@@ -10,7 +10,8 @@ All keep the memory that they free (`timing.keep_memory`). The networks are the 
 weight. What each entry does is its docstring, which the JSON has; what is missing or fails is null,
 with the reason.
 
-Needs `pip install -e ".[bench]"`.
+Needs `pip install -e ".[bench]"`, and `pip install --no-deps betty-ml==0.1.1` by a pip below 24.1,
+which refuses its requirements.
 """
 
 from __future__ import annotations
@@ -305,6 +306,49 @@ def torch_meta_weight_net(t: Torch) -> timing.Job:
     return job
 
 
+def betty_meta_weight_net(t: Torch) -> timing.Job:
+    """Meta-Weight-Net as two problems, as in Betty's own example, by its default, DARTS' finite
+    differences (two more forward passes); weights from before the meta step, and it leaves the
+    parameters displaced by the difference
+    """
+    from betty.configs import Config, EngineConfig
+    from betty.engine import Engine
+    from betty.logging.logger_base import get_logger
+    from betty.problems import ImplicitProblem
+
+    get_logger().setLevel("WARNING")
+    cross_entropy = t.torch.nn.functional.cross_entropy
+
+    class Outer(ImplicitProblem):
+        def training_step(self, samples):
+            inputs, labels = samples
+            return cross_entropy(self.inner(inputs), labels)
+
+    class Inner(ImplicitProblem):
+        def training_step(self, samples):
+            inputs, labels = samples
+            losses = cross_entropy(self.forward(inputs), labels, reduction="none")
+            weights = self.outer(losses.detach()[:, None])[:, 0]
+            self.weights = weights.detach()
+            return (weights * losses).mean()
+
+    def problem(kind, name, net, tx, samples, **options):
+        config = Config(type="darts", **options)
+        return kind(name, config, net, tx, train_data_loader=[samples], device="cpu")
+
+    outer = problem(Outer, "outer", *weight_network(t.torch), t.val, retain_graph=True)
+    inner = problem(Inner, "inner", t.net, t.tx, t.candidates, unroll_steps=1)
+    links = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
+    engine = Engine([outer, inner], EngineConfig(), dependencies=links)
+    engine.train()
+
+    def job():
+        engine.train_step()
+        return inner.weights
+
+    return job
+
+
 # --- the entries
 
 
@@ -339,6 +383,7 @@ ENTRIES = {
     "torch_autograd_l2rw": of_torch(torch_autograd_l2rw),
     "torchopt": of_torch(torchopt_l2rw),
     "torch_meta_weight_net": of_torch(torch_meta_weight_net),
+    "betty": of_torch(betty_meta_weight_net),
 }  # fmt: skip
 
 
@@ -380,7 +425,7 @@ def summary(series: timing.Series, name: str, entry: Entry, layout: str | None) 
 class Peers(reporting.Benchmark):
     """The benchmark: a series a network, each framework's plain step first."""
 
-    packages = ("saflex_jax", "jax", "jaxlib", "flax", "numpy", "torch", "torchopt")
+    packages = ("saflex_jax", "jax", "jaxlib", "flax", "numpy", "torch", "torchopt", "betty-ml")
 
     def __init__(self, options):
         self.keeps_memory = timing.keep_memory()

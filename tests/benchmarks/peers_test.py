@@ -18,11 +18,8 @@ from saflex_jax.rules.l2rw import learning_to_reweight
 
 COMMITTED = pathlib.Path(__file__).parents[2] / "docs" / "peers.json"
 TINY = {
-    name: step_cost.Model(functools.partial(*backbone), (8, 8, 3), ())
-    for name, backbone in {
-        "small_cnn": (SmallCNN, (8, 16)),
-        "resnet": (ResNet18, (1, 1), 8),
-    }.items()
+    "small_cnn": step_cost.Model(functools.partial(SmallCNN, (8, 16)), (8, 8, 3), ()),
+    "resnet": step_cost.Model(functools.partial(ResNet18, blocks=(1, 1), width=8), (8, 8, 3), ()),
 }
 L2RW = ("torch_autograd_l2rw", "torch_func_jvp", "torchopt_l2rw")
 
