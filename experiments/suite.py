@@ -177,17 +177,23 @@ def jobs(
       by_task: name -> its `configs`.
       done: (task, arm, seed, settings hash) of the finished runs.
     """
+    hashes = {
+        (name, arm): settings_hash(config)
+        for name, by_arm in by_task.items()
+        for arm, config in by_arm.items()
+    }
+    groups = {name: arms.trainings(by_arm) for name, by_arm in by_task.items()}
     result = []
     for number in range(len(PASSES) + 1):
         for name, task in tasks.items():
-            hashes = {arm: settings_hash(config) for arm, config in by_task[name].items()}
-            for group in arms.trainings(by_task[name]):
+            for group in groups[name]:
                 left = collections.defaultdict(list)  # arms that are to be run -> seeds
                 for seed in in_passes(range(task.seeds))[number]:
                     which = [
                         arm
                         for arm in group
-                        if seed < task.seeds_of(arm) and (name, arm, seed, hashes[arm]) not in done
+                        if seed < task.seeds_of(arm)
+                        and (name, arm, seed, hashes[name, arm]) not in done
                     ]
                     left[tuple(which)].append(seed)
                 result += [

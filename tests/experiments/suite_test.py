@@ -14,13 +14,20 @@ import time
 import numpy as np
 import pytest
 
-from experiments import arms, suite, suite_tasks, task
+from experiments import arms, report, suite, suite_tasks, task
 from experiments.configs import digits, wdbc
 from experiments.suite import Job
 from saflex_jax.train import StopRequest
 from tests.train import process_
 
 SMALL = suite_tasks.make("small")
+RESULTS = process_.ROOT / report.RESULTS
+
+
+@pytest.fixture(scope="module")
+def small_configs():
+    """Task -> arm -> config, of the small suite."""
+    return {name: suite.configs(t, "") for name, t in SMALL.items()}
 
 
 # --- tasks ---------------------------------------------------------------------------------------
@@ -44,9 +51,8 @@ def test_halves_hold_the_same_kinds_of_tasks():
     assert len(halves) == 12 and all(len(found) == 1 for found in halves.values())
 
 
-def test_the_small_suite_is_within_two_hours_on_two_cores():
-    found = {name: suite.configs(t, "") for name, t in SMALL.items()}
-    todo = suite.jobs(SMALL, found, set())
+def test_the_small_suite_is_within_two_hours_on_two_cores(small_configs):
+    todo = suite.jobs(SMALL, small_configs, set())
     runs = {(job.task, arm): 0 for job in todo for arm in job.arms}
     for job in todo:
         for arm in job.arms:
@@ -62,18 +68,25 @@ def test_the_small_suite_is_within_two_hours_on_two_cores():
         return judged(t) if arm in suite_tasks.HEADLINE else 5
 
     assert runs == {
-        (n, arm): seeds(t, arm) if image(t) else 10 for n, t in SMALL.items() for arm in found[n]
+        (name, arm): seeds(t, arm) if image(t) else 10
+        for name, t in SMALL.items()
+        for arm in small_configs[name]
     }
     assert 1800 < suite.estimate(SMALL, todo) / 2 < 7200
 
 
-def test_every_task_has_every_arm_and_fits_its_data():
-    # All arms of the full suite are checked, but for the tables' of one kind.
-    full = suite_tasks.make("full")
+@pytest.fixture(scope="module")
+def full():
+    """The tasks of the full suite."""
+    return suite_tasks.make("full")
+
+
+def test_every_task_has_every_arm_and_fits_its_data(small_configs, full):
     assert len(full) == 12 * 3 * 2 * 2 + len(suite_tasks.IMAGES)
+    # Of the full suite's tables those of one kind are looked at.
     some = {n: t for n, t in full.items() if n in suite_tasks.IMAGES or n.startswith("wdbc")}
-    for t in [*SMALL.values(), *some.values()]:
-        found = arms.configs(t.config)
+    pairs = [(t, small_configs[name]) for name, t in SMALL.items()]
+    for t, found in [*pairs, *((t, arms.configs(t.config)) for t in some.values())]:
         more = {*suite_tasks.PROTOCOLS, "l2rw", "meta_weight_net", "label_smoothing", "bootstrap"}
         assert set(found) == {*arms.STANDING} or set(found) >= {*arms.STANDING, *more}
         assert not t.noise or len(found) == 4 or set(found) >= {"small_loss", "co_teaching"}
@@ -90,8 +103,7 @@ def test_every_task_has_every_arm_and_fits_its_data():
             assert found[arm].data.train_on_val == arm.endswith("train_val")
 
 
-def test_all_samples_in_the_full_suite_but_where_they_are_few_on_purpose():
-    full = suite_tasks.make("full")
+def test_all_samples_in_the_full_suite_but_where_they_are_few_on_purpose(full):
     kept = {n: full[n].config.data.per_class for n in suite_tasks.IMAGES}
     assert {n: k for n, k in kept.items() if k} == {
         "fashion_10": 10, "fashion_50": 50, "fashion_200": 200,
@@ -205,15 +217,64 @@ def test_the_hash_is_of_what_fixes_a_run():
         }.items()
     ]  # fmt: skip
     assert len({same, *different}) == len(different) + 1
-    # As if the field were not there: results outlive fields that are added.
+    # As if the field were not there: results outlive fields and options that are added.
     config = digits.get_config()
-    del config.data["select"]
+    del config.data["select"], config.method.saflex.rule["sharpness"]
+    del config.method.saflex["schedule"], config.method["l2rw"]
     assert suite.settings_hash(config) == same != changed(**{"data.select": 5})
+    assert same != changed(**{"method.saflex.schedule.every": 2})
+    assert same != changed(**{"method.saflex.rule.noise_rate": 0.0})  # else it is estimated
     # Of the method and of the rule.
     over = {"method.name": "sla"}
     assert changed(**over) != changed(**over, **{"method.saflex.rule.lookahead": 0.7})
     assert changed(**over) != changed(**over, **{"method.sla.mode": "da"})
     assert changed(**over) == changed(**over, **{"method.l2rw.schedule.start": 5})
+
+
+def test_the_projects_own_results_count_as_finished(small_configs):
+    """Where this fails an option moved: `--rehash`, or another default: run the arms again."""
+    todays = {
+        (name, arm): suite.settings_hash(config)
+        for name, by_arm in small_configs.items()
+        for arm, config in by_arm.items()
+    }
+    records = arms.read_records(RESULTS)
+    assert len(records) == 1977 and {r["suite"] for r in records} == {"small"}
+    assert all(r["settings"] == todays[r["task"], r["arm"]] for r in records)
+
+
+def test_a_new_hash_is_that_of_an_arms_last_settings_and_nothing_else_changes(tmp_path, capsys):
+    arm = suite.configs(SMALL["wdbc"], "^saflex$")["saflex"]
+    last = {"suite": "small", "task": "wdbc", "arm": "saflex", "settings": "1" * 12}
+    records = [
+        last | {"seed": 0, "settings": "0" * 12},  # of other settings, before
+        last | {"seed": 0, "note": "1" * 12, "x": 0.1 + 0.2},
+        last | {"seed": 0, "suite": "full"},
+        last | {"seed": 0, "arm": "gone"},
+        last | {"seed": 1},
+        last | {"seed": 0, "task": "pima", "arm": "upstream"},
+    ]
+    lines = [json.dumps(r) for r in records]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("\n".join([*lines, '{"half a li']))
+    command = [f"--rehash={path}", "--tasks=^wdbc$"]
+    assert suite.main(command) == 0
+    assert "2 records with a new hash" in capsys.readouterr().err
+    for number in (1, 4):
+        of_settings = f'"settings": "{"1" * 12}"'
+        assert of_settings in lines[number]
+        new = f'"settings": "{suite.settings_hash(arm)}"'
+        lines[number] = lines[number].replace(of_settings, new)
+    assert path.read_text() == "\n".join([*lines, '{"half a li'])
+    assert suite.main(command) == 0 and "0 records with a new hash" in capsys.readouterr().err
+    assert path.read_text() == "\n".join([*lines, '{"half a li'])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in suite.kept(path)}
+    task = {"wdbc": SMALL["wdbc"]._replace(seeds=3)}
+    assert short(suite.jobs(task, {"wdbc": {"saflex": arm}}, done)) == [("wdbc", "saflex", (2,))]
+    with pytest.raises(SystemExit):
+        suite.main(["--rehash=nowhere", "--tasks=^wdbc$"])
+    assert "--rehash must be a file of records; given nowhere" in capsys.readouterr().err
 
 
 def test_half_a_line_is_cut_off_before_more_is_appended(tmp_path):
@@ -420,21 +481,21 @@ def test_a_run_that_fails_leaves_the_others(in_threads):
         assert "ended with -9" in died[0][2]
 
 
-def test_a_signal_loses_nothing_that_was_finished(in_threads):
-    stop, asked, last = StopRequest(), threading.Event(), threading.Event()
+def test_a_signal_loses_nothing_that_was_finished(in_threads, monkeypatch):
+    stop, asked, killed = StopRequest(), threading.Event(), threading.Event()
+    monkeypatch.setattr(Thread, "kill", lambda self: killed.set())
 
     def behave(arm, config, seed):
         if seed == 3:
             stop.signal = signal.SIGTERM
             asked.set()
-            last.wait(60)
+            killed.wait(60)
         return {"v": seed}
 
     # The parent writes the first record while the others are finished and the signal comes.
     def hear():
         return asked.wait(60)
 
-    threading.Timer(2, last.set).start()  # a process would have been killed
     found, failed = in_threads(behave, [Job("a", {"x": 0}, tuple(range(10)))], 1, stop, hear)
     assert [seed for _, seed, _ in found] == [0, 1, 2] and failed == []
 
