@@ -105,5 +105,5 @@ def test_malformed_memories(sizes, dtype, message):
 
 def test_a_reduce_that_only_averages_cannot_see_the_rows_of_others():
     rows = np.zeros(B, np.int32), np.zeros((B, K)), np.ones(B, bool)
-    with pytest.raises(ValueError, match="reduce must be `saflex_jax.identity` or have `gather`"):
+    with pytest.raises(ValueError, match=r"reduce must be `saflex_jax\.identity` or have `gather`"):
         memory.update(memory.init(N, K), *rows, reduce=lambda tree: tree)
