@@ -75,7 +75,7 @@ def outcome(name):
 
     alone, inside, asked = jax.device_get(run(drawn(partial(backbone.init, train=False)), IMAGES))
     # The backbone's own output stands beside its modules'.
-    inside = {n: found["__call__"][0] for n, found in inside.items() if n != "__call__"}
+    inside = {n: outputs["__call__"][0] for n, outputs in inside.items() if n != "__call__"}
     return alone, inside, asked
 
 
@@ -84,8 +84,8 @@ def test_the_map_of_a_stage_is_what_the_stage_computes(name):
     _, inside, asked = outcome(name)
     expected = MAPS[name](inside)
     assert [x.shape for x in expected] == SHAPES[name]
-    for stage, (_, found) in asked.items():
-        assert_close(found, expected[stage], 1e-6)
+    for stage, (_, stage_map) in asked.items():
+        assert_close(stage_map, expected[stage], 1e-6)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -106,41 +106,48 @@ def test_a_stage_that_is_not_there_is_refused(name, stage):
         jax.eval_shape(partial(module.init, train=False), KEY, IMAGES)
 
 
+def features_of(backbone, params):
+    features = jax.jit(partial(backbone.apply, train=False))
+    return np.float64(features({"params": params["backbone"]}, IMAGES))
+
+
 def test_heads_are_linear_maps_of_the_same_features_by_name():
     model = from_linen(Heads(MLP((5,)), WIDTHS, features=True))
     params, model_state = drawn(model.init)
     assert model_state == {} and set(params) == {"backbone", "head"}
-    features = MLP((5,)).apply({"params": params["backbone"]}, IMAGES, train=False)
-    found = model.logits(params, model_state, IMAGES)
-    assert set(found) == {*WIDTHS, "features"}
-    assert_close(found["features"], features, 0)
+    features = features_of(MLP((5,)), params)
+    outputs = jax.jit(model.logits)(params, model_state, IMAGES)
+    assert set(outputs) == {*WIDTHS, "features"}
+    assert_close(outputs["features"], features, 1e-6)
     for name, width in WIDTHS.items():
         head = {part: np.float64(x) for part, x in params["head"][name].items()}
         assert head["kernel"].shape == (5, width)
-        assert_close(found[name], np.float64(features) @ head["kernel"] + head["bias"], 1e-6)
+        assert_close(outputs[name], features @ head["kernel"] + head["bias"], 1e-6)
 
 
 def test_cosine_heads_give_cosines_whatever_the_norms():
     backbone = MLP((5,))
     several = from_linen(Heads(backbone, WIDTHS, cosine=True))
     params, _ = drawn(several.init)
-    features = backbone.apply({"params": params["backbone"]}, IMAGES, train=False)
-    features = np.float64(features)
-    for name, found in several.logits(params, {}, IMAGES).items():
+    features = features_of(backbone, params)
+    for name, logits in jax.jit(several.logits)(params, {}, IMAGES).items():
         (kernel,) = params["head"][name].values()  # no bias
         norms = np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)[None]
-        assert_close(found, features @ np.float64(kernel) / norms, 1e-6)
+        assert_close(logits, features @ np.float64(kernel) / norms, 1e-6)
         one = from_linen(Classifier(backbone, WIDTHS[name], cosine=True))
         alone = {"backbone": params["backbone"], "head": {"kernel": 7 * kernel}}
-        assert_close(one.logits(alone, {}, IMAGES), found, 1e-6)
+        assert_close(jax.jit(one.logits)(alone, {}, IMAGES), logits, 1e-6)
 
 
 def test_cosine_heads_are_differentiable_where_features_vanish():
     model = from_linen(Classifier(MLP((5,)), 3, cosine=True))
     params, _ = drawn(model.init)
-    dead = jax.tree.map(lambda x: -jnp.abs(x), params["backbone"])  # every unit of the MLP is off
-    total = lambda params: jnp.sum(model.logits(params, {}, np.abs(IMAGES)))
-    value, gradient = jax.value_and_grad(total)({**params, "backbone": dead})
+    dead = jax.tree.map(lambda x: -np.abs(x), params["backbone"])  # every unit of the MLP is off
+
+    def total(params):
+        return jnp.sum(model.logits(params, {}, np.abs(IMAGES)))
+
+    value, gradient = jax.jit(jax.value_and_grad(total))({**params, "backbone": dead})
     assert value == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 

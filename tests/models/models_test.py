@@ -20,7 +20,7 @@ from saflex_jax.models import (
 )
 
 KEY = jax.random.key(0)
-IMAGES = jax.random.normal(jax.random.key(1), (6, 8, 8, 2))
+IMAGES = np.random.default_rng(1).normal(size=(6, 8, 8, 2)).astype(np.float32)
 BACKBONES = {
     "mlp": partial(MLP, (5, 7)),
     "small_cnn": partial(SmallCNN, (7,)),
@@ -29,7 +29,18 @@ BACKBONES = {
 
 
 def equal(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    return jax.tree.all(jax.tree.map(lambda x, y: bool(np.all(np.asarray(x == y))), a, b))
+
+
+def drawn(model, inputs):
+    """(params, model_state) from NumPy in the shapes that `init` gives: nothing to compile."""
+    rng, shapes = np.random.default_rng(2), jax.eval_shape(model.init, KEY, inputs)
+
+    def draw(path, x):
+        values = rng.normal(size=x.shape) / 2
+        return np.float32(np.abs(values) + 0.5 if path[-1].key in ("var", "scale") else values)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 # --- bundled networks
@@ -77,10 +88,10 @@ def test_resnet18_has_the_known_size(stem, pixels, classes, size, last, norm):
     @jax.eval_shape
     def shapes():
         variables = module.init(KEY, images, train=False)
-        found, inside = module.apply(
+        logits, inside = module.apply(
             variables, images, train=False, capture_intermediates=True, mutable="intermediates"
         )
-        return variables["params"], found, inside
+        return variables["params"], logits, inside
 
     params, logits, inside = shapes
     assert sum(x.size for x in jax.tree.leaves(params)) == size
@@ -93,32 +104,44 @@ def test_resnet18_has_the_known_size(stem, pixels, classes, size, last, norm):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_only_batch_norm_in_training_mode_mixes_rows(name, norm):
     model = from_linen(Classifier(BACKBONES[name](norm=norm), 3))
-    params, model_state = model.init(KEY, IMAGES)
-    changed = IMAGES.at[0].multiply(-3.0)
-
-    def others_move(f):
-        return float(jnp.abs(f(IMAGES)[1:] - f(changed)[1:]).max()) > 1e-4
-
-    assert not others_move(jax.jit(lambda x: model.logits(params, model_state, x)))
-    train = jax.jit(lambda x: model.train(params, model_state, x, KEY)[0])
-    assert others_move(train) == (norm == "batch")
+    params, model_state = drawn(model, IMAGES)
     assert bool(model_state) == (norm == "batch")  # GroupNorm keeps nothing
+
+    @jax.jit
+    def both(images):
+        trained, _ = model.train(params, model_state, images, KEY)
+        return model.logits(params, model_state, images), trained
+
+    changed = IMAGES.copy()
+    changed[0] *= -3
+    evaluated, trained = (
+        np.abs(np.asarray(a) - b)[1:].max() > 1e-4 for a, b in zip(both(IMAGES), both(changed))
+    )
+    assert not evaluated
+    assert trained == (norm == "batch")
 
 
 def test_batch_norm_updates_its_running_statistics_in_training_mode_only():
     model = from_linen(Classifier(MLP((4,), norm="batch"), 3))
     x = IMAGES.reshape(6, -1)
-    params, old = model.init(KEY, x)
+    params, old = drawn(model, x)
+
+    @jax.jit
+    def run(params, old, x):
+        _, new = model.train(params, old, x, KEY)
+        return new, model.logits(params, old, x), model.logits(params, new, x)
+
+    new, before, after = run(params, old, x)
     dense = params["backbone"]["Dense_0"]
-    hidden = np.asarray(x, np.float64) @ np.float64(dense["kernel"]) + np.float64(dense["bias"])
-    _, new = model.train(params, old, x, KEY)
-    (stats,) = new["batch_stats"]["backbone"].values()
-    (stats,) = stats.values()
-    np.testing.assert_allclose(stats["mean"], 0.1 * hidden.mean(0), atol=1e-5)
-    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * hidden.var(0), atol=1e-5)
+    hidden = np.float64(x) @ np.float64(dense["kernel"]) + np.float64(dense["bias"])
+    (old,), (new,) = (
+        list(*(norm.values() for norm in state["batch_stats"]["backbone"].values()))
+        for state in (old, new)
+    )
+    for name, of_batch in (("mean", hidden.mean(0)), ("var", hidden.var(0))):
+        np.testing.assert_allclose(new[name], 0.9 * old[name] + 0.1 * of_batch, atol=1e-5)
     # Evaluation reads them: the same inputs under other statistics give other logits.
-    before, after = (model.logits(params, s, x) for s in (old, new))
-    assert float(jnp.abs(before - after).max()) > 1e-3
+    assert np.abs(np.asarray(before) - after).max() > 1e-3
 
 
 def test_mlp_of_a_table_is_the_formula():
@@ -126,15 +149,15 @@ def test_mlp_of_a_table_is_the_formula():
     table = {"numeric": np.float32(TABLE), "categorical": np.array([2, 0, -1, 1, 2, 0])[:, None]}
     table["categorical"] = np.hstack([table["categorical"], np.array([[1, 0, 1, -1, 0, 1]]).T])
     module = MLP((5, 7), categories=(3, 2))
-    params = jax.jit(partial(module.init, train=False))(KEY, table)["params"]
+    params, _ = drawn(from_linen(module), table)
     coded = [table["categorical"][:, [n]] == np.arange(size) for n, size in enumerate((3, 2))]
     expected = np.hstack([table["numeric"], *coded]).astype(np.float64)
     for layer in ("Dense_0", "Dense_1"):
         kernel, bias = (np.float64(params[layer][name]) for name in ("kernel", "bias"))
         expected = np.maximum(expected @ kernel + bias, 0)
-    found = jax.jit(partial(module.apply, train=False))({"params": params}, table)
+    features = jax.jit(partial(module.apply, train=False))({"params": params}, table)
     assert (expected == 0).any() and (expected > 0).any()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("categories", [(3,), (3, 2, 2)])
@@ -150,7 +173,10 @@ def test_batch_norm_of_an_mlp_is_that_of_all_shares_by_its_axis_name():
     @jax.jit
     def both(x):
         variables = whole.init(KEY, x, train=False)
-        apply = lambda module, x: module.apply(variables, x, train=True, mutable="batch_stats")
+
+        def apply(module, x):
+            return module.apply(variables, x, train=True, mutable="batch_stats")
+
         shares = jax.vmap(partial(apply, shared), axis_name="data")(x.reshape(2, 3, -1))
         return apply(whole, x)[0], shares[0].reshape(6, -1)
 
@@ -167,7 +193,7 @@ def test_batch_norm_of_an_mlp_is_that_of_all_shares_by_its_axis_name():
 )
 def test_unknown_options_are_refused(module, message):
     with pytest.raises(ValueError, match=message):
-        module.init(KEY, IMAGES, train=False)
+        jax.eval_shape(partial(module.init, train=False), KEY, IMAGES)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -175,7 +201,7 @@ def test_unknown_options_are_refused(module, message):
 def test_classifier_mixes_where_manifold_mixup_says(layer, train):
     module = Classifier(SmallCNN((4, 7), norm="batch"), 3)
     model = from_linen(module)
-    params, model_state = model.init(KEY, IMAGES)
+    params, model_state = drawn(model, IMAGES)
     variables = {"params": params, **model_state}
     share = np.array([0.7, 1.0, 0.5, 0.9, 0.6, 0.8], np.float32)
     partner = np.array([3, 1, 0, 5, 2, 4])
@@ -190,12 +216,16 @@ def test_classifier_mixes_where_manifold_mixup_says(layer, train):
         s = share.reshape(-1, *[1] * (h.ndim - 1))
         return s * np.asarray(h) + (1 - s) * np.asarray(h)[partner]
 
-    def features(x):
-        backbone = {c: v["backbone"] for c, v in variables.items()}
-        found = module.backbone.apply(
-            backbone, x, train=train, mutable=["batch_stats"] if train else False
+    @jax.jit
+    def backbone(x):
+        variables_ = {c: v["backbone"] for c, v in variables.items()}
+        out = module.backbone.apply(
+            variables_, x, train=train, mutable=["batch_stats"] if train else False
         )
-        return np.asarray(found[0] if train else found)
+        return out[0] if train else out
+
+    def features(x):
+        return np.asarray(backbone(np.float32(x)))
 
     h = features(mixed(IMAGES)) if layer == 0 else mixed(features(IMAGES))
     expected = h @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
@@ -210,8 +240,9 @@ def test_classifier_mixes_where_manifold_mixup_says(layer, train):
     alone = {**mix, "share": np.ones(6, np.float32)}
     np.testing.assert_allclose(logits(alone), logits(IMAGES), atol=1e-5)
     if not train:  # a mixed row depends on its partner and on nobody else
-        changed = logits({**mix, "inputs": IMAGES.at[3].multiply(-3.0)})
-        moved = np.abs(changed - logits(mix)).max(1) > 1e-4
+        changed = IMAGES.copy()
+        changed[3] *= -3
+        moved = np.abs(np.asarray(logits({**mix, "inputs": changed})) - logits(mix)).max(1) > 1e-4
         np.testing.assert_array_equal(moved, (np.arange(6) == 3) | (partner == 3))
 
 
@@ -246,20 +277,30 @@ class NnxDropouts(nnx.Module):
         return jnp.stack([self.first(x), self.second(x)])
 
 
-TABLE = jax.random.normal(jax.random.key(2), (6, 4))
+TABLE = np.random.default_rng(2).normal(size=(6, 4)).astype(np.float32)
 
 
 def test_from_linen_is_the_module():
     module, model = LinenNet(), from_linen(LinenNet())
-    params, model_state = model.init(KEY, TABLE)
+    params, model_state = drawn(model, TABLE)
     variables = {"params": params, **model_state}
-    expected = module.apply(variables, TABLE, train=False)
-    np.testing.assert_array_equal(model.logits(params, model_state, TABLE), expected)
-    logits, updated = model.train(params, model_state, TABLE, KEY)
-    expected = module.apply(
-        variables, TABLE, train=True, mutable=["batch_stats"], rngs={"dropout": KEY}
-    )
-    assert equal((logits, dict(updated)), expected)
+
+    @jax.jit
+    def adapted(params, model_state):
+        return (
+            model.logits(params, model_state, TABLE),
+            *model.train(params, model_state, TABLE, KEY),
+        )
+
+    @jax.jit
+    def plain(variables):
+        trained, updated = module.apply(
+            variables, TABLE, train=True, mutable=["batch_stats"], rngs={"dropout": KEY}
+        )
+        return module.apply(variables, TABLE, train=False), trained, updated
+
+    logits, trained, updated = adapted(params, model_state)
+    assert equal((logits, trained, dict(updated)), plain(variables))
     assert not equal(updated, model_state)
 
 
@@ -275,8 +316,8 @@ def test_from_nnx_is_the_module():
     np.testing.assert_allclose(logits, module(TABLE), atol=1e-6)
     statistics = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
     assert jax.tree.structure(new) == jax.tree.structure(statistics)
-    for found, expected in zip(jax.tree.leaves(new), jax.tree.leaves(statistics)):
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+    for updated, expected in zip(jax.tree.leaves(new), jax.tree.leaves(statistics)):
+        np.testing.assert_allclose(updated, expected, atol=1e-6)
     assert not equal(new, old)
     module.eval()
     np.testing.assert_allclose(evaluate(params, new, TABLE), module(TABLE), atol=1e-6)
@@ -286,10 +327,11 @@ def test_from_nnx_is_the_module():
 
 @pytest.mark.parametrize("make", [from_linen(LinenNet()), from_nnx(NnxNet)], ids=["linen", "nnx"])
 def test_dropout_draws_from_the_key_it_is_given(make):
-    params, model_state = make.init(KEY, TABLE)
+    params, model_state = drawn(make, TABLE)
+    step = jax.jit(make.train)
 
     def train(seed, state=model_state):
-        return make.train(params, state, TABLE, jax.random.key(seed))
+        return step(params, state, TABLE, jax.random.key(seed))
 
     assert equal(train(1), train(1))
     assert not equal(train(1)[0], train(2)[0])
@@ -297,7 +339,8 @@ def test_dropout_draws_from_the_key_it_is_given(make):
     updated = train(1)[1]
     assert equal(train(3)[0], train(3, updated)[0])
     assert all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(updated))
-    assert equal(make.logits(params, model_state, TABLE), make.logits(params, model_state, TABLE))
+    logits = jax.jit(make.logits)
+    assert equal(logits(params, model_state, TABLE), logits(params, model_state, TABLE))
 
 
 def test_nnx_dropout_has_its_rate_and_a_mask_per_layer():
