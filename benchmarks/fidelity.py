@@ -188,14 +188,8 @@ def compare(scores: np.ndarray, truth: np.ndarray, prior: np.ndarray) -> dict[st
     return measures | (truths.agreement(scores, truth) if truth.ndim == 2 else {})
 
 
-class Comparison(NamedTuple):
-    """One direction against one truth, at one moment of a run."""
-
-    problem: str
-    moment: int | str
-    truth: str
-    direction: str
-    measures: dict[str, float]
+# (problem, moment, truth, direction, measure) -> a value a seed
+Comparisons = dict[tuple[str, int | str, str, str, str], list[float]]
 
 
 @dataclasses.dataclass
@@ -205,7 +199,7 @@ class Run:
     problem: str
     seed: int
     optimiser: str
-    comparisons: list[Comparison] = dataclasses.field(default_factory=list)
+    comparisons: Comparisons  # of all runs, filled in place
     residuals: list[float] = dataclasses.field(default_factory=list)  # of the implicit truths
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     length = 1  # on the progress bar
@@ -250,8 +244,9 @@ class Run:
         for direction, truth in itertools.product(read, by_truth):
             if direction != truth:
                 measures = compare(np.asarray(read[direction]), by_truth[truth], prior)
-                at = self.problem, moment, truth, direction
-                self.comparisons.append(Comparison(*at, measures))
+                for measure, value in measures.items():
+                    at = self.problem, moment, truth, direction, measure
+                    self.comparisons.setdefault(at, []).append(value)
 
     def loss(self, train: Batch) -> truths.TrainingLoss:
         """Of the whole training set."""
@@ -298,31 +293,29 @@ def mean_sd(values: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": mean, "sd": sd, "n": len(finite)}
 
 
-def shared_moments(comparisons: list[Comparison]) -> dict[str, list[int | str]]:
+def shared_moments(comparisons: Comparisons) -> dict[str, list[int | str]]:
     """problem -> the moments at which each of its directions was read, whatever the truth."""
-    read = {}
-    for c in comparisons:
-        read.setdefault(c.problem, {}).setdefault(c.direction, set()).add(c.moment)
+    read = {(problem, direction, moment) for problem, moment, _, direction, _ in comparisons}
+    names = {problem: {d for p, d, _ in read if p == problem} for problem, *_ in comparisons}
     return {
-        name: [m for m in (*MOMENTS, OPTIMUM) if all(m in at for at in by_direction.values())]
-        for name, by_direction in read.items()
+        p: [m for m in (*MOMENTS, OPTIMUM) if all((p, d, m) in read for d in directions)]
+        for p, directions in names.items()
     }
 
 
-def summary(comparisons: list[Comparison]) -> dict:
+def summary(comparisons: Comparisons) -> dict:
     """problem -> truth -> direction -> measure -> mean and sd over seeds and shared moments."""
     over_all, by_moment, shared = {}, {}, shared_moments(comparisons)
-    for c in comparisons:
-        for measure, value in c.measures.items():
-            key = c.problem, c.truth, c.direction, measure
-            if c.moment in shared[c.problem]:
-                over_all.setdefault(key, []).append(value)
-            if measure in ("rank", "utility_rank"):
-                by_moment.setdefault((*key, str(c.moment)), []).append(value)
+    for (problem, moment, truth, direction, measure), values in comparisons.items():
+        at = problem, truth, direction, measure
+        if moment in shared[problem]:
+            over_all[at] = over_all.get(at, []) + values
+        if "rank" in measure:
+            by_moment[(*at, str(moment))] = mean_sd(values)["mean"]
     return {
-        "over_all": reporting.nested({key: mean_sd(v) for key, v in over_all.items()}),
+        "over_all": reporting.nested({at: mean_sd(values) for at, values in over_all.items()}),
         "over_all_moments": shared,
-        "by_moment": reporting.nested({key: mean_sd(v)["mean"] for key, v in by_moment.items()}),
+        "by_moment": reporting.nested(by_moment),
     }
 
 
@@ -349,8 +342,9 @@ class Fidelity(reporting.Benchmark):
 
     def __init__(self, options):
         checks.whole(1, seeds=options.seeds)
-        self.seeds = options.seeds
-        self.series = [Run(*at) for at in itertools.product(PROBLEMS, range(self.seeds), TX)]
+        self.seeds, self.comparisons = options.seeds, {}
+        runs = itertools.product(PROBLEMS, range(self.seeds), TX)
+        self.series = [Run(*run, self.comparisons) for run in runs]
 
     def report(self):
         """Agreement, and what was agreed on."""
@@ -362,9 +356,8 @@ class Fidelity(reporting.Benchmark):
         residuals = {name: [] for name in PROBLEMS}
         for run in self.series:
             residuals[run.problem] += run.residuals
-        agreement = summary([c for run in self.series for c in run.comparisons])
         return {
-            "agreement": agreement
+            "agreement": summary(self.comparisons)
             | {"implicit_residual_max": {name: max(r) for name, r in residuals.items() if r}}
             | {"settings": settings},
             "problems": {name: problem.about for name, problem in PROBLEMS.items()},
@@ -400,7 +393,8 @@ def draw_all(agreement: dict):
         axis.imshow(values, cmap="RdYlBu", vmin=-1, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                style = {"fontsize": 8, "color": "white" if abs(value) > 0.75 else "black"}
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", **style)
         axis.set_title(f"{name}: Spearman's correlation")
         axis.set_xticks(range(len(truths_there)), truths_there, rotation=45, ha="right", fontsize=9)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=8)

@@ -41,8 +41,8 @@ RATE, MOMENTUM, SEED = 0.01, 0.9, 0
 HIDDEN, META_RATE = 100, 1e-3  # of Meta-Weight-Net
 SECONDS = 1.0  # of one job in one round
 NETWORKS = {
-    "small_cnn": step_cost.Model(partial(models.SmallCNN, (32, 64)), (32, 32, 3), ()),
-    "resnet": step_cost.Model(partial(models.ResNet18, width=32), (32, 32, 3), (), slow=True),
+    "small_cnn": step_cost.Model(partial(models.SmallCNN, (32, 64)), (32, 32, 3)),
+    "resnet": step_cost.Model(partial(models.ResNet18, width=32), (32, 32, 3), slow=True),
 }
 
 
@@ -256,56 +256,6 @@ def torch_autograd_l2rw(t: Torch) -> timing.Job:
     return job
 
 
-def torchopt_l2rw(t: Torch) -> timing.Job:
-    """learning to reweight through torchopt.MetaSGD, states by reference, as in TorchOpt's own
-    example; the step trains on the same forward pass
-    """
-    import torchopt
-
-    inner = torchopt.MetaSGD(t.net, lr=RATE)
-
-    def job():
-        before = torchopt.extract_state_dict(t.net), torchopt.extract_state_dict(inner)
-        weights = t.torch.zeros(t.size, requires_grad=True)
-        losses = t.losses()
-        inner.step((weights * losses).mean())
-        (slope,) = t.torch.autograd.grad(t.val_loss(), weights, retain_graph=True)
-        for owner, state in zip((t.net, inner), before):
-            torchopt.recover_state_dict(owner, state)
-        return t.step(losses, t.weigh(-slope))
-
-    return job
-
-
-def weight_network(torch):
-    """Meta-Weight-Net's, a loss -> a weight in (0, 1), and its optimiser."""
-    torch.manual_seed(SEED)
-    layers = torch.nn.Linear(1, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, 1)
-    net = torch.nn.Sequential(*layers, torch.nn.Sigmoid())
-    return net, torch.optim.Adam(net.parameters(), META_RATE)
-
-
-def torch_meta_weight_net(t: Torch) -> timing.Job:
-    """Meta-Weight-Net by create_graph=True; the step trains on the same forward pass"""
-    torch, params = t.torch, list(t.params.values())
-    net, meta_tx = weight_network(torch)
-
-    def job():
-        losses = t.losses()
-        seen = losses.detach()[:, None]
-        slopes = torch.autograd.grad((net(seen)[:, 0] * losses).mean(), params, create_graph=True)
-        after = t.val_loss(t.moved(slopes))
-        grads = torch.autograd.grad(after, list(net.parameters()), retain_graph=True)
-        for parameter, gradient in zip(net.parameters(), grads):
-            parameter.grad = gradient
-        meta_tx.step()
-        with torch.no_grad():
-            weights = net(seen)[:, 0]
-        return t.step(losses, weights)
-
-    return job
-
-
 def betty_meta_weight_net(t: Torch) -> timing.Job:
     """Meta-Weight-Net as two problems, as in Betty's own example, by its default, DARTS' finite
     differences (two more forward passes); weights from before the meta step, and it leaves the
@@ -317,7 +267,11 @@ def betty_meta_weight_net(t: Torch) -> timing.Job:
     from betty.problems import ImplicitProblem
 
     get_logger().setLevel("WARNING")
-    cross_entropy = t.torch.nn.functional.cross_entropy
+    torch, cross_entropy = t.torch, t.torch.nn.functional.cross_entropy
+    torch.manual_seed(SEED)
+    layers = torch.nn.Linear(1, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, 1)
+    weight_net = torch.nn.Sequential(*layers, torch.nn.Sigmoid())  # a loss -> a weight in (0, 1)
+    meta_tx = torch.optim.Adam(weight_net.parameters(), META_RATE)
 
     class Outer(ImplicitProblem):
         def training_step(self, samples):
@@ -336,7 +290,7 @@ def betty_meta_weight_net(t: Torch) -> timing.Job:
         config = Config(type="darts", **options)
         return kind(name, config, net, tx, train_data_loader=[samples], device="cpu")
 
-    outer = problem(Outer, "outer", *weight_network(t.torch), t.val, retain_graph=True)
+    outer = problem(Outer, "outer", weight_net, meta_tx, t.val, retain_graph=True)
     inner = problem(Inner, "inner", t.net, t.tx, t.candidates, unroll_steps=1)
     links = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
     engine = Engine([outer, inner], EngineConfig(), dependencies=links)
@@ -381,8 +335,6 @@ ENTRIES = {
     "jax_unrolled": of_jax(Unrolled()),
     "torch_func_jvp": of_torch(torch_func_jvp),
     "torch_autograd_l2rw": of_torch(torch_autograd_l2rw),
-    "torchopt": of_torch(torchopt_l2rw),
-    "torch_meta_weight_net": of_torch(torch_meta_weight_net),
     "betty": of_torch(betty_meta_weight_net),
 }  # fmt: skip
 
@@ -425,7 +377,7 @@ def summary(series: timing.Series, name: str, entry: Entry, layout: str | None) 
 class Peers(reporting.Benchmark):
     """The benchmark: a series a network, each framework's plain step first."""
 
-    packages = ("saflex_jax", "jax", "jaxlib", "flax", "numpy", "torch", "torchopt", "betty-ml")
+    packages = ("saflex_jax", "jax", "jaxlib", "flax", "numpy", "torch", "betty-ml")
 
     def __init__(self, options):
         self.keeps_memory = timing.keep_memory()

@@ -33,7 +33,7 @@ import optax
 
 from benchmarks import reporting, timing
 from saflex_jax import models
-from saflex_jax.core.tree import identity, under
+from saflex_jax.core.tree import identity
 from saflex_jax.methods import METHODS, adautomix, automix, sla
 from saflex_jax.rules import Posterior, Refinement, Schedule, Scoring, Simplex, VisitMean
 from saflex_jax.rules.implicit import Implicit
@@ -57,23 +57,19 @@ class Model(NamedTuple):
 
     backbone: Callable[[], nn.Module]
     shape: tuple[int, ...]  # of a sample
-    last_stage: tuple[str, ...]  # its paths: a quarter of the network, or its last layer
     batch: int = 32  # B, candidates in a step
     classes: int = 10  # K
     slow: bool = False  # seconds a step on a CPU: fewer rounds, and some variants only counted
 
 
-IMAGE, CNN = (32, 32, 3), (16, 32, 64, 64)
-RESNET_STAGE = [f"Conv_{n}" for n in range(14, 19)] + [f"Norm_{n}" for n in range(15, 20)]
+IMAGE, CNN = (32, 32, 3), partial(models.SmallCNN, (16, 32, 64, 64))
 MODELS = {
-    "mlp": Model(models.MLP, (30,), ("Dense_1",), batch=256),
-    "small_cnn": Model(partial(models.SmallCNN, CNN), IMAGE, ("Conv_3", "Norm_3")),
+    "mlp": Model(models.MLP, (30,), batch=256),
+    "small_cnn": Model(CNN, IMAGE),
     # Trained on batch statistics and scored on running ones: two forward passes, not one.
-    "small_cnn_batch_norm": Model(
-        partial(models.SmallCNN, CNN, norm="batch"), IMAGE, ("Conv_3", "Norm_3")
-    ),
-    "resnet18": Model(models.ResNet18, IMAGE, tuple(RESNET_STAGE), slow=True),
-    "vit_s": Model(models.ViT, IMAGE, ("block_9", "block_10", "block_11", "norm"), slow=True),
+    "small_cnn_batch_norm": Model(partial(CNN, norm="batch"), IMAGE),
+    "resnet18": Model(models.ResNet18, IMAGE, slow=True),
+    "vit_s": Model(models.ViT, IMAGE, slow=True),
 }
 
 
@@ -115,12 +111,11 @@ class Variant(NamedTuple):
 
 
 def scored(direction: str, predicate="head", *, every=1, decay=None, **options):
-    """model -> refinement by the paper's closed form; `predicate` may depend on the model."""
+    """model -> refinement by the paper's closed form."""
 
     def rule(model):
-        chosen = predicate(model) if callable(predicate) else predicate
         by = Simplex(run=run_info(model), memory=VisitMean(decay))
-        return Refinement(Scoring(direction, chosen, **options), by, Schedule(every=every))
+        return Refinement(Scoring(direction, predicate, **options), by, Schedule(every=every))
 
     return rule
 
@@ -128,11 +123,6 @@ def scored(direction: str, predicate="head", *, every=1, decay=None, **options):
 def default(model: Model) -> Rule:
     """SAFLEX as it is without options."""
     return Refinement(Scoring(CG), Posterior(run_info(model)))
-
-
-def last_stage(model: Model) -> Callable[[str], bool]:
-    """The predicate of the last stage and the head."""
-    return under("head", *(f"backbone/{name}" for name in model.last_stage))
 
 
 CG = f"cg({ITERATIONS}, damping=0.1)"
@@ -154,7 +144,6 @@ VARIANTS = {
     "saflex_full": Variant(scored("identity", ""), FULL),
     "saflex_finite_difference":
         Variant(scored("identity", "", mode="finite_difference"), (1 + R + F, 0)),
-    "saflex_last_stage": Variant(scored("identity", last_stage)),
     "saflex_head": Variant(scored("identity"), HEAD),
     "saflex_head_every4":
         Variant(scored("identity", val_every=EVERY),

@@ -243,11 +243,11 @@ def test_mean_and_sd_leave_out_what_is_not_finite_and_say_how_many_count():
 
 def test_directions_are_averaged_over_the_moments_that_all_of_them_have():
     values = {"identity": {0: 9.0, 20: 1.0, 100: 2.0, "optimum": 9.0}, "stale 4": {20: 3, 100: 5}}
-    comparisons = [
-        fidelity.Comparison("logistic", moment, "implicit", direction, {"rank": float(value)})
+    comparisons = {
+        ("logistic", moment, "implicit", direction, "rank"): [float(value)]
         for direction, by_moment in values.items()
         for moment, value in by_moment.items()
-    ]
+    }
     found = fidelity.summary(comparisons)
     assert found["over_all_moments"] == {"logistic": [20, 100]}
     over_all = found["over_all"]["logistic"]["implicit"]
@@ -291,7 +291,7 @@ def test_directions_read_what_their_names_say(tiny, monkeypatch):
     monkeypatch.setattr(
         fidelity.Run, "add", lambda self, moment, scores, *_: read.update({moment: scores})
     )
-    run = fidelity.Run("logistic", 0, "adam")
+    run = fidelity.Run("logistic", 0, "adam", {})
     run.compare()
     assert set(read) == {0, 12, "optimum"}
     assert set(read[0]) == set(read["optimum"]) == {"identity", "val 16"}
@@ -336,9 +336,7 @@ def test_ctrl_c_and_a_run_that_fails_keep_the_rest(monkeypatch, capsys):
     def compare(self):
         if self.optimiser == "momentum":
             raise KeyboardInterrupt
-        self.comparisons.append(
-            fidelity.Comparison(self.problem, 20, "implicit", "identity", {"rank": 0.5})
-        )
+        self.comparisons[self.problem, 20, "implicit", "identity", "rank"] = [0.5]
         raise ZeroDivisionError("no")
 
     monkeypatch.setattr(fidelity.Run, "compare", compare)

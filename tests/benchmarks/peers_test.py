@@ -18,10 +18,10 @@ from saflex_jax.rules.l2rw import learning_to_reweight
 
 COMMITTED = pathlib.Path(__file__).parents[2] / "docs" / "peers.json"
 TINY = {
-    "small_cnn": step_cost.Model(functools.partial(SmallCNN, (8, 16)), (8, 8, 3), ()),
-    "resnet": step_cost.Model(functools.partial(ResNet18, blocks=(1, 1), width=8), (8, 8, 3), ()),
+    "small_cnn": step_cost.Model(functools.partial(SmallCNN, (8, 16)), (8, 8, 3)),
+    "resnet": step_cost.Model(functools.partial(ResNet18, blocks=(1, 1), width=8), (8, 8, 3)),
 }
-L2RW = ("torch_autograd_l2rw", "torch_func_jvp", "torchopt_l2rw")
+L2RW = ("torch_autograd_l2rw", "torch_func_jvp")
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +84,6 @@ def test_torch_has_the_same_network(network, layout):
 @pytest.mark.parametrize("network", TINY)
 def test_torch_takes_the_step_of_l2rw(network, peer):
     torch = pytest.importorskip("torch")
-    if peer == "torchopt_l2rw":
-        pytest.importorskip("torchopt")
     work = work_of(network)
     t = peers.Torch(work, "nchw")
     job = getattr(peers, peer)(t)
@@ -180,19 +178,19 @@ def test_a_ratio_is_the_median_over_rounds_to_the_plain_step_of_its_own_framewor
         "plain torch": [10.0, 10.0, 20.0],
         "saflex_full": [2.0, 6.0, 8.0],
         "torch_func_jvp": [30.0, 40.0, 60.0],
-        "torch_meta_weight_net": [1.0],
+        "betty": [1.0],
     }
-    series.failed["torchopt"] = "ImportError: none"
-    series.failed["torch_meta_weight_net"] = "RuntimeError: no more"
+    series.failed["torch_autograd_l2rw"] = "ImportError: none"
+    series.failed["betty"] = "RuntimeError: no more"
     benchmark.count["resnet"] = 7
     made = benchmark.report()
     found, why = made["ratios"]["resnet"], made["why_null"]["resnet"]
     assert found["saflex_full"]["ratio"] == 2.0 and found["saflex_full"]["seconds"] == 6.0
     assert found["saflex_full"]["spread"] == pytest.approx(0.5)
     assert found["torch_func_jvp"]["ratio"] == 3.0
-    assert found["torchopt"]["ratio"] is found["torch_meta_weight_net"]["ratio"] is None
-    assert why["torchopt"] == "ImportError: none"
-    assert why["torch_meta_weight_net"] == "RuntimeError: no more"
+    assert found["torch_autograd_l2rw"]["ratio"] is found["betty"]["ratio"] is None
+    assert why["torch_autograd_l2rw"] == "ImportError: none"
+    assert why["betty"] == "RuntimeError: no more"
     assert why["l2rw"] == "interrupted before it was measured"
     assert made["plain"]["resnet"]["count"] == 7
     assert made["plain"]["resnet"]["torch"]["seconds"] == 10.0

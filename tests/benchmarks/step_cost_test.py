@@ -13,15 +13,16 @@ import pytest
 from benchmarks import step_cost, timing
 from saflex_jax import models
 from saflex_jax.core.steps import init_state
-from saflex_jax.core.tree import identity, paths
+from saflex_jax.core.tree import identity
 from saflex_jax.types import Batch, Method, Streams
 
 ROWS, WIDTH = 32, 64
 PRODUCT = 2 * ROWS * WIDTH * WIDTH  # x @ w
 X, W = np.ones((ROWS, WIDTH), np.float32), np.ones((WIDTH, WIDTH), np.float32)
-TINY = step_cost.Model(partial(models.MLP, (8,)), (5,), ("Dense_0",), batch=8, classes=3)
+TINY = step_cost.Model(partial(models.MLP, (8,)), (5,), batch=8, classes=3)
 IMAGES = TINY._replace(backbone=partial(models.SmallCNN, (4, 8)), shape=(8, 8, 3))
 COMMITTED = pathlib.Path(__file__).parents[2] / "docs" / "step_cost.json"
+MEASURED = [name for name in json.loads(COMMITTED.read_text())["mlp"] if name in step_cost.VARIANTS]
 
 
 def counted(function, **options):
@@ -74,7 +75,7 @@ def test_counts_are_those_of_the_committed_report(variant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "small_cnn"])
-@pytest.mark.parametrize("variant", json.loads(COMMITTED.read_text())["mlp"])
+@pytest.mark.parametrize("variant", MEASURED)
 def test_all_counts_are_those_of_the_committed_report(model, variant):
     assert_as_committed(model, variant)
 
@@ -144,28 +145,6 @@ def test_floors_are_the_sums_of_their_parts():
     assert of_head == pytest.approx(cg | first)
 
 
-def stage_size(name, model):
-    """Parameters that `saflex_last_stage` moves, without the head."""
-    network = models.from_linen(models.Classifier(model.backbone(), 10))
-    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, *model.shape)))[0]
-    chosen = list(filter(step_cost.last_stage(model), paths(shapes)))
-    assert [p for p in chosen if p.startswith("head/")] == ["head/bias", "head/kernel"]
-    sizes = dict(zip(paths(shapes), (x.size for x in jax.tree.leaves(shapes))))
-    return sum(sizes[p] for p in chosen if not p.startswith("head/"))
-
-
-def test_the_last_stage_is_the_last_stage():
-    block = 4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 2 * 2 * 384
-    expected = {
-        "mlp": 64 * 64 + 64,
-        "small_cnn": 9 * 64 * 64 + 2 * 64,
-        "small_cnn_batch_norm": 9 * 64 * 64 + 2 * 64,
-        "resnet18": 9 * 256 * 512 + 3 * 9 * 512 * 512 + 256 * 512 + 5 * 2 * 512,
-        "vit_s": 3 * block + 2 * 384,
-    }
-    assert {n: stage_size(n, model) for n, model in step_cost.MODELS.items()} == expected
-
-
 @pytest.mark.parametrize("name", step_cost.VARIANTS)
 def test_every_variant_is_a_step(monkeypatch, name):
     monkeypatch.setattr(step_cost, "POOL", 16)
@@ -182,7 +161,7 @@ def test_every_variant_is_a_step(monkeypatch, name):
 
 def known_point(model, timed=True):
     """A point whose counts and times are given."""
-    names = ("plain", "saflex_full", "saflex_last_stage", "l2rw")
+    names = ("plain", "saflex_full", "automix", "l2rw")
     at = step_cost.Point("known", model, 5, names, timed)
     state = init_state(
         jax.random.key(0), {"head": {"kernel": jnp.zeros((8, 3))}}, {}, optax.identity()
@@ -195,7 +174,7 @@ def known_point(model, timed=True):
 
 
 def test_rows_are_the_arithmetic_of_counts_and_times():
-    at = known_point(TINY)
+    at = known_point(IMAGES)
     rows, head = at.rows(), 3 * 2 * 8 * 8 * 3  # batch, features, classes
     assert rows["plain"] | {"temp_bytes": 7, "flops": 5000, "floor": 1} == rows["plain"]
     assert rows["plain"]["flops_ratio"] == rows["plain"]["seconds_ratio"] == 1
@@ -205,22 +184,22 @@ def test_rows_are_the_arithmetic_of_counts_and_times():
     assert full["seconds"] == 12 / step_cost.STEPS and full["spread"] == 2 / step_cost.STEPS
     assert (full["seconds_ratio"], full["seconds_ratio_spread"]) == (2, 0.75)  # of 2, 1.5 and 3
     assert full["floor"] == pytest.approx(23 / 12)
-    assert set(rows["saflex_last_stage"].values()) == {None}
+    assert set(rows["automix"].values()) == {None}
     assert rows["l2rw"]["flops_ratio"] == pytest.approx(1.9552)
     why = at.why_null()
     assert why["l2rw"] == "RuntimeError: no"
-    assert why["saflex_last_stage"] == "interrupted before it was measured"
-    assert "model" in why["saflex_last_stage floor"] and "plain" not in why
+    assert why["automix"] == "interrupted before it was measured"
+    assert "model" in why["automix floor"] and "plain" not in why
 
 
 def test_slow_models_count_the_dear_variants_only_and_have_fewer_rounds():
-    at = known_point(TINY._replace(slow=True))
-    assert at.timed == ["plain", "saflex_full", "saflex_last_stage"]
+    at = known_point(IMAGES._replace(slow=True))
+    assert at.timed == ["plain", "saflex_full"]
     del at.series.failed["l2rw"]
     assert "counted only" in at.why_null()["l2rw"]
-    assert at.series.length == 3 * (2 + 1)
-    assert known_point(TINY).series.length == 4 * (5 + 1)
-    counted = known_point(TINY, timed=False)
+    assert at.series.length == 2 * (2 + 1)
+    assert known_point(IMAGES).series.length == 4 * (5 + 1)
+    counted = known_point(IMAGES, timed=False)
     assert counted.timed == [] and "saflex_full" not in counted.why_null()
 
 
