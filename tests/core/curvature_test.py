@@ -10,10 +10,15 @@ from tests import problems
 from tests.problems import assert_close
 
 
-def materialise(matvec, tree):
-    """The matrix of a product, column by column."""
+def materialise(product, tree):
+    """The matrix of a product, column by column; `product` gives the matvec, inside the trace."""
     flat, unravel = ravel_pytree(tree)
-    columns = jax.jit(jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0]))
+
+    @jax.jit
+    def columns(basis):
+        matvec = product()
+        return jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0])(basis)
+
     return columns(np.eye(len(flat), dtype=flat.dtype))
 
 
@@ -23,20 +28,26 @@ def test_gauss_newton_is_the_mean_of_jacobian_sandwiches(predicate):
     batch = p.streams.candidates
     selected = select(p.params, predicate)
     flat, unravel = ravel_pytree(selected)
-    linear = linear_logits(p.logits_fn, p.params, batch.inputs, predicate=predicate)
-    matvec = gauss_newton(*linear, selected, mask=batch.mask)
+
+    def product():
+        linear = linear_logits(p.logits_fn, p.params, batch.inputs, predicate=predicate)
+        return gauss_newton(*linear, selected, mask=batch.mask)
 
     rows = batch.inputs[batch.mask]
 
-    def logits(flat):
-        return p.logits_fn(merge(unravel(flat), p.params), rows)
+    @jax.jit
+    def logits_and_jacobians(flat):
+        def logits(flat):
+            return p.logits_fn(merge(unravel(flat), p.params), rows)
 
-    jacobians = np.asarray(jax.jit(jax.jacobian(logits))(flat), np.float64)
+        return logits(flat), jax.jacobian(logits)(flat)
+
+    logits, jacobians = (np.float64(x) for x in logits_and_jacobians(flat))
     expected = 0
-    for jacobian, probs in zip(jacobians, problems.softmax(logits(flat))):
+    for jacobian, probs in zip(jacobians, problems.softmax(logits)):
         expected += jacobian.T @ (np.diag(probs) - np.outer(probs, probs)) @ jacobian
     expected /= len(rows)
-    assert_close(materialise(matvec, selected), expected)
+    assert_close(materialise(product, selected), expected)
 
 
 def test_gauss_newton_of_a_linear_head_is_the_hessian_whatever_the_labels():
@@ -49,11 +60,13 @@ def test_gauss_newton_of_a_linear_head_is_the_hessian_whatever_the_labels():
         logits = p.logits_fn(merge(part, p.params), batch.inputs)
         return masked_mean(weighted_cross_entropy(logits, batch.labels), batch.mask)
 
-    linear = linear_logits(p.logits_fn, p.params, batch.inputs, predicate=under("head"))
-    gauss = gauss_newton(*linear, head, mask=batch.mask)
+    def gauss():
+        linear = linear_logits(p.logits_fn, p.params, batch.inputs, predicate=under("head"))
+        return gauss_newton(*linear, head, mask=batch.mask)
+
     dense = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
     assert_close(materialise(gauss, head), dense)
-    assert_close(materialise(hessian(loss, head), head), dense)
+    assert_close(materialise(lambda: hessian(loss, head), head), dense)
 
 
 def test_hessian_of_a_network_where_gauss_newton_differs():
@@ -66,7 +79,7 @@ def test_hessian_of_a_network_where_gauss_newton_differs():
         return masked_mean(weighted_cross_entropy(logits, batch.labels, 2 * batch.mask))
 
     dense = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
-    assert_close(materialise(hessian(loss, p.params), p.params), dense)
+    assert_close(materialise(lambda: hessian(loss, p.params), p.params), dense)
     assert np.linalg.eigvalsh(dense).min() < -1e-3  # not positive semi-definite, unlike G
 
 
