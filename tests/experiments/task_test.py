@@ -21,6 +21,7 @@ def config(name, *, steps=60, **section):
     found.update_from_flattened_dict(
         {
             "augment": "flip(0.5)",
+            "method.saflex.scoring.direction": "identity",  # quicker to compile
             "optimizer.learning_rate": 0.04,
             "model.widths": (16,),
             "train.steps": steps,

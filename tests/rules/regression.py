@@ -150,7 +150,7 @@ def two_layers(hidden, classes):
 
 
 def assert_leaves_wrong_labels_out(method):
-    """A method for `two_layers(16, 4)` that drops 40 % of the samples; 40 % of the labels are wrong."""
+    """A method for `two_layers(16, 4)` that drops 40 % of the samples; 40 % of labels are wrong."""
     rng = np.random.default_rng(0)
     centres, truth = 2 * rng.normal(size=(4, 6)), rng.integers(4, size=160)
     given = np.where(np.arange(160) < 64, (truth + rng.integers(1, 4, 160)) % 4, truth)
