@@ -1,5 +1,6 @@
 """LDAM and deferred reweighting by their equations."""
 
+import functools
 import itertools
 
 import jax
@@ -43,11 +44,20 @@ def drawn(*, spread=1.0, soft=True):
     return logits, labels, rng.uniform(0.5, 2, len(MASK)).astype(np.float32)
 
 
-def found(logits, labels, weights, **options):
-    """The loss of the code, the masked row being garbage."""
-    logits = jnp.where(MASK[:, None], logits, np.nan)
-    batch = Batch(None, labels, MASK, None)
-    return ldam_loss(COUNTS, **options)(logits, Targets(weights, labels, weights), batch)
+@functools.cache
+def program(**options):
+    def losses(logits, labels, weights):
+        logits = jnp.where(MASK[:, None], logits, np.nan)  # the masked row is garbage
+        batch = Batch(None, labels, MASK, None)
+        loss = ldam_loss(COUNTS, **options)
+        return loss(logits, Targets(weights, labels, weights), batch)
+
+    return jax.jit(losses)
+
+
+def found(*args, **options):
+    """The loss of the code."""
+    return program(**options)(*args)
 
 
 @pytest.mark.parametrize("soft", [True, False])
@@ -58,7 +68,6 @@ def test_ldam_is_its_equation(spread, soft):
         expected = np.where(MASK, ldam(*args, **options), 0)
         assert expected.max() > 0.5
         np.testing.assert_allclose(found(*args, **options), expected, rtol=2e-5, atol=1e-6)
-    np.testing.assert_array_equal(found(*args), found(*args, max_margin=0.5, scale=30.0))
 
 
 def test_a_confident_row_keeps_its_margin():
@@ -68,7 +77,7 @@ def test_a_confident_row_keeps_its_margin():
     logits = np.stack([leads, 0 * leads, 0 * leads - 9], 1)
     labels, mask = np.eye(3, dtype=np.float32)[[0] * 5], np.ones(5, bool)
     targets = Targets(np.ones(5, np.float32), labels, np.zeros(5))
-    loss = ldam_loss(counts)(logits, targets, Batch(None, labels, mask, None))
+    loss = jax.jit(ldam_loss(counts))(logits, targets, Batch(None, labels, mask, None))
     expected = np.log1p(np.exp(30 * (0.5 - leads.astype(np.float64))))
     np.testing.assert_allclose(loss, expected, rtol=3e-5)
 
@@ -80,7 +89,7 @@ def test_ldams_gradients_are_those_of_its_equation():
     def total(*args):
         return found(*args, **options).sum()
 
-    gradients = jax.grad(total, argnums=(0, 1, 2))(*args)
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*args)
     exact = [np.array(x, np.float64) for x in args]
     for place, gradient in enumerate(gradients):
         assert np.isfinite(gradient).all()
@@ -94,6 +103,11 @@ def test_ldams_gradients_are_those_of_its_equation():
             below, above = (ldam(*m, **options).sum() for m in moved)
             expected = (above - below) / (2 * step)
             assert gradient[where] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_ldams_defaults_are_the_papers():
+    given = {"max_margin": 0.5, "scale": 30.0}
+    np.testing.assert_array_equal(found(*drawn()), found(*drawn(), **given))
 
 
 def test_ldam_refuses_what_it_cannot_weigh():
