@@ -14,7 +14,6 @@ from scipy import stats
 
 from experiments import arms, build, figures, task
 from experiments.configs import digits, wdbc
-from saflex_jax.core.tree import identity
 from saflex_jax.types import Batch, Streams
 from tests.train import process_
 
@@ -159,32 +158,31 @@ def pools(name, size=4):
     return Streams(batch, batch)
 
 
-CONFIGS = [
-    (path.stem, arm, config)
+GROUPS = [
+    pytest.param(group, id=f"{path.stem}-{'-'.join(group)}")
     for path in sorted(FOLDER.glob("*.py"))
     if hasattr(module := importlib.import_module(f"experiments.configs.{path.stem}"), "get_config")
-    for arm, config in arms.configs(module.get_config()).items()
+    for group in arms.trainings(arms.configs(module.get_config()))
 ]
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param(config, id=f"{name}-{arm}") for name, arm, config in CONFIGS]
-)
-def test_every_arm_of_every_config_builds(config):
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_arm_of_every_config_builds(group):
+    config, *_ = group.values()
     size, classes = 4, SHAPES[config.data.name][1]
     if config.method.name == "protonet":  # whole episodes, and their own classes
         size, classes = config.train.batch_size, config.method.protonet.ways
     data = pools(config.data.name, size)
     if config.data.unlabelled:
         data = data._replace(clean=data.val)
-    method = build.make_method(config, data)
+    method, *others = (build.make_method(c, data) for c in group.values())
     if config.model.name == "resnet18":  # slow to trace; sla.py and automix.py have the same arms
         return
     state = jax.eval_shape(lambda: build.init_state(config, method, data))
-    logits = jax.eval_shape(method.predict, state, data.val.inputs)
-    assert logits.shape == (size, classes)
-    step = build.with_upstream(config, method).step
-    new, metrics = jax.eval_shape(lambda *args: step(*args, reduce=identity), state, data)
+    for each in (method, *others):
+        logits = jax.eval_shape(each.predict, state, data.val.inputs)
+        assert logits.shape == (size, classes)
+    new, metrics = jax.eval_shape(build.with_upstream(config, method).step, state, data)
     assert jax.tree.structure(new) == jax.tree.structure(state) and "loss" in metrics
 
 
