@@ -226,6 +226,7 @@ def test_amplitudes_of_zero_are_the_identity(dtype):
     np.testing.assert_array_equal(same.trace.magnitude, np.zeros((4, 1)))
 
 
+@pytest.mark.slow  # `per_image` rounds, which tests/augment/spatial_test.py proves
 def test_bfloat16_is_float32_rounded_once():
     batch = batch_of(noise(16, (9, 12, 3)).astype(jnp.bfloat16))
     half = AUGMENT(KEY, batch).inputs

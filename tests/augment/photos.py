@@ -13,13 +13,18 @@ ROUNDED_DEGENERATE = ("color", "sharpness")
 
 
 @functools.cache
+def photographs():
+    return load_sample_images().images
+
+
+@functools.cache
 def crops(size, count, *, grey=False, seed=0):
     """uint8[count, H, W, 3 or 1], random crops of scikit-learn's two photographs."""
     height, width = size if isinstance(size, tuple) else (size, size)
     rng = np.random.default_rng(seed)
     photos = []
     for number in range(count):
-        photo = load_sample_images().images[number % 2]
+        photo = photographs()[number % 2]
         top = rng.integers(photo.shape[0] - height + 1)
         left = rng.integers(photo.shape[1] - width + 1)
         photos.append(photo[top : top + height, left : left + width])

@@ -317,7 +317,8 @@ def test_any_image_keeps_its_shape_and_dtype(name, shape, dtype):
     assert (augmented.shape, augmented.dtype) == ((16, *shape), dtype)
 
 
-@pytest.mark.parametrize("name", ["randaugment", pytest.param("augmix", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["randaugment", "augmix"])
 def test_half_precision_and_many_channels_are_near_single_precision(name):
     pixels = crops((24, 40), 16)
     inputs = np.concatenate([pixels, pixels[::-1]], -1)[..., :5] / np.float32(255)
