@@ -43,9 +43,10 @@ def main(argv: list[str]) -> None:
     seeds = range(config.seed, config.seed + _SEEDS.value)
     log = workdir / "runs.jsonl"
     records = arms.run_all(configs, seeds, log, resume=_RESUME.value, progress=_PROGRESS.value)
-    if len(records) < len(configs) * len(seeds):
-        print(f"interrupted; {len(records)} of {len(configs) * len(seeds)} runs are kept in {log}; "
-              "--resume continues", file=sys.stderr)  # fmt: skip
+    wanted = {(arm, seed) for arm in configs for seed in seeds}
+    if left := wanted - records.keys():
+        print(f"interrupted; {len(wanted - left)} of {len(wanted)} runs are kept in {log}; --resume "
+              "continues", file=sys.stderr)  # fmt: skip
         sys.exit(130)
 
     runs = {arm: [records[arm, seed] for seed in seeds] for arm in {base: None, **configs}}
