@@ -1,5 +1,6 @@
 """Bootstrapping, soft and hard, by its equations."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,7 +33,10 @@ def predicted(logits, hard):
 def test_labels_move_to_what_the_network_predicts_from_start_on():
     batch = logits_as_inputs(candidates())
     mask, steps = batch.mask, (0, START - 1, START, START + 9)
-    by_step = {step: dict(zip(RULES, targets(RULES.values(), batch, step))) for step in steps}
+    by_step = {
+        step: dict(zip(RULES, jax.device_get(targets(RULES.values(), batch, step))))
+        for step in steps
+    }
     for hard in RULES:
         for step in (0, START - 1):
             np.testing.assert_array_equal(by_step[step][hard].labels, batch.labels)
@@ -59,7 +63,7 @@ def test_what_is_not_finite_reaches_the_loss(value):
 
 @pytest.mark.parametrize(
     "runner",
-    [pytest.param(r, marks=pytest.mark.slow if r == "jit 1" else ()) for r in RUNNERS],
+    [pytest.param(r, marks=() if r == "jit 8" else pytest.mark.slow) for r in RUNNERS],
 )
 def test_a_step_is_one_on_moved_labels_of_unmasked_rows(runner):
     batch = candidates()
@@ -82,7 +86,7 @@ def test_soft_bootstrapping_is_a_shorter_plain_step_where_the_modes_agree():
     own = np.asarray(state.params["kernel"])
     after, _ = step_under("jit 1", {"": method}, {"": state}, batch)[""]
     plain, _ = stepped(own, batch, batch.labels, np.ones(ROWS))
-    assert_close(np.asarray(after.params["kernel"]) - own, BETA * (plain["kernel"] - own), 1e-5)
+    assert_close(after.params["kernel"] - own, BETA * (plain["kernel"] - own), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,15 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from saflex_jax import Batch, Model, Streams, TrainState
 from saflex_jax.core.tree import identity
+from saflex_jax.methods import supervised
 from saflex_jax.models import from_function
 from saflex_jax.parallel import jit_runner, pmap_runner
+from tests import cost_test
 from tests.problems import log_softmax, soft_labels, softmax
 
 ROWS, MASKED, FEATURES, CLASSES, LR, NOW = 24, 5, 3, 4, 0.5, 5
@@ -82,8 +83,9 @@ def weights_of(logits, batch, rate, shares=1):
 
 
 def linear_init(key, inputs):
-    kernel = jax.random.normal(key, (inputs.shape[1], CLASSES))
-    return {"kernel": kernel}, {"drawn": jnp.zeros(())}
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    kernel = rng.normal(size=(inputs.shape[1], CLASSES)).astype(np.float32)
+    return {"kernel": kernel}, {"drawn": np.float32(0)}
 
 
 def linear_train(params, model_state, inputs, key):
@@ -103,7 +105,7 @@ def start_state(method, step=NOW):
 
 
 def step_under(runner, methods, states, batch):
-    """Name -> (state, metrics) after a step of each method, in one compilation."""
+    """Name -> (state without its key, metrics) after a step of each method, in one compilation."""
     make_runner, devices, _ = RUNNERS[runner]
 
     def step(states, streams, *, reduce):
@@ -111,11 +113,14 @@ def step_under(runner, methods, states, batch):
             name: method.step(states[name], streams, reduce=reduce)
             for name, method in methods.items()
         }
-        return tuple({name: pair[part] for name, pair in after.items()} for part in (0, 1))
+        states = {name: state for name, (state, _) in after.items()}
+        return states, {name: metrics for name, (_, metrics) in after.items()}
 
     run = make_runner(step, devices=jax.devices()[:devices])
     states, metrics = run.step(run.put_state(states), run.put_batch(Streams(batch)))
-    return {name: (states[name], metrics[name]) for name in methods}
+    return {
+        name: jax.device_get((states[name]._replace(key=()), metrics[name])) for name in methods
+    }
 
 
 def stepped(kernel, batch, labels, weights):
@@ -132,7 +137,7 @@ def evaluated(kernel, batch):
     return GAIN * (np.asarray(batch.inputs, np.float64) @ np.asarray(kernel, np.float64))
 
 
-# --- what selection is for -------------------------------------------------------------------
+# --- what selection costs, and what it is for -----------------------------------------------
 
 
 def two_layers(hidden, classes):
@@ -147,6 +152,13 @@ def two_layers(hidden, classes):
         return jax.nn.relu(inputs.reshape(len(inputs), -1) @ params["in"]) @ params["out"]
 
     return from_function(init, apply)
+
+
+@functools.cache
+def plain_flops():
+    """Of a plain step of `two_layers(256, cost_test.CLASSES)`."""
+    method = supervised.make(two_layers(256, cost_test.CLASSES), cost_test.TX)
+    return cost_test.step_flops(method)
 
 
 def assert_leaves_wrong_labels_out(method):
