@@ -6,12 +6,12 @@ from setuptools import find_packages, setup
 # run them under 3.12 and 3.13: .ci/versions. Upper bounds are the next release that is announced to
 # break or is not there yet to be tested. What Google Colab has installed lies between them.
 DATA = [
-    "array_record>=0.5,<1",
+    "array_record>=0.8.1,<1",
     "grain>=0.2.10,<0.3",
     "importlib_resources>=6",  # TFDS needs it to prepare a set, and does not say so
     "pillow>=11.1,<14",
     "scikit-learn>=1.5,<2",
-    "tensorflow-datasets>=4.9.7,<5",
+    "tensorflow-datasets>=4.9.10,<5",
 ]
 EXPERIMENTS = ["matplotlib>=3.9,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6.2.2,<3"]
 # What the benchmarks compare with; a missing one is reported. On a CPU machine first install the

@@ -84,8 +84,11 @@ def assert_as_committed(name, variant):
     model, given = step_cost.MODELS[name], step_cost.VARIANTS[variant]
     method, streams = step_cost.make_method(model, given), step_cost.data(model)
     found = step_cost.compile_step(method, streams, given, fast=False).flops
-    committed = json.loads(COMMITTED.read_text())[name][variant]["flops"]
-    assert found == pytest.approx(committed, rel=0.002)
+    committed = json.loads(COMMITTED.read_text())
+    # XLA's rewrites, and with them its counts, change a little with the version of JAX.
+    is_same_jax = committed["machine"]["versions"]["jax"] == jax.__version__
+    expected = committed[name][variant]["flops"]
+    assert found == pytest.approx(expected, rel=0.002 if is_same_jax else 0.003)
 
 
 def periodic(dear_on):

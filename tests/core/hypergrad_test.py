@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from saflex_jax._compat import enable_x64
 from saflex_jax.core import linear_solve
 from saflex_jax.core.hypergrad import (
     differentiable_argmin,
@@ -47,14 +48,14 @@ minimum = jax.jit(partial(CONVEX.minimise, CONVEX.params))
 
 @pytest.fixture(scope="module")
 def optimum():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return minimum(CONVEX.meta)
 
 
 @pytest.fixture(scope="module")
 def exact(optimum):
     """(value, gradient, info) of the convex problem in double precision."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return implicit(optimum, CONVEX.meta)
 
 

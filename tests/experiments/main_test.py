@@ -291,7 +291,7 @@ def compiled():
     assert names  # it hears
     names.clear()
     yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
+    jax.monitoring.clear_event_listeners()
 
 
 def test_an_option_that_does_not_fit_the_network_is_refused_before_compilation(compiled):

@@ -320,7 +320,7 @@ def test_eight_devices_agree_with_one(make_runner):
     expected, on_eight = on_one_device(), run(make_runner, 8)
     assert expected.keys() == on_eight.keys()
     for name, value in expected.items():
-        tol = 1e-6 if np.issubdtype(value.dtype, np.floating) else 0
+        tol = setup_.ROUNDING if np.issubdtype(value.dtype, np.floating) else 0
         np.testing.assert_allclose(on_eight[name], value, rtol=0, atol=tol, err_msg=name)
 
 
