@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     records = arms.run_all(configs, seeds, log, resume=_RESUME.value, progress=_PROGRESS.value)
     wanted = {(arm, seed) for arm in configs for seed in seeds}
     if left := wanted - records.keys():
-        print(f"interrupted; {len(wanted - left)} of {len(wanted)} runs are kept in {log}; --resume "
-              "continues", file=sys.stderr)  # fmt: skip
+        print(f"interrupted; {len(wanted - left)} of {len(wanted)} runs are kept in {log}; "
+              "--resume continues", file=sys.stderr)  # fmt: skip
         sys.exit(130)
 
     runs = {arm: [records[arm, seed] for seed in seeds] for arm in {base: None, **configs}}
