@@ -307,10 +307,8 @@ def test_on_eight_devices_it_is_the_same_and_no_image_leaves_its_device():
 
 
 @pytest.mark.parametrize("name", MAKE)
-@pytest.mark.parametrize(
-    ("shape", "dtype"), [((8, 8, 1), jnp.float32), ((24, 40, 5), jnp.bfloat16)]
-)
-def test_any_image_keeps_its_shape_and_dtype(name, shape, dtype):
+def test_any_image_keeps_its_shape_and_dtype(name):
+    shape, dtype = (24, 40, 5), jnp.bfloat16
     _, batch = photographs(16)
     batch = batch._replace(inputs=jax.ShapeDtypeStruct((16, *shape), dtype))
     augmented = jax.eval_shape(MAKE[name](), KEY, batch).inputs
