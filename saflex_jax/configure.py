@@ -49,6 +49,7 @@ BACKBONES = {
     "ft_transformer": models.FTTransformer,
     "small_cnn": models.SmallCNN,
     "resnet18": models.ResNet18,
+    "resnet50": models.ResNet50,
     "vit": models.ViT,
 }
 _ANY_RUN = RunInfo(num_samples=1, num_classes=2)  # to check options, of which some need a run

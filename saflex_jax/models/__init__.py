@@ -10,7 +10,8 @@ from saflex_jax.models.mix_block import (
     MixBlockOptions,
 )
 from saflex_jax.models.mlp import MLP
-from saflex_jax.models.resnet import ResNet18
+from saflex_jax.models.pretrained import from_torchvision, read_weights
+from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
 from saflex_jax.models.small_cnn import SmallCNN
 from saflex_jax.models.vit import ViT
 
@@ -23,11 +24,15 @@ __all__ = [
     "Heads",
     "MixBlock",
     "MixBlockOptions",
+    "ResNet",
     "ResNet18",
+    "ResNet50",
     "SmallCNN",
     "ViT",
     "from_function",
     "from_linen",
     "from_nnx",
+    "from_torchvision",
     "mix_hidden",
+    "read_weights",
 ]

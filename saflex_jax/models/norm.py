@@ -50,7 +50,8 @@ class Norm(nn.Module):
     """GroupNorm or BatchNorm.
 
     Attributes:
-      kind: "group" (rows independent, no state) or "batch".
+      kind: "group" (rows independent, no state), "batch", or "frozen": BatchNorm that uses its
+        running statistics in training mode, too, and keeps them, as a pretrained network needs.
       axis_name: the pmap axis over which BatchNorm averages its statistics; None under jit, where
         the batch is global already.
     """
@@ -60,9 +61,8 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        checks.choice(("group", "batch"), norm=self.kind)
+        checks.choice(("group", "batch", "frozen"), norm=self.kind)
         if self.kind == "group":
             return GroupNorm()(x)
-        return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(
-            x
-        )
+        running = self.kind == "frozen" or not train
+        return nn.BatchNorm(running, momentum=0.9, axis_name=self.axis_name)(x)

@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., CVPR 2016), CIFAR and ImageNet stems."""
+"""ResNets (He et al., CVPR 2016), CIFAR and ImageNet stems; torchvision's with the latter."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from saflex_jax.models.norm import Norm
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class ResNet18(nn.Module):
-    """Basic-block ResNet, f32[B, H, W, C] -> f32[B, 8 * width]; 11.2 M parameters at width 64.
+class ResNet(nn.Module):
+    """Residual network, f32[B, H, W, C] -> f32[B, D]; D is the channels of the last stage.
 
-    Called with `stage`, it returns the feature map of that stage as well.
+    With stem="imagenet" and norm="batch" it is torchvision's network without its last layer, so
+    `pretrained.from_torchvision` fills it. Called with `stage`, it returns the feature map of that
+    stage as well.
 
     Attributes:
       stem: "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, max-pool).
-      blocks: basic blocks per stage.
-      width: channels of the first stage.
-      norm: "group" or "batch".
+      blocks: residual blocks per stage.
+      width: channels of the first stage, inside of its blocks; each stage doubles them.
+      norm: "group", "batch" or "frozen"; see `Norm`.
       axis_name: see `Norm`.
+      bottleneck: whether a block is 1x1, 3x3 (it has the stride), 1x1 to 4 times the channels,
+        instead of 3x3, 3x3.
     """
 
     stem: str = "cifar"
@@ -33,6 +37,7 @@ class ResNet18(nn.Module):
     width: int = 64
     norm: str = "group"
     axis_name: str | None = None
+    bottleneck: bool = False
 
     @nn.compact
     def __call__(
@@ -64,10 +69,26 @@ class ResNet18(nn.Module):
             width = self.width * 2**number
             for block in range(count):
                 stride = 2 if number > 0 and block == 0 else 1
-                y = nn.relu(norm(conv(width, 3, stride)(x)))
-                y = norm(conv(width, 3, 1)(y))
+                if self.bottleneck:
+                    y = nn.relu(norm(conv(width, 1, 1)(x)))
+                    y = nn.relu(norm(conv(width, 3, stride)(y)))
+                    y = norm(conv(4 * width, 1, 1)(y))
+                else:
+                    y = nn.relu(norm(conv(width, 3, stride)(x)))
+                    y = norm(conv(width, 3, 1)(y))
                 if x.shape != y.shape:
-                    x = norm(conv(width, 1, stride)(x))
+                    x = norm(conv(y.shape[-1], 1, stride)(x))
                 x = nn.relu(x + y)
             maps.append(x)
         return with_map(jnp.mean(x, axis=(1, 2)), maps, stage)
+
+
+class ResNet18(ResNet):
+    """`ResNet` of 8 basic blocks, f32[B, H, W, C] -> f32[B, 8 * width]; 11.2 M at width 64."""
+
+
+class ResNet50(ResNet):
+    """`ResNet` of 16 bottlenecks, f32[B, H, W, C] -> f32[B, 32 * width]; 23.5 M at width 64."""
+
+    blocks: Sequence[int] = (3, 4, 6, 3)
+    bottleneck: bool = True
