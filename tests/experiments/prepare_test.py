@@ -83,6 +83,11 @@ def folder(**fields):
     return table(**(images | {"build": datasets.files("pkg/data", FOLDERS)} | fields))
 
 
+def weights(content=TEXT):
+    digest = hashlib.sha256(content).hexdigest()
+    return datasets.Weights("a network", "here", "none", "tiny", "pkg/t.csv", len(content), digest)
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """A registry of one archive; its client notes what it is asked for."""
@@ -98,6 +103,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(prepare, "run_client", client)
     monkeypatch.setattr(prepare, "DATASETS", registry.known)
     monkeypatch.setattr(prepare, "ARCHIVES", {"tiny": archive()})
+    monkeypatch.setattr(prepare, "WEIGHTS", {"net": weights()})
     monkeypatch.setattr(prepare, "tfds_in_reach", lambda: pytest.fail("asks the network"))
     return registry
 
@@ -382,6 +388,23 @@ def test_the_list_says_what_is_ready(registry, tmp_path):
     assert rows["other"][1] == "-" and rows["images"][2] == "3"
     assert rows["npz"][1:6] == ["-", "6", "2", "by", "hand"] and rows["npz"][-1] == "none"
     assert rows["digits"][1] == rows["wdbc"][1] == "yes"
+    assert rows["net"][1] == "-"
+    prepare.prepare("net", tmp_path)
+    assert prepare.listing(tmp_path).splitlines()[-1].split()[:3] == ["net", "yes", "weights"]
+
+
+def test_weights_are_one_verified_file(registry, tmp_path, monkeypatch):
+    path = tmp_path / "weights" / "net.pkl"
+    assert [prepare.prepare("net", tmp_path) for _ in range(2)] == ["prepared", "ready"]
+    assert path.read_bytes() == TEXT
+    path.write_bytes(TEXT[:-1])
+    assert prepare.prepare("net", tmp_path) == "prepared" and path.read_bytes() == TEXT
+    assert registry.asked == ["tiny.zip"]
+    path.unlink()
+    monkeypatch.setattr(prepare, "WEIGHTS", {"net": weights(TEXT + b"more")})
+    with pytest.raises(ValueError, match="net.pkl of net must have the SHA-256"):
+        prepare.prepare("net", tmp_path)
+    assert not path.exists()
 
 
 # --- MedMNIST's files, which a person downloads

@@ -187,7 +187,7 @@ def test_batch_norm_of_an_mlp_is_that_of_all_shares_by_its_axis_name():
     ("module", "message"),
     [
         (SmallCNN(norm="bacth"), r"norm must be one of .*'bacth'; did you mean 'batch'\?"),
-        (MLP(norm="layer"), r"norm must be one of \['batch', 'group'.*'layer'"),
+        (MLP(norm="layer"), r"norm must be one of \['batch', 'frozen', 'group'.*'layer'"),
         (ResNet18(stem="cifar10"), r"stem must be one of .*; did you mean 'cifar'\?"),
     ],
 )
