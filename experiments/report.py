@@ -1,16 +1,21 @@
-"""The results of `experiments.suite`: a page with tables and figures, or five numbers.
+"""The results of `experiments.suite`: a page with tables and figures, or its numbers.
 
-    python -m experiments.report [runs/suite/small.jsonl] [--out=docs/results.md]
-    python -m experiments.report [runs/suite/small.jsonl] --json [--arm=saflex_train_val]
+    python -m experiments.report [runs/suite/small.jsonl ...] [--out=docs/results.md]
+    python -m experiments.report [runs/suite/small.jsonl ...] --json [--arm=saflex_train_val]
 
-Without a file it reads the project's own results, docs/results.jsonl.
+Without a file it reads the project's own results, those of RESULTS that there are. Regimes are kept
+apart: networks from scratch, and heads on pretrained features.
 
 Differences are paired: an arm and its base on one task and seed share splits, wrong labels and the
 order of the batches. Per task the interval is Student's t over the seeds' differences. Over tasks
 it is Student's t over the tasks' means: an interval of the mean over tasks like these, in which a
-task is one observation. One more task's own gain scatters far more widely. The clean and the noisy
-task of one table count as two, although they are related. How sure the average over exactly these
-tasks is, another question, is said beside it.
+task is one observation. One more task's own gain scatters far more widely. Tasks that share a data
+set count as several, although they are related. How sure the average over exactly these tasks is,
+another question, is said beside it.
+
+What an arm has to beat is on each task the best of what a user would do without it, its fair
+partner (PARTNERS). The best one is known from the same test runs that the arm is compared on, which
+favours the partner.
 """
 
 from __future__ import annotations
@@ -27,16 +32,23 @@ from scipy import stats
 
 from experiments import arms, report_figures
 from experiments.suite_tasks import HALVES
+from saflex_jax import checks
 
-RESULTS = "docs/results.jsonl"  # the project's own
+# The project's own.
+RESULTS = ("docs/results_pretrained.jsonl", "docs/results_tables.jsonl", "docs/results.jsonl")
 GALLERY = "results_gallery.png"  # beside the page; made by another command
 # task -> arm -> seed -> record
 Runs = dict[str, dict[str, dict[int, dict]]]
 
-UPSTREAM, TRAIN_VAL = BASES = ("upstream", "upstream_train_val")
+REGIMES = ("pretrained", "scratch")  # of a record's field; one without it is from scratch
+# Suites whose half "report" was looked at before the rule of today: all their tasks are
+# development now.
+SEEN = ("small", "full")
+UPSTREAM, TRAIN_VAL = "upstream", "upstream_train_val"
+PARTNERS = (TRAIN_VAL, "trusted_only", "early_stopping", "linear_probe", "boosted_trees")
 RULE = "saflex"  # prefix of the arms with the rule that is judged
 ARM = "saflex_train_val"  # the arm that is judged: it trains on what upstream_train_val has
-NOISY = 0.4  # from this share of wrong labels on, `gain_over_upstream_train_val_noisy` counts
+NOISY = 0.4  # from this share of wrong labels on a task is very noisy
 POINTS = 100  # records have accuracies as shares; the page has points
 
 GALLERY_TITLE = (
@@ -48,18 +60,39 @@ GALLERY_TITLE = (
 # --- Pure functions of records
 
 
+def by_regime(records: Iterable[dict]) -> dict[str, Runs]:
+    """Regime -> `by_task` of its records, in the order of REGIMES.
+
+    Raises:
+      ValueError: no record; an unknown regime; as `by_task`.
+    """
+    of_regime: dict[str, list] = {regime: [] for regime in REGIMES}
+    for record in records:
+        regime = record.get("regime", "scratch")
+        checks.choice(REGIMES, regime=regime)
+        of_regime[regime].append(record)
+    found = {regime: by_task(some) for regime, some in of_regime.items() if some}
+    if not found:
+        raise ValueError("results must hold a record; given none")
+    return found
+
+
 def by_task(records: Iterable[dict]) -> Runs:
     """The records by task, arm and seed.
 
     Where a task's arm was run under several settings, those of its last record count.
 
     Raises:
-      ValueError: no record; records of several suites.
+      ValueError: two suites have a task of one name.
     """
     records = list(records)
-    suites = sorted({r["suite"] for r in records})
-    if len(suites) != 1:
-        raise ValueError(f"records must be of one suite; given {suites}")
+    suites = {}
+    for r in records:
+        if suites.setdefault(r["task"], r["suite"]) != r["suite"]:
+            raise ValueError(
+                f"task must be of one suite; given {r['task']} of {suites[r['task']]} and "
+                f"{r['suite']}"
+            )
     last = {(r["task"], r["arm"]): r["settings"] for r in records}
     runs: Runs = {}
     for r in records:
@@ -74,20 +107,31 @@ def about(runs: Runs, task: str) -> dict:
     return first
 
 
+def half_of(record: dict) -> str:
+    """The half of a record's task; "development" where its suite's report half was seen."""
+    return "development" if record["suite"] in SEEN else record["half"]
+
+
 def of_half(runs: Runs, half: str) -> Runs:
     """The tasks of that half."""
-    return {task: by_arm for task, by_arm in runs.items() if about(runs, task)["half"] == half}
+    return {task: by_arm for task, by_arm in runs.items() if half_of(about(runs, task)) == half}
 
 
-def noisy(runs: Runs, least: float) -> Runs:
-    """The tasks with at least that share of wrong labels."""
+def clean(runs: Runs) -> Runs:
+    """The tasks without wrong labels."""
+    return {task: by_arm for task, by_arm in runs.items() if not about(runs, task)["noise"]}
+
+
+def noisy(runs: Runs, least: float = np.finfo(float).tiny) -> Runs:
+    """The tasks with wrong labels; with at least that share of them."""
     return {task: by_arm for task, by_arm in runs.items() if about(runs, task)["noise"] >= least}
 
 
 def all_arms(runs: Runs) -> list[str]:
-    """Bases, arms with the rule, baselines; each by name."""
+    """Upstream, fair partners, arms with the rule, baselines; the last two by name."""
     names = {arm for by_arm in runs.values() for arm in by_arm}
-    return sorted(names, key=lambda arm: (arm not in BASES, not arm.startswith(RULE), arm))
+    first = [arm for arm in (UPSTREAM, *PARTNERS) if arm in names]
+    return first + sorted(names - {*first}, key=lambda arm: (not arm.startswith(RULE), arm))
 
 
 def gains(runs: Runs, arm: str, base: str) -> dict[str, list[float]]:
@@ -110,6 +154,29 @@ def gains(runs: Runs, arm: str, base: str) -> dict[str, list[float]]:
 def _rounded(points: float) -> float:
     """Drops the rounding errors of a difference, which could turn a tie into a loss."""
     return round(float(points), 6)
+
+
+def fair_partners(runs: Runs, arm: str) -> dict[str, str]:
+    """Task -> the arm of PARTNERS, other than `arm`, that `arm` gains least over.
+
+    With the same seeds for all it is the one with the highest mean. The first of several that are
+    level. Tasks that the arm shares with no partner are left out.
+    """
+    least: dict[str, tuple[float, str]] = {}
+    for partner in PARTNERS:
+        for task, values in ({} if partner == arm else gains(runs, arm, partner)).items():
+            gain = _rounded(np.mean(values))
+            if task not in least or gain < least[task][0]:
+                least[task] = gain, partner
+    return {task: least[task][1] for task in runs if task in least}
+
+
+def gains_over_partner(runs: Runs, arm: str) -> dict[str, list[float]]:
+    """Task -> the arm's gain over the task's fair partner, as `gains`."""
+    return {
+        task: gains({task: runs[task]}, arm, partner)[task]
+        for task, partner in fair_partners(runs, arm).items()
+    }
 
 
 def interval(values: Iterable[float]) -> dict[str, float | None]:
@@ -168,37 +235,56 @@ def counts(gains: dict[str, list[float]]) -> dict[str, int]:
 
 
 def at_or_above_best(runs: Runs, arm: str) -> float | None:
-    """Share of the tasks on which no baseline has a higher mean over the common seeds.
+    """Share of the tasks on which no arm without the rule has a higher mean over the common seeds.
 
-    Baselines are all arms except the bases and those with the rule. A task counts if the arm and a
-    baseline were run on it; None if there is no such task.
+    These are upstream, the fair partners and all baselines, those that are told the share of wrong
+    labels, too. A task counts if the arm and one of them were run on it; None if there is no such
+    task.
     """
-    baselines = [a for a in all_arms(runs) if a not in BASES and not a.startswith(RULE)]
     least: dict[str, float] = {}
-    for baseline in baselines:
-        for task, values in gains(runs, arm, baseline).items():
+    for other in all_arms(runs):
+        for task, values in ({} if other.startswith(RULE) else gains(runs, arm, other)).items():
             least[task] = min(least.get(task, np.inf), _rounded(np.mean(values)))
     return float(np.mean([value >= 0 for value in least.values()])) if least else None
 
 
-def headline(runs: Runs, arm: str) -> dict[str, float | None]:
-    """The five numbers of an arm over these tasks, in points; None where there is no run.
+def worst(gains: dict[str, list[float]]) -> dict | None:
+    """The task with the least mean over seeds, and that mean; None without tasks."""
+    if not gains:
+        return None
+    means = {task: _rounded(np.mean(values)) for task, values in gains.items()}
+    task = min(means, key=means.get)
+    return {"task": task, "gain": means[task]}
 
-    Gains are means over tasks of means over seeds; "worst" is the least of a task's means; the
-    share is of the tasks with wrong labels.
+
+def _apart(base: str, gains: dict[str, list[float]]) -> dict:
+    """The mean gain over a base, its interval over tasks, and the worst task."""
+    whole, least = over_tasks(gains), worst(gains)
+    bounds = whole and [whole["low"], whole["high"]]
+    return {
+        f"gain_over_{base}": whole and whole["mean"],
+        f"gain_over_{base}_interval": None if bounds == [None, None] else bounds,
+        f"worst_gain_over_{base}": least and least["gain"],
+        f"worst_task_over_{base}": least and least["task"],
+    }
+
+
+def headline(runs: Runs, arm: str) -> dict[str, float | list | dict | None]:
+    """What is said of an arm over these tasks, in points; None where there is no run.
+
+    Gains are means over tasks of means over seeds; an interval is of 95 % over tasks, [low, high];
+    "worst" is a task and its mean; the share is of the tasks with wrong labels.
     """
     upstream = gains(runs, arm, UPSTREAM)
-    return {
-        "gain_over_upstream": mean_gain(upstream),
-        "gain_over_upstream_train_val": mean_gain(gains(runs, arm, TRAIN_VAL)),
-        "gain_over_upstream_train_val_noisy": mean_gain(gains(noisy(runs, NOISY), arm, TRAIN_VAL)),
-        "worst_gain_over_upstream": min(
-            (float(np.mean(values)) for values in upstream.values()), default=None
-        ),
-        "share_of_noisy_tasks_at_or_above_best_baseline": at_or_above_best(
-            noisy(runs, np.finfo(float).tiny), arm
-        ),
-    }
+    numbers: dict = {"tasks": len(runs), "gain_over_upstream": mean_gain(upstream)}
+    parts = {"": runs, "_clean": clean(runs), "_noisy": noisy(runs),
+             "_very_noisy": noisy(runs, NOISY)}  # fmt: skip
+    for part, some in parts.items():
+        numbers |= _apart(f"best_fair_partner{part}", gains_over_partner(some, arm))
+    for part in ("", "_clean"):
+        numbers |= _apart(f"{TRAIN_VAL}{part}", gains(parts[part], arm, TRAIN_VAL))
+    share = at_or_above_best(noisy(runs), arm)
+    return numbers | {"share_of_noisy_tasks_at_or_above_best_baseline": share}
 
 
 def mean_of(runs: Runs, arm: str, name: str) -> float | None:
@@ -213,17 +299,19 @@ def mean_of(runs: Runs, arm: str, name: str) -> float | None:
 
 def step_cost(runs: Runs, arm: str) -> float | None:
     """Seconds per step over upstream's: medians over seeds, then the median over tasks."""
-    ratios = [
-        seconds_per_step(by_arm[arm]) / seconds_per_step(by_arm[UPSTREAM])
+    pairs = [
+        (seconds_per_step(by_arm[arm]), seconds_per_step(by_arm[UPSTREAM]))
         for by_arm in runs.values()
         if {arm, UPSTREAM} <= by_arm.keys()
     ]
+    ratios = [own / of_upstream for own, of_upstream in pairs if own and of_upstream]
     return float(np.median(ratios)) if ratios else None
 
 
-def seconds_per_step(records: dict[int, dict]) -> float:
-    """Median over seeds."""
-    return float(np.median([record["seconds_per_step"] for record in records.values()]))
+def seconds_per_step(records: dict[int, dict]) -> float | None:
+    """Median over seeds; None of an arm without steps, an estimator's."""
+    seconds = [r["seconds_per_step"] for r in records.values()]
+    return None if None in seconds else float(np.median(seconds))
 
 
 # --- The page
@@ -255,31 +343,73 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
+def shortfalls(runs: Runs, arm: str) -> str:
+    """Where the fair partner is better: a sentence, and the tasks, the worst first."""
+    found = gains_over_partner(runs, arm)
+    below = sorted((np.mean(values), task) for task, values in found.items() if np.mean(values) < 0)
+    if not found:
+        return ""
+    partners, lost = fair_partners(runs, arm), counts(found)["loss"]
+    said = f"On {len(below)} of {len(found)} tasks the best fair partner is better, on {lost} of "
+    said += "them by an interval that leaves out zero"
+    tasks = (f"`{task}` {signed(interval(found[task]))}, {partners[task]}" for _, task in below)
+    return said + ("." if not below else ": " + "; ".join(tasks) + ".")
+
+
+def summary(parts: dict[str, Runs]) -> str:
+    """`headline` of ARM, one column for each part."""
+    numbers = {name: headline(runs, ARM) for name, runs in parts.items()}
+    names, *_ = numbers.values()
+    rows = []
+    for name in names:
+        if not name.startswith("worst_task") and not name.endswith("_interval"):
+            rows.append([f"`{name}`", *(_said(found, name) for found in numbers.values())])
+    return markdown(["", *parts], rows)
+
+
+def _said(numbers: dict, name: str) -> str:
+    """A number of `headline` with its interval or its task."""
+    value, bounds = numbers[name], numbers.get(f"{name}_interval")
+    if value is None or not name.startswith(("gain", "worst")):
+        return number(value, "d" if name == "tasks" else ".2f")
+    if name.startswith("worst"):
+        return f"{value:+.2f} ({numbers[name.replace('gain', 'task')]})"
+    return signed({"mean": value, **dict(zip(("low", "high"), bounds or (None, None)))})
+
+
 def overview(runs: Runs) -> str:
-    """One row per arm: gains over both bases, wins, ties and losses, calibration, cost."""
-    head = ["arm", "tasks"]
-    for base in BASES:
-        head += [f"- {base} (95 % interval)", "of these tasks", "won, tied, lost"]
+    """One row per arm: gains over upstream and over the fair partner, calibration, cost."""
+    head = ["arm", "tasks", f"- {UPSTREAM} (95 % interval)", "- fair partner (95 % interval)",
+            "of these tasks", "won, tied, lost", "ECE", "step cost"]  # fmt: skip
     rows = []
     for arm in all_arms(runs):
-        cells = [arm, str(sum(arm in by_arm for by_arm in runs.values()))]
-        for base in BASES:
-            over_base = {} if arm == base else gains(runs, arm, base)
-            outcomes = ", ".join(map(str, counts(over_base).values())) if over_base else ""
-            cells += [signed(over_tasks(over_base)), spread(of_these_tasks(over_base)), outcomes]
+        over_upstream = {} if arm == UPSTREAM else gains(runs, arm, UPSTREAM)
+        over_partner = gains_over_partner(runs, arm)
+        outcomes = ", ".join(map(str, counts(over_partner).values())) if over_partner else ""
         ece = mean_of(runs, arm, "test_ece")
-        rows.append([*cells, number(ece and POINTS * ece), number(step_cost(runs, arm))])
-    return markdown([*head, "ECE", "step cost"], rows)
+        rows.append([
+            arm, str(sum(arm in by_arm for by_arm in runs.values())),
+            signed(over_tasks(over_upstream)), signed(over_tasks(over_partner)),
+            spread(of_these_tasks(over_partner)), outcomes,
+            number(ece and POINTS * ece), number(step_cost(runs, arm)),
+        ])  # fmt: skip
+    return markdown(head, rows)
 
 
-def headlines(runs: Runs) -> str:
-    """The five numbers, one column for each arm with the rule."""
-    judged = {arm: headline(runs, arm) for arm in all_arms(runs) if arm.startswith(RULE)}
-    rows = []
-    for name in headline(runs, ARM) if judged else ():
-        form = ".2f" if name.startswith("share") else "+.2f"
-        rows.append([f"`{name}`", *(number(numbers[name], form) for numbers in judged.values())])
-    return markdown(["", *judged], rows)
+def of_tasks(runs: Runs) -> str:
+    """One row per task: ARM, the fair partner, and what lies between them."""
+    partners, rows = fair_partners(runs, ARM), []
+    over_partner, over_base = gains_over_partner(runs, ARM), gains(runs, ARM, TRAIN_VAL)
+    for task, partner in partners.items():
+        common, records = about(runs, task), runs[task][ARM].values()
+        apart = [interval(base[task]) if task in base else None
+                 for base in (over_partner, over_base)]  # fmt: skip
+        accuracy = POINTS * float(np.mean([r["test_accuracy"] for r in records]))
+        rows.append([task, f"{common['noise']:.2f}", str(common["val"]), str(len(records)),
+                     number(accuracy), partner, *map(signed, apart)])  # fmt: skip
+    head = ["task", "noise", "val", "seeds", ARM, "fair partner", "- fair partner",
+            f"- {TRAIN_VAL}"]  # fmt: skip
+    return markdown(head, rows)
 
 
 def accuracies(runs: Runs) -> str:
@@ -293,113 +423,107 @@ def accuracies(runs: Runs) -> str:
         }
         cells = [number(means.get(arm)) for arm in columns]
         best = number(max(means.values()))
-        common = about(runs, task)
-        rows.append([task, f"{common['noise']:.2f}", str(common["val"]),
-                     *(f"**{cell}**" if cell == best else cell for cell in cells)])  # fmt: skip
-    return markdown(["task", "noise", "val", *columns], rows)
+        rows.append([task, *(f"**{cell}**" if cell == best else cell for cell in cells)])
+    return markdown(["task", *columns], rows)
 
 
-def details(runs: Runs) -> str:
-    """Accuracy, paired differences, calibration and time, one row per task and arm."""
-    rows = []
-    for task, by_arm in runs.items():
-        apart = {base: {arm: gains({task: by_arm}, arm, base) for arm in by_arm} for base in BASES}
-        for arm in all_arms({task: by_arm}):
-            records = list(by_arm[arm].values())
-            accuracy = interval(POINTS * r["test_accuracy"] for r in records)
-            within = "" if accuracy["low"] is None else (
-                f" ({accuracy['low']:.2f} to {accuracy['high']:.2f})")  # fmt: skip
-            rows.append([
-                task, arm, str(len(records)), f"{accuracy['mean']:.2f}{within}",
-                *("" if arm == base else signed(over_seeds(apart[base][arm])) for base in BASES),
-                number(POINTS * float(np.mean([r["test_ece"] for r in records]))),
-                number(1e3 * seconds_per_step(by_arm[arm])),
-            ])  # fmt: skip
-    head = ["task", "arm", "seeds", "test accuracy (95 % interval)"]
-    return markdown([*head, *(f"- {base}" for base in BASES), "ECE", "ms/step"], rows)
-
-
-def over_seeds(gains: dict[str, list[float]]) -> dict[str, float | None] | None:
-    """Mean and interval of the gains of the only task; None without a task."""
-    (values,) = gains.values() or [None]
-    return None if values is None else interval(values)
-
-
-def provenance(runs: Runs, files: list[str]) -> str:
+def provenance(regimes: dict[str, Runs], files: list[str]) -> str:
     """Commands, seeds, dates and versions of everything on the page."""
-    records = [r for by_arm in runs.values() for seeds in by_arm.values() for r in seeds.values()]
-    dates = sorted(r["date"][:10] for r in records)
-    seeds = sorted({r["seed"] for r in records})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records})
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return (
-        f"{len(records)} runs of {len(runs)} tasks by `python -m experiments.suite "
-        f"--suite={records[0]['suite']}`, {when}, seeds among {seeds[0]} to {seeds[-1]} (how many "
-        f"is in the last table of each half), {'; '.join(versions)}. This page: `python -m "
-        f"experiments.report {' '.join(files)}`."
-    )
+    by_suite: dict[str, list] = {}
+    for runs in regimes.values():
+        for by_arm in runs.values():
+            for seeds in by_arm.values():
+                for r in seeds.values():
+                    by_suite.setdefault(r["suite"], []).append(r)
+    lines = []
+    for suite, records in by_suite.items():
+        dates, seeds = sorted(r["date"][:10] for r in records), {r["seed"] for r in records}
+        when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+        tasks = len({r["task"] for r in records})
+        lines.append(
+            f"- `python -m experiments.suite --suite={suite}`: {len(records)} runs of {tasks} "
+            f"tasks, {when}, seeds among {min(seeds)} to {max(seeds)}"
+        )
+    every = [r for records in by_suite.values() for r in records]
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in every})
+    said = f"This page: `python -m experiments.report {' '.join(files)}`. {'; '.join(versions)}."
+    return "\n".join([said, "", *lines])
 
 
 INTRODUCTION = """\
-Points of test accuracy, read once a run with the last parameters. Differences are paired seed by
-seed. An interval over tasks is Student's t over the tasks' means: of the mean over such tasks, not
-of what one more task would gain, which scatters far more widely. "Of these tasks" is the interval
-that the seeds leave of the average over these tasks. An interval of a task is Student's t over its
-seeds. A task is won or lost where its interval leaves out zero. ECE is the expected calibration
-error in points, 15 bins. Step cost is the time of a step over upstream's, the median over tasks;
-runs shared the machine. `noise` is the share of wrong labels among the candidates, `val` the number
-of validation samples. A table of accuracies has each arm's mean over its own seeds; differences are
-over the common ones. The halves were fixed in `experiments/suite_tasks.py` before any run: rules
-and options are chosen on "development".
+Points of test accuracy, read once a run with the last parameters (with early stopping, with those
+that were best on the trusted samples). The *fair partner* of an arm is on each task the best of
+what a user would do without it: training on all samples (`upstream_train_val`), on the trusted
+samples alone (`trusted_only`), stopping early on these (`early_stopping`), on features a logistic
+regression (`linear_probe`), on tables boosted trees (`boosted_trees`). Which one is best is taken
+from the same test runs, which favours the partner. `share_of_noisy_tasks_at_or_above_best_baseline`
+counts a task where no arm without the rule has a higher mean, those that are told the share of
+wrong labels (`small_loss`, `co_teaching`), too. "Very noisy": 40 % and more are wrong.
 
-`upstream` trains on the training split, `upstream_train_val` on the validation samples as well. Of
-SAFLEX (defaults, with a memory) the validation samples are held out in `saflex`, train as well in
-`saflex_train_val`, are cut into five folds in `saflex_folds`, and are not used at all in
-`saflex_train_batch`; `saflex_paper` is the paper's rule with held-out samples. Of the other arms
-`l2rw` and `meta_weight_net` hold the validation samples out, the rest train on them. `small_loss`
-and `co_teaching` are told the share of wrong labels, which no other arm knows.
+Differences are paired seed by seed. An interval over tasks is Student's t over the tasks' means: of
+the mean over such tasks, not of what one more task would gain, which scatters far more widely. "Of
+these tasks" is the interval that the seeds leave of the average over these tasks. An interval of a
+task is Student's t over its seeds; it is won or lost where that leaves out zero. ECE is the
+expected calibration error in points, 15 bins. Step cost is the time of a step over upstream's, the
+median over tasks; runs shared the machine. `noise` is the share of wrong labels among the
+candidates, `val` the number of trusted samples.
 
-The half "report" is no longer unseen. A first rule was run on it on 2026-11-22 (+2.45 points over
-`upstream_train_val` at 40 % and more wrong labels, .56 of the noisy tasks at or above the best
-baseline). What it lacked, an estimate of the wrong labels that mixing does not mislead, was found
-and mended on "development". A second rule ran on three seeds and was stopped for a defect that is
-visible without any accuracy: estimates from the first few batches moved clean tasks away from plain
-training. The numbers here are those of the third, chosen on "development" alone.
+`upstream` trains on the training split alone. Of SAFLEX (defaults) the trusted samples are held out
+in `saflex`, train as well in `saflex_train_val`, are cut into five folds in `saflex_folds`, and are
+not used at all in `saflex_train_batch`; `saflex_paper` is the paper's rule, held out. `l2rw` and
+`meta_weight_net` hold them out, too; the other arms train on them.
+
+Two regimes: heads on features of a pretrained network, and networks from scratch. With pretrained
+features every arm has the head and the decay that were best for it on right-labelled training
+samples of other seeds ([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid).
+From scratch all arms share one setting. The halves were named before any run: rules and options are
+chosen on "development". The suite "small" had a half "report" of its own, on which three rules were
+run up to 2026-11-26; it has been seen, so all its tasks are development now.
 """
 
 
-def page(runs: Runs, files: list[str], figures: dict[str, str]) -> str:
+def page(regimes: dict[str, Runs], files: list[str], figures: dict[str, str]) -> str:
     """The whole page in Markdown.
 
     Args:
-      runs: of `by_task`.
+      regimes: of `by_regime`.
       files: the results, as given on the command line.
       figures: title -> path of an image, from the page.
     """
-    parts = ["# Results", provenance(runs, files), INTRODUCTION]
-    for half in reversed(HALVES):
-        part = of_half(runs, half)
-        if not part:
-            continue
-        parts += [f"## The half \"{half}\": {len(part)} tasks", headlines(part), overview(part),
-                  accuracies(part), "<details><summary>Every task and arm</summary>", details(part),
-                  "</details>"]  # fmt: skip
-    parts += [f"## {title}\n\n![{title}]({path})" for title, path in figures.items()]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    parts = {
+        f"{regime}, {half}": part
+        for regime, runs in regimes.items()
+        for half in reversed(HALVES)
+        if (part := of_half(runs, half))
+    }
+    short = (f"**{name}.** {shortfalls(runs, ARM)}" for name, runs in parts.items())
+    text = ["# Results", provenance(regimes, files), "## Where it does not help", *short,
+            "## Against the best fair partner", f"`{ARM}`, points of test accuracy:",
+            summary(parts), "## How to read this", INTRODUCTION]  # fmt: skip
+    for name, part in parts.items():
+        text += [f"## {name[0].upper()}{name[1:]}: {len(part)} tasks", of_tasks(part),
+                 overview(part), accuracies(part)]  # fmt: skip
+    text += [f"## {title}\n\n![{title}]({path})" for title, path in figures.items()]
+    return "\n\n".join(part.strip() for part in text) + "\n"
 
 
-def points(runs: Runs, arm: str, base: str, by: str) -> list[dict]:
-    """One dict per task, for a figure: "x" (the record's field `by`), mean, low, high, "family".
+def points(runs: Runs, arm: str) -> list[dict]:
+    """One dict per task, for a figure: the arm's gain over the fair partner.
 
-    Tasks of one family differ only in the number of validation samples.
+    "task", "partner", "half", "noise", "val", "mean", "low", "high", and "family": tasks of one
+    family differ only in the number of trusted samples.
     """
+    partners = fair_partners(runs, arm)
     return [
         {
-            "x": about(runs, task)[by],
+            "task": task,
+            "partner": partners[task],
+            "half": half_of(about(runs, task)),
+            **{name: about(runs, task)[name] for name in ("noise", "val")},
             "family": re.sub(r"_val_\d+$", "", task),
             **interval(values),
         }
-        for task, values in gains(runs, arm, base).items()
+        for task, values in gains_over_partner(runs, arm).items()
     ]
 
 
@@ -419,35 +543,45 @@ def courses(runs: Runs, arm: str) -> dict[str, dict]:
     return by_task
 
 
-def draw(runs: Runs, out: pathlib.Path) -> dict[str, str]:
+def draw(regimes: dict[str, Runs], out: pathlib.Path) -> dict[str, str]:
     """Writes the figures beside the page; returns title -> file name."""
-    judged = [arm for arm in all_arms(runs) if arm.startswith(RULE)]
-    titles = {
-        "noise": "Gain against the share of wrong labels, both halves",
-        "val": "Gain against the number of validation samples, both halves",
-    }
     names = {}
-    for by, title in titles.items():
-        panels = {base: {arm: points(runs, arm, base, by) for arm in judged} for base in BASES}
-        path = out.with_name(f"{out.stem}_{by}.png")
-        report_figures.DRAWN[by](panels).savefig(path, dpi=150)
+
+    def save(figure, name, title):
+        path = out.with_name(f"{out.stem}_{name}.png")
+        figure.savefig(path, dpi=150)
         names[title] = path.name
-    if learned := courses(runs, ARM):
-        path = out.with_name(f"{out.stem}_course.png")
-        report_figures.course(learned).savefig(path, dpi=150)
-        names[f"What {ARM} learns through a run, both halves"] = path.name
+
+    own = {regime: found for regime, runs in regimes.items() if (found := points(runs, ARM))}
+    if own:
+        save(report_figures.gain_by_task(own), "partner", f"{ARM} over the best fair partner")
+    panels = {
+        regime: {arm: points(runs, arm) for arm in all_arms(runs) if arm.startswith(RULE)}
+        for regime, runs in regimes.items()
+    }
+    for by, title in (
+        ("noise", "the share of wrong labels"),
+        ("val", "the number of trusted samples"),
+    ):
+        save(
+            report_figures.DRAWN[by](panels), by, f"Gain over the best fair partner against {title}"
+        )
+    learned = {f"{regime} {task}": one for regime, runs in regimes.items()
+               for task, one in courses(runs, ARM).items()}  # fmt: skip
+    if learned:
+        save(report_figures.course(learned), "course", f"What {ARM} learns through a run")
     if out.with_name(GALLERY).exists():
         names[GALLERY_TITLE] = GALLERY
     return names
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the five numbers, or writes the page and its figures."""
+    """Prints the numbers, or writes the page and its figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("results", nargs="*", default=[RESULTS], help="files that experiments.suite wrote")
-    add("--json", action="store_true", help='print five numbers of the half "report" instead')
-    add("--arm", default=ARM, help="the arm of the five numbers")
+    add("results", nargs="*", help="files that experiments.suite wrote")
+    add("--json", action="store_true", help='print the numbers of the half "report", by regime')
+    add("--arm", default=ARM, help="the arm of these numbers")
     add(
         "--out",
         type=pathlib.Path,
@@ -455,15 +589,19 @@ def main(arguments: list[str] | None = None) -> int:
         help="the page; its figures go to the same folder",
     )
     given = parser.parse_args(arguments)
+    files = given.results or [name for name in RESULTS if pathlib.Path(name).exists()]
     try:
-        runs = by_task(r for f in given.results for r in arms.read_records(pathlib.Path(f)))
+        regimes = by_regime(r for f in files for r in arms.read_records(pathlib.Path(f)))
     except ValueError as error:
         parser.error(str(error))
     if given.json:
-        print(json.dumps(headline(of_half(runs, "report"), given.arm)))
+        said = {
+            name: headline(of_half(runs, "report"), given.arm) for name, runs in regimes.items()
+        }
+        print(json.dumps(said))
         return 0
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(page(runs, given.results, draw(runs, given.out)))
+    given.out.write_text(page(regimes, files, draw(regimes, given.out)))
     print(given.out, file=sys.stderr)
     return 0
 

@@ -11,6 +11,12 @@ the exit code is 1; the next call tries it again. Seed 0 of all tasks runs first
 The test split is read once a run, with the last parameters. Choose by `val_accuracy`, except among
 arms that train on the validation samples, where it means nothing.
 
+    python -m experiments.suite --suite=pretrained --tune [--jobs=2] [--half=report] ...
+
+trains every arm at every point of the suite's grid, on other seeds. Right-labelled training samples
+stand in for the test split, which is not read. The lines go to WORKDIR/SUITE_tuning.jsonl, and the
+best point of each task and arm to docs/tuned.json, from which the suite takes it.
+
     python -m experiments.suite --rehash=docs/results.jsonl [--suite=small]
 
 gives the records of each arm's last settings today's settings hash, so that they count as finished
@@ -25,8 +31,10 @@ import argparse
 import collections
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -35,7 +43,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +51,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import arms, suite_tasks
+from experiments import arms, pretrained_tasks, suite_tasks, tuning
 from experiments.configs import sources
 from experiments.datasets import DATASETS
 from experiments.suite_tasks import Task
@@ -51,7 +59,12 @@ from experiments.task import Data
 from saflex_jax import configure, train
 from saflex_jax.types import Method, TrainState
 
-PASSES = (1, 3)  # seeds below the first number run first, then those below the second, ...
+# Suite -> (folder of prepared data) -> its tasks.
+SUITES = {name: functools.partial(suite_tasks.make, name) for name in suite_tasks.SUITES} | {
+    "pretrained": pretrained_tasks.make,
+}
+TUNED = {"pretrained": pretrained_tasks.grid}  # suites of which --tune chooses options
+PASSES = (1, 3)  # this many seeds run first, then so many, ...
 BINS = 15  # of the calibration error
 LEARNED = ("step", "kept", "relabelled", "noise_rate")  # the metrics of a history that are kept
 PACKAGES = ("saflex_jax", "jax", "flax", "optax", "numpy")
@@ -159,12 +172,10 @@ def configs(task: Task, names: str) -> dict[str, ConfigDict]:
     return {arm: config for arm, config in every.items() if re.search(names, arm)}
 
 
-def in_passes(seeds: Iterable[int]) -> list[tuple[int, ...]]:
+def in_passes(seeds: Sequence[int]) -> list[tuple[int, ...]]:
     """The seeds in groups, an empty one for a pass that has none."""
-    groups = [[] for _ in range(len(PASSES) + 1)]
-    for seed in seeds:
-        groups[sum(seed >= bound for bound in PASSES)].append(seed)
-    return [tuple(group) for group in groups]
+    bounds = (0, *PASSES, len(seeds))
+    return [tuple(seeds[begin:end]) for begin, end in itertools.pairwise(bounds)]
 
 
 def jobs(
@@ -188,11 +199,12 @@ def jobs(
         for name, task in tasks.items():
             for group in groups[name]:
                 left = collections.defaultdict(list)  # arms that are to be run -> seeds
-                for seed in in_passes(range(task.seeds))[number]:
+                first = task.config.seed
+                for seed in in_passes(range(first, first + task.seeds))[number]:
                     which = [
                         arm
                         for arm in group
-                        if seed < task.seeds_of(arm)
+                        if seed < first + task.seeds_of(arm)
                         and (name, arm, seed, hashes[name, arm]) not in done
                     ]
                     left[tuple(which)].append(seed)
@@ -365,6 +377,7 @@ def described(suite: str, name: str, task: Task) -> dict[str, Any]:
     """The fields of a record that describe its task."""
     return {
         "suite": suite,
+        "regime": "pretrained" if task.config.data.get("features") else "scratch",
         "task": name,
         "half": task.half,
         "upstream": task.config.augment,
@@ -443,11 +456,22 @@ def _plan(tasks: dict[str, Task], todo: list[Job], workers: int) -> str:
     return "\n".join(lines)
 
 
+def _tuned(tasks, by_task, records) -> tuple[dict, dict]:
+    """What `tuning.choose` takes: all names of a task, and the accuracies of finished runs."""
+    names = {task: [*json.loads(tasks[task].config.to_json())["arms"]] for task in by_task}
+    accuracies = collections.defaultdict(list)
+    for r in records:
+        config = by_task.get(r["task"], {}).get(r["arm"])
+        if config is not None and settings_hash(config) == r["settings"]:
+            accuracies[r["task"], r["arm"]].append(r["select_accuracy"])
+    return names, accuracies
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is left; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--suite", default="small", choices=suite_tasks.SUITES)
+    add("--suite", default="small", choices=SUITES)
     add("--jobs", type=int, default=1, help="processes; each gets its share of the CPU cores")
     add("--tasks", default="", help="of the tasks those whose name matches, as re.search")
     add("--arms", default="", help="likewise")
@@ -456,6 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--workdir", type=pathlib.Path, default="runs/suite", help="results and errors go here")
     add("--data", default="data", help="where experiments.prepare put data sets")
     add("--dry_run", action="store_true", help="say what would be run, and stop")
+    add("--tune", action="store_true", help=f"choose options; of {', '.join(TUNED)}")
     add(
         "--rehash",
         type=pathlib.Path,
@@ -467,7 +492,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
         parser.error(f"--jobs and --seeds must be >= 1; given {given.jobs} and {given.seeds}")
 
-    tasks = suite_tasks.make(given.suite, given.data)
+    if given.tune and given.suite not in TUNED:
+        parser.error(f"--tune is of {', '.join(TUNED)}; given --suite={given.suite}")
+    try:
+        tasks = (TUNED if given.tune else SUITES)[given.suite](given.data)
+    except ValueError as error:
+        parser.error(str(error))
+    name = f"{given.suite}_tuning" if given.tune else given.suite
     tasks = select(tasks, half=given.half, names=given.tasks, seeds=given.seeds)
     by_task = {name: configs(task, given.arms) for name, task in tasks.items()}
     if not any(by_task.values()):
@@ -478,7 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
         changed = rehash(given.rehash, given.suite, by_task)
         print(f"{changed} records with a new hash: {given.rehash}", file=sys.stderr)
         return 0
-    results, errors = given.workdir / f"{given.suite}.jsonl", given.workdir / "errors.jsonl"
+    results, errors = given.workdir / f"{name}.jsonl", given.workdir / "errors.jsonl"
     records = arms.read_records(results) if given.dry_run else kept(results)
     done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in records}
     todo = jobs(tasks, by_task, done)
@@ -501,14 +532,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     with (
         train.StopRequest(second_interrupts=False) as stop,  # ending the workers takes a moment
-        tqdm(total=sum(job.runs for job in todo), desc=given.suite, file=sys.stderr) as bar,
+        tqdm(total=sum(job.runs for job in todo), desc=name, file=sys.stderr) as bar,
     ):
 
         def record(job, seed, by_arm):
             task = tasks[job.task]
             for arm, values in by_arm.items():
                 fixed = {"arm": arm, "seed": seed, "settings": settings_hash(job.arms[arm])}
-                about = described(given.suite, job.task, task)
+                about = described(name, job.task, task)
+                if given.tune:  # no test split was read
+                    values = {k.replace("test_", "select_"): v for k, v in values.items()}
                 append(results, about | fixed | values | {"versions": versions, "date": _now()})
             bar.update(len(by_arm))
 
@@ -526,6 +559,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 128 + stop.signal
     print(f"results: {results}", file=sys.stderr)
+    if given.tune:
+        choices = tuning.choose(*_tuned(tasks, by_task, arms.read_records(results)))
+        tuning.write(choices)
+        print(f"{sum(map(len, choices.values()))} choices: {tuning.CHOICES}", file=sys.stderr)
     if failed:
         print(f"{failed} runs failed: {errors}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,0 +1,226 @@
+"""The suite "pretrained": heads on features of a pretrained network, where people work today.
+
+The halves were named here before any run. Rules and options are chosen on the half "development":
+CIFAR-10 (human and artificial label noise) and chest X-rays. The half "report" has other data sets:
+Fashion-MNIST, brain MRI, solar cells, USPS and MNIST. All inputs are features that
+`python -m experiments.features` makes (SETS); `view` draws one of a sample's augmented views.
+
+Every arm, upstream included, has the same small grid: a linear head or an MLP, little or much
+weight decay; the logistic regression has four strengths of regularisation instead. `grid` has every
+arm at every point, for `experiments.suite --tune`; `make` has every arm at the chosen one
+(`experiments.tuning`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments import tuning
+from experiments.configs import digits, methods, sources
+from experiments.suite_tasks import Task
+from experiments.tuning import Changes, Choices
+
+LINEAR, MLP = (), (256,)  # hidden widths
+DECAYS = (0.01, 1.0)
+STRENGTHS = (0.0005, 0.003, 0.01, 0.1)  # of a logistic regression: 1 / regularisation
+ESTIMATED = ("linear_probe",)  # arms that scikit-learn fits
+
+_PLAIN = {"name": "supervised", "rule": "as_given"}
+
+
+def _arm(trains: bool, method: dict | None = None, **changes: Any) -> dict[str, Any]:
+    """Changes of a config; `trains`: whether the trusted samples train, too."""
+    data = {"train_on_val": trains} | changes.pop("data", {})
+    return {"method": method or _PLAIN, "data": data, **changes}
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "upstream": _arm(False),
+    # What a user would do without any of this: the fair partners.
+    "upstream_train_val": _arm(True),
+    "trusted_only": _arm(False, data={"trusted_only": True}),
+    "early_stopping": _arm(False, train={"keep_best": True}),
+    "linear_probe": _arm(True, model={"name": "logistic"}),
+    # The rule.
+    "saflex": _arm(False, {"rule": "saflex"}),
+    "saflex_train_val": _arm(True, {"rule": "saflex"}),
+    "saflex_paper": _arm(False, {"rule": "saflex_paper"}),
+    # Baselines. Those that do not read the trusted samples otherwise train on them.
+    "confident_learning": _arm(True, data={"cleaning": "confident"}),
+    "neighbours": _arm(True, data={"cleaning": "neighbours"}),
+    "elr": _arm(True, {"name": "elr"}),
+    "l2rw": _arm(False, {"rule": "l2rw"}),
+    "small_loss": _arm(True, {"rule": "small_loss"}),
+    "co_teaching": _arm(True, {"name": "co_teaching", "rule": "as_given"}),
+}
+TOLD = ("small_loss", "co_teaching")  # these are told the share of wrong labels
+
+
+def grid_of(arm: str) -> dict[str, Changes]:
+    """Point -> changes of a config, in the order in which the first of level ones is chosen."""
+    if arm in ESTIMATED:
+        return {f"C_{c:g}": {"model": {"C": c}} for c in STRENGTHS}
+    return {
+        f"{name}_{decay:g}": {"model": {"widths": widths}, "optimizer": {"weight_decay": decay}}
+        for name, widths in (("linear", LINEAR), ("mlp", MLP))
+        for decay in DECAYS
+    }
+
+
+class _Set(NamedTuple):
+    """A set of features: the options of `experiments.features` that make it."""
+
+    dataset: str
+    augment: str
+    train: int = 0  # the first so many training samples; 0 = all
+    views: int = 4
+
+
+SIZE = 96  # pixels that images are resized to
+SETS = {
+    "cifar10n_crop": _Set("cifar10n", "shift(4) | flip", 12_000),
+    "chest_xray_crop": _Set("chest_xray", "shift(4) | flip"),
+    "fashion_crop": _Set("fashion_mnist", "shift(4) | flip", 12_000),
+    "fashion_randaugment": _Set("fashion_mnist", "randaugment(2, 9)", 2_000, views=8),
+    "brain_mri_crop": _Set("brain_mri", "shift(4) | flip"),
+    "solar_cells_crop": _Set("solar_cells", "shift(4) | flip"),
+    "usps_crop": _Set("usps", "shift(4)"),
+    "mnist_rotated": _Set("mnist", "affine(degrees=180)", 12_000),
+}
+
+
+class _Spec(NamedTuple):
+    """A task: its half, the share of wrong labels, the set, what else its data are, its steps."""
+
+    half: str
+    noise: float
+    features: str
+    data: dict[str, Any]
+    steps: int
+    augment: str = "view"
+    batch_size: int = 256
+
+
+def _generator(share: float, outside_from: str) -> dict[str, Any]:
+    """Stands in for a generator: half of its bad samples are of no class, half are mislabelled."""
+    mislabelled = share / 2 / (1 - share / 2)  # of those that are of a class
+    return {"outside": share / 2, "outside_from": outside_from, "noise": mislabelled}
+
+
+def _cifar(wrong: float, augment: str = "view", *, val: int = 500, **data: Any) -> _Spec:
+    return _Spec("development", wrong, "cifar10n_crop", {"val": val, **data}, 2500, augment)
+
+
+def _few(per_class: int, half: str, features: str, val: int) -> _Spec:
+    data = {"per_class": per_class, "val": val}
+    return _Spec(half, 0.0, features, data, 500, batch_size=min(256, 10 * per_class))
+
+
+def _fashion(wrong: float, *, val: int = 500, **data: Any) -> _Spec:
+    return _Spec("report", wrong, "fashion_crop", {"val": val, **data}, 1000)
+
+
+DEVELOPMENT = {
+    "cifar": _cifar(0.0),
+    "cifar_mixup": _cifar(0.0, "view | mixup(0.2)"),
+    # Labels by people; the shares of wrong ones are those of the first 12,000.
+    "cifar_aggregate": _cifar(0.09, labels="aggregate"),
+    "cifar_random1": _cifar(0.18, labels="random1"),
+    "cifar_worst": _cifar(0.41, labels="worst"),
+    "cifar_worst_val_100": _cifar(0.41, labels="worst", val=100),
+    "cifar_worst_val_10": _cifar(0.41, labels="worst", val=10),
+    "cifar_worst_mixup": _cifar(0.41, "view | mixup(0.2)", labels="worst"),
+    "cifar_20": _cifar(0.2, noise=0.2),
+    "cifar_40": _cifar(0.4, noise=0.4),
+    "cifar_pairwise_30": _cifar(0.3, noise=0.3, noise_kind="pairwise"),
+    "cifar_generator_40": _cifar(0.4, **_generator(0.4, "fashion_crop")),
+    "cifar_few_10": _few(10, "development", "cifar10n_crop", val=50),
+    "chest": _Spec("development", 0.0, "chest_xray_crop", {"val": 200}, 1000),
+    "chest_40": _Spec("development", 0.4, "chest_xray_crop", {"val": 200, "noise": 0.4}, 1000),
+}
+REPORT = {
+    "fashion": _fashion(0.0),
+    **{f"fashion_{n}": _fashion(n / 100, noise=n / 100) for n in (20, 40, 60)},
+    **{f"fashion_40_val_{val}": _fashion(0.4, noise=0.4, val=val) for val in (100, 10)},
+    "fashion_pairwise_40": _fashion(0.4, noise=0.4, noise_kind="pairwise"),
+    "fashion_instance_40": _fashion(0.4, noise=0.4, noise_kind="instance"),
+    **{
+        f"fashion_generator_{n}": _fashion(n / 100, **_generator(n / 100, "mnist_rotated"))
+        for n in (20, 40, 60)
+    },
+    **{
+        f"fashion_few_{number}": _few(number, "report", "fashion_randaugment", val=val)
+        for number, val in ((1, 10), (5, 20), (10, 50), (50, 100))
+    },
+    "fashion_fog": _fashion(0.0, corrupt="fog:3"),
+    "brain_mri": _Spec("report", 0.0, "brain_mri_crop", {"val": 200, "test": 800}, 1000),
+    "brain_mri_40": _Spec(
+        "report", 0.4, "brain_mri_crop", {"val": 200, "test": 800, "noise": 0.4}, 1000
+    ),
+    "solar_poly": _Spec(
+        "report", 0.0, "solar_cells_crop", {"val": 100, "test_on": "cell=1"}, 1000
+    ),
+    "usps_40": _Spec("report", 0.4, "usps_crop", {"val": 200, "noise": 0.4}, 1000),
+    # Rotations that turn a digit into another, or into none.
+    "mnist_rotated": _Spec("report", 0.0, "mnist_rotated", {"val": 500}, 1000),
+}  # fmt: skip
+SEEDS = 5
+
+
+def make(folder: str = "data", choices: Choices | None = None) -> dict[str, Task]:
+    """Name -> task, with every arm at its chosen point of the grid.
+
+    Args:
+      folder: where data sets and features are.
+      choices: task -> arm -> point; None = those of the project, `tuning.read`.
+
+    Raises:
+      ValueError: nothing was chosen for an arm; says how to choose.
+    """
+    choices = tuning.read() if choices is None else choices
+    tasks = {}
+    for name, spec in (DEVELOPMENT | REPORT).items():
+        config = _config(spec, folder)
+        config.arms = tuning.chosen_arms(name, arms(spec.noise), grid_of, choices)
+        tasks[name] = Task(spec.half, spec.noise, SEEDS, None, config)
+    return tasks
+
+
+def grid(folder: str = "data") -> dict[str, Task]:
+    """Name -> task, with every arm at every point, to choose by: on other seeds, without a test.
+
+    Args:
+      folder: where data sets and features are.
+    """
+    tasks = {}
+    for name, spec in (DEVELOPMENT | REPORT).items():
+        config = _config(spec, folder)
+        config.arms = tuning.every_arm(arms(spec.noise), grid_of)
+        task = Task(spec.half, spec.noise, SEEDS, None, config)
+        tasks[name] = tuning.on_trusted_samples(task)
+    return tasks
+
+
+def arms(noise: float) -> dict[str, dict[str, Any]]:
+    """The arms of a task; without wrong labels those that are told the share are left out."""
+    return {name: changes for name, changes in ARMS.items() if noise or name not in TOLD}
+
+
+def _config(spec: _Spec, folder: str) -> ConfigDict:
+    """What the arms of a task have in common; SAFLEX's options are its defaults."""
+    config = digits.get_config()
+    of_set = SETS[spec.features]
+    config.data = sources.section(of_set.dataset, features=spec.features, dir=folder, **spec.data)
+    config.augment = spec.augment
+    config.model = {"name": "mlp"}
+    config.optimizer.learning_rate = 1e-3
+    forget = {"forget": spec.noise, "ramp": spec.steps // 4}
+    config.method = methods.all_methods(**{name: forget for name in TOLD})
+    config.train = {
+        "steps": spec.steps, "batch_size": spec.batch_size,
+        "val_batch_size": min(spec.data["val"], 256), "log_every": spec.steps // 20,
+        "checkpoint_every": spec.steps,
+    }  # fmt: skip
+    return config

@@ -1,0 +1,122 @@
+"""The same small grid of options for every arm, chosen on trusted samples of other seeds.
+
+A grid is a dict, point -> nested changes of a config. In tuning, training samples with right labels
+stand in for the test split (`config.data.select`), which is not read; the seeds are none of those
+that are reported. What was chosen is kept in a file of the project, task -> arm -> point.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.suite_tasks import Task
+
+Changes = Mapping[str, Any]
+Choices = dict[str, dict[str, str]]  # task -> arm -> point
+
+CHOICES = pathlib.Path(__file__).parent.parent / "docs" / "tuned.json"
+COMMAND = "python -m experiments.suite --suite=pretrained --tune"
+FIRST_SEED, SEEDS = 100, 2
+LEAST = 200  # samples to choose on, where a task has fewer trusted ones
+AT = "@"  # between the names of an arm and of a point
+
+
+def merged(changes: Changes, more: Changes) -> dict[str, Any]:
+    """Nested changes of a config, and more of them, which win.
+
+    >>> merged({"data": {"val": 5}}, {"data": {"noise": 0.4}, "augment": "flip"})
+    {'data': {'val': 5, 'noise': 0.4}, 'augment': 'flip'}
+    """
+    whole = dict(changes)
+    for name, value in more.items():
+        nested = isinstance(value, Mapping) and isinstance(whole.get(name), Mapping)
+        whole[name] = merged(whole[name], value) if nested else value
+    return whole
+
+
+def chosen_arms(
+    task: str, arms: Mapping[str, Changes], grid: Callable[[str], Mapping], choices: Choices
+) -> dict[str, Changes]:
+    """The arms, each at its chosen point.
+
+    Args:
+      task: its name.
+      arms: arm -> changes.
+      grid: arm -> its grid.
+      choices: of `read`.
+
+    Raises:
+      ValueError: an arm without a choice, or with one that its grid does not have.
+    """
+    points = {arm: choices.get(task, {}).get(arm) for arm in arms}
+    without = [arm for arm, point in points.items() if point not in grid(arm)]
+    if without:
+        raise ValueError(
+            f"{CHOICES.name} must have a point of the grid for every arm; given none for {task}: "
+            f"{', '.join(without)}; it is made by {COMMAND}"
+        )
+    return {arm: merged(changes, grid(arm)[points[arm]]) for arm, changes in arms.items()}
+
+
+def every_arm(arms: Mapping[str, Changes], grid: Callable[[str], Mapping]) -> dict[str, Changes]:
+    """The arms at every point of their grids, by the name ARM@POINT."""
+    return {
+        f"{arm}{AT}{point}": merged(changes, more)
+        for arm, changes in arms.items()
+        for point, more in grid(arm).items()
+    }
+
+
+def on_trusted_samples(task: Task) -> Task:
+    """The task with training samples in the place of the test split, and with other seeds."""
+    config = task.config.copy_and_resolve_references()
+    config.seed = FIRST_SEED
+    config.data.select = max(config.data.val, LEAST)
+    return task._replace(config=config, seeds=SEEDS, other_seeds=None)
+
+
+def choose(
+    names: Mapping[str, list[str]], accuracies: Mapping[tuple[str, str], list[float]]
+) -> Choices:
+    """Of each arm the point with the highest mean accuracy; the first of several that are level.
+
+    An arm is left out while a run of its grid is missing.
+
+    Args:
+      names: task -> all its ARM@POINT, in the order of the grids.
+      accuracies: (task, ARM@POINT) -> one a seed.
+
+    >>> names = {"t": ["a@1", "a@2", "b@1", "b@2"]}
+    >>> choose(names, {("t", "a@1"): [0.5, 0.7], ("t", "a@2"): [0.6, 0.7], ("t", "b@1"): [1, 1]})
+    {'t': {'a': '2'}}
+    """
+    choices: Choices = {}
+    for task, of_task in names.items():
+        by_arm: dict[str, dict[str, float | None]] = {}
+        for name in of_task:
+            arm, _, point = name.partition(AT)
+            values = accuracies.get((task, name), [])
+            mean = round(float(np.mean(values)), 6) if len(values) == SEEDS else None
+            by_arm.setdefault(arm, {})[point] = mean
+        for arm, means in by_arm.items():
+            if None not in means.values():
+                choices.setdefault(task, {})[arm] = max(means, key=means.get)
+    return choices
+
+
+def read(path: pathlib.Path = CHOICES) -> Choices:
+    """What was chosen; nothing where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(choices: Choices, path: pathlib.Path = CHOICES) -> None:
+    """Adds to the file, or replaces in it, what was chosen; in one piece, by a rename."""
+    whole = merged(read(path), choices)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(whole, indent=1) + "\n")
+    new.replace(path)
