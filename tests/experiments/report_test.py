@@ -13,9 +13,9 @@ from experiments import arms, report, report_figures
 def line(task, arm, seed, accuracy, **more):
     """A record as `experiments.suite` writes it; accuracy in points."""
     return {
-        "suite": "small", "task": task, "half": "report", "noise": 0.0, "val": 50, "arm": arm,
-        "seed": seed, "settings": "same", "test_accuracy": accuracy / 100, "test_ece": 0.05,
-        "seconds_per_step": 0.001, "versions": {"jax": "0.10.2"},
+        "suite": "new", "regime": "scratch", "task": task, "half": "report", "noise": 0.0,
+        "val": 50, "arm": arm, "seed": seed, "settings": "same", "test_accuracy": accuracy / 100,
+        "test_ece": 0.05, "seconds_per_step": 0.001, "versions": {"jax": "0.10.2"},
         "date": "2026-11-22T04:00:00+00:00", **more,
     }  # fmt: skip
 
@@ -48,6 +48,31 @@ def test_records_by_task_arm_and_seed():
     assert list(REPORT) == ["clean", "wrong", "few"]
     assert RUNS["wrong"]["mwn"][1]["test_accuracy"] == 0.5
     assert report.all_arms(RUNS) == ["upstream", "upstream_train_val", "saflex", "l2rw", "mwn"]
+    more = report.by_task([*RECORDS, line("few", "linear_probe", 0, 1), line("few", "a", 0, 1)])
+    assert report.all_arms(more) == [
+        "upstream", "upstream_train_val", "linear_probe", "saflex", "a", "l2rw", "mwn",
+    ]  # fmt: skip
+
+
+def test_regimes_are_kept_apart_and_old_records_are_from_scratch():
+    old = line("wrong", "saflex", 0, 1, suite="small")
+    del old["regime"]
+    new = line("wrong", "saflex", 0, 2, suite="pretrained", regime="pretrained")
+    found = report.by_regime([old, new, line("other", "saflex", 0, 3)])
+    assert list(found) == ["pretrained", "scratch"]
+    assert found["pretrained"]["wrong"]["saflex"][0] == new
+    assert found["scratch"]["wrong"]["saflex"][0] == old and list(found["scratch"])[1] == "other"
+    with pytest.raises(ValueError, match="regime must be one of"):
+        report.by_regime([line("a", "saflex", 0, 1, regime="pretraind")])
+
+
+def test_a_half_that_was_seen_is_development():
+    seen = [line("a", "saflex", 0, 1, suite=suite) for suite in ("small", "full")]
+    assert [report.half_of(record) for record in seen] == ["development", "development"]
+    assert report.half_of(line("a", "saflex", 0, 1)) == "report"
+    assert report.of_half(
+        report.by_task([seen[0], line("b", "saflex", 0, 1)]), "report"
+    ).keys() == {"b"}
 
 
 def test_only_the_last_settings_of_a_tasks_arm_count():
@@ -60,12 +85,12 @@ def test_only_the_last_settings_of_a_tasks_arm_count():
     assert report.gains(twice, "saflex", "upstream") == {"a": pytest.approx([11, 10])}
 
 
-def test_records_of_several_suites_or_none_are_refused():
-    full = line("a", "saflex", 0, 10, suite="full")
-    with pytest.raises(ValueError, match=r"must be of one suite; given \['full', 'small'\]"):
-        report.by_task([*RECORDS, full])
-    with pytest.raises(ValueError, match=r"must be of one suite; given \[\]"):
-        report.by_task([])
+def test_a_task_of_two_suites_and_no_records_are_refused():
+    twice = line("few", "saflex", 0, 10, suite="full")
+    with pytest.raises(ValueError, match="of one suite; given few of new and full"):
+        report.by_task([*RECORDS, twice])
+    with pytest.raises(ValueError, match="must hold a record; given none"):
+        report.by_regime([])
 
 
 def test_gains_are_paired_by_seed():
@@ -125,38 +150,91 @@ def test_wins_ties_and_losses_by_the_paired_test():
     }  # fmt: skip
 
 
-def test_the_five_numbers():
-    # Over train + validation: "clean" 0, 1, -1 (mean 0); "wrong" 1, -1 (mean 0); "few" 6.
-    found = report.headline(REPORT, "saflex")
-    assert found == pytest.approx({
-        "gain_over_upstream": 1.0,
-        "gain_over_upstream_train_val": 2.0,
-        "gain_over_upstream_train_val_noisy": 0.0,  # "wrong" alone has 40 % or more
-        "worst_gain_over_upstream": -4.0,
-        # "wrong": over l2rw by 0, 1, and level with mwn's mean, 50. "few" is above l2rw. "clean",
-        # far below l2rw, has no wrong labels.
-        "share_of_noisy_tasks_at_or_above_best_baseline": 1.0,
-    }, abs=1e-9)  # fmt: skip
+# The best partner is the linear probe on "few", else upstream_train_val, which is level with
+# trusted_only on "wrong": gains of "saflex" -1, 0 and 0.
+PARTNERED = report.by_task([
+    *RECORDS,
+    *lines("wrong", {"trusted_only": [51, 49], "early_stopping": [50, 40]}, noise=0.4),
+    *lines("few", {"trusted_only": [1], "linear_probe": [27]}, noise=0.1),
+])  # fmt: skip
+
+
+def test_the_fair_partner_is_the_best_of_what_a_user_would_do():
+    found = report.of_half(PARTNERED, "report")
+    assert report.fair_partners(found, "saflex") == {
+        "clean": "upstream_train_val", "wrong": "upstream_train_val", "few": "linear_probe",
+    }  # fmt: skip
+    better = [line("wrong", "trusted_only", s, v, noise=0.4) for s, v in enumerate((51.5, 49))]
+    found = report.by_task(
+        [r for t in found.values() for a in t.values() for r in a.values()] + better
+    )
+    assert report.fair_partners(found, "saflex")["wrong"] == "trusted_only"
+    assert report.gains_over_partner(found, "saflex") == {
+        "clean": pytest.approx([0, 1, -1]), "wrong": pytest.approx([3.5, -4]), "few": [-1],
+    }  # fmt: skip
+    # Not itself; and neither upstream, nor a baseline, nor an arm of the rule.
+    assert report.fair_partners(found, "trusted_only")["wrong"] == "upstream_train_val"
+    none = report.by_task(lines("t", {"upstream": [90], "saflex": [50], "l2rw": [99]}))
+    assert report.fair_partners(none, "saflex") == report.gains_over_partner(none, "saflex") == {}
+
+
+def test_the_numbers():
+    # Over upstream 2, 5 and -4. Over the partner: "clean" 0, "wrong" 0, "few" -1; over train +
+    # validation 0, 0 and 6.
+    found = report.headline(report.of_half(PARTNERED, "report"), "saflex")
+    third, half = -1 / 3, 4.302652729911275 / 3
+    quarter = 12.706204736174694 / 2
+    over_base = 4.302652729911275 * 2
+    assert found == {
+        "tasks": 3,
+        "gain_over_upstream": pytest.approx(1.0),
+        "gain_over_best_fair_partner": pytest.approx(third),
+        "gain_over_best_fair_partner_interval": pytest.approx([third - half, third + half]),
+        "worst_gain_over_best_fair_partner": -1.0,
+        "worst_task_over_best_fair_partner": "few",
+        "gain_over_best_fair_partner_clean": pytest.approx(0.0),
+        "gain_over_best_fair_partner_clean_interval": None,
+        "worst_gain_over_best_fair_partner_clean": 0.0,
+        "worst_task_over_best_fair_partner_clean": "clean",
+        "gain_over_best_fair_partner_noisy": pytest.approx(-0.5),
+        "gain_over_best_fair_partner_noisy_interval": pytest.approx(
+            [-0.5 - quarter, -0.5 + quarter]
+        ),
+        "worst_gain_over_best_fair_partner_noisy": -1.0,
+        "worst_task_over_best_fair_partner_noisy": "few",
+        "gain_over_best_fair_partner_very_noisy": pytest.approx(0.0),  # "wrong" alone: 40 %
+        "gain_over_best_fair_partner_very_noisy_interval": None,
+        "worst_gain_over_best_fair_partner_very_noisy": 0.0,
+        "worst_task_over_best_fair_partner_very_noisy": "wrong",
+        "gain_over_upstream_train_val": pytest.approx(2.0),
+        "gain_over_upstream_train_val_interval": pytest.approx([2 - over_base, 2 + over_base]),
+        "worst_gain_over_upstream_train_val": 0.0,
+        "worst_task_over_upstream_train_val": "clean",
+        "gain_over_upstream_train_val_clean": pytest.approx(0.0),
+        "gain_over_upstream_train_val_clean_interval": None,
+        "worst_gain_over_upstream_train_val_clean": 0.0,
+        "worst_task_over_upstream_train_val_clean": "clean",
+        # "wrong": level with mwn, trusted_only and train + validation. "few": below the probe.
+        "share_of_noisy_tasks_at_or_above_best_baseline": 0.5,
+    }
     assert json.loads(json.dumps(found)) == found
-    below = report.by_task([*RECORDS, line("few", "mwn", 0, 26.5, noise=0.1)])
-    below = report.headline(report.of_half(below, "report"), "saflex")
-    assert below["share_of_noisy_tasks_at_or_above_best_baseline"] == 0.5
-    assert set(report.headline(REPORT, "saflex_train_val").values()) == {None}
-    assert set(report.headline({}, "saflex").values()) == {None}
+    nothing = report.headline({}, "saflex")
+    assert nothing.pop("tasks") == 0 and set(nothing.values()) == {None}
+    unknown = report.headline(REPORT, "saflex_train_val")
+    assert unknown.pop("tasks") == 3 and set(unknown.values()) == {None}
 
 
-def test_a_best_baseline_is_one_that_is_no_base_and_no_rule():
-    without = [
-        *lines("t", {"upstream": [90], "upstream_train_val": [90], "saflex": [50],
-                     "saflex_other": [99]}, noise=0.4),
-    ]  # fmt: skip
-    assert report.at_or_above_best(report.by_task(without), "saflex") is None
-    one = report.by_task([*without, line("t", "boot", 0, 50, noise=0.4)])
-    assert report.at_or_above_best(one, "saflex") == 1.0
+def test_a_baseline_is_every_arm_without_the_rule():
+    def share(*more):
+        with_rule = lines("t", {"saflex": [50], "saflex_other": [99]}, noise=0.4)
+        return report.at_or_above_best(report.by_task([*with_rule, *more]), "saflex")
+
+    assert share() is None
+    assert share(line("t", "boot", 0, 50, noise=0.4)) == 1.0
+    assert share(line("t", "upstream", 0, 50.1, noise=0.4)) == 0.0
+    assert share(*lines("t", {"boot": [50], "trusted_only": [50.1]}, noise=0.4)) == 0.0
     level = lines("t", {"saflex": [70, 81.1], "boot": [81.1, 70]}, noise=0.4)  # but for rounding
     assert report.at_or_above_best(report.by_task(level), "saflex") == 1.0
-    two = report.by_task([*without, *lines("t", {"boot": [50], "mwn": [50.1]}, noise=0.4)])
-    assert report.at_or_above_best(two, "saflex") == 0.0
 
 
 def test_calibration_and_cost():
@@ -171,6 +249,9 @@ def test_calibration_and_cost():
     assert report.step_cost(runs, "x") == pytest.approx((4 / 2 + 1) / 2)
     assert report.step_cost(runs, "upstream") == 1
     assert report.step_cost(report.by_task(records[-1:]), "x") is None
+    # An estimator takes no steps.
+    more = report.by_task([*records, line("a", "trees", 0, 50, seconds_per_step=None)])
+    assert report.step_cost(more, "trees") is None and report.step_cost(more, "x") == 1.5
     assert report.mean_of(runs, "x", "test_ece") == pytest.approx((0.05 + 0.3 + 0.2) / 3)
     assert report.mean_of(runs, "nobody", "test_ece") is None
 
@@ -189,95 +270,147 @@ def cells(text):
     return {row[0]: dict(zip(head, row)) for row in rows}
 
 
-def test_the_tables_say_the_numbers():
-    overview = cells(report.overview(REPORT))
-    assert list(overview) == ["upstream", "upstream_train_val", "saflex", "l2rw", "mwn"]
+def test_the_tables_say_the_numbers(monkeypatch):
+    monkeypatch.setattr(report, "ARM", "saflex")
+    runs = report.of_half(PARTNERED, "report")
+    overview = cells(report.overview(runs))
+    assert list(overview) == report.all_arms(runs)
     row = overview["saflex"]
     half = 4.302652729911275 * math.sqrt(21) / math.sqrt(3)
     assert row["tasks"] == "3" and row["ECE"] == "5.00" and row["step cost"] == "1.00"
     assert row["- upstream (95 % interval)"] == f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})"
+    apart, third = 4.302652729911275 / 3, 1 / 3
+    assert row["- fair partner (95 % interval)"] == (
+        f"-0.33 ({-third - apart:+.2f} to {-third + apart:+.2f})"
+    )
+    assert row["won, tied, lost"] == "0, 3, 0" and row["of these tasks"] == ""
     assert overview["upstream"]["- upstream (95 % interval)"] == ""
-    assert overview["mwn"]["- upstream_train_val (95 % interval)"] == "+0.00"
+
+    found = cells(report.of_tasks(runs))
+    assert found["few"] == {
+        "task": "few", "noise": "0.10", "val": "500", "seeds": "1", "saflex": "26.00",
+        "fair partner": "linear_probe", "- fair partner": "-1.00", "- upstream_train_val": "+6.00",
+    }  # fmt: skip
+    apart = 4.302652729911275 / math.sqrt(3)
+    assert found["clean"]["- fair partner"] == f"+0.00 ({-apart:+.2f} to {apart:+.2f})"
 
     accuracies = cells(report.accuracies(REPORT))
     assert accuracies["clean"] == {
-        "task": "clean", "noise": "0.00", "val": "50", "upstream": "70.00",
-        "upstream_train_val": "72.00", "saflex": "72.00", "l2rw": "**90.00**", "mwn": "",
+        "task": "clean", "upstream": "70.00", "upstream_train_val": "72.00", "saflex": "72.00",
+        "l2rw": "**90.00**", "mwn": "",
     }  # fmt: skip
     assert accuracies["wrong"]["saflex"] == accuracies["wrong"]["mwn"] == "**50.00**"
 
-    rows = [row.split(" | ") for row in report.details(REPORT).splitlines()]
-    (found,) = [row for row in rows if row[0] == "| clean" and row[1] == "saflex"]
-    apart = 4.302652729911275 / math.sqrt(3)
-    spread = apart * np.std([61, 72, 83], ddof=1)
-    assert found[2:5] == ["3", f"72.00 ({72 - spread:.2f} to {72 + spread:.2f})",
-                          f"+2.00 ({2 - apart:+.2f} to {2 + apart:+.2f})"]  # fmt: skip
-    assert found[5] == f"+0.00 ({-apart:+.2f} to {apart:+.2f})"
+    summary = cells(report.summary({"here": runs, "there": {}}))
+    assert summary["`tasks`"] == {"": "`tasks`", "here": "3", "there": "0"}
+    assert summary["`worst_gain_over_best_fair_partner`"]["here"] == "-1.00 (few)"
+    assert summary["`share_of_noisy_tasks_at_or_above_best_baseline`"]["here"] == "0.50"
+    over_base = 4.302652729911275 * 2
+    assert summary["`gain_over_upstream_train_val`"]["here"] == (
+        f"+2.00 ({2 - over_base:+.2f} to {2 + over_base:+.2f})"
+    )
+    assert summary["`gain_over_upstream`"] == {
+        "": "`gain_over_upstream`", "here": "+1.00", "there": "",
+    }  # fmt: skip
 
-    five = cells(report.headlines(REPORT))
-    assert five["`worst_gain_over_upstream`"]["saflex"] == "-4.00"
-    assert five["`share_of_noisy_tasks_at_or_above_best_baseline`"]["saflex"] == "1.00"
+
+def test_where_it_does_not_help_is_said():
+    said = report.shortfalls(report.of_half(PARTNERED, "report"), "saflex")
+    assert said.startswith("On 1 of 3 tasks the best fair partner is better, on 0 of them by ")
+    assert said.endswith(": `few` -1.00, linear_probe.")
+    lost = report.by_task(lines("a", {"saflex": [50, 50], "trusted_only": [51, 51]}))
+    assert "On 1 of 1 tasks the best fair partner is better, on 1 of them" in report.shortfalls(
+        lost, "saflex"
+    )
+    assert report.shortfalls(lost, "nobody") == ""
 
 
-def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, capsys):
-    results, out = tmp_path / "small.jsonl", tmp_path / "docs" / "results.md"
-    results.write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + '{"half a li')
-    assert report.main([str(results), f"--out={out}"]) == 0
+def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "ARM", "saflex")
+    first, second = tmp_path / "new.jsonl", tmp_path / "pretrained.jsonl"
+    features = lines("p", {"upstream": [50, 50], "trusted_only": [52, 52], "saflex": [53, 54]},
+                     suite="pretrained", regime="pretrained", noise=0.4)  # fmt: skip
+    first.write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + '{"half a li')
+    second.write_text("".join(json.dumps(r) + "\n" for r in features))
+    out = tmp_path / "docs" / "results.md"
+    assert report.main([str(first), str(second), f"--out={out}"]) == 0
     text = out.read_text()
+    pretrained = report.by_task(features)
     for part in (
-        "python -m experiments.suite --suite=small", "2026-11-22", "seeds among 0 to 2",
-        f"python -m experiments.report {results}", "jax 0.10.2", f"{len(RECORDS)} runs of 4 tasks",
-        report.overview(REPORT), report.accuracies(REPORT), report.details(REPORT),
-        report.overview(report.of_half(RUNS, "development")),
-        "](results_noise.png)", "](results_val.png)",
+        f"`python -m experiments.suite --suite=new`: {len(RECORDS)} runs of 4 tasks, 2026-11-22, "
+        "seeds among 0 to 2",
+        "`python -m experiments.suite --suite=pretrained`: 6 runs of 1 tasks",
+        f"python -m experiments.report {first} {second}", "jax 0.10.2",
+        *(table(runs) for table in (report.overview, report.of_tasks, report.accuracies)
+          for runs in (REPORT, report.of_half(RUNS, "development"), pretrained)),
+        report.shortfalls(REPORT, "saflex"), report.shortfalls(pretrained, "saflex"),
+        "](results_partner.png)", "](results_noise.png)", "](results_val.png)",
     ):  # fmt: skip
         assert part in text
-    assert text.index('half "report"') < text.index('half "development"')
+    order = ("Where it does not help", "Against the best fair partner", "## Pretrained, report",
+             "## Scratch, report", "## Scratch, development")  # fmt: skip
+    assert sorted(order, key=text.index) == [*order]
     assert {p.name for p in out.parent.iterdir()} == {
-        "results.md", "results_noise.png", "results_val.png",
+        "results.md", "results_partner.png", "results_noise.png", "results_val.png",
     }  # fmt: skip
     capsys.readouterr()
-    assert report.main([str(results), "--json", "--arm=saflex"]) == 0
-    assert json.loads(capsys.readouterr().out) == report.headline(REPORT, "saflex")
+    assert report.main([str(first), str(second), "--json", "--arm=saflex"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "pretrained": report.headline(pretrained, "saflex"),
+        "scratch": report.headline(REPORT, "saflex"),
+    }
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "nothing.jsonl"), "--json"])
-    assert "records must be of one suite; given []" in capsys.readouterr().err
+    assert "results must hold a record; given none" in capsys.readouterr().err
 
 
 def test_points_of_the_figures():
     records = [r | {"task": f"g_val_{r['val']}"} for r in RECORDS if r["task"] == "wrong"]
-    records += [r | {"task": "g", "val": 100} for r in records]
-    found = report.points(report.by_task(records), "saflex", "upstream", "val")
-    assert [(p["x"], p["family"]) for p in found] == [(200, "g"), (100, "g")]
-    assert all(p["mean"] == pytest.approx(5) for p in found)
-    assert report.points(RUNS, "saflex", "upstream", "noise")[1]["x"] == 0.4
+    records += [r | {"task": "g", "val": 100, "half": "development"} for r in records]
+    found = report.points(report.by_task(records), "saflex")
+    assert [(p["val"], p["family"], p["half"]) for p in found] == [
+        (200, "g", "report"), (100, "g", "development"),
+    ]  # fmt: skip
+    for point in found:
+        assert point["mean"] == pytest.approx(0) and point["low"] == pytest.approx(
+            -12.706, abs=1e-3
+        )
+        assert point["partner"] == "upstream_train_val" and point["noise"] == 0.4
 
 
 def test_figures_draw_the_points():
-    def task(x, mean, family="f"):
-        return {
-            "x": x, "mean": mean, "low": mean - 1, "high": mean + 1, "family": family,
-        }  # fmt: skip
+    def task(mean, **more):
+        about = {"task": "t", "partner": "p", "half": "report", "noise": 0.0, "val": 50}
+        return {**about, "mean": mean, "low": mean - 1, "high": mean + 1, "family": "f"} | more
 
-    tasks = [task(0.4, 2.0), task(0.0, 1.0), task(0.4021, 4.0)]
-    figure = report_figures.gain_against_noise({"upstream": {"saflex": tasks}, "other": {}})
+    tasks = [task(2.0, noise=0.4), task(1.0), task(4.0, noise=0.4021)]
+    figure = report_figures.gain_against_noise({"pretrained": {"saflex": tasks}, "other": {}})
     left, right = figure.axes
-    assert [a.get_ylabel() for a in figure.axes] == [
-        "points of test accuracy over upstream", "points of test accuracy over other",
-    ]  # fmt: skip
+    assert [a.get_title() for a in figure.axes] == ["pretrained", "other"]
     assert not right.lines[1:]  # the zero alone
     dots, line = left.lines[1:3]
     assert dots.get_ydata().tolist() == [2, 1, 4]
     assert line.get_xydata().tolist() == [[0, 1], [0.4, 3]]  # one level
 
-    tasks = [task(200, 3.0, "g"), task(50, 1.0, "g"), task(100, 9.0, "alone")]
-    figure = report_figures.gain_against_validation({"upstream": {"saflex": tasks}})
+    tasks = [task(3.0, val=200, family="g"), task(1.0, family="g"), task(9.0, val=100, family="h")]
+    figure = report_figures.gain_against_validation({"pretrained": {"saflex": tasks}})
     (axis,) = figure.axes
     drawn = [found.get_xydata().tolist() for found in axis.lines[1:3]]
     assert sorted(drawn) == [[[50, 1], [200, 3]], [[100, 9]]]
     ends = sorted(c.get_segments()[0].tolist() for c in axis.collections)
     assert ends == [[[50, 0], [50, 2]], [[200, 2], [200, 4]]]
     assert axis.get_xscale() == "log"
+
+    figure = report_figures.gain_by_task({
+        "pretrained": [task(3.0, task="a"), task(1.0, task="b", half="development", low=None)],
+        "scratch": [task(0.0, task="c")],
+    })  # fmt: skip
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["b - p", "a - p"]
+    dots = [found.get_xydata().tolist() for found in left.lines[1:3]]
+    assert dots == [[[1, 0]], [[3, 1]]] and left.lines[1].get_markerfacecolor() == "white"
+    assert [c.get_segments()[0].tolist() for c in left.collections] == [[[2, 1], [4, 1]]]
+    assert left.get_ylim() == right.get_ylim()
 
 
 def test_the_course_of_a_run_is_that_of_the_seeds_that_learned():
@@ -291,16 +424,17 @@ def test_the_course_of_a_run_is_that_of_the_seeds_that_learned():
     found = report.courses(report.by_task(records), "saflex")
     assert list(found) == ["a"] and found["a"]["noise"] == 0.4
     left, right = report_figures.course(found).axes
-    assert left.lines[0].get_xydata().tolist() == [[50, pytest.approx(0.2)], [100, 0.4]]
+    assert left.lines[0].get_xydata().tolist() == [[0.5, pytest.approx(0.2)], [1, 0.4]]
     assert right.lines[0].get_ydata().tolist() == [pytest.approx(0.1), 0.2]
 
 
 def test_without_results_the_kept_ones_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
-    (tmp_path / report.RESULTS).write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    # One of the project's files; the others are not there.
+    (tmp_path / report.RESULTS[-1]).write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     assert report.main(["--json", "--arm=saflex"]) == 0
-    assert json.loads(capsys.readouterr().out) == report.headline(REPORT, "saflex")
+    assert json.loads(capsys.readouterr().out) == {"scratch": report.headline(REPORT, "saflex")}
 
 
 def test_reading_leaves_out_half_a_line(tmp_path):
