@@ -18,10 +18,14 @@ from saflex_jax.types import Method, Streams, Targets, TrainState
 
 _PLAIN = {"name": "supervised", "rule": "as_given"}
 # Arm -> changes, where a config has no arms of its own. What learns from validation labels is
-# compared with the upstream pipeline on training + validation, too.
+# compared with the upstream pipeline on training + validation, and on validation samples alone.
 STANDING = {
     "upstream": {"method": _PLAIN, "data": {"train_on_val": False}},
     "upstream_train_val": {"method": _PLAIN, "data": {"train_on_val": True}},
+    "trusted_only": {
+        "method": _PLAIN,
+        "data": {"train_on_val": False, "val_from": "", "pool": "", "trusted_only": True},
+    },
     "saflex": {"data": {"train_on_val": False}},
     "saflex_train_val": {"data": {"train_on_val": True}},
 }

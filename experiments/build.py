@@ -186,6 +186,8 @@ def run_info(config: ConfigDict, pools: Streams) -> RunInfo:
 
 def _trusted(config: ConfigDict, pools: Streams) -> int:
     """How many candidates, the last ones, are validation samples."""
+    if config.data.trusted_only:
+        return len(pools.candidates.labels)
     return len(pools.val.labels) if config.data.train_on_val and not config.data.val_from else 0
 
 

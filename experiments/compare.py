@@ -2,9 +2,10 @@
 
     python -m experiments.compare [--json] [--seeds=3] [--config=experiments/configs/wdbc.py]
 
-`config.arms` names the arms (`experiments.arms`). Without it there are four: the upstream pipeline
-trained on the training split, and on training + validation; SAFLEX with validation samples that are
-held out, and that also train. SAFLEX reads validation labels, so each has its fair partner.
+`config.arms` names the arms (`experiments.arms`). Without it there are five: the upstream pipeline
+trained on the training split, on training + validation, and on the validation samples alone; SAFLEX
+with validation samples that are held out, and that also train. SAFLEX reads validation labels: its
+fair partner is the best of the others that do.
 
 The test split is read once for each arm and seed, with the last parameters. Finished runs are kept:
 after Ctrl-C, --resume continues with the others. With all of them finished, --resume --base=ARM

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from saflex_jax.types import Targets
 
-COLOURS = {"upstream": "#8a8a8a", "upstream_train_val": "#4d4d4d",
+COLOURS = {"upstream": "#8a8a8a", "upstream_train_val": "#4d4d4d", "trusted_only": "#c17c1a",
            "saflex": "#1b6ca8", "saflex_train_val": "#0a3d62"}  # fmt: skip
 RIGHT, WRONG = "#2a9d5c", "#d1495b"
 ROWS, COLUMNS = 2, 8

@@ -22,8 +22,8 @@ from saflex_jax.types import Batch, Method, Streams, TrainState
 
 FIELDS = (
     *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
-    *("train", "imbalance", "unlabelled", "train_on_val", "val_from", "folds", "labels", "noise"),
-    *("noise_kind", "outside", "outside_from", "pool", "corrupt", "on_device"),
+    *("train", "imbalance", "unlabelled", "train_on_val", "trusted_only", "val_from", "folds"),
+    *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -103,6 +103,12 @@ def check(section: ConfigDict) -> None:
             "config.data.novel must be 0 with other labels, which may be novel classes'; given "
             f"{section.novel}, noise={section.noise} and labels={section.labels!r}"
         )
+    for name in ("train_on_val", "val_from", "unlabelled", "pool"):
+        if section.trusted_only and section[name]:
+            raise ValueError(
+                f"config.data.{name} must be {sources.DEFAULTS[name]!r} with trusted_only=True: "
+                f"nothing but the validation samples trains; given {section[name]!r}"
+            )
     for name in ("train_on_val", "val_from", "labels", "noise", "pool"):
         if section.unlabelled and section[name]:
             raise ValueError(
@@ -136,6 +142,7 @@ def title(section: ConfigDict) -> str:
         "per_class": f"{section.per_class} a class",
         "train": f"{section.train} samples",
         "unlabelled": f"only {section.val or 'validation'} labelled",
+        "trusted_only": f"{section.val or 'validation'} samples alone",
         "imbalance": f"classes {section.imbalance:g} : 1",
         "test_on": f"tested on {section.test_on}",
         "corrupt": f"tested under {section.corrupt}",
@@ -301,6 +308,15 @@ def given_labels(
     return make(inputs, labels, source.num_classes, share=section.noise, seed=seed)
 
 
+def repeated(inputs: Any, labels: np.ndarray, least: int) -> tuple[Any, np.ndarray]:
+    """The samples over and over, `least` rows or more.
+
+    So a batch of a few samples has no row twice, each copy is augmented on its own.
+    """
+    rows = np.tile(np.arange(len(labels)), math.ceil(least / len(labels)))
+    return data.subset(inputs, rows), labels[rows]
+
+
 def make_data(config: ConfigDict) -> Data:
     """Opens, splits, corrupts and standardises, all by `config.seed`."""
     section, seed = config.data, config.seed
@@ -343,6 +359,9 @@ def make_data(config: ConfigDict) -> Data:
         candidates = data.joined(candidates, val)
         given, clean = (np.concatenate([labels, val_labels]) for labels in (given, clean))
         outside = np.append(outside, np.zeros(len(val_labels), bool))
+    if section.trusted_only:
+        candidates, given = repeated(val, val_labels, config.train.batch_size)
+        clean, outside = given, np.zeros(len(given), bool)
     test = data.subset(inputs, split.test)
     if section.corrupt:
         test = corrupted(test, section.corrupt, seed)

@@ -5,7 +5,8 @@ Command:   python -m experiments.prepare fashion_mnist mnist
 Hardware:  2 CPU cores, about 3 minutes.
 Expected:  docs/results_gallery.png, which that command drew.
 
-The suite's task "generator_40" with its first four arms: what is learned of single samples.
+The suite's task "generator_40" with the arms of `experiments.arms` alone: what is learned of single
+samples.
 """
 
 from ml_collections import ConfigDict

@@ -18,6 +18,7 @@ DEFAULTS = {
     "imbalance": 1.0,  # of the training classes: the first over the last, between exponentially
     "unlabelled": False,  # no training label is seen; the validation samples train beside
     "train_on_val": False,
+    "trusted_only": False,  # the candidates are the validation samples and nothing else
     "val_from": "",  # "train": the training samples, as given, direct the learning themselves
     "folds": 0,  # > 0: no sample directs a batch that it is in; with the two above
     "labels": "",  # another label set to train on: "worst" of cifar10n

@@ -66,16 +66,19 @@ def test_arms_are_changes_of_the_config_in_the_order_written():
     assert config.method.saflex.rule.memory.decay == 0.97
 
 
-def test_without_arms_there_are_the_four():
+def test_without_arms_there_are_the_five():
     for config in (tiny(), tiny(arms={})):
-        found = arms.configs(config)
-        assert {a: (c.method.rule, c.data.train_on_val) for a, c in found.items()} == {
-            "upstream": ("as_given", False),
-            "upstream_train_val": ("as_given", True),
-            "saflex": ("saflex", False),
-            "saflex_train_val": ("saflex", True),
-        }
-        assert list(found) == ["upstream", "upstream_train_val", "saflex", "saflex_train_val"]
+        found = [
+            (arm, c.method.rule, c.data.train_on_val, c.data.trusted_only)
+            for arm, c in arms.configs(config).items()
+        ]
+        assert found == [
+            ("upstream", "as_given", False, False),
+            ("upstream_train_val", "as_given", True, False),
+            ("trusted_only", "as_given", False, True),
+            ("saflex", "saflex", False, False),
+            ("saflex_train_val", "saflex", True, False),
+        ]
     config = tiny()
     config.method.name = "sla"
     of_upstream, of_saflex = (arms.configs(config)[arm].method for arm in ("upstream", "saflex"))

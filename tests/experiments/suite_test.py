@@ -14,14 +14,14 @@ import time
 import numpy as np
 import pytest
 
-from experiments import arms, report, suite, suite_tasks, task
+from experiments import arms, suite, suite_tasks, task
 from experiments.configs import digits, wdbc
 from experiments.suite import Job
 from saflex_jax.train import StopRequest
 from tests.train import process_
 
 SMALL = suite_tasks.make("small")
-RESULTS = process_.ROOT / report.RESULTS
+RESULTS = process_.ROOT / "docs" / "results.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,11 @@ def test_every_task_has_every_arm_and_fits_its_data(small_configs, full):
     for t, found in [*pairs, *((t, arms.configs(t.config)) for t in some.values())]:
         more = {*suite_tasks.PROTOCOLS, "l2rw", "meta_weight_net", "label_smoothing", "bootstrap"}
         assert set(found) == {*arms.STANDING} or set(found) >= {*arms.STANDING, *more}
-        assert not t.noise or len(found) == 4 or set(found) >= {"small_loss", "co_teaching"}
+        assert (
+            not t.noise
+            or len(found) == len(arms.STANDING)
+            or set(found) >= {"small_loss", "co_teaching"}
+        )
         for config in found.values():
             section = config.data
             assert config.train.val_batch_size <= section.val
@@ -101,6 +105,7 @@ def test_every_task_has_every_arm_and_fits_its_data(small_configs, full):
         for arm in arms.STANDING:
             assert found[arm].method.rule == ("saflex" if "saflex" in arm else "as_given")
             assert found[arm].data.train_on_val == arm.endswith("train_val")
+            assert found[arm].data.trusted_only == (arm == "trusted_only")
 
 
 def test_all_samples_in_the_full_suite_but_where_they_are_few_on_purpose(full):

@@ -311,6 +311,42 @@ def test_chunks_of_corrupted_images_meet(tmp_path, monkeypatch):
     np.testing.assert_array_equal(parts, task.corrupted(unit, "gaussian_noise:5", seed=0))
 
 
+# --- the trusted samples alone ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val, batch_size, copies", [(150, 128, 1), (10, 256, 26), (50, 100, 2)])
+def test_trusted_samples_alone_train_with_their_right_labels(val, batch_size, copies):
+    found = config("digits", val=val, test=697, noise=0.4, trusted_only=True)
+    found.train.batch_size = batch_size
+    made = task.make_data(found)
+    candidates, trusted = made.pools.candidates, made.pools.val
+    assert len(candidates.labels) == copies * val and not made.wrong.any()
+    for mine, theirs in ((candidates.inputs, trusted.inputs), (candidates.labels, trusted.labels)):
+        np.testing.assert_array_equal(mine.reshape(copies, *theirs.shape)[:], [theirs] * copies)
+    # No row twice in a batch, since augmentations draw by the index; and all samples equally often.
+    runner = parallel.jit_runner(lambda *a, **k: None, devices=jax.devices()[:1])
+    _, stream = build.make_input(found, made, runner)
+    rows = next(stream).candidates
+    assert len(np.unique(rows)) == batch_size
+    np.testing.assert_array_equal(candidates.index, np.arange(copies * val))
+    assert np.bincount(rows % val, minlength=val).max() <= copies
+    # The other arms of the comparison have the same trusted samples and the same test split.
+    plain = task.make_data(config("digits", val=val, test=697, noise=0.4))
+    for found, expected in ((made.held_out, plain.held_out), (made.test, plain.test)):
+        np.testing.assert_array_equal(found.inputs, expected.inputs)
+
+
+def test_trusted_samples_alone_whatever_the_kind_of_input(tmp_path):
+    images(tmp_path / "mnist", size=60)
+    images(tmp_path / "usps", seed=1)
+    section = {"outside": 0.5, "outside_from": "usps", "on_device": False, "noise": 0.5}
+    found = config("mnist", dir=str(tmp_path), val=9, trusted_only=True, **section)
+    made = task.make_data(found)
+    assert len(made.pools.candidates.labels) == 36 and not made.wrong.any()  # of a batch of 32
+    assert build.run_info(found, made.pools).num_trusted == 36
+    assert task.title(found.data).endswith("9 samples alone")
+
+
 # --- labels ----------------------------------------------------------------------------------
 
 
@@ -520,6 +556,17 @@ def test_graded_labels_and_folders(tmp_path):
         ({"task": "grades"}, "config.data.task must be one of .*given 'grades'"),
         ({"test_on": "usps", "test": 9}, "config.data.test must be 0 with test_on; given 9"),
         ({"labels": "worst", "noise": 0.1}, "config.data.noise must be 0 with labels='worst'"),
+        *(
+            (
+                {"trusted_only": True, name: value},
+                f"config.data.{name} must be {off!r} with trusted_only=True.*given {value!r}",
+            )
+            for name, value, off in (
+                ("train_on_val", True, False),
+                ("val_from", "train", ""),
+                ("unlabelled", True, False),
+            )
+        ),
         ({"corrupt": "fogg:3"}, "config.data.corrupt must be one of .*did you mean 'fog'"),
         ({"corrupt": "fog:6"}, "config.data.corrupt must be KIND:1 to KIND:5; given 'fog:6'"),
         ({"corrupt": "fog"}, "config.data.corrupt must be KIND:1 to KIND:5; given 'fog'"),
