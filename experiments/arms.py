@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from experiments import build, figures, task
+from experiments import build, estimators, figures, task
 from saflex_jax import parallel
 from saflex_jax.batches import take
 from saflex_jax.types import Method, Streams, Targets, TrainState
@@ -57,6 +57,8 @@ def _changed(config: ConfigDict, arm: str, changes: dict) -> ConfigDict:
     changed = config.copy_and_resolve_references()
     changed.unlock()  # an unknown field is named by the check, with the nearest known one
     try:
+        if "name" in changes.get("model", {}):
+            changed.model = {}  # the fields of another network are not this one's
         changed.update(changes)
         if "seed" in changes:
             raise ValueError("all arms run on the comparison's seeds")
@@ -155,6 +157,8 @@ def run(
     """
     config, *_ = arms.values()
     data = task.make_data(config)
+    if estimators.fits(config):
+        return estimators.run(arms, data, measure)
     # Copies that are left out may differ by seed, and with them the size of a score memory.
     key = (training(config), tuple(arms), len(data.pools.candidates.labels))
     if key not in compiled or build.of_labels(config):
@@ -270,14 +274,12 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:
 
     Returns:
       Arm -> {measure: one value a seed, "mean", "sd" (None of one seed), "n", "difference" (of
-      `paired_difference`; None of the base), "seconds_per_step", "step_cost" (of the base's)}.
+      `paired_difference`; None of the base), "seconds_per_step", "step_cost" (of the base's)}; the
+      last two are None of what takes no steps.
     """
     measure = figures.measure(runs)
     values = {arm: [r[measure] for r in records] for arm, records in runs.items()}
-    seconds = {
-        arm: float(np.median([r["seconds_per_step"] for r in records]))
-        for arm, records in runs.items()
-    }
+    seconds = {arm: _seconds_per_step(records) for arm, records in runs.items()}
     base, *_ = runs
     return {
         arm: {
@@ -287,10 +289,16 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:
             "n": len(scores),
             "difference": None if arm == base else paired_difference(scores, values[base]),
             "seconds_per_step": seconds[arm],
-            "step_cost": seconds[arm] / seconds[base],
+            "step_cost": seconds[arm] and seconds[base] and seconds[arm] / seconds[base],
         }
         for arm, scores in values.items()
     }
+
+
+def _seconds_per_step(records: list[dict]) -> float | None:
+    """Median over seeds; None of what takes no steps."""
+    seconds = [r["seconds_per_step"] for r in records]
+    return None if None in seconds else float(np.median(seconds))
 
 
 def table(summary: dict[str, dict], measure: str) -> str:
@@ -303,10 +311,10 @@ def table(summary: dict[str, dict], measure: str) -> str:
     for arm, row in summary.items():
         sd = "-" if row["sd"] is None else f"{row['sd']:.4f}"
         scores = f"{row['mean']:.4f} +- {sd}  (n = {row['n']})"
-        lines.append(
-            f"{arm:{width}} {scores:38} {_difference(row['difference']):38} "
-            f"{1e3 * row['seconds_per_step']:7.2f} {row['step_cost']:10.2f}x"
-        )
+        time = "" if row["seconds_per_step"] is None else f"{1e3 * row['seconds_per_step']:7.2f}"
+        cost = "" if row["step_cost"] is None else f"{row['step_cost']:10.2f}x"
+        difference = _difference(row["difference"])
+        lines.append(f"{arm:{width}} {scores:38} {difference:38} {time} {cost}".rstrip())
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments import task
+from experiments import estimators, task
 from experiments.task import Data
 from saflex_jax import augment, checks, configure, methods, models, parallel, train
 from saflex_jax.batches import floats, take
@@ -47,7 +47,10 @@ def check(config: ConfigDict) -> None:
     checks.choice(parallel.RUNNERS, **{"config.runner": config.runner})
     task.check(config.data)
     augment.parse(config.augment)
-    configure.check_model(config.model.to_dict())
+    if estimators.fits(config):
+        estimators.check(config)
+    else:
+        configure.check_model(config.model.to_dict())
     method = config.method.to_dict()
     configure.check(method)
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
