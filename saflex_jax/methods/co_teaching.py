@@ -18,7 +18,7 @@ from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cro
 from saflex_jax.core.tree import identity
 from saflex_jax.methods.base import MethodSpec, no_clean
 from saflex_jax.rules.small_loss import SmallLoss, select
-from saflex_jax.types import Method, Model
+from saflex_jax.types import Method, Model, PyTree, TrainState
 
 OTHER = {"a": "b", "b": "a"}
 PREDICTIONS = ("a", "mean")
@@ -81,10 +81,7 @@ def make(
     rate_at = SmallLoss(options.forget, options.ramp).rate_at
 
     def init(key, inputs):
-        keys = {"a": key, "b": jax.random.fold_in(key, 1)}
-        networks = {name: model.init(keys[name], inputs) for name in OTHER}
-        params, model_state = _split(networks)
-        return steps.init_state(key, params, model_state, tx)
+        return steps.init_state(key, *init_both(model, key, inputs), tx)
 
     def forward(params, state, batch, reduce):
         """Network -> logits, model_state and targets."""
@@ -117,18 +114,37 @@ def make(
         return steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
 
     def predict(state, inputs):
-        def logits(name):
-            return model.logits(state.params[name], state.model_state[name], inputs)
-
-        if options.predict == "a":
-            return logits("a")
-        log_p, log_q = (jax.nn.log_softmax(logits(name)) for name in OTHER)
-        return jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+        return predict_by(options.predict, model, state, inputs)
 
     def targets(state, streams):
         return forward(state.params, state, streams.candidates, identity)[2]["a"]
 
     return Method(init, step, predict, targets)
+
+
+def init_both(model: Model, key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """Parameters and model_state of {"a", "b"}; a is the network that the key alone gives."""
+    keys = {"a": key, "b": jax.random.fold_in(key, 1)}
+    return tuple(_split({name: model.init(keys[name], inputs) for name in OTHER}))
+
+
+def predict_by(which: str, model: Model, state: TrainState, inputs: PyTree) -> jax.Array:
+    """f32[B, K], logits of network a, or the logarithm of the mean probability of both.
+
+    Args:
+      which: of PREDICTIONS.
+      model: of one network.
+      state: with parameters and model_state of {"a", "b"}.
+      inputs: of B rows.
+    """
+
+    def logits(name):
+        return model.logits(state.params[name], state.model_state[name], inputs)
+
+    if which == "a":
+        return logits("a")
+    log_p, log_q = (jax.nn.log_softmax(logits(name)) for name in OTHER)
+    return jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
 
 
 def _split(pairs):

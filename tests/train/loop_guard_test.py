@@ -31,6 +31,7 @@ METHOD_OPTIONS = {  # quick to compile
     "madaug": {"layers": 1},
     "fixmatch": {"strong": "shift(1)"},
     "invariance": {"augment": "flip"},
+    "dividemix": {"warmup": 2.0},
 }
 # What starts late, is done in turn or keeps arrays of another type.
 BRANCHES = {

@@ -1,0 +1,197 @@
+"""ELR: its averages, its gradient and its step by the equations; plain training without it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from saflex_jax import Batch, RunInfo, Streams
+from saflex_jax._compat import enable_x64
+from saflex_jax.core import memory
+from saflex_jax.methods import elr, supervised
+from saflex_jax.types import Trace
+from tests import cost_test, problems
+from tests.problems import hard_labels, log_softmax, softmax
+from tests.rules.regression import (
+    CLASSES,
+    LINEAR,
+    LR,
+    ROWS,
+    RUNNERS,
+    TX,
+    candidates,
+    plain_flops,
+    start_state,
+    step_under,
+    two_layers,
+)
+
+STRENGTH, DECAY = 2.5, 0.6
+RUN = RunInfo(ROWS, CLASSES)
+
+
+def make(model=LINEAR, tx=TX, run=RUN, **changes):
+    options = {"strength": STRENGTH, "decay": DECAY} | changes
+    return elr.make(model, tx, elr.Options(**options), run=run)
+
+
+def by_hand(kernel, batch, averages):
+    """The kernel after gradient descent, f64, and the two means of the loss."""
+    x, labels, t = (a[batch.mask] for a in (np.float64(batch.inputs), batch.labels, averages))
+    p = softmax(x @ kernel)
+    agreed = (p * t).sum(1, keepdims=True)
+    pull = p - labels + STRENGTH * p * (agreed - t) / (1 - agreed)
+    cross_entropy = -np.mean(np.sum(labels * log_softmax(x @ kernel), 1))
+    return kernel - LR * x.T @ pull / len(x), cross_entropy, np.log(1 - agreed).mean()
+
+
+# --- steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "runner",
+    [pytest.param(r, marks=pytest.mark.slow if r == "jit 1" else ()) for r in RUNNERS],
+)
+def test_steps_by_hand(runner):
+    batch, method = candidates(labels=hard_labels), make()
+    batch = batch._replace(inputs=0.3 * batch.inputs)  # no probability is cut
+    make_runner, devices, _ = RUNNERS[runner]
+    run = make_runner(method.step, devices=jax.devices()[:devices])
+    seen, state = [], run.put_state(start_state(method))
+    for visits in (1, 2, 3):
+        kernel = np.asarray(state.params["kernel"], np.float64)
+        seen.append(softmax(batch.inputs @ kernel))
+        # Plain means, then t + (1 - beta) (p - t).
+        t = np.mean(seen[:2], 0)
+        if visits == 3:
+            t += (1 - DECAY) * (seen[2] - t)
+        expected, cross_entropy, pulls = by_hand(kernel, batch, t)
+        state, metrics = run.step(state, run.put_batch(Streams(batch)))
+        np.testing.assert_allclose(state.params["kernel"], expected, atol=2e-6)
+        np.testing.assert_allclose(metrics["loss"][0], cross_entropy + STRENGTH * pulls, rtol=1e-5)
+        np.testing.assert_allclose(np.divide(*metrics["candidate_loss"]), cross_entropy, rtol=1e-5)
+        np.testing.assert_allclose(np.divide(*metrics["regulariser"]), pulls, rtol=1e-5)
+        rows = batch.index[batch.mask]
+        np.testing.assert_allclose(state.extra.mean[rows], t[batch.mask], atol=1e-6)
+        np.testing.assert_array_equal(state.extra.visits[rows], visits)
+        assert state.extra.visits.sum() == visits * len(rows)
+
+
+def test_without_strength_it_is_plain_training_bit_for_bit():
+    p = problems.problem("cnn", masked=1, norm="batch")
+    tx, run = optax.adam(1e-2), RunInfo(6, problems.CLASSES)
+    after = []
+    for method in (supervised.make(p.model, tx), make(p.model, tx, run, strength=0.0)):
+        step, state = jax.jit(method.step), method.init(jax.random.key(0), p.streams.candidates)
+        for _ in range(3):
+            state, _ = step(state, p.streams)
+        after.append(jax.device_get(state._replace(key=(), extra=())))
+    jax.tree.map(np.testing.assert_array_equal, *after)
+
+
+def test_mixed_rows_have_the_mixture_of_their_parents():
+    rng, method = np.random.default_rng(0), make()
+    kept = softmax(rng.normal(size=(ROWS, CLASSES))).astype(np.float32)
+    kept[5] = 0  # never seen
+    share = np.array([1.0, 0.95, 0.7, 0.6, 0.5], np.float32)[:, None]
+    index, partner = np.arange(5, dtype=np.int32), np.array([[0], [1], [3], [5], [1]], np.int32)
+    labels = hard_labels(rng, ROWS, CLASSES)
+    mixed = share * labels[index] + (1 - share) * labels[partner[:, 0]]
+    inputs = 0.3 * rng.normal(size=(5, 3)).astype(np.float32)
+    batch = Batch(inputs, mixed, np.ones(5, bool), index, Trace(0 * partner, share, partner))
+    empty = memory.init(ROWS, CLASSES)
+    state = start_state(method)._replace(
+        extra=memory.Memory(
+            empty.mean.at[:ROWS].set(kept), empty.visits.at[:ROWS].set(9 * kept.any(1))
+        )
+    )
+    kernel = np.asarray(state.params["kernel"], np.float64)
+    p = softmax(inputs @ kernel)
+    t = share * kept[index] + (1 - share) * kept[partner[:, 0]]
+    t[:2] = kept[:2] + (1 - DECAY) * (p[:2] - kept[:2])  # whole rows alone are remembered
+    t[3] = 0  # of a parent nothing is known
+    t[4] = share[4] * kept[4] + (1 - share[4]) * t[1]  # which was just remembered
+    after, _ = step_under("jit 1", {"": method}, {"": state}, batch)[""]
+    np.testing.assert_allclose(after.params["kernel"], by_hand(kernel, batch, t)[0], atol=2e-6)
+    np.testing.assert_allclose(after.extra.mean[:2], t[:2], atol=1e-6)
+    np.testing.assert_array_equal(after.extra.mean[2:ROWS], kept[2:])
+
+
+def test_a_step_costs_a_plain_one():
+    method = make(two_layers(256, cost_test.CLASSES), cost_test.TX, RunInfo(64, cost_test.CLASSES))
+    assert plain_flops() < cost_test.step_flops(method) < 1.02 * plain_flops()
+
+
+# --- the regulariser -------------------------------------------------------------------------
+
+
+def test_its_gradient_is_that_of_finite_differences():
+    rng = np.random.default_rng(0)
+    logits, t = rng.normal(size=(4, CLASSES)), softmax(rng.normal(size=(4, CLASSES)))
+
+    def total(logits):
+        return elr.regulariser(logits, t).sum()
+
+    with enable_x64(True):
+        grads, total = jax.grad(total)(logits), jax.jit(total)
+        for place in np.ndindex(*logits.shape):
+            e = np.zeros_like(logits)
+            e[place] = 1e-5
+            difference = total(logits + e) - total(logits - e)
+            np.testing.assert_allclose(grads[place], difference / 2e-5, atol=1e-9)
+
+
+def test_it_pulls_towards_what_was_said_before_and_stays_finite():
+    logits = jnp.array([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [80.0, 0.0, 0.0]])
+    t = jnp.array([[0.8, 0.1, 0.1], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    value, grads = jax.value_and_grad(lambda z: elr.regulariser(z, t).sum())(logits)
+    assert np.isfinite(value) and np.isfinite(grads).all()
+    assert grads[0].argmin() == 0 and (grads[0, 1:] > 0).all()
+    assert not grads[1:].any()
+
+
+# --- what it is for --------------------------------------------------------------------------
+
+
+def test_wrong_labels_are_not_learned_by_heart():
+    rng = np.random.default_rng(0)
+    centres, truth = 2 * rng.normal(size=(4, 6)), rng.integers(4, size=160)
+    wrong = np.arange(160) < 64
+    given = np.where(wrong, (truth + rng.integers(1, 4, 160)) % 4, truth)
+    inputs = (centres[truth] + rng.normal(size=(160, 6))).astype(np.float32)
+    labels = np.eye(4, dtype=np.float32)[given]
+    streams = Streams(Batch(inputs, labels, np.ones(160, bool), np.arange(160, dtype=np.int32)))
+    model, tx, right = two_layers(64, 4), optax.adam(0.02), {}
+    methods = {
+        "plain": supervised.make(model, tx),
+        "elr": make(model, tx, RunInfo(160, 4), strength=3.0, decay=0.7),
+    }
+    for name, method in methods.items():
+        state, step = method.init(jax.random.key(0), inputs), jax.jit(method.step)
+        for _ in range(300):
+            state, _ = step(state, streams)
+        predicted = np.asarray(method.predict(state, inputs)).argmax(1)
+        right[name] = (predicted == truth)[wrong].mean()
+    assert right["plain"] < 0.6 < 0.9 < right["elr"]
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strength": -1.0}, "strength must be >= 0 and finite; given -1.0"),
+        ({"decay": 1.0}, r"decay must lie in \[0, 1\); given 1.0"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        elr.Options(**options)
+
+
+def test_clean_samples_are_refused():
+    batch, method = candidates(), make()
+    with pytest.raises(ValueError, match="elr trains on candidates alone"):
+        method.step(start_state(method), Streams(batch, clean=batch))
