@@ -22,9 +22,9 @@ from experiments.configs import digits, methods, sources
 from experiments.suite_tasks import Task
 from experiments.tuning import Changes, Choices
 
-LINEAR, MLP = (), (256,)  # hidden widths
-DECAYS = (0.01, 1.0)
-STRENGTHS = (0.0005, 0.003, 0.01, 0.1)  # of a logistic regression: 1 / regularisation
+HEADS = {"linear": (), "mlp": (256,)}  # hidden widths
+DECAYS = ("1e-2", "1")
+STRENGTHS = ("5e-4", "3e-3", "1e-2", "1e-1")  # of a logistic regression: 1 / regularisation
 ESTIMATED = ("linear_probe",)  # arms that scikit-learn fits
 
 _PLAIN = {"name": "supervised", "rule": "as_given"}
@@ -61,10 +61,13 @@ TOLD = ("small_loss", "co_teaching")  # these are told the share of wrong labels
 def grid_of(arm: str) -> dict[str, Changes]:
     """Point -> changes of a config, in the order in which the first of level ones is chosen."""
     if arm in ESTIMATED:
-        return {f"C_{c:g}": {"model": {"C": c}} for c in STRENGTHS}
+        return {f"C_{c}": {"model": {"C": float(c)}} for c in STRENGTHS}
     return {
-        f"{name}_{decay:g}": {"model": {"widths": widths}, "optimizer": {"weight_decay": decay}}
-        for name, widths in (("linear", LINEAR), ("mlp", MLP))
+        f"{name}_{decay}": {
+            "model": {"widths": widths},
+            "optimizer": {"weight_decay": float(decay)},
+        }
+        for name, widths in HEADS.items()
         for decay in DECAYS
     }
 

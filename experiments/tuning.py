@@ -109,14 +109,15 @@ def choose(
     return choices
 
 
-def read(path: pathlib.Path = CHOICES) -> Choices:
-    """What was chosen; nothing where there is no file."""
+def read(path: pathlib.Path | None = None) -> Choices:
+    """What was chosen, of CHOICES if no file is given; nothing where there is no file."""
+    path = path or CHOICES
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(choices: Choices, path: pathlib.Path = CHOICES) -> None:
+def write(choices: Choices, path: pathlib.Path | None = None) -> None:
     """Adds to the file, or replaces in it, what was chosen; in one piece, by a rename."""
-    whole = merged(read(path), choices)
+    path = path or CHOICES
     new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(whole, indent=1) + "\n")
+    new.write_text(json.dumps(merged(read(path), choices), indent=1) + "\n")
     new.replace(path)
