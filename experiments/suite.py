@@ -51,7 +51,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import arms, pretrained_tasks, suite_tasks, tuning
+from experiments import arms, pretrained_tasks, suite_tasks, table_tasks, tuning
 from experiments.configs import sources
 from experiments.datasets import DATASETS
 from experiments.suite_tasks import Task
@@ -62,6 +62,7 @@ from saflex_jax.types import Method, TrainState
 # Suite -> (folder of prepared data) -> its tasks.
 SUITES = {name: functools.partial(suite_tasks.make, name) for name in suite_tasks.SUITES} | {
     "pretrained": pretrained_tasks.make,
+    "tables": table_tasks.make,
 }
 TUNED = {"pretrained": pretrained_tasks.grid}  # suites of which --tune chooses options
 PASSES = (1, 3)  # this many seeds run first, then so many, ...

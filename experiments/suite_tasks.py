@@ -290,7 +290,8 @@ def all_arms(noise: float) -> dict[str, dict]:
 # Of a step, in those of the upstream pipeline, where batch statistics take a pass of their own.
 _COST = {"upstream": 1.0, "upstream_train_val": 1.0, "trusted_only": 1.0, "label_smoothing": 1.1,
          "bootstrap": 1.3, "small_loss": 1.3, "soft_augmentation": 1.1, "saflex_paper": 3.0,
-         "l2rw": 2.7, "meta_weight_net": 3.1, "co_teaching": 2.1}  # fmt: skip
+         "l2rw": 2.7, "meta_weight_net": 3.1, "co_teaching": 2.1, "logistic": 0.1,
+         "boosted_trees": 1.0, "boosted_trees_stopped": 1.0}  # fmt: skip
 _RULE = 1.7  # of the arms with SAFLEX's default rule
 COMPILATION, LOADING = 6.0, 1.5  # seconds of one CPU core, for each arm of a task and pass
 
