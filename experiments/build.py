@@ -26,7 +26,7 @@ from saflex_jax.data import (
 )
 from saflex_jax.methods import METHODS
 from saflex_jax.methods.upstream import upstream
-from saflex_jax.types import Method, Model, RunInfo, Streams
+from saflex_jax.types import Batch, Method, Model, RunInfo, Streams
 
 SECTIONS = {
     "data": task.FIELDS,
@@ -51,6 +51,8 @@ def check(config: ConfigDict) -> None:
         estimators.check(config)
     else:
         configure.check_model(config.model.to_dict())
+        if config.data.features:
+            _check_views(config)
     method = config.method.to_dict()
     configure.check(method)
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
@@ -64,6 +66,23 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.data.novel must be 0 with {name}, which knows the training classes alone; "
             f"given {config.data.novel}"
+        )
+
+
+def _check_views(config: ConfigDict) -> None:
+    """Refuses a pipeline that does not draw one of the views of a row's features."""
+    rows = np.arange(4, dtype=np.int32)
+    views = np.zeros((4, 3, 5), np.float32)
+    batch = Batch(views, np.eye(4, 2, dtype=np.float32), rows < 4, rows)
+    pipeline = augment.parse(config.augment)
+    try:
+        inputs = jax.eval_shape(pipeline, jax.random.key(0), batch).inputs
+    except ValueError as error:
+        raise ValueError(f"config.augment must start with view with features; {error}") from error
+    if inputs.ndim != 2:
+        raise ValueError(
+            "config.augment must start with view with features, as 'view | mixup(0.2)' does; given "
+            f"{config.augment!r}"
         )
 
 
@@ -206,7 +225,8 @@ def with_upstream(config: ConfigDict, method: Method) -> Method:
 
 def init_state(config: ConfigDict, method: Method, pools: Streams):
     """The state at step 0, by `config.seed`."""
-    first = subset(pools.candidates.inputs, np.arange(1))
+    pool = pools.candidates if pools.val is None else pools.val  # candidates may have views
+    first = subset(pool.inputs, np.arange(1))
     return method.init(jax.random.key(config.seed), floats(jax.tree.map(np.asarray, first)))
 
 

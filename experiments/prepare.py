@@ -14,7 +14,6 @@ instead. DIR/NAME appears by one rename, so an interrupted call leaves nothing h
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import pathlib
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +44,7 @@ from experiments.datasets import (
     read,
     rows_digest,
 )
+from experiments.locking import locked
 from saflex_jax import checks
 from saflex_jax.data.prepared import (
     DESCRIPTION,
@@ -252,30 +252,6 @@ def tfds_in_reach() -> bool:
 
 
 # --- One data set
-
-
-@contextlib.contextmanager
-def locked(out: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """Holds the lock of a name and gives a scratch folder, which is removed afterwards.
-
-    Raises:
-      RuntimeError: another process holds the lock; says which.
-    """
-    with open(out / f".{name}.lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise RuntimeError(f"process {lock.read()} is preparing {name} in {out}") from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        for leftover in out.glob(f".{name}.scratch-*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{name}.scratch-", dir=out, ignore_cleanup_errors=True
-        ) as scratch:
-            yield pathlib.Path(scratch)
 
 
 def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | None = None) -> str:

@@ -23,7 +23,8 @@ from saflex_jax.types import Batch, Method, Streams, TrainState
 FIELDS = (
     *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
     *("train", "imbalance", "unlabelled", "train_on_val", "trusted_only", "val_from", "folds"),
-    *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "on_device"),
+    *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "features"),
+    "on_device",
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -69,7 +70,8 @@ def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
     checks.known("config.data", section, FIELDS)
     known = section.name.startswith(TFDS) or (section.name and pathlib.Path(section.name).exists())
-    if not known:
+    computed = feature_folder(section.dir, section.name, section.features)
+    if not known and not (section.features and computed.exists()):
         checks.choice({*data.SOURCES, *DATASETS}, **{"config.data.name": section.name})
     checks.choice(NOISE, **{"config.data.noise_kind": section.noise_kind})
     for name in ("noise", "outside"):
@@ -122,13 +124,23 @@ def check(section: ConfigDict) -> None:
             "config.data.outside and outside_from must be given together; given "
             f"{section.outside} and {section.outside_from!r}"
         )
-    if section.corrupt:
-        kind, _, severity = section.corrupt.partition(":")
-        checks.choice(corruptions.CORRUPTIONS, **{"config.data.corrupt": kind})
-        if severity not in ("1", "2", "3", "4", "5"):
+    check_corruption("config.data.corrupt", section.corrupt)
+    for name in ("size", "task", "pool"):
+        if section.features and section[name]:
             raise ValueError(
-                f"config.data.corrupt must be KIND:1 to KIND:5; given {section.corrupt!r}"
+                f"config.data.{name} must be {sources.DEFAULTS[name]!r} with features, which were "
+                f"computed before; given {section[name]!r}"
             )
+
+
+def check_corruption(name: str, given: str) -> None:
+    """Raises ValueError unless it is "fog:3" or the like, or empty."""
+    if not given:
+        return
+    kind, _, severity = given.partition(":")
+    checks.choice(corruptions.CORRUPTIONS, **{name: kind})
+    if severity not in ("1", "2", "3", "4", "5"):
+        raise ValueError(f"{name} must be KIND:1 to KIND:5; given {given!r}")
 
 
 def title(section: ConfigDict) -> str:
@@ -146,6 +158,7 @@ def title(section: ConfigDict) -> str:
         "imbalance": f"classes {section.imbalance:g} : 1",
         "test_on": f"tested on {section.test_on}",
         "corrupt": f"tested under {section.corrupt}",
+        "features": f"features {section.features}",
     }
     changed = [said[k] for k in said if section[k] != sources.DEFAULTS[k]]
     return ", ".join([pathlib.Path(section.name).stem, *changed])
@@ -232,6 +245,115 @@ def task_source(test_on: str, name: str, *key) -> tuple[data.Source, np.ndarray]
     return source, data.fingerprints(source.inputs, chunk=CHUNK)
 
 
+# --- features in the place of images
+
+
+def feature_folder(folder: str, name: str, tag: str) -> pathlib.Path:
+    """Where `experiments.features` puts the set TAG of a data set."""
+    return pathlib.Path(folder) / "features" / pathlib.Path(name).name.replace(":", "-") / tag
+
+
+def corrupted_tag(tag: str, corrupt: str) -> str:
+    """The set of TAG's corrupted test rows; TAG itself where `corrupt` is empty."""
+    return f"{tag}.{corrupt.replace(':', '-')}" if corrupt else tag
+
+
+@functools.lru_cache(maxsize=4)
+def feature_set(name: str, folder: str, tag: str) -> data.Features:
+    """The set TAG of a data set; NAME@TAG names one of another tag.
+
+    Raises:
+      ValueError: it was not computed (says how).
+    """
+    name, _, own = name.partition("@")
+    return data.from_features(feature_folder(folder, name, own or tag))
+
+
+def feature_source(test_on: str, name: str, folder: str, tag: str):
+    """`task_source` of features."""
+    features = feature_set(name, folder, tag)
+    source, prints = features.source, features.prints
+    if test_on and "=" not in test_on:
+        other = feature_set(test_on, folder, tag)
+        source = beside(source, other.source)
+        prints = np.concatenate([prints, other.prints])
+    return source, prints
+
+
+def corrupted_features(section: ConfigDict, source: data.Source, rows: np.ndarray) -> data.Rows:
+    """Features f16[n, D] of the given rows, corrupted: from the set "TAG.fog-3".
+
+    Raises:
+      ValueError: it was not computed, lacks rows, or was made by another network.
+    """
+    other = bool(section.test_on) and "=" not in section.test_on
+    name = section.test_on if other else section.name
+    base, _, tag = name.partition("@")
+    tag = tag or section.features
+    clean = feature_set(base, section.dir, tag)
+    changed = feature_set(base, section.dir, corrupted_tag(tag, section.corrupt))
+    for option in ("backbone", "weights", "size", "pixels"):
+        if changed.options[option] != clean.options[option]:
+            raise ValueError(
+                f"config.data.corrupt needs features of the same {option}; those of {base} have "
+                f"{clean.options[option]!r} and {changed.options[option]!r}"
+            )
+    wanted = clean.rows[rows - (len(source.labels) - len(clean.rows) if other else 0)]
+    order = np.argsort(changed.rows)
+    places = np.searchsorted(changed.rows, wanted, sorter=order)
+    found = order[np.minimum(places, len(order) - 1)]
+    missing = int((changed.rows[found] != wanted).sum())
+    if missing:
+        raise ValueError(
+            f"config.data.corrupt must be '' where other rows are tested than the official test "
+            f"split's, which the corrupted features are of; {missing} are missing"
+        )
+    return data.subset(changed.source.inputs, found)
+
+
+def feature_inputs(section: ConfigDict, source: data.Source, split: data.Split) -> tuple:
+    """`split_inputs` of features, standardised by view 0 of the training rows."""
+    scale = data.fit_scale(source.inputs[split.train])
+    tested = data.subset(source.inputs, split.test)
+    if section.corrupt:
+        tested = corrupted_features(section, source, split.test)
+    taken = (
+        *(data.subset(source.views, rows) for rows in (split.train, split.val)),
+        *(data.subset(source.inputs, split.val), tested),
+    )
+    return tuple(np.asarray(scale(x)) for x in taken)
+
+
+def split_inputs(section: ConfigDict, source: data.Source, split: data.Split, seed: int) -> tuple:
+    """(candidates, validation samples as candidates, validation samples, test samples).
+
+    Raises:
+      ValueError: corruptions where inputs are no images.
+    """
+    if source.views is not None:
+        return feature_inputs(section, source, split)
+    inputs = source.inputs
+    if source.columns is not None and (section.corrupt or section.outside):
+        raise ValueError(f"config.data.corrupt and outside need images; {section.name} is a table")
+    if source.columns is not None:  # the scale of its columns, from the training split alone
+        inputs = data.fit_encoder(inputs[split.train], source.columns)(inputs)
+    candidates, val, test = (data.subset(inputs, rows) for rows in split)
+    if section.corrupt:
+        test = corrupted(test, section.corrupt, seed)
+    return candidates, val, val, test
+
+
+def outside_inputs(section: ConfigDict, source: data.Source, prints: np.ndarray, train: np.ndarray):
+    """Inputs of another data set, in the form of the candidates, without any of its own."""
+    if section.features:
+        other = feature_set(section.outside_from, section.dir, section.features)
+        views = data.fit_scale(source.inputs[train])(other.source.views)
+        return data.subset(views, np.flatnonzero(~np.isin(other.prints[: len(views)], prints)))
+    key = section.dir, section.size, section.task, section.on_device
+    other = np.asarray(opened(section.outside_from, *key).inputs)
+    return other[~np.isin(data.fingerprints(other, chunk=CHUNK), prints)]
+
+
 def strata(source: data.Source) -> np.ndarray:
     """i[N] classes to keep in proportion: the label, or what comes nearest where it is no class."""
     if source.labels.ndim == 1:
@@ -304,6 +426,8 @@ def given_labels(
         )
     if isinstance(inputs, dict):  # a table with categories
         inputs = inputs["numeric"]
+    if source.views is not None:
+        inputs = inputs[:, 0]
     make = NOISE[section.noise_kind]
     return make(inputs, labels, source.num_classes, share=section.noise, seed=seed)
 
@@ -320,8 +444,12 @@ def repeated(inputs: Any, labels: np.ndarray, least: int) -> tuple[Any, np.ndarr
 def make_data(config: ConfigDict) -> Data:
     """Opens, splits, corrupts and standardises, all by `config.seed`."""
     section, seed = config.data, config.seed
-    key = section.dir, section.size, section.task, section.on_device
-    source, prints = task_source(section.test_on, section.name, *key)
+    if section.features:
+        key = section.dir, section.features
+        source, prints = feature_source(section.test_on, section.name, *key)
+    else:
+        key = section.dir, section.size, section.task, section.on_device
+        source, prints = task_source(section.test_on, section.name, *key)
     split, removed = data.without_copies(make_split(section, source, seed), prints)
     if section.novel:
         split = data.novel_classes(
@@ -340,31 +468,22 @@ def make_data(config: ConfigDict) -> Data:
         split = split._replace(train=split.train[tail])
     data.check_split(split, source.labels, source.num_classes, novel=section.novel > 0)
 
-    inputs = source.inputs
-    if source.columns is not None and (section.corrupt or section.outside):
-        raise ValueError(f"config.data.corrupt and outside need images; {section.name} is a table")
-    if source.columns is not None:  # the scale of its columns, from the training split alone
-        inputs = data.fit_encoder(inputs[split.train], source.columns)(inputs)
-    candidates = data.subset(inputs, split.train)
+    candidates, trusted, val, test = split_inputs(section, source, split, seed)
     given = given_labels(section, source, split.train, candidates, seed)
     clean, outside = source.labels[split.train], np.zeros(len(split.train), bool)
     if section.outside:
-        other = np.asarray(opened(section.outside_from, *key).inputs)
-        other = other[~np.isin(data.fingerprints(other, chunk=CHUNK), prints)]  # nothing of its own
+        other = outside_inputs(section, source, prints, split.train)
         candidates, outside = data.outside_candidates(
             np.asarray(candidates), other, share=section.outside, seed=seed
         )
-    val, val_labels = data.subset(inputs, split.val), source.labels[split.val]
+    val_labels = source.labels[split.val]
     if section.train_on_val:
-        candidates = data.joined(candidates, val)
+        candidates = data.joined(candidates, trusted)
         given, clean = (np.concatenate([labels, val_labels]) for labels in (given, clean))
         outside = np.append(outside, np.zeros(len(val_labels), bool))
     if section.trusted_only:
-        candidates, given = repeated(val, val_labels, config.train.batch_size)
+        candidates, given = repeated(trusted, val_labels, config.train.batch_size)
         clean, outside = given, np.zeros(len(given), bool)
-    test = data.subset(inputs, split.test)
-    if section.corrupt:
-        test = corrupted(test, section.corrupt, seed)
 
     def pool(inputs, labels):
         labels = data.priors(labels, source.num_classes, source.task)
@@ -383,6 +502,8 @@ def make_data(config: ConfigDict) -> Data:
     pools = Streams(pool(candidates, given), held_out)
     if section.val_from == "train":
         pools = pools._replace(val=pools.candidates)
+        if source.views is not None:
+            pools = pools._replace(val=pool(candidates[:, 0], given))
     clean = pool(None, clean).labels.argmax(1)
     wrong = (pools.candidates.labels.argmax(1) != clean) | outside
     if section.unlabelled:

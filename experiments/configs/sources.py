@@ -28,6 +28,7 @@ DEFAULTS = {
     "outside_from": "",
     "pool": "",  # a folder or ArrayRecord file of generated candidates
     "corrupt": "",  # of the test inputs: "fog:3"
+    "features": "",  # a set that `experiments.features` made: inputs are its features, not images
     "on_device": True,  # the whole set on every device; False = read ahead from the host
 }
 

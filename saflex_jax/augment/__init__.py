@@ -38,6 +38,7 @@ from saflex_jax.augment.spatial import (
     soft_crop,
 )
 from saflex_jax.augment.tabular import feature_mask, feature_noise, smote, tabular_cutmix
+from saflex_jax.augment.view import view
 
 __all__ = [
     "OPERATIONS",
@@ -78,5 +79,6 @@ __all__ = [
     "soft_crop",
     "tabular_cutmix",
     "trivialaugment",
+    "view",
     "views",
 ]

@@ -25,6 +25,7 @@ OPERATIONS = [
     "augmix", "mixup", "cutmix", "resizemix", "fmix", "gridmix", "smoothmix",
     "feature_noise", "feature_mask", "tabular_cutmix", "smote",
     "automix",
+    "view",
 ]  # fmt: skip
 
 

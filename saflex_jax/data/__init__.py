@@ -1,6 +1,7 @@
 """Data on the host, as NumPy arrays: sources, splits, label noise and resumable streams."""
 
 from saflex_jax.data.episodes import EpisodeStream, novel_classes
+from saflex_jax.data.features import Features, fit_scale, from_features
 from saflex_jax.data.images import Rows, joined, resized, subset
 from saflex_jax.data.noise import (
     instance_noise,
@@ -42,6 +43,7 @@ __all__ = [
     "Column",
     "Description",
     "EpisodeStream",
+    "Features",
     "FoldStream",
     "IndexStream",
     "Pool",
@@ -57,6 +59,8 @@ __all__ = [
     "few_shot",
     "fingerprints",
     "fit_encoder",
+    "fit_scale",
+    "from_features",
     "from_folder",
     "from_npz",
     "from_prepared",

@@ -40,6 +40,8 @@ class Source(NamedTuple):
       extra: name -> [N]; other label sets and groups.
       columns: of a table; None where inputs are no table.
       class_names: of the labels; () where they have none.
+      views: f[n, V, ...], several inputs for each of the first n rows, those that may train; None
+        where a row is one input.
     """
 
     inputs: np.ndarray | Rows
@@ -50,6 +52,7 @@ class Source(NamedTuple):
     extra: Mapping[str, np.ndarray] = NONE
     columns: tuple[Column, ...] | None = None
     class_names: tuple[str, ...] = ()
+    views: np.ndarray | None = None
 
 
 def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np.ndarray:

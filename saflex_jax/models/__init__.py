@@ -10,7 +10,7 @@ from saflex_jax.models.mix_block import (
     MixBlockOptions,
 )
 from saflex_jax.models.mlp import MLP
-from saflex_jax.models.pretrained import from_torchvision, read_weights
+from saflex_jax.models.pretrained import from_torchvision, imagenet_inputs, read_weights
 from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
 from saflex_jax.models.small_cnn import SmallCNN
 from saflex_jax.models.vit import ViT
@@ -33,6 +33,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "from_torchvision",
+    "imagenet_inputs",
     "mix_hidden",
     "read_weights",
 ]

@@ -200,7 +200,37 @@ _ADMITTED = {
     ("torch.storage", "_load_from_bytes"): _read_pickle,
 }
 
-# --- torchvision's names
+# --- torchvision's networks
+
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
+
+
+def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
+    """Images as networks that were trained on ImageNet expect them.
+
+        x <- (x - m_c) / s_c ,   m and s of ImageNet's colours
+
+    >>> imagenet_inputs(jnp.full((2, 8, 8, 1), 0.485), 16)[0, 0, 0, 0].item()
+    0.0
+
+    Args:
+      images: f32[B, H, W, C] in [0, 1]; C is 3, or 1 for grey ones.
+      size: height and width that they are resized to (bilinear, antialiased); None = as they are.
+
+    Returns:
+      f32[B, size, size, 3].
+
+    Raises:
+      ValueError: no images, or another number of channels.
+    """
+    checks.images(images=images)
+    batch, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"images must have 1 or 3 channels; given {channels}")
+    if size is not None and (size, size) != (height, width):
+        images = jax.image.resize(images, (batch, size, size, channels), "bilinear")
+    return (images - jnp.array(MEAN)) / jnp.array(DEVIATION)
 
 
 def torchvision_names(backbone: ResNet) -> dict[str, str]:

@@ -402,7 +402,7 @@ def test_weights_are_one_verified_file(registry, tmp_path, monkeypatch):
     assert registry.asked == ["tiny.zip"]
     path.unlink()
     monkeypatch.setattr(prepare, "WEIGHTS", {"net": weights(TEXT + b"more")})
-    with pytest.raises(ValueError, match="net.pkl of net must have the SHA-256"):
+    with pytest.raises(ValueError, match=r"net.pkl of net must have the SHA-256"):
         prepare.prepare("net", tmp_path)
     assert not path.exists()
 

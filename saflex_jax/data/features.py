@@ -1,0 +1,210 @@
+"""The format of feature sets: what a frozen network makes of a data set's rows, computed once.
+
+A folder with features.json beside arrays. The rows that may train or validate come first, each
+under V views; the rows of the official test split follow, as they are. `create` and `writable` are
+for the program that fills a set (`python -m experiments.features`); `from_features` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saflex_jax import checks
+from saflex_jax.data.images import Rows
+from saflex_jax.data.sources import Source
+from saflex_jax.types import Trace
+
+DESCRIPTION = "features.json"
+FORMAT = 1
+FILLED = {"views": "f2", "tested": "f2", "prints": "V16", "operation": "i2", "magnitude": "f4"}
+
+
+class Features(NamedTuple):
+    """A feature set of N rows, of which the first n have V views; mapped into memory, not read.
+
+    Attributes:
+      source: of N rows. Inputs are view 0, f16[N, D]; `views` is f16[n, V, D].
+      rows: i[N], their places in the data set.
+      prints: V16[N], `fingerprints` of the inputs that the features were computed from.
+      trace: what made each view, arrays [n, V, L]; `operation` holds places in `operations`.
+      operations: names.
+      options: what the set was made with.
+    """
+
+    source: Source
+    rows: np.ndarray
+    prints: np.ndarray
+    trace: Trace
+    operations: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+def create(
+    path: str | os.PathLike,
+    source: Source,
+    *,
+    seen: np.ndarray,
+    tested: np.ndarray,
+    shape: tuple[int, int, int],
+    operations: tuple[str, ...],
+    options: Mapping[str, Any],
+) -> None:
+    """Makes a folder with everything but the features, whose arrays are zero and to be filled.
+
+    >>> import tempfile
+    >>> source = Source(np.zeros((3, 8, 8, 1)), np.array([0, 1, 1]), 2)
+    >>> rows = dict(seen=np.array([0, 2]), tested=np.array([1]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     create(folder, source, **rows, shape=(4, 5, 1), operations=("flip",), options={})
+    ...     writable(folder)["tested"][:] = 7
+    ...     features = from_features(folder)
+    ...     last = features.source.inputs[2].tolist()
+    >>> features.source.views.shape, features.source.labels.tolist(), last
+    ((2, 4, 5), [0, 1, 1], [7.0, 7.0, 7.0, 7.0, 7.0])
+
+    Args:
+      path: the folder; it is made if it is not there.
+      source: the data set.
+      seen: i[n], rows that get V views.
+      tested: i[t], rows that get one.
+      shape: (V, D, L): views, features, operations in a trace.
+      operations: names, of which a trace holds places.
+      options: what fixes the values of the features; as JSON can hold it.
+    """
+    root, rows = pathlib.Path(path), np.concatenate([seen, tested])
+    root.mkdir(exist_ok=True)
+    arrays = {"rows": rows, "labels": source.labels[rows]}
+    arrays |= {f"extra_{name}": values[rows] for name, values in source.extra.items()}
+    order = np.argsort(rows, kind="stable")
+    for name, places in source.splits.items():
+        kept = places[np.isin(places, rows)]
+        arrays[f"split_{name}"] = order[np.searchsorted(rows[order], kept)]
+    for name, array in arrays.items():
+        np.save(root / f"{name}.npy", array)
+    views, width, length = shape
+    shapes = {
+        "views": (len(seen), views, width),
+        "tested": (len(tested), width),
+        "prints": (len(rows),),
+        "operation": (len(seen), views, length),
+        "magnitude": (len(seen), views, length),
+    }
+    for name, dtype in FILLED.items():
+        np.lib.format.open_memmap(root / f"{name}.npy", "w+", np.dtype(dtype), shapes[name])
+    fields = {
+        "format": FORMAT,
+        "num_classes": source.num_classes,
+        "task": source.task,
+        "class_names": source.class_names,
+        "operations": operations,
+        "options": dict(options),
+    }
+    (root / DESCRIPTION).write_text(json.dumps(fields, indent=1))
+
+
+def writable(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays that are to be filled, by their names; writing to one writes to its file."""
+    return {name: _mapped(pathlib.Path(path), name, "r+") for name in FILLED}
+
+
+def read_options(path: str | os.PathLike) -> dict[str, Any]:
+    """The options of a feature set.
+
+    Raises:
+      ValueError: there is none in that folder, or it has another format.
+    """
+    return _described(pathlib.Path(path))["options"]
+
+
+def from_features(path: str | os.PathLike) -> Features:
+    """The feature set in a folder, as `python -m experiments.features` makes it.
+
+    Raises:
+      ValueError: there is none in that folder, or it has another format.
+    """
+    root = pathlib.Path(path)
+    about = _described(root)
+
+    def load(pattern):
+        return {p.stem.partition("_")[2]: np.load(p) for p in sorted(root.glob(pattern))}
+
+    views, tested = (_mapped(root, name) for name in ("views", "tested"))
+    size = len(views) + len(tested)
+
+    def first(rows):
+        inputs = np.empty((len(rows), tested.shape[1]), views.dtype)
+        seen = rows < len(views)
+        inputs[seen], inputs[~seen] = views[rows[seen], 0], tested[rows[~seen] - len(views)]
+        return inputs
+
+    source = Source(
+        Rows(first, size, tested.shape[1:], views.dtype),
+        np.load(root / "labels.npy"),
+        about["num_classes"],
+        about["task"],
+        load("split_*.npy"),
+        load("extra_*.npy"),
+        class_names=tuple(about["class_names"]),
+        views=views,
+    )
+    trace = Trace(_mapped(root, "operation"), _mapped(root, "magnitude"), None)
+    return Features(
+        source,
+        np.load(root / "rows.npy"),
+        np.load(root / "prints.npy"),
+        trace,
+        tuple(about["operations"]),
+        about["options"],
+    )
+
+
+def fit_scale(values: np.ndarray) -> Callable[[np.ndarray | Rows], Rows]:
+    """Standardises features by those of the training samples.
+
+        x_d <- (x_d - m_d) / s_d ,   m and s the mean and the deviation of `values`
+
+    A feature that does not vary is only shifted.
+
+    >>> scale = fit_scale(np.array([[1.0, 5.0], [3.0, 5.0]]))
+    >>> scale(np.array([[5.0, 5.0]]))[:].tolist()
+    [[3.0, 0.0]]
+
+    Args:
+      values: f[N, D].
+
+    Returns:
+      f[..., D] -> f32 of that shape, computed when rows are asked for.
+    """
+    values = np.asarray(values, np.float32)
+    mean, deviation = values.mean(0), values.std(0)
+    factor = 1 / np.where(deviation > 0, deviation, 1)
+
+    def scale(x):
+        def read(rows):
+            return (np.asarray(x[rows], np.float32) - mean) * factor
+
+        return Rows(read, len(x), x.shape[1:], np.float32)
+
+    return scale
+
+
+def _described(root: pathlib.Path) -> dict[str, Any]:
+    try:
+        about = json.loads((root / DESCRIPTION).read_text())
+        checks.choice((str(FORMAT),), format=str(about["format"]))
+        return about
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{root} must be a feature set: python -m experiments.features {root.parent.name} "
+            f"makes one; {error}"
+        ) from error
+
+
+def _mapped(root: pathlib.Path, name: str, mode: str = "r") -> np.ndarray:
+    return np.load(root / f"{name}.npy", mmap_mode=mode)
