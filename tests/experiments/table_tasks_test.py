@@ -1,0 +1,67 @@
+"""The suite "tables": its halves, its arms, and that its data are what the tasks say."""
+
+import numpy as np
+import pytest
+
+from experiments import arms, suite, suite_tasks, table_tasks, task
+from experiments.datasets import DATASETS
+
+TASKS = table_tasks.make()
+
+
+def names(tasks, half=None):
+    return {t.config.data.name for t in tasks.values() if half in (None, t.half)}
+
+
+def test_the_half_report_has_data_sets_that_no_task_used_before():
+    report, development = (names(TASKS, half) for half in reversed(suite_tasks.HALVES))
+    assert report == {"adult", "electricity", "satimage", "covertype", "heart"}
+    used = names(suite_tasks.make("small"))
+    assert development == {*suite_tasks.TABLES} and not report & (development | used)
+    # Every task's name is of one suite.
+    assert not TASKS.keys() & suite_tasks.make("small").keys()
+
+
+def test_a_third_of_the_data_sets_has_a_transformer_too():
+    of_network = {
+        network: {t.config.data.name for t in TASKS.values() if t.config.model.name == name}
+        for network, name in (("mlp", "mlp"), ("ft", "ft_transformer"))
+    }
+    assert of_network["mlp"] == names(TASKS) and of_network["ft"] == {*table_tasks.TRANSFORMED}
+    assert round(len(of_network["mlp"]) / len(of_network["ft"])) == 3
+    for half in suite_tasks.HALVES:
+        assert of_network["ft"] & names(TASKS, half)
+
+
+@pytest.mark.parametrize("name", ["heart_mlp", "adult_ft_40", "wdbc_ft", "segment_mlp_40"])
+def test_every_arm_is_one_that_runs(name):
+    t = TASKS[name]
+    found = suite.configs(t, "")
+    fitted = {"logistic", "boosted_trees", "boosted_trees_stopped"}
+    assert {*found} == {*arms.STANDING, *fitted} | ({"small_loss"} if t.noise else set())
+    assert {a for a, c in found.items() if c.model.name != t.config.model.name} == fitted
+    assert {c.method.rule for a, c in found.items() if "saflex" in a} == {"saflex"}
+    for config in found.values():
+        assert config.train.val_batch_size <= config.data.val
+        assert config.data.noise == t.noise
+
+
+def test_the_data_of_a_task():
+    for name in ("wdbc_mlp", "wdbc_mlp_40"):
+        t = TASKS[name]
+        made = task.make_data(t.config)
+        assert made.wrong.mean() == pytest.approx(t.noise, abs=5e-3)
+        assert len(made.held_out.labels) == t.config.data.val == 113
+        assert len(made.test.labels) == 170
+
+
+@pytest.mark.parametrize("name", table_tasks.DATA)
+def test_the_splits_leave_enough_of_the_rows_to_train(name):
+    section = TASKS[f"{name}_mlp"].config.data
+    if name == "wdbc":
+        return
+    counts = DATASETS[name].counts
+    rows = sum(counts.get("train", counts.get("all")))
+    assert bool(section.test) != ("test" in counts)
+    assert rows - section.val - section.test >= max(section.train, 50)
+    assert section.val <= np.ceil(rows / 5)
