@@ -202,8 +202,10 @@ _ADMITTED = {
 
 # --- torchvision's networks
 
-
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
+# Of ImageNet's colours.
+MEAN, DEVIATION = (np.float32(x).reshape(1, 1, 1, 3) for x in (
+    (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+))  # fmt: skip
 
 
 def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
@@ -230,7 +232,7 @@ def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
         raise ValueError(f"images must have 1 or 3 channels; given {channels}")
     if size is not None and (size, size) != (height, width):
         images = jax.image.resize(images, (batch, size, size, channels), "bilinear")
-    return (images - jnp.array(MEAN)) / jnp.array(DEVIATION)
+    return (images - MEAN) / DEVIATION
 
 
 def torchvision_names(backbone: ResNet) -> dict[str, str]:

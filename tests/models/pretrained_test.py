@@ -1,7 +1,6 @@
 """PyTorch's files and torchvision's networks, against NumPy and, where it is installed, PyTorch."""
 
 import io
-import json
 import pickle
 import sys
 import types
@@ -15,54 +14,19 @@ import numpy as np
 import pytest
 
 from saflex_jax.models import Classifier, ResNet18, ResNet50, from_linen, pretrained
-from saflex_jax.models.pretrained import from_torchvision, read_weights, torchvision_names
+from saflex_jax.models.pretrained import (
+    from_torchvision,
+    imagenet_inputs,
+    read_weights,
+    torchvision_names,
+)
+from tests.models.weights_ import safetensors, state_of
 
 SMALL = {
     "basic": ResNet18("imagenet", (2, 1), 4, "frozen"),
     "bottleneck": ResNet50("imagenet", (2, 1), 4, "frozen"),
 }
 IMAGES = np.random.default_rng(0).normal(size=(2, 19, 32, 3)).astype(np.float32)
-
-
-def random_state(blocks, width, bottleneck):
-    """torchvision's names and shapes, written down a second time."""
-    rng, state = np.random.default_rng(1), {}
-
-    def conv(name, size, inside, outside):
-        shape = (outside, inside, size, size)
-        state[f"{name}.weight"] = rng.normal(size=shape) * (2 / (size**2 * inside)) ** 0.5
-
-    def norm(name, channels):
-        for leaf in ("weight", "running_var"):
-            state[f"{name}.{leaf}"] = rng.uniform(0.5, 1.5, channels)
-        for leaf in ("bias", "running_mean"):
-            state[f"{name}.{leaf}"] = rng.normal(size=channels) / 4
-        state[f"{name}.num_batches_tracked"] = np.array(7)
-
-    conv("conv1", 7, 3, width)
-    norm("bn1", width)
-    inside = width
-    for stage, count in enumerate(blocks, 1):
-        middle = width * 2 ** (stage - 1)
-        outside = middle * (4 if bottleneck else 1)
-        for block in range(count):
-            prefix = f"layer{stage}.{block}."
-            path = [(3, inside, middle), (3, middle, middle)]
-            if bottleneck:
-                path = [(1, inside, middle), (3, middle, middle), (1, middle, outside)]
-            for n, shape in enumerate(path, 1):
-                conv(f"{prefix}conv{n}", *shape)
-                norm(f"{prefix}bn{n}", shape[2])
-            if block == 0 and inside != outside:
-                conv(f"{prefix}downsample.0", 1, inside, outside)
-                norm(f"{prefix}downsample.1", outside)
-            inside = outside
-    state["fc.weight"], state["fc.bias"] = rng.normal(size=(5, inside)), rng.normal(size=5)
-    return {name: x if name.endswith("tracked") else np.float32(x) for name, x in state.items()}
-
-
-def state_of(backbone):
-    return random_state(backbone.blocks, backbone.width, backbone.bottleneck)
 
 
 # --- torchvision's forward pass, in NumPy and in PyTorch
@@ -201,6 +165,20 @@ def test_a_missing_surplus_or_misshapen_tensor_is_named(change, message):
         from_torchvision(state, SMALL["basic"])
 
 
+def test_images_are_normalised_by_imagenets_colours():
+    x = np.random.default_rng(0).uniform(size=(2, 3, 5, 3)).astype(np.float32)
+    expected = (x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(imagenet_inputs(jnp.asarray(x)), expected, atol=1e-5)
+    grey = imagenet_inputs(jnp.asarray(x[..., :1]))
+    np.testing.assert_allclose(grey, imagenet_inputs(jnp.repeat(x[..., :1], 3, 3)), atol=1e-5)
+    # Bilinear, as torchvision resizes tensors: doubled, a pixel is 3/4 of one and 1/4 of the next.
+    line = imagenet_inputs(jnp.asarray(np.float32([[0, 1]] * 2).reshape(1, 2, 2, 1)), 4)
+    values = np.asarray(line)[0, 0, :, 0] * 0.229 + 0.485
+    np.testing.assert_allclose(values, [0, 0.25, 0.75, 1], atol=1e-5)
+    with pytest.raises(ValueError, match="1 or 3 channels; given 2"):
+        imagenet_inputs(jnp.asarray(x[..., :2]))
+
+
 def test_group_norm_has_no_statistics_to_load():
     with pytest.raises(ValueError, match=r"backbone.norm must be one of .*given 'group'"):
         from_torchvision({}, ResNet18("imagenet"))
@@ -307,14 +285,7 @@ def as_pickle(torch_):
 
 
 def as_safetensors(torch_):
-    kinds = {"float32": "F32", "int64": "I64", "float16": "F16", "bfloat16": "BF16"}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, x in STATE.items():
-        offsets = [end, end := end + x.nbytes]
-        about = {"dtype": kinds[x.dtype.name], "shape": x.shape, "data_offsets": offsets}
-        header[name] = about
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for x in STATE.values())
+    return safetensors(STATE)
 
 
 FORMATS = {f.__name__: f for f in (as_zip, as_old, as_pickle, as_safetensors)}
