@@ -202,10 +202,9 @@ _ADMITTED = {
 
 # --- torchvision's networks
 
-# Of ImageNet's colours.
-MEAN, DEVIATION = (np.float32(x).reshape(1, 1, 1, 3) for x in (
-    (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-))  # fmt: skip
+# Of ImageNet's colours, [1, 1, 1, 3].
+MEAN = np.float32([[[[0.485, 0.456, 0.406]]]])
+DEVIATION = np.float32([[[[0.229, 0.224, 0.225]]]])
 
 
 def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
