@@ -174,7 +174,11 @@ def make_model(
     network = configure.make_network(config.method.to_dict(), backbone, num_classes)
     if config.model.get("cosine", False):
         network = network.clone(cosine=True)
-    return models.from_linen(network)
+    model = models.from_linen(network)
+    if weights := config.model.get("weights", ""):
+        state = models.read_weights(weights)
+        model = models.with_weights(model, models.from_torchvision(state, backbone))
+    return model
 
 
 def make_method(
@@ -184,6 +188,9 @@ def make_method(
     check(config)
     schedule = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.train.steps)
     tx = optax.adamw(schedule, weight_decay=config.optimizer.weight_decay)
+    if (what := config.model.get("tune", "all")) != "all":
+        backbone = configure.make_backbone(config.model.to_dict())
+        tx = models.only(tx, models.tuned(backbone, what))
     model = make_model(config, pools, columns)
     return configure.make_method(config.method.to_dict(), model, tx, run_info(config, pools))
 

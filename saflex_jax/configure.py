@@ -54,6 +54,8 @@ BACKBONES = {
 }
 _ANY_RUN = RunInfo(num_samples=1, num_classes=2)  # to check options, of which some need a run
 BY_RUN = {"parent", "name", "axis_name", "categories"}  # of a backbone, and never in a config
+BESIDE = ("name", "cosine", "weights", "tune")  # of a model's section, and no fields of a backbone
+PRETRAINED = {"stem": "imagenet", "norm": "frozen"}  # of a backbone with weights
 
 
 # --- options
@@ -136,11 +138,22 @@ def all_options() -> dict[str, dict[str, Any]]:
 def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
     """Raises ValueError unless a model's section has a "name" of BACKBONES and fields of it.
 
-    "cosine" beside them makes the logits of every head cosines (`models.Classifier`).
+    Beside them "cosine" makes the logits of every head cosines (`models.Classifier`), "weights"
+    names a file of a pretrained ResNet (`models.read_weights`), and "tune" says what of that
+    network trains: `models.tuned`.
     """
     checks.choice(BACKBONES, **{f"{name}.name": section["name"]})
-    fields = {field.name for field in dataclasses.fields(BACKBONES[section["name"]])} - BY_RUN
-    checks.known(name, section, {"name", "cosine", *fields})
+    backbone = BACKBONES[section["name"]]
+    fields = {field.name for field in dataclasses.fields(backbone)} - BY_RUN
+    checks.known(name, section, {*BESIDE, *fields})
+    if not section.get("weights"):
+        checks.choice(("all",), **{f"{name}.tune without weights": section.get("tune", "all")})
+        return
+    if not issubclass(backbone, models.ResNet):
+        raise ValueError(f"{name}.weights must be '' for {section['name']}, which is no ResNet")
+    checks.choice(models.TUNED, **{f"{name}.tune": section.get("tune", "all")})
+    for field, only in PRETRAINED.items():
+        checks.choice((only,), **{f"{name}.{field} with weights": section.get(field, only)})
 
 
 def make_backbone(
@@ -158,7 +171,9 @@ def make_backbone(
     """
     check_model(section)
     backbone = BACKBONES[section["name"]]
-    fields = {k: v for k, v in section.items() if k not in ("name", "cosine")}
+    fields = {k: v for k, v in section.items() if k not in BESIDE}
+    if section.get("weights"):
+        fields |= PRETRAINED
     if categories is not None:
         fields["categories"] = categories
     if axis_name is not None and "axis_name" in {f.name for f in dataclasses.fields(backbone)}:

@@ -10,13 +10,22 @@ from saflex_jax.models.mix_block import (
     MixBlockOptions,
 )
 from saflex_jax.models.mlp import MLP
-from saflex_jax.models.pretrained import from_torchvision, imagenet_inputs, read_weights
+from saflex_jax.models.pretrained import (
+    TUNED,
+    from_torchvision,
+    imagenet_inputs,
+    only,
+    read_weights,
+    tuned,
+    with_weights,
+)
 from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
 from saflex_jax.models.small_cnn import SmallCNN
 from saflex_jax.models.vit import ViT
 
 __all__ = [
     "MLP",
+    "TUNED",
     "AdversarialMixBlock",
     "AdversarialMixBlockOptions",
     "Classifier",
@@ -35,5 +44,8 @@ __all__ = [
     "from_torchvision",
     "imagenet_inputs",
     "mix_hidden",
+    "only",
     "read_weights",
+    "tuned",
+    "with_weights",
 ]

@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from saflex_jax import checks
 from saflex_jax.models.resnet import ResNet
-from saflex_jax.types import PyTree
+from saflex_jax.types import Model, PathPredicate, PyTree
 
 # --- files of tensors
 
@@ -238,7 +239,7 @@ def torchvision_names(backbone: ResNet) -> dict[str, str]:
     """Name of a module in the backbone -> torchvision's: {"Conv_0": "layer1.0.conv1", ...}.
 
     >>> from saflex_jax.models import ResNet18
-    >>> torchvision_names(ResNet18())["Norm_7"]
+    >>> torchvision_names(ResNet18())["Norm_6"]
     'layer2.0.bn2'
     """
     names, number = {"stem": "conv1", "Norm_0": "bn1"}, 0
@@ -313,6 +314,95 @@ def from_torchvision(state: Mapping[str, np.ndarray], backbone: ResNet) -> PyTre
         return given[key(path)].transpose(np.argsort(_TO_TORCH[leaf.ndim])).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+TUNED = ("all", "last_stage", "head")
+
+
+def with_weights(model: Model, variables: PyTree) -> Model:
+    """The model, its backbone started from these variables and fed with `imagenet_inputs`.
+
+    Args:
+      model: of images in [0, 1]; its parameters have an entry "backbone", as those of `Classifier`.
+      variables: of the backbone, as `from_torchvision` gives them.
+
+    Raises:
+      ValueError: (from init) a model with another backbone.
+    """
+
+    def normalised(inputs):
+        if isinstance(inputs, dict) and "inputs" in inputs:  # of `augment.manifold_mixup`
+            return {**inputs, "inputs": imagenet_inputs(inputs["inputs"])}
+        return imagenet_inputs(inputs)
+
+    def init(key, inputs):
+        params, model_state = model.init(key, normalised(inputs))
+        given = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+        own = {"params": params, **model_state}
+        own = {name: own.get(name, {}).get("backbone") for name in given}
+        if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, given):
+            raise ValueError("model must have the backbone that the weights are of")
+        statistics = {**model_state["batch_stats"], "backbone": given["batch_stats"]}
+        params = {**params, "backbone": given["params"]}
+        return params, {**model_state, "batch_stats": statistics}
+
+    def train(params, model_state, inputs, key):
+        return model.train(params, model_state, normalised(inputs), key)
+
+    def logits(params, model_state, inputs):
+        return model.logits(params, model_state, normalised(inputs))
+
+    return Model(init, train, logits)
+
+
+def tuned(backbone: ResNet, what: str) -> PathPredicate:
+    """Which parameters of a model on this backbone train; those outside of it always do.
+
+    >>> from saflex_jax.models import ResNet18
+    >>> train = tuned(ResNet18(), "last_stage")
+    >>> train("head/bias"), train("backbone/Conv_0/kernel"), train("backbone/Conv_18/kernel")
+    (True, False, True)
+
+    Args:
+      backbone: at the entry "backbone" of the parameters.
+      what: "head" (all but the backbone), "last_stage" (and the backbone's last stage), "all".
+
+    Raises:
+      ValueError: another word.
+    """
+    checks.choice(TUNED, tune=what)
+    names, last = torchvision_names(backbone), f"layer{len(backbone.blocks)}."
+
+    def predicate(path: str) -> bool:
+        _, inside, module = path.partition("backbone/")
+        if not inside or what == "all":
+            return True
+        return what == "last_stage" and names[module.partition("/")[0]].startswith(last)
+
+    return predicate
+
+
+def only(
+    tx: optax.GradientTransformation, predicate: PathPredicate
+) -> optax.GradientTransformation:
+    """`tx` for the parameters that are selected; the others stay, and have no optimiser state.
+
+    >>> from saflex_jax.core.tree import under
+    >>> params = {"backbone": jnp.ones(2), "head": jnp.ones(2)}
+    >>> tx = only(optax.sgd(1.0), under("head"))
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> updates["backbone"].tolist(), updates["head"].tolist()
+    ([0.0, 0.0], [-1.0, -1.0])
+    """
+
+    def labels(params):
+        def label(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return "tuned" if predicate(name) else "frozen"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.multi_transform({"tuned": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
