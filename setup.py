@@ -21,6 +21,7 @@ EXPERIMENTS = ["matplotlib>=3.9,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.
 BENCH = [
     "albumentations>=2.0.8,<3",
     "augmax>=0.4.1,<0.5",
+    "cleanlab>=2.9,<3",
     "keras>=3.15,<4",
     "kornia>=0.9,<0.10",
     "lineax>=0.1.1,<0.2",

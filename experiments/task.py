@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn import metrics
 
+from experiments import cleaning
 from experiments.configs import sources
 from experiments.datasets import DATASETS
 from saflex_jax import checks, configure, data, train
@@ -24,7 +25,7 @@ FIELDS = (
     *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
     *("train", "imbalance", "unlabelled", "train_on_val", "trusted_only", "val_from", "folds"),
     *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "features"),
-    "on_device",
+    *("cleaning", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -117,6 +118,13 @@ def check(section: ConfigDict) -> None:
                 f"config.data.{name} must be {sources.DEFAULTS[name]!r} with unlabelled=True: no "
                 "training label is seen, and the validation samples train beside; given "
                 f"{section[name]!r}"
+            )
+    checks.choice(("", *cleaning.CLEANINGS), **{"config.data.cleaning": section.cleaning})
+    for name in ("trusted_only", "unlabelled", "pool"):
+        if section.cleaning and section[name]:
+            raise ValueError(
+                f"config.data.cleaning must be '' with {name}={section[name]!r}: it judges "
+                f"training samples by their given labels; given {section.cleaning!r}"
             )
     checks.choice(("", "ordinal"), **{"config.data.task": section.task})
     if bool(section.outside) != bool(section.outside_from):
@@ -441,6 +449,23 @@ def repeated(inputs: Any, labels: np.ndarray, least: int) -> tuple[Any, np.ndarr
     return data.subset(inputs, rows), labels[rows]
 
 
+def cleaned(
+    section: ConfigDict, inputs: Any, labels: np.ndarray, seed: int, *, trusted: int
+) -> np.ndarray:
+    """The rows that `config.data.cleaning` leaves, the last `trusted` ones among them.
+
+    Raises:
+      ValueError: labels that are no classes.
+    """
+    if labels.ndim > 1:
+        raise ValueError(
+            f"config.data.cleaning must be '' where labels are no classes, as in {section.name}; "
+            f"given {section.cleaning!r}"
+        )
+    stay = cleaning.kept(section.cleaning, inputs, labels, trusted=trusted, seed=seed)
+    return np.flatnonzero(stay)
+
+
 def make_data(config: ConfigDict) -> Data:
     """Opens, splits, corrupts and standardises, all by `config.seed`."""
     section, seed = config.data, config.seed
@@ -481,6 +506,10 @@ def make_data(config: ConfigDict) -> Data:
         candidates = data.joined(candidates, trusted)
         given, clean = (np.concatenate([labels, val_labels]) for labels in (given, clean))
         outside = np.append(outside, np.zeros(len(val_labels), bool))
+    if section.cleaning:
+        rows = cleaned(section, candidates, given, seed, trusted=len(given) - len(split.train))
+        candidates = data.subset(candidates, rows)
+        given, clean, outside = given[rows], clean[rows], outside[rows]
     if section.trusted_only:
         candidates, given = repeated(trusted, val_labels, config.train.batch_size)
         clean, outside = given, np.zeros(len(given), bool)

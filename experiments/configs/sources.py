@@ -24,6 +24,7 @@ DEFAULTS = {
     "labels": "",  # another label set to train on: "worst" of cifar10n
     "noise": 0.0,  # share of wrong training labels
     "noise_kind": "symmetric",  # or "pairwise", "instance"
+    "cleaning": "",  # before training: "confident", "neighbours" (`experiments.cleaning`)
     "outside": 0.0,  # share of training inputs replaced by those of the data set `outside_from`
     "outside_from": "",
     "pool": "",  # a folder or ArrayRecord file of generated candidates

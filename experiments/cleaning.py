@@ -1,0 +1,149 @@
+"""Given labels cleaned before training: what people try first, without a share of wrong labels.
+
+`config.data.cleaning` names one of CLEANINGS. Samples whose label is probably wrong are left out,
+so that every batch is full of the others; how many are left differs by the seed. Trusted samples
+that train, too, are never left out, and they help to judge the others. No right label is read
+otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from sklearn import linear_model, neighbors, preprocessing
+from threadpoolctl import threadpool_limits
+
+from saflex_jax.batches import floats
+from saflex_jax.data.seeds import generator
+
+_KEPT: dict[tuple, np.ndarray] = {}  # arms that differ in other options clean the same samples
+FOLDS = 5
+C = 0.01  # 1 / regularisation of the logistic regression
+NEIGHBOURS = 50
+
+
+def kept(kind: str, inputs: Any, labels: np.ndarray, *, trusted: int, seed: int) -> np.ndarray:
+    """Which samples stay, bool[N]; a class of which nothing would stay does as a whole.
+
+    Args:
+      kind: of CLEANINGS.
+      inputs: of N samples: features [N, D], or [N, V, D] of V views, of which the first is read;
+        images; a table {"numeric", "categorical"}.
+      labels: the given ones, i[N].
+      trusted: the last so many samples have right labels and stay.
+      seed: of the folds.
+    """
+    labels = np.unique(labels, return_inverse=True)[1]  # from 0 on, each with a sample
+    if labels.max() == 0:
+        return np.ones(len(labels), bool)
+    x = preprocessing.StandardScaler().fit_transform(matrix(inputs))
+    key = kind, trusted, seed, hashlib.sha256(x.tobytes() + labels.tobytes()).digest()
+    if key not in _KEPT:
+        with threadpool_limits(1):  # of small products; beside other work two threads are slower
+            stay = CLEANINGS[kind](x, labels, trusted, seed)
+        stay[len(labels) - trusted :] = True
+        _KEPT[key] = stay | np.isin(labels, np.setdiff1d(labels, labels[stay]))
+    return _KEPT[key]
+
+
+def matrix(inputs: Any) -> np.ndarray:
+    """f32[N, D]: of views the first, images flattened, categories as indicators."""
+    columns = []
+    for x in map(np.asarray, jax.tree.leaves(inputs)):
+        if np.issubdtype(x.dtype, np.signedinteger):  # codes [N, E], -1 = missing
+            columns += [np.eye(max(c.max(), 0) + 1)[c] * (c >= 0)[:, None] for c in x.T]
+        else:
+            x = floats(x[:, 0] if x.ndim == 3 else x)
+            columns.append(x.reshape(len(x), -1))
+    return np.hstack(columns).astype(np.float32)
+
+
+# --- confident learning --------------------------------------------------------------------------
+
+
+def confident(x: np.ndarray, labels: np.ndarray, trusted: int, seed: int) -> np.ndarray:
+    """Confident learning with a logistic regression, as users of the package cleanlab do it.
+
+    A sample is judged by a model that was trained on the other folds, and on all trusted samples.
+
+    Source: Northcutt, Jiang and Chuang, "Confident Learning: Estimating Uncertainty in Dataset
+    Labels", JAIR 2021; regularisation and folds by this project.
+    """
+    number = len(labels) - trusted
+    probs = np.zeros((number, labels.max() + 1))
+    fold = np.append(folds(labels[:number], seed), np.full(trusted, FOLDS))  # never held out
+    for held_out in np.unique(fold[:number]):
+        rest, own = fold != held_out, np.flatnonzero(fold == held_out)
+        model = linear_model.LogisticRegression(C=C, max_iter=1000).fit(x[rest], labels[rest])
+        probs[np.ix_(own, model.classes_)] = model.predict_proba(x[own])
+    return np.append(~label_issues(labels[:number], probs), np.ones(trusted, bool))
+
+
+def folds(labels: np.ndarray, seed: int) -> np.ndarray:
+    """The fold of each sample, i[N] in [0, FOLDS), with as many of each class as can be."""
+    order = generator("cleaning", seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    fold = np.empty(len(labels), int)
+    fold[order] = np.arange(len(labels)) % FOLDS
+    return fold
+
+
+def label_issues(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Samples whose given label is probably wrong, bool[N].
+
+        t_j = mean of p_ij over the samples i given j
+        J_kj = number of samples given k whose largest p_ij among those >= t_j is that of j
+        n_kj = J_kj / sum_j J_kj * number given k         how many given k are of j
+
+    flagged are, for all k != j, the n_kj samples given k with the largest p_ij - p_ik, unless the
+    given label is what the model predicts.
+
+    Args:
+      labels: i[N].
+      probs: p, f[N, K], of models that did not see the sample.
+
+    Source: Northcutt et al. 2021, equations 1 to 3 and "prune by noise rate".
+    """
+    size, num_classes = probs.shape
+    given = np.eye(num_classes, dtype=bool)[labels]
+    number = given.sum(0)
+    thresholds = np.where(number > 0, (probs * given).sum(0) / np.maximum(number, 1), np.inf)
+    above = np.where(probs >= thresholds, probs, -1.0)
+    sure = above.max(1) >= 0
+    joint = np.zeros((num_classes, num_classes))
+    np.add.at(joint, (labels[sure], above.argmax(1)[sure]), 1)
+    joint *= (number / np.maximum(joint.sum(1), 1))[:, None]
+    flagged = np.zeros(size, bool)
+    for k, j in zip(*np.nonzero(np.rint(joint))):
+        if k != j:
+            rows = np.flatnonzero(labels == k)
+            margin = probs[rows, j] - probs[rows, k]
+            flagged[rows[np.argsort(-margin)[: int(np.rint(joint[k, j]))]]] = True
+    return flagged & (probs.argmax(1) != labels)
+
+
+# --- neighbours ----------------------------------------------------------------------------------
+
+
+def confirmed(x: np.ndarray, labels: np.ndarray, trusted: int, seed: int) -> np.ndarray:
+    """Samples of whose neighbours no other label is more frequent than their own.
+
+    They are the NEIGHBOURS nearest others by the cosine, fewer where half of a class has fewer.
+    """
+    del trusted, seed
+    num_classes = labels.max() + 1
+    k = min(NEIGHBOURS, max(1, len(labels) // (2 * num_classes)))
+    found = neighbors.NearestNeighbors(n_neighbors=k, metric="cosine").fit(x)
+    votes = np.eye(num_classes, dtype=np.int16)[labels[found.kneighbors(return_distance=False)]]
+    votes = votes.sum(1)
+    return votes[np.arange(len(labels)), labels] == votes.max(1)
+
+
+CLEANINGS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
+    "confident": confident,
+    "neighbours": confirmed,
+}
