@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from experiments import tuning
 from experiments.configs import digits, methods, sources
 from experiments.suite_tasks import Task
+from experiments.task import corrupted_tag, feature_folder
 from experiments.tuning import Changes, Choices
 
 HEADS = {"linear": (), "mlp": (256,)}  # hidden widths
@@ -51,11 +52,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "confident_learning": _arm(True, data={"cleaning": "confident"}),
     "neighbours": _arm(True, data={"cleaning": "neighbours"}),
     "elr": _arm(True, {"name": "elr"}),
+    "dividemix": _arm(True, {"name": "dividemix"}),
     "l2rw": _arm(False, {"rule": "l2rw"}),
     "small_loss": _arm(True, {"rule": "small_loss"}),
     "co_teaching": _arm(True, {"name": "co_teaching", "rule": "as_given"}),
 }
 TOLD = ("small_loss", "co_teaching")  # these are told the share of wrong labels
+OF_CLASSES = ("confident_learning", "neighbours")  # these know no graded labels
+GRADED = ("solar_cells",)
 
 
 def grid_of(arm: str) -> dict[str, Changes]:
@@ -72,34 +76,27 @@ def grid_of(arm: str) -> dict[str, Changes]:
     }
 
 
-class _Set(NamedTuple):
-    """A set of features: the options of `experiments.features` that make it."""
-
-    dataset: str
-    augment: str
-    train: int = 0  # the first so many training samples; 0 = all
-    views: int = 4
-
-
-SIZE = 96  # pixels that images are resized to
+# (data set, name of its features) -> options of `python -m experiments.features`.
+CROP = "--views=4 --augment='shift(4) | flip'"
 SETS = {
-    "cifar10n_crop": _Set("cifar10n", "shift(4) | flip", 12_000),
-    "chest_xray_crop": _Set("chest_xray", "shift(4) | flip"),
-    "fashion_crop": _Set("fashion_mnist", "shift(4) | flip", 12_000),
-    "fashion_randaugment": _Set("fashion_mnist", "randaugment(2, 9)", 2_000, views=8),
-    "brain_mri_crop": _Set("brain_mri", "shift(4) | flip"),
-    "solar_cells_crop": _Set("solar_cells", "shift(4) | flip"),
-    "usps_crop": _Set("usps", "shift(4)"),
-    "mnist_rotated": _Set("mnist", "affine(degrees=180)", 12_000),
+    ("cifar10n", "crop"): f"{CROP} --limit=12000",
+    ("chest_xray", "crop"): f"{CROP} --pixels=96",
+    ("fashion_mnist", "crop"): f"{CROP} --limit=12000",
+    ("fashion_mnist", "randaugment"): "--views=8 --augment='randaugment(2, 9)' --limit=2000",
+    ("brain_mri", "crop"): f"{CROP} --pixels=96",
+    ("solar_cells", "crop"): f"{CROP} --pixels=96",
+    ("usps", "crop"): "--views=4 --augment='shift(2)'",
+    ("mnist", "rotated"): "--views=4 --augment='affine(degrees=180)' --limit=6000",
 }
+FOG = "fog:3"
 
 
 class _Spec(NamedTuple):
-    """A task: its half, the share of wrong labels, the set, what else its data are, its steps."""
+    """A task: half, share of wrong labels, key of SETS, the rest of its data, number of steps."""
 
     half: str
     noise: float
-    features: str
+    features: tuple[str, str]
     data: dict[str, Any]
     steps: int
     augment: str = "view"
@@ -113,16 +110,18 @@ def _generator(share: float, outside_from: str) -> dict[str, Any]:
 
 
 def _cifar(wrong: float, augment: str = "view", *, val: int = 500, **data: Any) -> _Spec:
-    return _Spec("development", wrong, "cifar10n_crop", {"val": val, **data}, 2500, augment)
+    return _Spec("development", wrong, ("cifar10n", "crop"), {"val": val, **data}, 2500, augment)
 
 
-def _few(per_class: int, half: str, features: str, val: int) -> _Spec:
+def _few(per_class: int, half: str, features: tuple[str, str], val: int) -> _Spec:
+    # At least 16 rows a batch, a multiple of 8; else no more than there are.
+    rows = max(16, min(256, 10 * per_class // 8 * 8))
     data = {"per_class": per_class, "val": val}
-    return _Spec(half, 0.0, features, data, 500, batch_size=min(256, 10 * per_class))
+    return _Spec(half, 0.0, features, data, 500, batch_size=rows)
 
 
 def _fashion(wrong: float, *, val: int = 500, **data: Any) -> _Spec:
-    return _Spec("report", wrong, "fashion_crop", {"val": val, **data}, 1000)
+    return _Spec("report", wrong, ("fashion_mnist", "crop"), {"val": val, **data}, 1000)
 
 
 DEVELOPMENT = {
@@ -138,10 +137,10 @@ DEVELOPMENT = {
     "cifar_20": _cifar(0.2, noise=0.2),
     "cifar_40": _cifar(0.4, noise=0.4),
     "cifar_pairwise_30": _cifar(0.3, noise=0.3, noise_kind="pairwise"),
-    "cifar_generator_40": _cifar(0.4, **_generator(0.4, "fashion_crop")),
-    "cifar_few_10": _few(10, "development", "cifar10n_crop", val=50),
-    "chest": _Spec("development", 0.0, "chest_xray_crop", {"val": 200}, 1000),
-    "chest_40": _Spec("development", 0.4, "chest_xray_crop", {"val": 200, "noise": 0.4}, 1000),
+    "cifar_generator_40": _cifar(0.4, **_generator(0.4, "fashion_mnist")),
+    "cifar_few_10": _few(10, "development", ("cifar10n", "crop"), val=50),
+    "chest": _Spec("development", 0.0, ("chest_xray", "crop"), {"val": 200}, 1000),
+    "chest_40": _Spec("development", 0.4, ("chest_xray", "crop"), {"val": 200, "noise": 0.4}, 1000),
 }
 REPORT = {
     "fashion": _fashion(0.0),
@@ -150,24 +149,24 @@ REPORT = {
     "fashion_pairwise_40": _fashion(0.4, noise=0.4, noise_kind="pairwise"),
     "fashion_instance_40": _fashion(0.4, noise=0.4, noise_kind="instance"),
     **{
-        f"fashion_generator_{n}": _fashion(n / 100, **_generator(n / 100, "mnist_rotated"))
+        f"fashion_generator_{n}": _fashion(n / 100, **_generator(n / 100, "mnist@rotated"))
         for n in (20, 40, 60)
     },
     **{
-        f"fashion_few_{number}": _few(number, "report", "fashion_randaugment", val=val)
+        f"fashion_few_{number}": _few(number, "report", ("fashion_mnist", "randaugment"), val=val)
         for number, val in ((1, 10), (5, 20), (10, 50), (50, 100))
     },
-    "fashion_fog": _fashion(0.0, corrupt="fog:3"),
-    "brain_mri": _Spec("report", 0.0, "brain_mri_crop", {"val": 200, "test": 800}, 1000),
+    "fashion_fog": _fashion(0.0, corrupt=FOG),
+    "brain_mri": _Spec("report", 0.0, ("brain_mri", "crop"), {"val": 200, "test": 800}, 1000),
     "brain_mri_40": _Spec(
-        "report", 0.4, "brain_mri_crop", {"val": 200, "test": 800, "noise": 0.4}, 1000
+        "report", 0.4, ("brain_mri", "crop"), {"val": 200, "test": 800, "noise": 0.4}, 1000
     ),
     "solar_poly": _Spec(
-        "report", 0.0, "solar_cells_crop", {"val": 100, "test_on": "cell=1"}, 1000
+        "report", 0.0, ("solar_cells", "crop"), {"val": 100, "test_on": "cell=1"}, 1000
     ),
-    "usps_40": _Spec("report", 0.4, "usps_crop", {"val": 200, "noise": 0.4}, 1000),
+    "usps_40": _Spec("report", 0.4, ("usps", "crop"), {"val": 200, "noise": 0.4}, 1000),
     # Rotations that turn a digit into another, or into none.
-    "mnist_rotated": _Spec("report", 0.0, "mnist_rotated", {"val": 500}, 1000),
+    "mnist_rotated": _Spec("report", 0.0, ("mnist", "rotated"), {"val": 500}, 1000),
 }  # fmt: skip
 SEEDS = 5
 
@@ -186,7 +185,7 @@ def make(folder: str = "data", choices: Choices | None = None) -> dict[str, Task
     tasks = {}
     for name, spec in (DEVELOPMENT | REPORT).items():
         config = _config(spec, folder)
-        config.arms = tuning.chosen_arms(name, arms(spec.noise), grid_of, choices)
+        config.arms = tuning.chosen_arms(name, arms(spec), grid_of, choices)
         tasks[name] = Task(spec.half, spec.noise, SEEDS, None, config)
     return tasks
 
@@ -200,22 +199,41 @@ def grid(folder: str = "data") -> dict[str, Task]:
     tasks = {}
     for name, spec in (DEVELOPMENT | REPORT).items():
         config = _config(spec, folder)
-        config.arms = tuning.every_arm(arms(spec.noise), grid_of)
+        config.arms = tuning.every_arm(arms(spec), grid_of)
         task = Task(spec.half, spec.noise, SEEDS, None, config)
         tasks[name] = tuning.on_trusted_samples(task)
     return tasks
 
 
-def arms(noise: float) -> dict[str, dict[str, Any]]:
-    """The arms of a task; without wrong labels those that are told the share are left out."""
-    return {name: changes for name, changes in ARMS.items() if noise or name not in TOLD}
+def arms(spec: _Spec) -> dict[str, dict[str, Any]]:
+    """The arms of a task: without wrong labels there is no share of them to be told."""
+    name, _ = spec.features
+    without = TOLD * (not spec.noise) + OF_CLASSES * (name in GRADED)
+    return {arm: changes for arm, changes in ARMS.items() if arm not in without}
+
+
+def missing(tasks: dict[str, Task]) -> list[str]:
+    """The commands that compute what features of the tasks are not there."""
+    sets = set()
+    for section in (t.config.data for t in tasks.values() if t.config.data.features):
+        given = (section.name, section.outside_from, section.test_on)
+        for name, _, own in (n.partition("@") for n in given if n and "=" not in n):
+            sets.add((section.dir, name, own or section.features, ""))
+        if section.corrupt:
+            sets.add((section.dir, section.name, section.features, section.corrupt))
+    return [
+        f"python -m experiments.features {name} --out={folder} --tag={tag} "
+        + (f"--corrupt={corrupt}" if corrupt else SETS[name, tag])
+        for folder, name, tag, corrupt in sorted(sets)
+        if not feature_folder(folder, name, corrupted_tag(tag, corrupt)).exists()
+    ]
 
 
 def _config(spec: _Spec, folder: str) -> ConfigDict:
     """What the arms of a task have in common; SAFLEX's options are its defaults."""
     config = digits.get_config()
-    of_set = SETS[spec.features]
-    config.data = sources.section(of_set.dataset, features=spec.features, dir=folder, **spec.data)
+    name, tag = spec.features
+    config.data = sources.section(name, features=tag, dir=folder, **spec.data)
     config.augment = spec.augment
     config.model = {"name": "mlp"}
     config.optimizer.learning_rate = 1e-3

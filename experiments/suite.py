@@ -222,6 +222,8 @@ def missing(tasks: dict[str, Task]) -> list[str]:
     names = set()
     for task in tasks.values():
         section = task.config.data
+        if section.features:  # `pretrained_tasks.missing`
+            continue
         needed = {section.name, section.outside_from, section.test_on} & DATASETS.keys()
         folder = pathlib.Path(section.dir)
         names |= {name for name in needed if not (folder / name / "dataset.json").exists()}
@@ -378,7 +380,7 @@ def described(suite: str, name: str, task: Task) -> dict[str, Any]:
     """The fields of a record that describe its task."""
     return {
         "suite": suite,
-        "regime": "pretrained" if task.config.data.get("features") else "scratch",
+        "regime": "pretrained" if task.config.data.features else "scratch",
         "task": name,
         "half": task.half,
         "upstream": task.config.augment,
@@ -520,6 +522,8 @@ def main(arguments: list[str] | None = None) -> int:
     if lacking := missing(tasks):
         parser.error(f"first: python -m experiments.prepare --out={given.data} "
                      f"{' '.join(lacking)}")  # fmt: skip
+    if lacking := pretrained_tasks.missing(tasks):
+        parser.error("first:\n" + "\n".join(lacking))
 
     given.workdir.mkdir(parents=True, exist_ok=True)
     errors.unlink(missing_ok=True)

@@ -73,10 +73,13 @@ def every_arm(arms: Mapping[str, Changes], grid: Callable[[str], Mapping]) -> di
 
 
 def on_trusted_samples(task: Task) -> Task:
-    """The task with training samples in the place of the test split, and with other seeds."""
+    """The task with training samples in the place of the test split, and with other seeds.
+
+    They are as the training samples are, without a corruption of the test split.
+    """
     config = task.config.copy_and_resolve_references()
     config.seed = FIRST_SEED
-    config.data.select = max(config.data.val, LEAST)
+    config.data.update({"select": max(config.data.val, LEAST), "corrupt": ""})
     return task._replace(config=config, seeds=SEEDS, other_seeds=None)
 
 
