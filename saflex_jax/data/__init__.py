@@ -34,7 +34,14 @@ from saflex_jax.data.splits import (
     stratified_split,
     without_copies,
 )
-from saflex_jax.data.stream import ArrayStream, FoldStream, IndexStream, Prefetched, sizes
+from saflex_jax.data.stream import (
+    ArrayStream,
+    FoldStream,
+    IndexStream,
+    Prefetched,
+    StackedStream,
+    sizes,
+)
 from saflex_jax.data.tables import Column, Table, category_sizes, fit_encoder, read_table
 
 __all__ = [
@@ -51,6 +58,7 @@ __all__ = [
     "Rows",
     "Source",
     "Split",
+    "StackedStream",
     "Table",
     "by_group",
     "category_sizes",

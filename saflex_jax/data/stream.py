@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from saflex_jax import checks
 from saflex_jax._compat import optional
-from saflex_jax.batches import take
+from saflex_jax.batches import stack, take
 from saflex_jax.data.pool import Pool
 from saflex_jax.data.seeds import generator
 from saflex_jax.types import Batch, Streams
@@ -265,6 +265,34 @@ class ArrayStream(IndexStream):
         inputs, labels = np.array(rows.inputs), np.array(rows.labels)
         inputs[places], labels[places] = self._generated(rows.index[places], draws[places])
         return rows._replace(inputs=inputs, labels=labels)
+
+
+class StackedStream(_Stream):
+    """The batches of several streams side by side, for the members of a sweep.
+
+    Every array has a leading axis, one entry a member (`parallel.sweep_runner`).
+
+    >>> streams = [IndexStream(Streams(6), batch_size=3, seed=seed) for seed in (0, 1)]
+    >>> next(StackedStream(streams)).candidates.shape
+    (2, 3)
+
+    Args:
+      streams: one a member, at their start; their `batch(step)` is called.
+
+    Raises:
+      ValueError: no stream; at a batch, members whose shapes differ.
+    """
+
+    def __init__(self, streams: Sequence[IndexStream | FoldStream]):
+        checks.whole(1, **{"the number of streams": len(streams)})
+        self._streams = streams
+
+    def batch(self, step: int) -> Streams:
+        """All members' batches `step`; thread-safe, as theirs are."""
+        return stack([stream.batch(step) for stream in self._streams])
+
+    def _next(self) -> Streams:
+        return self.batch(self._step)
 
 
 class Prefetched(_Stream):

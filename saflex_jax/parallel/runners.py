@@ -60,10 +60,12 @@ def check_divisible(batch: PyTree, devices: int) -> None:
             )
 
 
-def _shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+def shardings_over(
+    devices: Sequence[jax.Device], axis: str = AXIS
+) -> tuple[NamedSharding, NamedSharding]:
     """On the 1-D mesh of the devices: (an array on each of them, a share of its rows on each)."""
-    mesh = _compat.auto_mesh(devices, AXIS)
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    mesh = _compat.auto_mesh(devices, axis)
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axis))
 
 
 def _is_placed(x: np.ndarray | jax.Array, sharding: NamedSharding) -> bool:
@@ -71,18 +73,18 @@ def _is_placed(x: np.ndarray | jax.Array, sharding: NamedSharding) -> bool:
     return isinstance(x, jax.Array) and x.sharding == sharding
 
 
-def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Places host arrays; arrays that are placed already stay."""
 
-    def put(x):
+    def put_leaf(x):
         if _is_placed(x, sharding):
             return x
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(put_leaf, tree)
 
 
-def _on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
+def on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
     """The step on rows of the data sets that are held; where none are, on samples."""
 
     def run(state, streams, held, *, reduce):
@@ -113,33 +115,42 @@ def _state_shardings(state: TrainState, replicated, split) -> PyTree:
     return jax.tree.map(sharding_of, state, is_leaf=_is_by_rows)
 
 
+def copied(state: PyTree, places: PyTree) -> PyTree:
+    """A copy on its devices, by a sharding for each leaf or for whole parts."""
+    if jax.tree.leaves(places)[0].is_fully_addressable:  # jit would refuse other devices' arrays
+        state = jax.device_put(state, places)  # may alias; jit's result never does
+    return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=places)(state)
+
+
+def check_rows(pools: Streams, rows: Streams) -> None:
+    """Raises ValueError unless rows that lie on the host are rows of these data."""
+    for name, pool, indices in zip(Streams._fields, pools, rows):
+        if isinstance(indices, np.ndarray):
+            checks.integers(len(pool.labels), **{f"rows of {name}": indices})
+
+
 def _runner(
     compiled: Callable[..., tuple[TrainState, Metrics]],
     put_batch: Callable[[PyTree], PyTree],
     replicated: NamedSharding,
     shardings: Callable[[TrainState], PyTree],
 ) -> Runner:
-    """The Runner of a compiled `_on_rows`; `shardings` says where the arrays of a state go."""
+    """The Runner of a compiled `on_rows`; `shardings` says where the arrays of a state go."""
 
     def put_state(state):
-        places = shardings(state)
-        if replicated.is_fully_addressable:  # jit would refuse arrays on other devices
-            state = jax.device_put(state, places)  # may alias; jit's result never does
-        return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=places)(state)
+        return copied(state, shardings(state))
 
-    def holding(held, put):
-        return Runner(lambda state, batch: compiled(state, batch, held), put_state, put, hold)
+    def holding(held, put_rows):
+        return Runner(lambda state, batch: compiled(state, batch, held), put_state, put_rows, hold)
 
     def hold(pools):
         checks.streams(pools)
 
         def put_rows(rows):
-            for name, pool, indices in zip(Streams._fields, pools, rows):
-                if isinstance(indices, np.ndarray):
-                    checks.integers(len(pool.labels), **{f"rows of {name}": indices})
+            check_rows(pools, rows)
             return put_batch(rows)
 
-        return holding(_put(pools, replicated), put_rows)
+        return holding(put(pools, replicated), put_rows)
 
     return holding(None, put_batch)
 
@@ -163,12 +174,12 @@ def jit_runner(
       step: (state, streams, *, reduce) -> (state, metrics).
       devices: None = jax.devices().
     """
-    replicated, split = _shardings(jax.devices() if devices is None else devices)
+    replicated, split = shardings_over(jax.devices() if devices is None else devices)
     local = len(split.mesh.local_devices)
 
     def put_batch(batch):
         check_divisible(batch, local)
-        return _put(batch, split)
+        return put(batch, split)
 
     shardings = partial(_state_shardings, replicated=replicated, split=split)
 
@@ -176,7 +187,7 @@ def jit_runner(
     def compiled_for(structure, shapes):
         state = structure.unflatten([np.broadcast_to(0, shape) for shape in shapes])
         return jax.jit(
-            partial(_on_rows(step), reduce=identity),
+            partial(on_rows(step), reduce=identity),
             in_shardings=(shardings(state), split, replicated),
             out_shardings=(shardings(state), replicated),
             donate_argnums=0,
@@ -220,10 +231,10 @@ def pmap_runner(
             f"pmap_runner runs in one process; given {jax.process_count()}: use jit_runner"
         )
     devices = jax.local_devices() if devices is None else devices
-    replicated, split = _shardings(devices)
+    replicated, split = shardings_over(devices)
 
     reduced = jax.pmap(
-        partial(_on_rows(step), reduce=Mean(AXIS)),
+        partial(on_rows(step), reduce=Mean(AXIS)),
         axis_name=AXIS,
         in_axes=(None, 0, None),
         out_axes=(None, None),
@@ -238,7 +249,7 @@ def pmap_runner(
 
     def put_batch(batch):
         check_divisible(batch, len(devices))
-        return _put(jax.tree.map(shares, batch), split)
+        return put(jax.tree.map(shares, batch), split)
 
     def everywhere(state):
         return jax.tree.map(lambda _: replicated, state)

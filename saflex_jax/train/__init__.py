@@ -1,19 +1,24 @@
 """Everything around the step that does I/O: the loop, evaluation, metrics, checkpoints."""
 
+from saflex_jax.train.best import Best
 from saflex_jax.train.checkpoint import CheckpointError, Checkpoints
 from saflex_jax.train.evaluate import make_evaluator, probabilities
 from saflex_jax.train.loop import Diverged, FitResult, fit
+from saflex_jax.train.members import evaluate_each, of_members
 from saflex_jax.train.metrics import MetricsWriter
 from saflex_jax.train.stop import StopRequest
 
 __all__ = [
+    "Best",
     "CheckpointError",
     "Checkpoints",
     "Diverged",
     "FitResult",
     "MetricsWriter",
     "StopRequest",
+    "evaluate_each",
     "fit",
     "make_evaluator",
+    "of_members",
     "probabilities",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 import time
@@ -38,7 +37,8 @@ class FitResult(NamedTuple):
 
     Attributes:
       state: the last TrainState.
-      history: the logged records, [{"step": ..., name: value}].
+      history: the logged records, [{"step": ..., name: value}]; of a sweep the values are lists,
+        one number a member (`of_members`).
       stopped_by: the signal that ended the run early (a checkpoint was written), or None.
     """
 
@@ -48,7 +48,10 @@ class FitResult(NamedTuple):
 
 
 class Diverged(FloatingPointError):
-    """A metric was not finite; the message names step, terms and the last good checkpoint."""
+    """A metric was not finite; the message names step, terms and the last good checkpoint.
+
+    Of a sweep it names the members, and the terms of the first of them.
+    """
 
 
 def _stop_request() -> StopRequest:
@@ -78,7 +81,9 @@ def _check_batch(step: int, batch: Streams, first: list[tuple] | None) -> list[t
         # Rows of held data, and batches that are on devices already, are checked elsewhere.
         candidates = batch.candidates
         if isinstance(candidates, Batch) and not getattr(candidates.mask, "committed", False):
-            checks.streams(batch)
+            of_sweep = np.ndim(candidates.mask) == 2  # an axis of members in front
+            for member in range(len(candidates.mask)) if of_sweep else [...]:
+                checks.streams(jax.tree.map(lambda x, m=member: x[m], batch))
         return _shapes(batch)
     now = _shapes(batch)
     if now != first:
@@ -91,19 +96,39 @@ def _check_batch(step: int, batch: Streams, first: list[tuple] | None) -> list[t
 
 
 def _check_finite(step: int, metrics: dict[str, tuple], checkpoints: Checkpoints | None) -> None:
-    values = {name: float(total) for name, (total, _) in metrics.items()}
-    if all(map(math.isfinite, values.values())):
+    values = {name: total for name, (total, _) in metrics.items()}
+    bad = ~np.isfinite(np.array([*values.values()])).all(0)
+    if not np.any(bad):
         return
+    who = ""
+    if np.ndim(bad):  # of a sweep
+        members = np.flatnonzero(bad).tolist()
+        values = {name: value[members[0]] for name, value in values.items()}
+        who = f" of members {members}"
     saved = None if checkpoints is None else checkpoints.latest
     last = "none" if saved is None else f"step {saved} in {checkpoints.directory}"
-    terms = ", ".join(f"{name} {value:.6g}" for name, value in sorted(values.items()))
-    raise Diverged(f"step {step} is not finite: {terms}; last good checkpoint: {last}")
+    terms = ", ".join(f"{name} {float(value):.6g}" for name, value in sorted(values.items()))
+    raise Diverged(f"step {step}{who} is not finite: {terms}; last good checkpoint: {last}")
 
 
-def _averages(window: list[Metrics]) -> dict[str, float]:
-    """Exact means of (sum, count) pairs; a metric that nothing contributed to is left out."""
+def _filled(value: float | list[float | None]) -> float | list[float]:
+    """A value of an evaluation; 0 for a member of a sweep that has none."""
+    return [v or 0.0 for v in value] if isinstance(value, list) else value
+
+
+def _averages(window: list[Metrics]) -> dict[str, float | list[float | None]]:
+    """Exact means of (sum, count) pairs; a metric that nothing contributed to is left out.
+
+    Of a sweep a list, in which None stands for what a member leaves out.
+    """
     sums = {name: np.sum([metrics[name] for metrics in window], axis=0) for name in window[0]}
-    return {name: float(total / count) for name, (total, count) in sums.items() if count > 0}
+
+    def mean(total, count):
+        if np.ndim(total):
+            return [mean(*pair) for pair in zip(total, count)]
+        return float(total / count) if count > 0 else None
+
+    return {name: mean(*pair) for name, pair in sums.items() if np.any(pair[1] > 0)}
 
 
 def fit(
@@ -144,7 +169,8 @@ def fit(
       stream: endless; with checkpoints it needs get_state and set_state.
       num_steps: the step to reach; steps before a resume count.
       log_every: number of steps that one record averages.
-      evaluate: state -> values, logged with the prefix "eval/"; called every `eval_every` steps.
+      evaluate: state -> values, logged with the prefix "eval/"; called every `eval_every` steps. Of
+        a sweep each value is a list (`evaluate_each`).
       eval_every: a multiple of log_every; None = never.
       writer: of the records.
       checkpoints: None = no checkpoint is written or read.
@@ -205,14 +231,15 @@ def fit(
                 record["seconds_per_step"] = (time.perf_counter() - window_began) / len(window)
                 if eval_every and (step % eval_every == 0 or step == num_steps):
                     values = {f"eval/{k}": v for k, v in evaluate(state).items()}
-                    _check_finite(step, {k: (v, 1) for k, v in values.items()}, checkpoints)
+                    _check_finite(
+                        step, {k: (_filled(v), 1) for k, v in values.items()}, checkpoints
+                    )
                     record |= values
                 history.append({"step": step, **record})
                 if writer is not None:
                     writer.write(step, record)
-                bar.set_postfix(
-                    {k: f"{record[k]:.4g}" for k in ("loss", "eval/accuracy") if k in record}
-                )
+                shown = (k for k in ("loss", "eval/accuracy") if k in record)
+                bar.set_postfix({k: f"{np.mean(record[k]):.4g}" for k in shown})
                 window, window_began = [], time.perf_counter()
             if saving:
                 checkpoints.save(step, state, stream.get_state(), force=ending)

@@ -1,0 +1,54 @@
+"""The members of a sweep one by one: their records, and their evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from saflex_jax.parallel.sweep import member
+from saflex_jax.types import TrainState
+
+Values = dict[str, float]
+
+
+def of_members(history: list[dict]) -> list[list[dict]]:
+    """The history of each member of a sweep, as its single run has it.
+
+    "seconds_per_step" is the time of the sweep's step divided by the number of members.
+
+    >>> of_members([{"step": 3, "loss": [0.5, 0.25], "rare": [None, 1.0], "seconds_per_step": 8.0}])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    [[{'step': 3, 'loss': 0.5, 'seconds_per_step': 4.0}],
+     [{'step': 3, 'loss': 0.25, 'rare': 1.0, 'seconds_per_step': 4.0}]]
+
+    Args:
+      history: of `fit` with a `parallel.sweep_runner`; one number for "step" and the time, else one
+        a member.
+    """
+    number = max(len(v) for v in history[0].values() if isinstance(v, list))
+    shared = ("step", "seconds_per_step")
+
+    def of_member(record, m):
+        own = {k: record[k] if k in shared else record[k][m] for k in record}
+        own["seconds_per_step"] /= number
+        return {name: value for name, value in own.items() if value is not None}
+
+    return [[of_member(record, m) for record in history] for m in range(number)]
+
+
+def evaluate_each(
+    evaluates: Sequence[Callable[[TrainState], Values]],
+) -> Callable[[TrainState], dict[str, list[float | None]]]:
+    """The `evaluate` of a sweep from one for each member: name -> a value a member.
+
+    None where a member has no such value.
+
+    Args:
+      evaluates: state of the single run -> values.
+    """
+
+    def evaluate(state):
+        found = [each(member(state, m)) for m, each in enumerate(evaluates)]
+        names = dict.fromkeys(name for values in found for name in values)
+        return {name: [values.get(name) for values in found] for name in names}
+
+    return evaluate
