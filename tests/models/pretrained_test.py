@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.features import forward, torch_ops
 from saflex_jax.models import Classifier, ResNet18, ResNet50, from_linen, pretrained
 from saflex_jax.models.pretrained import (
     from_torchvision,
@@ -58,41 +59,6 @@ class InNumpy:
         return np.maximum(x, 0)
 
 
-def in_torch(torch):
-    functional = torch.nn.functional
-    return types.SimpleNamespace(
-        conv=lambda x, k, stride: functional.conv2d(x, k, None, stride, k.shape[-1] // 2),
-        norm=lambda x, weight, bias, mean, var: functional.batch_norm(
-            x, mean, var, weight, bias, eps=1e-5
-        ),
-        pool=lambda x: functional.max_pool2d(x, 3, 2, 1),
-        relu=torch.relu,
-    )
-
-
-def forward(state, images, ops):
-    """The features; what blocks there are is read from the names."""
-
-    def conv_norm(x, conv, norm, stride=1):
-        x = ops.conv(x, state[f"{conv}.weight"], stride)
-        leaves = ("weight", "bias", "running_mean", "running_var")
-        return ops.norm(x, *(state[f"{norm}.{leaf}"] for leaf in leaves))
-
-    x = ops.pool(ops.relu(conv_norm(images, "conv1", "bn1", 2)))
-    blocks = dict.fromkeys(k.rsplit(".conv", 1)[0] for k in state if ".conv" in k)
-    for block in blocks:
-        stride = 2 if block.endswith(".0") and not block.startswith("layer1") else 1
-        bottleneck = f"{block}.conv3.weight" in state
-        y, path = x, [(1, 1), (2, stride), (3, 1)] if bottleneck else [(1, stride), (2, 1)]
-        for n, its_stride in path:
-            y = conv_norm(y, f"{block}.conv{n}", f"{block}.bn{n}", its_stride)
-            y = ops.relu(y) if n < len(path) else y
-        if f"{block}.downsample.0.weight" in state:
-            x = conv_norm(x, f"{block}.downsample.0", f"{block}.downsample.1", stride)
-        x = ops.relu(x + y)
-    return x.mean((2, 3))
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_features_are_those_of_torchvisions_network(name):
     backbone, state = SMALL[name], state_of(SMALL[name])
@@ -113,7 +79,7 @@ def test_features_are_pytorchs(backbone):
     features = jax.jit(partial(backbone.apply, train=False))(variables, IMAGES)
     tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in state.items()}
     images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
-    expected = forward(tensors, images, in_torch(torch)).numpy()
+    expected = forward(tensors, images, torch_ops()).numpy()
     np.testing.assert_allclose(features, expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
