@@ -2,7 +2,7 @@
 
     python -m benchmarks.features [--json] [--out FILE] [--rounds=5] [--size=96]
 
-A ResNet-18 of torchvision with random weights on a batch of 64 images. "command" is what
+A ResNet-18 of torchvision with random weights, on 64 images at once. "command" is what
 `python -m experiments.features` does with 16 images of 32x32x3: three augmented views of each,
 resized, and all features. PyTorch, where it is installed, gets the resized images.
 """
@@ -24,7 +24,9 @@ from experiments import features
 from experiments.features import Options
 from saflex_jax import models
 
+BACKBONE = models.ResNet18("imagenet", norm="frozen")
 BATCH, SOURCE = 64, 32  # images that the network sees at once, pixels before they are resized
+SECONDS = 1.0  # of one job in one round
 JOBS = {
     "command": "draws, resizing and network, as the command runs them",
     "network": "the network alone, compiled by JAX",
@@ -102,7 +104,7 @@ class Features(reporting.Benchmark):
 
     def __init__(self, options):
         self.size = options.size
-        self.timed = timing.Series("features", tuple(JOBS), self.setups, options.rounds, 1.0)
+        self.timed = timing.Series("features", tuple(JOBS), self.setups, options.rounds, SECONDS)
         self.series = [self.timed]
 
     @staticmethod
@@ -112,21 +114,20 @@ class Features(reporting.Benchmark):
 
     def setups(self):
         """All jobs on the same weights."""
-        backbone = models.ResNet18("imagenet", norm="frozen")
-        state = random_state(backbone)
-        variables = models.from_torchvision(state, backbone)
+        state = random_state(BACKBONE)
+        variables = models.from_torchvision(state, BACKBONE)
         rng, shape = np.random.default_rng(0), (BATCH, self.size, self.size, 3)
         images = rng.normal(size=shape).astype(np.float32)
 
         def command():
             options = Options(size=self.size, views=4, augment="shift(4) | flip")
-            extract = features.make_extractor(backbone, variables, options, 4)
+            extract = features.make_extractor(BACKBONE, variables, options, 4)
             pixels = rng.integers(0, 256, (BATCH // 4, SOURCE, SOURCE, 3), dtype=np.uint8)
             rows = np.arange(BATCH // 4, dtype=np.int32)
             return lambda: jax.block_until_ready(extract(pixels, rows))
 
         def network():
-            apply = jax.jit(partial(backbone.apply, train=False))
+            apply = jax.jit(partial(BACKBONE.apply, train=False))
             return lambda: jax.block_until_ready(apply(variables, images))
 
         def torch(channels_last):
