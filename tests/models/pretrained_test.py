@@ -1,6 +1,7 @@
 """PyTorch's files and torchvision's networks, against NumPy and, where it is installed, PyTorch."""
 
 import io
+import pathlib
 import pickle
 import sys
 import types
@@ -81,6 +82,21 @@ def test_features_are_pytorchs(backbone):
     images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
     expected = forward(tensors, images, torch_ops()).numpy()
     np.testing.assert_allclose(features, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+WEIGHTS = pathlib.Path(__file__).parents[2] / "data" / "weights" / "resnet18.pkl"
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="python -m experiments.prepare resnet18")
+def test_features_of_the_real_weights_are_pytorchs():
+    torch = pytest.importorskip("torch")
+    backbone, state = ResNet18("imagenet", norm="frozen"), read_weights(WEIGHTS)
+    variables = from_torchvision(state, backbone)
+    images = np.random.default_rng(0).normal(size=(2, 96, 96, 3)).astype(np.float32)
+    features = jax.jit(partial(backbone.apply, train=False))(variables, images)
+    tensors = {k: torch.from_numpy(x) for k, x in state.items()}
+    expected = forward(tensors, torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch_ops())
+    np.testing.assert_allclose(features, expected.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize(
