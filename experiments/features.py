@@ -32,6 +32,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments import task
+from experiments.feature_sets import corrupted_tag, feature_folder
 from experiments.locking import locked
 from saflex_jax import augment, checks, configure, data, models
 from saflex_jax.augment import corruptions
@@ -217,14 +218,14 @@ def compute(name: str, options: Options, weights: str, out: pathlib.Path, tag: s
     """
     options.check()
     options = options._replace(weights=file_digest(weights))
-    tag = task.corrupted_tag(tag or options.tag(), options.corrupt)
+    tag = corrupted_tag(tag or options.tag(), options.corrupt)
     source = task.opened(name, str(out), options.pixels, "", False)
     seen, tested = parts(source, options)
     network = load_network(options, weights)
     extractors = {v: make_extractor(*network, options, v) for v in (options.views, 1)}
     shape = shape_of(extractors[options.views], source, options.views)
     fixed = {**options._asdict(), "rows": [len(seen), len(tested)]}
-    folder = task.feature_folder(str(out), name, tag)
+    folder = feature_folder(str(out), name, tag)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, tag):
         if folder.exists():

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from experiments import tuning
 from experiments.configs import digits, methods, sources
+from experiments.feature_sets import corrupted_tag, feature_folder
 from experiments.suite_tasks import Task
-from experiments.task import corrupted_tag, feature_folder
 from experiments.tuning import Changes, Choices
 
 HEADS = {"linear": (), "mlp": (256,)}  # hidden widths

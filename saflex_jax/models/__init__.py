@@ -15,12 +15,12 @@ from saflex_jax.models.pretrained import (
     from_torchvision,
     imagenet_inputs,
     only,
-    read_weights,
     tuned,
     with_weights,
 )
 from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
 from saflex_jax.models.small_cnn import SmallCNN
+from saflex_jax.models.tensor_files import read_weights
 from saflex_jax.models.vit import ViT
 
 __all__ = [
