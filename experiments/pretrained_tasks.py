@@ -81,11 +81,11 @@ CROP = "--views=4 --augment='shift(4) | flip'"
 SETS = {
     ("cifar10n", "crop"): f"{CROP} --limit=12000",
     ("chest_xray", "crop"): f"{CROP} --pixels=96",
-    ("fashion_mnist", "crop"): f"{CROP} --limit=12000",
+    ("fashion_mnist", "crop"): "--views=4 --augment='shift(2) | flip' --limit=12000",
     ("fashion_mnist", "randaugment"): "--views=8 --augment='randaugment(2, 9)' --limit=2000",
     ("brain_mri", "crop"): f"{CROP} --pixels=96",
     ("solar_cells", "crop"): f"{CROP} --pixels=96",
-    ("usps", "crop"): "--views=4 --augment='shift(2)'",
+    ("usps", "crop"): "--views=4 --augment='shift(1)'",
     ("mnist", "rotated"): "--views=4 --augment='affine(degrees=180)' --limit=6000",
 }
 FOG = "fog:3"
