@@ -309,6 +309,15 @@ def test_validation_from_train_is_view_0(sets):
     np.testing.assert_array_equal(own.pools.val.inputs, own.pools.candidates.inputs[:, 0])
 
 
+def test_noise_that_follows_inputs_follows_view_0(sets):
+    noisy = task.make_data(config(sets, noise=0.25, noise_kind="instance"))
+    expected = data.instance_noise(
+        noisy.pools.candidates.inputs[:, 0], noisy.clean_labels, 2, share=0.25, seed=0
+    )
+    np.testing.assert_array_equal(noisy.pools.candidates.labels.argmax(1), expected)
+    assert noisy.wrong.sum() == 8
+
+
 def test_trusted_samples_alone_keep_their_views(sets):
     own = task.make_data(config(sets, trusted_only=True))
     assert own.pools.candidates.inputs.shape[1:] == (VIEWS, 8)
