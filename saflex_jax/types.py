@@ -177,6 +177,7 @@ class RunInfo(NamedTuple):
       labels: gives the prior labels f32[N, K] of all source samples, on the host.
       upstream: text of the pipeline that made the candidates (`augment.parse`).
       axis_name: mapped axis of the step, for batch statistics under pmap; None under jit.
+      blocks: labels are k * blocks + m, of which m is known whatever the noise (SLA's views).
     """
 
     num_samples: int
@@ -189,6 +190,7 @@ class RunInfo(NamedTuple):
     labels: Callable[[], np.ndarray] | None = None
     upstream: str = "identity"
     axis_name: str | None = None
+    blocks: int = 1
 
 
 class Method(NamedTuple):

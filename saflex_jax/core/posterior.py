@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from saflex_jax import checks
 from saflex_jax.core.targets import rescale
@@ -143,10 +144,19 @@ def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int =
     return rate * jnp.maximum(1 - ratio**2, 0.0)
 
 
+def sharpened(probs: jax.Array, sharpness: float) -> jax.Array:
+    """b_ik = p_ik^a / sum_j p_ij^a, f32[B, K]; rows of zeros stay so.
+
+    >>> sharpened(jnp.array([[0.5, 0.5], [0.0, 0.0]]), 2.0).tolist()
+    [[0.5, 0.5], [0.0, 0.0]]
+    """
+    return _normalised(probs**sharpness)
+
+
 def posterior_targets(
     prior: jax.Array,
     probs: jax.Array,
-    noise_rate: float | jax.Array,
+    noise: float | jax.Array,
     *,
     sharpness: float = 2.0,
     trusted: jax.Array | None = None,
@@ -156,17 +166,19 @@ def posterior_targets(
     """The given label with the probability that it is right, else what the network believes.
 
         b_ik = p_ik^a / sum_j p_ij^a ,   s_ik = min(b_ik, q_ik) / q_ik
-        r_ik = (1 - eta) s_ik / ((1 - eta) s_ik + eta (1 - s_ik) / (K - 1))
         o(p)_i = (p_i - q_i)_+ / sum_k (p_ik - q_ik)_+ ,   c_i = ||o(p)_i||^4
-        l_i = <q_i, 1 - r_i> ,   w_i = 1 - l_i + l_i c_i ,   y_i = (q_i r_i + l_i c_i o(b)_i) / w_i
+        m_ij = sum_k o(b)_ik C_kj ,   r_ij = C_jj s_ij / (C_jj s_ij + m_ij (1 - s_ij))
+        l_ij = q_ij (1 - r_ij) ,   w_i = 1 - (1 - c_i) sum_j l_ij
+        y_ik = (q_ik r_ik + c_i sum_j l_ij o(b)_ik C_kj / m_ij) / w_i
 
-    and weights rescaled to global mean one. For one-hot labels s_i = <q_i, b_i> is what the network
-    believes of the given label, o_i the rest of its belief, and, wrong labels being equally likely,
-    q_i r_i + l_i o_i the posterior of the true label. A mixed label is several given ones: of each
-    the network believes what of its belief lies there (s_ik, the coupling of b and q that moves
-    least), so that b_i = q_i leaves it as it is. Of the posterior the part o_i counts as far as the
-    network is certain, c_i: a sample that is of no class it knows keeps little weight, however its
-    belief is sharpened. Where eta is 0 all is as given.
+    and weights rescaled to global mean one. C_kj says how likely k is to be given as j; one share
+    eta of wrong labels is C_kk = 1 - eta and eta / (K - 1) elsewhere. For one-hot labels
+    s_i = <q_i, b_i> is what the network believes of the given label, o_i the rest of its belief,
+    and with c = 1 y_i is the posterior of the true label. A mixed label is several given ones: of
+    each the network believes what of its belief lies there (s_ik, the coupling of b and q that
+    moves least), so that b_i = q_i leaves it as it is. The part that leaves the given label counts
+    as far as the network is certain, c_i: a sample that is of no class it knows keeps little
+    weight, however its belief is sharpened. Where C is diagonal all is as given, bit for bit.
 
     >>> prior, belief = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.9, 0.1], [0.1, 0.9]])
     >>> targets = posterior_targets(prior, belief, 0.4)
@@ -174,13 +186,15 @@ def posterior_targets(
     [0, 1]
     >>> (targets.utility < 0).tolist()
     [False, True]
-    >>> posterior_targets(prior, belief, 0.0).labels.tolist()
+    >>> never = jnp.array([[0.6, 0.4], [0.0, 1.0]])  # what is of class 1 is never given as 0
+    >>> posterior_targets(prior, belief, never).labels.tolist()
     [[1.0, 0.0], [1.0, 0.0]]
 
     Args:
       prior: q, f32[B, K].
       probs: p, f32[B, K], >= 0; a row of zeros = nothing is known, as given.
-      noise_rate: eta, f32[] in [0, 1], see `estimate_noise_rate`.
+      noise: eta, f32[] in [0, 1], see `estimate_noise_rate`; or C, f32[K, K] >= 0, see
+        `core.transition.likelihood`. Only the ratios within a column of C matter.
       sharpness: a > 0. Networks that see wrong labels, and averages over a network's past, are less
         certain than they are right; 1 believes them as they are.
       trusted: bool[B]; True rows stay as given, weight one. None = no row.
@@ -188,30 +202,28 @@ def posterior_targets(
       reduce: mean over the data-parallel axis.
 
     Returns:
-      Targets, without gradient; the utility is 1 - 2 l_i, negative where the given label is more
-      likely wrong than right. Probabilities that are not finite, or a traced noise_rate outside
-      [0, 1], give weights that are not finite.
+      Targets, without gradient; the utility is 1 - 2 sum_j l_ij, negative where the given label is
+      more likely wrong than right. Probabilities that are not finite, or traced noise that is no
+      probability, give weights that are not finite.
 
     Raises:
-      ValueError: shapes disagree; fewer than two classes; noise_rate outside [0, 1]; sharpness <=
-        0; and, on concrete arrays, prior not in the simplex or negative probs.
+      ValueError: shapes disagree; fewer than two classes; sharpness <= 0; and, on concrete arrays,
+        a share outside [0, 1] or a negative C, prior not in the simplex, or negative probs.
 
     Source: this project's (docs/results.md). The label's likelihood is that of Patrini et al.,
-    "Making Deep Neural Networks Robust to Label Noise", CVPR 2017, for symmetric noise; beliefs are
-    sharpened as in MixMatch (Berthelot et al., NeurIPS 2019), whose temperature is 1 / a = 1/2.
+    "Making Deep Neural Networks Robust to Label Noise", CVPR 2017; beliefs are sharpened as in
+    MixMatch (Berthelot et al., NeurIPS 2019), whose temperature is 1 / a = 1/2.
     """
     checks.same_shape(prior=prior, probs=probs)
     size, num_classes = prior.shape
     checks.rows(size, trusted=trusted, mask=mask)
     checks.whole(2, num_classes=num_classes)
-    checks.fraction(noise_rate=noise_rate)
     checks.positive(sharpness=sharpness)
     mask = jnp.ones(size, bool) if mask is None else mask
     checks.simplex(mask, prior=prior)
     if checks.concrete((probs, mask)) and (jnp.where(mask[:, None], probs, 0.0) < 0).any():
         raise ValueError("probs must be >= 0: probabilities, not logits; given a negative one")
-    if isinstance(noise_rate, jax.core.Tracer):  # cannot be refused: let it surface in the loss
-        noise_rate = jnp.where((noise_rate >= 0) & (noise_rate <= 1), noise_rate, jnp.nan)
+    noise, stays = _checked(noise, num_classes)
 
     def beyond(p):  # o
         return _normalised(p - jnp.minimum(p, prior))
@@ -220,19 +232,47 @@ def posterior_targets(
     as_given = jnp.sum(probs, axis=-1) == 0
     if trusted is not None:
         as_given |= trusted
-    believed = _normalised(probs**sharpness)
+    believed = sharpened(probs, sharpness)
+    others = beyond(believed)
     share = _divide(jnp.minimum(believed, prior), prior, 0.0)
-    right, wrong = (1 - noise_rate) * share, noise_rate * (1 - share) / (num_classes - 1)
+    met = _elsewhere(others, noise)
+    right, wrong = stays * share, met * (1 - share)
     right = jnp.where(as_given[:, None], 1.0, _divide(right, right + wrong, 1.0))
     # A sum of what is moved, which is exactly zero where nothing is.
-    lost = jnp.sum(prior * (1 - right), axis=-1)
-    moved = lost * certain
-    weights = 1 - lost + moved
-    labels = prior - prior * (1 - right) + moved[:, None] * beyond(believed)
+    moved = prior * (1 - right)
+    lost = jnp.sum(moved, axis=-1)
+    weights = 1 - lost + certain * lost
+    arriving = others * _elsewhere(_divide(moved, met, 0.0), noise.T)
+    labels = prior - moved + certain[:, None] * arriving
     labels = _divide(labels, weights[:, None], prior)
     weights = rescale(jnp.where(mask, weights, 0.0), mask, reduce=reduce)
     labels = jnp.where(mask[:, None], labels, prior)
     return jax.lax.stop_gradient(Targets(weights, labels, jnp.where(mask, 1 - 2 * lost, 0.0)))
+
+
+def _checked(noise: float | jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """The noise, and C_kk; not finite where it is traced and no probability."""
+    if np.ndim(noise) == 0:
+        checks.fraction(noise=noise)
+        noise = jnp.asarray(noise)
+        noise = jnp.where((noise >= 0) & (noise <= 1), noise, jnp.nan)
+        return noise, 1 - noise
+    if np.shape(noise) != (num_classes, num_classes):
+        raise ValueError(
+            f"noise must be one share or a matrix [{num_classes}, {num_classes}]; "
+            f"given {np.shape(noise)}"
+        )
+    if checks.concrete(noise) and (noise < 0).any():
+        raise ValueError(f"noise must be >= 0; given {noise.min()}")
+    noise = jnp.asarray(noise)
+    return noise, jnp.diag(noise)[None]
+
+
+def _elsewhere(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """sum_k x_k C_kj over k other than j, f32[B, K]; without the matrix of one share."""
+    if noise.ndim == 0:
+        return noise / (x.shape[1] - 1) * (jnp.sum(x, axis=-1, keepdims=True) - x)
+    return jnp.dot(x, noise * (1 - jnp.eye(len(noise))), precision="highest")
 
 
 def _divide(x: jax.Array, y: jax.Array, otherwise: jax.Array | float) -> jax.Array:

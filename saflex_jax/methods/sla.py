@@ -132,6 +132,7 @@ def seen(run: RunInfo, options: Options) -> RunInfo:
         num_trusted=run.num_trusted * views,
         counts=counts,
         labels=None if run.labels is None else labels,
+        blocks=run.blocks * labels_a_class,
     )
 
 

@@ -1,12 +1,13 @@
 """SAFLEX's default rule: how likely is each given label to be right, and which is, if it is not?
 
-    p'_i = softmax(log p_i + lookahead S_i) ,   y_i, w_i = posterior(q_i, mean p'_i, eta)
+    p'_i = softmax(log p_i + lookahead S_i) ,   y_i, w_i = posterior(q_i, mean p'_i, C)
 
 To first order scores are the change of log p after a step that lowers the validation loss, so p' is
-what the network would believe after it. The share eta of wrong labels is learned from the trusted
-samples (`core.posterior`). Where no label is wrong it is the plain upstream pipeline, bit for bit.
-Of rows that upstream mixing made, what is known of their parents is mixed as their labels are
-(`core.parents`). How it compares with the paper's rule: docs/results.md.
+what the network would believe after it. How many labels are wrong is learned from the trusted
+samples (`core.posterior`), and which classes are given in the place of which, C, from what is
+remembered of the others (`core.transition`). Where no label is wrong it is the plain upstream
+pipeline, bit for bit. Of rows that upstream mixing made, what is known of their parents is mixed as
+their labels are (`core.parents`). How it compares with the paper's rule: docs/results.md.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core import memory, parents, posterior
+from saflex_jax.core import memory, parents, posterior, transition
 from saflex_jax.core.memory import Memory
 from saflex_jax.core.posterior import Agreement
 from saflex_jax.core.targets import prior_targets
+from saflex_jax.core.transition import Pairs
 from saflex_jax.rules.visits import VisitMean
 from saflex_jax.types import Batch, RunInfo
 
@@ -32,10 +34,12 @@ class Beliefs(NamedTuple):
     Attributes:
       memory: mean over visits of what is believed after a step, f32[N, K].
       agreement: with given labels, for the share of wrong ones.
+      pairs: believed and given labels, for the classes that are confused.
     """
 
     memory: Memory | None
     agreement: Agreement | None
+    pairs: Pairs | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +56,9 @@ class Posterior:
       lookahead: >= 0, length of the step after which p' is believed: 1 is all of "cg"'s, a Newton
         step on the validation loss; along "identity" it is a learning rate.
       sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
-      agreement_decay: in [0, 1), how slowly the estimate of eta forgets.
+      agreement_decay: in [0, 1), how slowly the estimates of eta and C forget.
+      by_class: learn which classes are confused, K x K numbers; needs `run`. False = all wrong
+        labels are equally likely.
       memory: how visits are averaged; needs `run`.
 
     Raises:
@@ -64,6 +70,7 @@ class Posterior:
     lookahead: float = 1.0
     sharpness: float = 2.0
     agreement_decay: float = 0.99
+    by_class: bool = True
     memory: VisitMean = VisitMean()
 
     def __post_init__(self):
@@ -87,33 +94,43 @@ class Posterior:
 
     def init(self):
         """See `ScoreRule`."""
-        estimates = self.noise_rate is None
-        return Beliefs(self.memory.init(self.run), posterior.no_agreement() if estimates else None)
+        run = self.run
+        return Beliefs(
+            self.memory.init(run),
+            posterior.no_agreement() if self.noise_rate is None else None,
+            transition.no_pairs(run.num_classes // run.blocks) if self._by_class else None,
+        )
 
     def update(self, arrays, scored, streams, *, reduce):
         """Remembers what is believed of the candidates, and how far it agrees with their labels."""
         candidates = streams.candidates
-        kept, agreement = arrays
+        kept, agreement, pairs = arrays
+        rows = candidates.mask & parents.is_whole(candidates)
         if kept is not None:
-            rows = candidates.mask & parents.is_whole(candidates)
             kept = self.memory.add(kept, candidates, self._visit(scored), rows, reduce)
+        belief = self._belief(kept, scored, candidates)
         if agreement is not None:
-            belief = self._belief(kept, scored, candidates)
-            agreement = self._agreement(agreement, belief, scored, streams, reduce)
-        return Beliefs(kept, agreement)
+            agreement = self._agreement(agreement, belief, scored, streams, rows, reduce)
+        if pairs is not None:
+            pairs = self._pairs(pairs, belief, streams, rows, reduce)
+        return Beliefs(kept, agreement, pairs)
 
     def targets(self, arrays, scored, candidates, *, reduce):
         """`posterior_targets` of what is believed; the prior where nothing can be known."""
-        noise_rate = self._noise_rate(arrays, candidates)
+        noise = noise_rate = self._noise_rate(arrays, candidates)
         metrics = {"noise_rate": (noise_rate * jnp.ones(()), jnp.ones(()))}
         if scored is None and arrays.memory is None:
             return prior_targets(candidates.labels, candidates.mask), metrics
+        if arrays.pairs is not None:
+            noise = transition.likelihood(
+                arrays.pairs, noise_rate, num_trusted=self._num_known, blocks=self.run.blocks
+            )
         targets = posterior.posterior_targets(
             candidates.labels,
             self._belief(arrays.memory, scored, candidates),
-            noise_rate,
+            noise,
             sharpness=self.sharpness,
-            trusted=parents.of_all(candidates, self._is_trusted) if self._num_trusted else None,
+            trusted=self._trusted(candidates),
             mask=candidates.mask,
             reduce=reduce,
         )
@@ -122,6 +139,19 @@ class Posterior:
     @property
     def _num_trusted(self) -> int:
         return 0 if self.run is None else self.run.num_trusted
+
+    @property
+    def _num_known(self) -> int:
+        """Samples whose label is known to be right, whether they train or not; 0 = unknown."""
+        return self._num_trusted or (0 if self.run is None else self.run.num_val)
+
+    @property
+    def _by_class(self) -> bool:
+        return self.by_class and self.run is not None
+
+    def _trusted(self, candidates: Batch) -> jax.Array | None:
+        """Rows that are trusted, bool[B]; None where the run has none."""
+        return parents.of_all(candidates, self._is_trusted) if self._num_trusted else None
 
     def _is_trusted(self, index: jax.Array) -> jax.Array:
         return index >= self.run.num_samples - self.run.num_trusted
@@ -140,14 +170,26 @@ class Posterior:
     def _noise_rate(self, arrays: Beliefs, candidates: Batch) -> float | jax.Array:
         if self.noise_rate is not None:
             return self.noise_rate
-        num_val = 0 if self.run is None else self.run.num_val
         return posterior.estimate_noise_rate(
-            arrays.agreement, candidates.labels.shape[1], num_trusted=self._num_trusted or num_val
+            arrays.agreement, candidates.labels.shape[1], num_trusted=self._num_known
         )
 
-    def _agreement(self, agreement, belief, scored, streams, reduce) -> Agreement:
+    def _pairs(self, pairs, belief, streams, rows, reduce) -> Pairs:
         candidates, val = streams.candidates, streams.val
-        rows = candidates.mask & parents.is_whole(candidates)
+        trusted = self._trusted(candidates)
+        return transition.add_pairs(
+            pairs,
+            posterior.sharpened(belief, self.sharpness),
+            candidates.labels,
+            rows if trusted is None else rows & ~trusted,
+            val.labels,
+            val.mask,
+            decay=self.agreement_decay,
+            reduce=reduce,
+        )
+
+    def _agreement(self, agreement, belief, scored, streams, rows, reduce) -> Agreement:
+        candidates, val = streams.candidates, streams.val
         if self._num_trusted:
             values = posterior.agreement(belief, candidates.labels)
             trusted = self._is_trusted(candidates.index)

@@ -24,6 +24,8 @@ def sharp(belief, power=2):
 
 def likelihood(eta):
     """P(given = c | true = k), [K, K]."""
+    if np.ndim(eta):
+        return eta
     return np.full((CLASSES, CLASSES), eta / (CLASSES - 1)) + np.eye(CLASSES) * (
         1 - eta - eta / (CLASSES - 1)
     )
@@ -41,10 +43,17 @@ def by_enumeration(belief, given, eta):
     return joint / joint.sum(1, keepdims=True)
 
 
+# Classes 0 and 1 are confused, 2 is never given as another, rows are no probabilities.
+CONFUSED = np.array([[0.6, 0.4, 0, 0], [0.8, 1.0, 0.2, 0], [0, 0, 0.3, 0], [0.1, 0.1, 0.1, 0.7]])
+
+
+@pytest.mark.parametrize("noise", [ETA, CONFUSED], ids=["share", "matrix"])
 @pytest.mark.parametrize("options", [{}, {"sharpness": 1.0}, {"sharpness": 0.5}], ids=str)
-def test_targets_are_the_posterior_whose_other_labels_count_as_far_as_they_are_certain(options):
-    found = posterior.posterior_targets(GIVEN, BELIEF, ETA, **options)
-    exact = by_enumeration(sharp(BELIEF, options.get("sharpness", 2)), GIVEN, ETA)
+def test_targets_are_the_posterior_whose_other_labels_count_as_far_as_they_are_certain(
+    options, noise
+):
+    found = posterior.posterior_targets(GIVEN, BELIEF, noise, **options)
+    exact = by_enumeration(sharp(BELIEF, options.get("sharpness", 2)), GIVEN, noise)
     right = (exact * GIVEN).sum(1)
     other = exact * (1 - GIVEN)
     certain = certainty(BELIEF, GIVEN)
@@ -85,12 +94,13 @@ def by_parts(given, belief, certain, eta):
     return weight, labels / weight
 
 
-def test_a_mixed_label_is_several_given_ones_each_with_its_share_of_the_belief():
+@pytest.mark.parametrize("noise", [ETA, CONFUSED], ids=["share", "matrix"])
+def test_a_mixed_label_is_several_given_ones_each_with_its_share_of_the_belief(noise):
     mixed = soft_labels(_rng, SIZE, CLASSES)
     mixed[:3] = 0.7 * GIVEN[:3] + 0.3 * GIVEN[[1, 2, 0]]
-    found = posterior.posterior_targets(mixed, BELIEF, ETA)
+    found = posterior.posterior_targets(mixed, BELIEF, noise)
     weights, labels = zip(
-        *(by_parts(*row, ETA) for row in zip(mixed, sharp(BELIEF), certainty(BELIEF, mixed)))
+        *(by_parts(*row, noise) for row in zip(mixed, sharp(BELIEF), certainty(BELIEF, mixed)))
     )
     np.testing.assert_allclose(found.weights, weights / np.mean(weights), atol=1e-5)
     np.testing.assert_allclose(found.labels, labels, atol=1e-5)
@@ -109,10 +119,18 @@ def test_a_mixture_that_is_believed_stays_and_one_of_a_wrong_label_loses_that_pa
 
 
 @pytest.mark.parametrize("prior", [GIVEN, soft_labels(_rng, SIZE, CLASSES)], ids=["hard", "mixed"])
-def test_where_no_label_is_wrong_all_is_as_given_bit_for_bit(prior):
-    found = jax.jit(posterior.posterior_targets)(prior, BELIEF, jnp.zeros(()))
+@pytest.mark.parametrize("noise", [0.0, np.diag([0.3, 1.7, 1.0, 0.9])], ids=["share", "matrix"])
+def test_where_no_label_is_wrong_all_is_as_given_bit_for_bit(prior, noise):
+    found = jax.jit(posterior.posterior_targets)(prior, BELIEF, jnp.asarray(noise))
     np.testing.assert_array_equal(found.labels, prior)
     np.testing.assert_array_equal(found.weights, 1)
+
+
+def test_one_share_is_its_matrix_up_to_rounding():
+    prior = soft_labels(_rng, SIZE, CLASSES)
+    one = posterior.posterior_targets(prior, BELIEF, ETA)
+    matrix = posterior.posterior_targets(prior, BELIEF, likelihood(ETA).astype(np.float32))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), one, matrix)
 
 
 def test_trusted_rows_and_rows_without_a_belief_stay_as_given_and_padding_has_no_weight():
@@ -229,11 +247,13 @@ def test_eight_devices_keep_the_sums_of_one():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"noise_rate": 1.5}, "noise_rate .*1.5"),
-        ({"noise_rate": -0.1}, "noise_rate .*-0.1"),
-        ({"noise_rate": np.float32(1.5)}, "noise_rate .*1.5"),
-        ({"noise_rate": jnp.float32(40)}, "noise_rate .*40"),
-        ({"noise_rate": "0.4"}, "noise_rate .*'0.4'"),
+        ({"noise": 1.5}, "noise .*1.5"),
+        ({"noise": -0.1}, "noise .*-0.1"),
+        ({"noise": np.float32(1.5)}, "noise .*1.5"),
+        ({"noise": jnp.float32(40)}, "noise .*40"),
+        ({"noise": "0.4"}, "noise .*'0.4'"),
+        ({"noise": np.eye(3)}, r"noise .*\[4, 4\]; given \(3, 3\)"),
+        ({"noise": np.eye(4) - 0.1}, "noise must be >= 0; given -0.1"),
         ({"probs": np.log(BELIEF + 0.01)}, "probs must be >= 0: probabilities, not logits"),
         ({"prior": GIVEN[:, :1], "probs": BELIEF[:, :1]}, "num_classes must be .*>= 2; given 1"),
         ({"sharpness": 0.0}, "sharpness .*0.0"),
@@ -244,7 +264,7 @@ def test_eight_devices_keep_the_sums_of_one():
     ],
 )
 def test_bad_input_is_named(change, message):
-    options = {"prior": GIVEN, "probs": BELIEF, "noise_rate": ETA, **change}
+    options = {"prior": GIVEN, "probs": BELIEF, "noise": ETA, **change}
     with pytest.raises(ValueError, match=message):
         posterior.posterior_targets(**options)
 

@@ -128,6 +128,25 @@ def test_the_kept_gradient_has_the_dtype_of_the_params(dtype, options):
     assert {x.dtype.name for x in jax.tree.leaves(after.gradient)} == {dtype}
 
 
+def sharp(evidence):
+    return evidence**2 / np.maximum((evidence**2).sum(1, keepdims=True), 1e-12)
+
+
+def by_class(joint, of_trusted, eta, number):
+    """How far a given label (column) speaks for each class (row), entry by entry."""
+    believed = joint.sum(1) / joint.sum() if joint.any() else np.full(CLASSES, 1 / CLASSES)
+    shares = of_trusted / of_trusted.sum() if of_trusted.any() else np.full(CLASSES, 1 / CLASSES)
+    wrong = np.zeros((CLASSES, CLASSES))
+    for k, j in np.argwhere(1 - np.eye(CLASSES)):
+        count = number * believed[k]
+        found = joint[k, j] / joint[k].sum() if joint[k].any() else eta / (CLASSES - 1)
+        wrong[k, j] = (count * found + CLASSES * eta / (CLASSES - 1)) / (count + CLASSES)
+    total = (believed[:, None] * wrong).sum()
+    wrong *= min(1, eta / total) if total else 1
+    noise = wrong + np.diag(1 - wrong.sum(1))
+    return noise * ((number * shares + 1) / (number * believed + 1))[:, None]
+
+
 @pytest.mark.parametrize("trusted", [3, 0])
 def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_noise(trusted):
     lookahead, start, every, decay, forget = 0.7, 1, 2, DECAY, 0.95
@@ -140,7 +159,7 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     streams = functools.partial(right_streams_of, trusted=trusted)
     arrays, run = runner(Refinement(GREEDY, rule, Schedule(start, every)), streams=streams)
     mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(4), 0
-    seen = 0
+    joint, of_trusted, seen = np.zeros((CLASSES, CLASSES)), np.zeros(CLASSES), 0
     for step in range(8):
         candidates, val, _ = streams(step)
         rows, prior = candidates.index[:REAL], candidates.labels[:REAL]
@@ -165,6 +184,10 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
             new = np.array([reference.sum(), len(reference), others.sum(), len(others)])
             sums = forget * sums + (1 - forget) * new / (new[1] + new[3])
             seen += len(reference)
+            pairs = sharp(evidence[whole & ~is_trusted]).T @ prior[whole & ~is_trusted] / SIZE
+            joint = forget * joint + (1 - forget) * pairs
+            trusted_labels = val.labels[val.mask].sum(0) / len(val.mask)
+            of_trusted = forget * of_trusted + (1 - forget) * trusted_labels
         right, given = sums[0] / max(sums[1], 1e-9), sums[2] / max(sums[3], 1e-9)
         gap = max(right - (1 - right) / (CLASSES - 1), 0.05)
         eta = np.clip((right - given) / gap, 0, 1) * (sums[3] > 0)
@@ -173,16 +196,22 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
             eta *= max(1 - right * (1 - right) / number / (gap * eta) ** 2, 0)
         off = np.maximum(evidence - prior, 0)
         certain = ((off / np.maximum(off.sum(1, keepdims=True), 1e-12)) ** 2).sum(1) ** 2
-        evidence = evidence**2 / np.maximum((evidence**2).sum(1, keepdims=True), 1e-12)
+        evidence = sharp(evidence)
         known = evidence.any(1) & ~(is_trusted & whole)
-        hit = np.divide(np.minimum(evidence, prior), prior, where=prior > 0, out=0 * prior)
-        missed = eta * (1 - hit) / (CLASSES - 1)
-        hit *= 1 - eta
-        r = np.where(known[:, None] & (hit + missed > 0), hit / np.maximum(hit + missed, 1e-12), 1)
+        noise = by_class(joint, of_trusted, eta, trusted)
         off = np.maximum(evidence - prior, 0)
         off /= np.maximum(off.sum(1, keepdims=True), 1e-12)
+        r, moved = np.ones((REAL, CLASSES)), np.zeros((REAL, CLASSES))
+        for row, given_as in zip(*np.nonzero(prior * known[:, None])):
+            hit = min(evidence[row, given_as] / prior[row, given_as], 1)
+            hit, others = hit * noise[given_as, given_as], off[row] * noise[:, given_as]
+            others = (1 - min(evidence[row, given_as] / prior[row, given_as], 1)) * others
+            if hit + others.sum() > 0:
+                r[row, given_as] = hit / (hit + others.sum())
+                moved[row] += prior[row, given_as] * others / (hit + others.sum())
         lost = (prior * (1 - r)).sum(1)
-        parts = prior * r + (lost * certain)[:, None] * off
+        np.testing.assert_allclose(moved.sum(1), lost, atol=1e-9)
+        parts = prior * r + certain[:, None] * moved
         weights = parts.sum(1)
         found, arrays, metrics = run(arrays, step)
         assert_trained_on(found, weights / weights.mean(), parts / weights[:, None], 1e-4)
@@ -217,7 +246,8 @@ def test_what_is_known_of_parents_reaches_mixed_rows_and_only_whole_rows_are_rem
         same = candidates.index, np.ones(SIZE)
         return Streams(traced(candidates, *(same if whole else (partner, share))), val)
 
-    rule = Posterior(RUN._replace(num_trusted=6), noise_rate=0.4, memory=VisitMean(0.9))
+    run = RUN._replace(num_trusted=6)
+    rule = Posterior(run, noise_rate=0.4, by_class=False, memory=VisitMean(0.9))
     arrays, run = runner(Refinement(GREEDY, rule), streams=streams)
     _, arrays, _ = run(arrays, 0)
     first = np.array(arrays.rule.memory.mean)

@@ -1,0 +1,140 @@
+"""Which label is given in the place of which: from what is believed of samples and their labels.
+
+People do not confuse all classes alike. Running sums of believed and given labels, K x K numbers,
+say which ones; the trusted samples say how many labels are wrong and how frequent classes are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+from saflex_jax.core.tree import identity
+from saflex_jax.types import Reduce
+
+
+class Pairs(NamedTuple):
+    """Running sums of labels, per row of a batch.
+
+    Attributes:
+      joint: f32[K, K], of rows that are believed to be of class k and are given as class j.
+      trusted: f32[K], of trusted samples of class k.
+    """
+
+    joint: jax.Array
+    trusted: jax.Array
+
+
+def no_pairs(num_classes: int) -> Pairs:
+    """The sums before the first sample.
+
+    >>> likelihood(no_pairs(2), 0.0, num_trusted=10).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    checks.whole(2, num_classes=num_classes)
+    return Pairs(jnp.zeros((num_classes, num_classes)), jnp.zeros(num_classes))
+
+
+def add_pairs(
+    sums: Pairs,
+    probs: jax.Array,
+    prior: jax.Array,
+    rows: jax.Array,
+    trusted: jax.Array,
+    trusted_rows: jax.Array,
+    *,
+    decay: float = 0.99,
+    reduce: Reduce = identity,
+) -> Pairs:
+    """Forgets a little of the sums and adds a batch to them, all batches counting alike.
+
+        J_kj <- d J_kj + (1 - d) mean_i p_ik q_ij
+
+    >>> one, two = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+    >>> sums = add_pairs(no_pairs(2), one, two, jnp.ones(1, bool), one, jnp.ones(1, bool), decay=0.)
+    >>> sums.joint.tolist()  # believed to be of the first class, given as the second
+    [[0.0, 1.0], [0.0, 0.0]]
+
+    Args:
+      sums: so far, of K classes.
+      probs: p, f32[B, K M], what is believed; see `likelihood` for M.
+      prior: q, f32[B, K M], the given labels.
+      rows: bool[B], the rows that count: their own sample, and not trusted.
+      trusted: f32[A, K M], the labels of trusted samples.
+      trusted_rows: bool[A], which of them count.
+      decay: d in [0, 1).
+      reduce: mean over the data-parallel axis.
+    """
+    checks.decay(decay=decay)
+    checks.same_shape(probs=probs, prior=prior)
+    num_classes = len(sums.trusted)
+
+    def blocks(labels, counts):  # f32[..., K, M]
+        labels = jnp.where(counts[:, None], labels, 0.0)
+        return labels.reshape(len(labels), num_classes, -1)
+
+    believed, given = blocks(probs, rows), blocks(prior, rows)
+    joint = jnp.einsum("bkm,bjm->kj", believed, given, precision="highest")
+    added = reduce((joint / len(probs), jnp.mean(blocks(trusted, trusted_rows), (0, 2))))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, sums, Pairs(*added))
+
+
+def likelihood(
+    sums: Pairs, noise_rate: float | jax.Array, *, num_trusted: int, blocks: int = 1
+) -> jax.Array:
+    """How far a given label j speaks for each class k, f32[K M, K M].
+
+        L_kj = C_kj (M pi_k + 1) / (M rho_k + 1)
+
+    C_kj is the probability that k is given as j, pi_k the share of class k among the M trusted
+    samples, and rho_k its share among what is believed of the others. So a class that beliefs
+    exaggerate counts for less, and no class swallows another that is like it. With
+    J_k = sum_j J_kj and U the matrix of one share, U_kk = 1 - eta and eta / (K - 1) elsewhere,
+
+        C_kj = t D_kj  for j != k ,   D_k = (M rho_k J_kj / J_k + K U_kj) / (M rho_k + K)
+
+    and C_kk what is left to one. What is believed is only as good as the trusted samples that it
+    comes from: of few of them D is close to U. And t = min(1, eta / sum_kj rho_k D_kj), j != k,
+    lets no more labels be wrong than eta, so that without wrong labels L is diagonal.
+
+    >>> sums = Pairs(jnp.array([[3.0, 2.0], [0.0, 5.0]]), jnp.ones(2))  # the first is given as both
+    >>> found = likelihood(sums, 0.2, num_trusted=1000)
+    >>> bool(found[0, 1] > 0.35), bool(found[1, 0] < 0.01)
+    (True, True)
+
+    Args:
+      sums: see `add_pairs`.
+      noise_rate: eta, f32[] in [0, 1], see `posterior.estimate_noise_rate`.
+      num_trusted: M >= 0, different trusted samples.
+      blocks: labels are k * blocks + m, of which m is known (views of SLA): no label is given in
+        the place of one with another m.
+
+    Source: this project's (docs/results.md). Soft counts of believed and given labels as in
+    Northcutt et al., "Confident Learning", JAIR 2021; the ratio of class shares as in ReMixMatch
+    (Berthelot et al., ICLR 2020).
+    """
+    checks.fraction(noise_rate=noise_rate)
+    checks.whole(num_trusted=num_trusted)
+    checks.whole(1, blocks=blocks)
+    size = len(sums.trusted)
+    of_class = jnp.sum(sums.joint, axis=1, keepdims=True)
+    believed = _shares(of_class[:, 0])
+    elsewhere = 1 - jnp.eye(size)
+    counts = num_trusted * believed[:, None]
+    uniform = noise_rate / (size - 1)
+    found = jnp.where(of_class > 0, sums.joint / jnp.where(of_class > 0, of_class, 1.0), uniform)
+    wrong = elsewhere * (counts * found + size * uniform) / (counts + size)
+    total = jnp.sum(believed[:, None] * wrong)
+    wrong *= jnp.minimum(1.0, noise_rate / jnp.where(total > 0, total, 1.0))
+    transition = wrong + jnp.diag(1 - jnp.sum(wrong, axis=1))
+    ratio = (num_trusted * _shares(sums.trusted) + 1) / (num_trusted * believed + 1)
+    return jnp.kron(ratio[:, None] * transition, jnp.eye(blocks))
+
+
+def _shares(sums: jax.Array) -> jax.Array:
+    """f32[K] divided by their sum; all alike where there is nothing yet."""
+    total = jnp.sum(sums)
+    return jnp.where(total > 0, sums / jnp.where(total > 0, total, 1.0), 1 / len(sums))
