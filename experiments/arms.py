@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,7 +15,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from experiments import build, estimators, figures, task
-from saflex_jax import parallel
+from saflex_jax import configure, parallel
 from saflex_jax.batches import take
 from saflex_jax.types import Method, Streams, Targets, TrainState
 
@@ -29,6 +32,8 @@ STANDING = {
     "saflex": {"data": {"train_on_val": False}},
     "saflex_train_val": {"data": {"train_on_val": True}},
 }
+Measure = Callable[[Method, TrainState, task.Data], dict[str, float]]
+SWEEP_BYTES = 2**29  # of data that one program holds, each member its own
 PROBED = 256  # training samples whose learned weights are looked at
 LEVEL = 0.95  # of intervals
 
@@ -105,6 +110,16 @@ def trainings(configs: dict[str, ConfigDict]) -> list[dict[str, ConfigDict]]:
     return list(groups.values())
 
 
+def programs(configs: dict[str, ConfigDict]) -> list[dict[str, ConfigDict]]:
+    """The arms in groups that share a compiled program: `trainings`, joined where they sweep."""
+    groups: dict[str, dict] = {}
+    for group in trainings(configs):
+        config, *_ = group.values()
+        key = program(group) if sweeps_anywhere(config) else training(config)
+        groups.setdefault(key, {}).update(group)
+    return list(groups.values())
+
+
 # --- Runs
 
 
@@ -137,11 +152,12 @@ def run(
     progress: bool = True,
     description: str = "",
     look: bool = True,
-    measure: Callable[[Method, TrainState, task.Data], dict[str, float]] = tested,
+    measure: Measure = tested,
 ) -> dict[str, dict] | None:
     """Trains what the arms share, on their seed, and evaluates each; None when interrupted.
 
-    The test split is read once an arm, with the last parameters.
+    The test split is read once an arm, with the last parameters, or those of the best record where
+    the config says so (`train.keep_best`).
 
     Args:
       arms: of `trainings`, with one seed.
@@ -162,31 +178,233 @@ def run(
     # Copies that are left out may differ by seed, and with them the size of a score memory.
     key = (training(config), tuple(arms), len(data.pools.candidates.labels))
     if key not in compiled or build.of_labels(config):
-        methods = {
-            arm: build.make_method(c, data.pools, data.source.columns) for arm, c in arms.items()
-        }
+        methods = _methods(arms, data)
         method, *_ = methods.values()
         runner = parallel.RUNNERS[config.runner](build.with_upstream(config, method).step)
         targets = jax.jit(method.targets) if look and build.learns(config) else None
         compiled[key] = methods, method, runner, targets
     methods, method, runner, targets = compiled[key]
-    looks = {}
-    if targets is not None:
-        probe = make_probe(targets, data)
-        looks = {"evaluate": lambda state: probe(state)[1], "eval_every": config.train.log_every}
+    probe = None if targets is None else make_probe(targets, data)
     result = build.fit(
-        config, data, method, runner, progress=progress, description=description, **looks
+        config,
+        data,
+        method,
+        runner,
+        evaluate=_looked_at(probe),
+        progress=progress,
+        description=description,
     )
     if result.stopped_by is not None:
         return None
+    return _records(arms, methods, result, data, probe, measure)
+
+
+def _methods(arms: dict[str, ConfigDict], data: task.Data) -> dict[str, Method]:
+    pools, columns = data.pools, data.source.columns
+    return {arm: build.make_method(config, pools, columns) for arm, config in arms.items()}
+
+
+def _looked_at(probe: Callable | None) -> Callable[[TrainState], dict[str, float]] | None:
+    """What a probe says of a state, without the targets themselves."""
+    return None if probe is None else lambda state: probe(state)[1]
+
+
+def _records(arms, methods, result, data, probe, measure) -> dict[str, dict]:
+    """Arm -> record, of a finished training."""
+    config, *_ = arms.values()
     common = {
         # The first record holds the compilation.
         "seconds_per_step": float(np.median([r["seconds_per_step"] for r in result.history[1:]])),
         "history": result.history,
     }
-    if targets is not None:
+    if build.keeps_best(config):
+        common["best_step"] = int(result.state.step)
+    if probe is not None:
         common["samples"] = figures.pick(data, probe(result.state)[0])
-    return {arm: measure(m, result.state, data) | common for arm, m in methods.items()}
+    return {arm: measure(m, result.state, data) | common for arm, m in zip(arms, methods.values())}
+
+
+# --- Sweeps
+
+
+def sweeps(config: ConfigDict) -> bool:
+    """Whether runs that differ in seed or `build.SWEPT` options alone train in one program.
+
+    They do where it pays: wherever `sweeps_anywhere`, and on an accelerator, which one small run
+    cannot fill. On a CPU, convolutions with kernels of its own for each member take longer than the
+    runs one after another.
+    """
+    if jax.default_backend() == "cpu":
+        return sweeps_anywhere(config)
+    return fits_one_program(config)
+
+
+def sweeps_anywhere(config: ConfigDict) -> bool:
+    """Whether a sweep pays on a CPU, too: for small networks of vectors (tables, features).
+
+    Most of the time of their single step goes into starting operations, and of a short run into
+    compilation. A program of several members does either once.
+    """
+    return config.model.name == "mlp" and fits_one_program(config)
+
+
+def fits_one_program(config: ConfigDict) -> bool:
+    """Whether one program can hold several seeds: without labels, episodes and data of the host."""
+    return (
+        config.runner == "jit"
+        and config.data.on_device
+        and not estimators.fits(config)
+        and not build.of_labels(config)
+        and configure.episode(config.method.to_dict()) is None
+    )
+
+
+def program(arms: dict[str, ConfigDict]) -> str:
+    """What members of one sweep have in common: all settings but the seed and `build.SWEPT`."""
+    return json.dumps([build.unswept(settings(config)) for config in arms.values()], sort_keys=True)
+
+
+def run_sweep(
+    members: Sequence[dict[str, ConfigDict]],
+    data: Sequence[task.Data],
+    compiled: dict,
+    *,
+    progress: bool = True,
+    description: str = "",
+    look: bool = True,
+    measure: Measure = tested,
+) -> list[dict[str, dict]] | None:
+    """`run` of several members in one program; one result a member, None when interrupted.
+
+    Their "seconds_per_step" are those of the sweep's step divided by the number of members.
+
+    Args:
+      members: of one `program`, each as `run` takes it.
+      data: of the members, of one size.
+      compiled: as of `run`.
+      progress: likewise.
+      description: likewise.
+      look: likewise.
+      measure: likewise.
+    """
+    arms, *_ = members
+    configs = [next(iter(member.values())) for member in members]
+    options = build.swept(configs)
+    key = (program(arms), len(members), _shapes(data[0]))
+    if options or key not in compiled:
+        compiled[key] = _compile_sweep(arms, data[0], options, len(members), look)
+    methods, runner, targets = compiled[key]
+    probes = [None] * len(members)
+    if targets is not None:
+        own = [{path: values[m] for path, values in options.items()} for m in range(len(members))]
+        probes = [make_probe(partial(targets, o), d) for o, d in zip(own, data)]
+    method, *_ = methods.values()
+    results = build.fit_sweep(
+        configs,
+        data,
+        method,
+        runner,
+        evaluates=None if targets is None else [_looked_at(probe) for probe in probes],
+        progress=progress,
+        description=description,
+    )
+    if results[0].stopped_by is not None:
+        return None
+    return [
+        _records(member, methods, result, d, probe, measure)
+        for member, result, d, probe in zip(members, results, data, probes)
+    ]
+
+
+def _compile_sweep(arms, data, options, number, look):
+    """(arm -> method, runner, (options, state, streams) -> targets or None) of so many members."""
+    config, *_ = arms.values()
+    methods = _methods(arms, data)
+
+    def make(options):
+        if not options:
+            return next(iter(methods.values()))
+        return build.make_method(config, data.pools, data.source.columns, options=options)
+
+    def step(state, streams, *, reduce, options=None):
+        return build.with_upstream(config, make(options)).step(state, streams, reduce=reduce)
+
+    devices = jax.devices()[: math.gcd(number, jax.device_count())]
+    runner = parallel.sweep_runner(step, options=options or None, devices=devices)
+    targets = jax.jit(lambda options, *given: make(options).targets(*given))
+    return methods, runner, targets if look and build.learns(config) else None
+
+
+def run_each(
+    members: Sequence[dict[str, ConfigDict]], compiled: dict, *, progress: bool = True, **options
+) -> Iterator[tuple[int, dict[str, dict] | Exception | None]]:
+    """Trains all members, in one program those of which `sweeps` says that it pays.
+
+    A sweep that fails is repeated one member after another, so that the others go on.
+
+    Args:
+      members: each as `run` takes it.
+      compiled: as of `run`.
+      progress: likewise.
+      **options: likewise.
+
+    Yields:
+      (place of a member, what `run` returns), as they finish; an exception in the place of records.
+    """
+    programs = [
+        program(arms) if sweeps(next(iter(arms.values()))) else place
+        for place, arms in enumerate(members)
+    ]
+    for name in dict.fromkeys(programs):
+        left = {place: members[place] for place, own in enumerate(programs) if own == name}
+        try:
+            for places, data in _parts(left) if len(left) > 1 else ():
+                title = f"{_names(left[p] for p in places)}, {len(places)} runs at once"
+                own = {"progress": progress, "description": title, **options}
+                found = run_sweep([left[p] for p in places], data, compiled, **own)
+                for number, place in enumerate(places):
+                    yield place, found and found[number]
+                    del left[place]
+        except Exception as error:
+            warnings.warn(
+                f"its runs follow one by one, since a sweep failed: {error}", stacklevel=2
+            )
+        for place, arms in left.items():
+            seed = next(iter(arms.values())).seed
+            title = f"[{place + 1}/{len(members)}] {_names([arms])}, seed {seed}"
+            try:
+                found = run(arms, compiled, progress=progress, description=title, **options)
+            except Exception as error:
+                found = error
+            yield place, found
+
+
+def _names(members: Iterable[dict[str, ConfigDict]]) -> str:
+    return ", ".join(dict.fromkeys(arm for arms in members for arm in arms))
+
+
+def _parts(members: dict[int, dict[str, ConfigDict]]) -> Iterator[tuple[list[int], list]]:
+    """(places, their data) of members that share a program: of one size, and not too many."""
+    data, by_shape = {}, {}  # members of one seed have the same data
+    for place, arms in members.items():
+        config, *_ = arms.values()
+        if config.seed not in data:
+            data[config.seed] = task.make_data(config)
+        by_shape.setdefault(_shapes(data[config.seed]), []).append((place, data[config.seed]))
+    for same in by_shape.values():
+        size = sum(x.nbytes for x in jax.tree.leaves(same[0][1].pools))
+        most = max(1, SWEEP_BYTES // size)
+        for part in np.array_split(np.arange(len(same)), -(-len(same) // most)):
+            if len(part) > 1:
+                yield [same[n][0] for n in part], [same[n][1] for n in part]
+
+
+def _shapes(data: task.Data) -> tuple[tuple[int, ...], ...]:
+    """Of all arrays that train: copies that are left out may differ by seed."""
+    return tuple(np.shape(x) for x in jax.tree.leaves(data.pools))
+
+
+# --- All runs of a comparison
 
 
 def run_all(
@@ -197,7 +415,7 @@ def run_all(
     resume: bool,
     progress: bool = True,
 ) -> dict[tuple[str, int], dict]:
-    """Runs every arm on every seed, one seed after another; stops early when interrupted.
+    """Runs every arm on every seed (`run_each`); stops early when interrupted.
 
     Args:
       configs: arm -> its config, of `configs`.
@@ -215,16 +433,19 @@ def run_all(
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
 
-    jobs = [(group, seed) for seed in seeds for group in trainings(configs)]
-    compiled: dict = {}
-    for number, (group, seed) in enumerate(jobs):
-        left = {a: of_seed(c, seed) for a, c in group.items() if (a, seed) not in records}
-        if not left:
-            continue
-        description = f"[{number + 1}/{len(jobs)}] {', '.join(left)}, seed {seed}"
-        finished = run(left, compiled, progress=progress, description=description)
+    groups = [(seed, group) for seed in seeds for group in trainings(configs)]
+    left = [
+        (seed, {arm: of_seed(config, seed) for arm, config in group.items()
+                if (arm, seed) not in records})
+        for seed, group in groups
+    ]  # fmt: skip
+    left = [(seed, arms) for seed, arms in left if arms]
+    for place, finished in run_each([arms for _, arms in left], {}, progress=progress):
+        if isinstance(finished, Exception):
+            raise finished
         if finished is None:
             break
+        seed, _ = left[place]
         for arm, record in finished.items():
             records[arm, seed] = {"arm": arm, "seed": seed, "settings": fixed[arm], **record}
         with log.open("a") as file:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -20,19 +25,29 @@ from saflex_jax.data import (
     FoldStream,
     IndexStream,
     Prefetched,
+    StackedStream,
     category_sizes,
     sizes,
     subset,
 )
 from saflex_jax.methods import METHODS
 from saflex_jax.methods.upstream import upstream
-from saflex_jax.types import Batch, Method, Model, RunInfo, Streams
+from saflex_jax.types import Batch, Method, Model, RunInfo, Streams, TrainState
 
 SECTIONS = {
     "data": task.FIELDS,
     "optimizer": ("learning_rate", "weight_decay"),
-    "train": ("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),
+    "train": (
+        *("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),
+        "keep_best",
+    ),
 }
+# Options in which the members of a sweep may differ: one compiled program takes any value.
+SWEPT = (
+    *("optimizer.learning_rate", "optimizer.weight_decay"),
+    *(f"method.saflex.rule.{name}" for name in ("lookahead", "sharpness", "agreement_decay")),
+    "method.saflex.rule.memory.decay",
+)
 
 
 def check(config: ConfigDict) -> None:
@@ -52,11 +67,13 @@ def check(config: ConfigDict) -> None:
     else:
         configure.check_model(config.model.to_dict())
         if config.data.features:
-            _check_views(config)
+            _check_views(config.augment)
     method = config.method.to_dict()
     configure.check(method)
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(**{f"config.train.{name}": config.train[name]})
+    if keeps_best(config):
+        _check_keep_best(config)
     name = config.method.name
     if "clean" in METHODS[name].needs and not config.data.unlabelled:
         raise ValueError(f"config.data.unlabelled must be True with {name}; given False")
@@ -69,12 +86,31 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _check_views(config: ConfigDict) -> None:
+def keeps_best(config: ConfigDict) -> bool:
+    """Whether what is tested is the best state on the validation split (early stopping)."""
+    return config.train.get("keep_best", False)  # older configs do not have it
+
+
+def _check_keep_best(config: ConfigDict) -> None:
+    """Refuses early stopping by validation samples that train, and where no steps are taken."""
+    for name in ("train_on_val", "trusted_only", "unlabelled"):
+        if config.data[name]:
+            raise ValueError(
+                f"config.data.{name} must be False with train.keep_best=True, which chooses by "
+                "validation samples that do not train; given True"
+            )
+    if estimators.fits(config) or configure.episode(config.method.to_dict()):
+        what = config.model.name if estimators.fits(config) else config.method.name
+        raise ValueError(f"config.train.keep_best must be False with {what}; given True")
+
+
+@functools.lru_cache  # a suite checks thousands of configs, and to trace takes its time
+def _check_views(text: str) -> None:
     """Refuses a pipeline that does not draw one of the views of a row's features."""
     rows = np.arange(4, dtype=np.int32)
     views = np.zeros((4, 3, 5), np.float32)
     batch = Batch(views, np.eye(4, 2, dtype=np.float32), rows < 4, rows)
-    pipeline = augment.parse(config.augment)
+    pipeline = augment.parse(text)
     try:
         inputs = jax.eval_shape(pipeline, jax.random.key(0), batch).inputs
     except ValueError as error:
@@ -82,7 +118,7 @@ def _check_views(config: ConfigDict) -> None:
     if inputs.ndim != 2:
         raise ValueError(
             "config.augment must start with view with features, as 'view | mixup(0.2)' does; given "
-            f"{config.augment!r}"
+            f"{text!r}"
         )
 
 
@@ -105,8 +141,42 @@ def _check_episodes(config: ConfigDict, episode: methods.Episode) -> None:
 
 
 def settings(config: ConfigDict) -> dict:
-    """What fixes a run, as JSON keeps it: the config without the arms of a comparison."""
-    return {name: value for name, value in json.loads(config.to_json()).items() if name != "arms"}
+    """What fixes a run, as JSON keeps it: the config without the arms of a comparison.
+
+    `train.keep_best` is there only where it is on, so that runs from before it was there go on.
+    """
+    fixed = {name: value for name, value in json.loads(config.to_json()).items() if name != "arms"}
+    if not keeps_best(config):
+        fixed["train"].pop("keep_best", None)
+    return fixed
+
+
+def unswept(settings: dict) -> dict:
+    """The settings without the values of `SWEPT` options; changed in place."""
+    for path in SWEPT:
+        section, name = _place(settings, path)
+        if isinstance(section.get(name), float):
+            section[name] = None
+    return settings
+
+
+def swept(configs: Sequence[ConfigDict]) -> dict[str, np.ndarray]:
+    """Path of `SWEPT` -> values f32[S], of those in which the members of one program differ."""
+    found = {}
+    for path in SWEPT:
+        places = [_place(config, path) for config in configs]
+        values = [section.get(name) for section, name in places]
+        if len(set(values)) > 1:
+            found[path] = np.array(values, np.float32)
+    return found
+
+
+def _place(settings: Mapping, path: str) -> tuple[Mapping, str]:
+    """The section of a dotted path, empty where there is none, and the name in it."""
+    *sections, name = path.split(".")
+    for section in sections:
+        settings = settings.get(section, {})
+    return settings, name
 
 
 def of_labels(config: ConfigDict) -> bool:
@@ -119,45 +189,49 @@ def learns(config: ConfigDict) -> bool:
     return config.method.rule != "as_given"
 
 
-def make_input(
-    config: ConfigDict, data: Data, runner: parallel.Runner
-) -> tuple[parallel.Runner, train.loop.Stream]:
-    """The runner, holding the data or not, and this process's share of its batches."""
-    options = {
+def make_rows(config: ConfigDict, data: Data) -> tuple[Streams, IndexStream | FoldStream]:
+    """The data sets of a run, and this process's share of its batches as rows of them."""
+    options = _of_process(config)
+    if episode := configure.episode(config.method.to_dict()):
+        pools = Streams(data.pools.candidates)  # there is nothing to validate on
+        episodes = config.train.batch_size // data.together
+        labels = pools.candidates.labels.argmax(1)
+        return pools, EpisodeStream(labels, **episode._asdict(), episodes=episodes, **options)
+    options |= _batch_sizes(config)
+    if not config.data.folds:
+        return data.pools, IndexStream(sizes(data.pools), **options)
+    number, trusted = (len(pool.labels) for pool in data.pools[:2])
+    options |= {"folds": config.data.folds, "trusted": np.arange(number - trusted, number)}
+    return data.pools, FoldStream(sizes(data.pools), **options)
+
+
+def _of_process(config: ConfigDict) -> dict[str, int]:
+    return {
         "seed": config.seed,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    if episode := configure.episode(config.method.to_dict()):
-        return _episodes(config, data, runner, episode, options)
-    options |= {
+
+
+def _batch_sizes(config: ConfigDict) -> dict[str, int | None]:
+    return {
         "batch_size": config.train.batch_size,
         "val_batch_size": config.train.val_batch_size or None,
     }
-    if config.data.folds:
-        number, trusted = (len(pool.labels) for pool in data.pools[:2])
-        options |= {"folds": config.data.folds, "trusted": np.arange(number - trusted, number)}
-        return _held(config, data.pools, runner, FoldStream(sizes(data.pools), **options))
-    if config.data.on_device:
-        return runner.hold(data.pools), IndexStream(sizes(data.pools), **options)
-    stream = ArrayStream(data.pools, generated=data.generated, **options)
-    return runner, Prefetched(stream, place=runner.put_batch)
 
 
-def _episodes(config, data, runner, episode, options):
-    """`make_input` of episodes; there is nothing to validate on."""
-    pools = Streams(data.pools.candidates)
-    episodes = config.train.batch_size // data.together
-    labels = pools.candidates.labels.argmax(1)
-    stream = EpisodeStream(labels, **episode._asdict(), episodes=episodes, **options)
-    return _held(config, pools, runner, stream)
-
-
-def _held(config, pools, runner, rows):
-    """`make_input` of a stream of rows."""
+def make_input(
+    config: ConfigDict, data: Data, runner: parallel.Runner
+) -> tuple[parallel.Runner, train.loop.Stream]:
+    """The runner, holding the data or not, and this process's share of its batches."""
+    pools, rows = make_rows(config, data)
     if config.data.on_device:
         return runner.hold(pools), rows
-    return runner, Prefetched(rows, place=lambda rows: runner.put_batch(take(pools, rows)))
+    if type(rows) is not IndexStream:
+        return runner, Prefetched(rows, place=lambda rows: runner.put_batch(take(pools, rows)))
+    options = _of_process(config) | _batch_sizes(config)
+    stream = ArrayStream(pools, generated=data.generated, **options)
+    return runner, Prefetched(stream, place=runner.put_batch)
 
 
 def make_model(
@@ -182,17 +256,38 @@ def make_model(
 
 
 def make_method(
-    config: ConfigDict, pools: Streams, columns: tuple[Column, ...] | None = None
+    config: ConfigDict,
+    pools: Streams,
+    columns: tuple[Column, ...] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> Method:
-    """The method alone; `with_upstream` puts the augmentation in front."""
+    """The method alone; `with_upstream` puts the augmentation in front.
+
+    Args:
+      config: is checked.
+      pools: of the run.
+      columns: of a table.
+      options: path of `SWEPT` -> value, possibly traced, in the place of the config's.
+    """
     check(config)
-    schedule = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.train.steps)
-    tx = optax.adamw(schedule, weight_decay=config.optimizer.weight_decay)
+    chosen = _with_options(config.to_dict(), options or {})
+    rate, decay = (chosen["optimizer"][name] for name in ("learning_rate", "weight_decay"))
+    schedule = optax.cosine_decay_schedule(rate, config.train.steps)
+    tx = optax.adamw(schedule, weight_decay=decay)
     if (what := config.model.get("tune", "all")) != "all":
         backbone = configure.make_backbone(config.model.to_dict())
         tx = models.only(tx, models.tuned(backbone, what))
     model = make_model(config, pools, columns)
-    return configure.make_method(config.method.to_dict(), model, tx, run_info(config, pools))
+    return configure.make_method(chosen["method"], model, tx, run_info(config, pools))
+
+
+def _with_options(settings: dict, options: Mapping[str, Any]) -> dict:
+    """The settings with other values at these dotted paths; changed in place."""
+    for path, value in options.items():
+        section, name = _place(settings, path)
+        section[name] = value
+    return settings
 
 
 def run_info(config: ConfigDict, pools: Streams) -> RunInfo:
@@ -230,23 +325,139 @@ def with_upstream(config: ConfigDict, method: Method) -> Method:
     return upstream(method, augment.parse(config.augment))
 
 
-def init_state(config: ConfigDict, method: Method, pools: Streams):
+def init_state(config: ConfigDict, method: Method, pools: Streams) -> TrainState:
     """The state at step 0, by `config.seed`."""
+    return method.init(jax.random.key(config.seed), _first(pools))
+
+
+def _first(pools: Streams) -> Any:
+    """The inputs of one sample, which fix the shapes."""
     pool = pools.candidates if pools.val is None else pools.val  # candidates may have views
-    first = subset(pool.inputs, np.arange(1))
-    return method.init(jax.random.key(config.seed), floats(jax.tree.map(np.asarray, first)))
+    return floats(jax.tree.map(np.asarray, subset(pool.inputs, np.arange(1))))
+
+
+# --- Runs
 
 
 def fit(
-    config: ConfigDict, data: Data, method: Method, runner: parallel.Runner, **options
+    config: ConfigDict,
+    data: Data,
+    method: Method,
+    runner: parallel.Runner,
+    *,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    eval_every: int | None = None,
+    checkpoints: train.Checkpoints | None = None,
+    **options,
 ) -> train.FitResult:
-    """The config's run; `options` are those of `train.fit`."""
+    """The config's run; `options` and what is not said here as of `train.fit`.
+
+    With early stopping (`keeps_best`) every record is evaluated, the result's state is the best
+    one, and checkpoints of it go into a folder "best" beside the run's.
+
+    Args:
+      config, data, method, runner: of the run.
+      evaluate: as of `train.fit`.
+      eval_every: as of `train.fit`; None = for every record.
+      checkpoints: as of `train.fit`.
+      **options: the others.
+    """
     runner, stream = make_input(config, data, runner)
-    return train.fit(
-        runner,
-        init_state(config, method, data.pools),
-        stream,
-        num_steps=config.train.steps,
-        log_every=config.train.log_every,
-        **options,
-    )
+    with _early_stopping(config, _validation(config, method, data), checkpoints) as best:
+        result = train.fit(
+            runner,
+            init_state(config, method, data.pools),
+            stream,
+            checkpoints=checkpoints,
+            **_course(config, best, evaluate, every=eval_every if best is None else None),
+            **options,
+        )
+        if best is None or result.stopped_by is not None:
+            return result
+        best.restore(result.state)
+        return result._replace(state=best.state)
+
+
+def fit_sweep(
+    configs: Sequence[ConfigDict],
+    data: Sequence[Data],
+    method: Method,
+    runner: parallel.Runner,
+    *,
+    evaluates: Sequence[Callable[[TrainState], dict[str, float]]] | None = None,
+    **options,
+) -> list[train.FitResult]:
+    """`fit` of the members of a sweep in one program; one result a member.
+
+    Args:
+      configs: one a member; they differ in seed and `SWEPT` options.
+      data: one a member, all of one size; the same object where members have the same data.
+      method: of the first member.
+      runner: of `parallel.sweep_runner`.
+      evaluates: one a member, as `fit` takes it.
+      **options: of `train.fit`.
+    """
+    config, *_ = configs
+    pools, rows = zip(*(make_rows(c, d) for c, d in zip(configs, data)))
+    shared = all(d is data[0] for d in data)
+    keys = jnp.stack([jax.random.key(c.seed) for c in configs])
+    validations = [_validation(config, method, d) for d in data]
+    validation = train.evaluate_each(validations) if keeps_best(config) else None
+    evaluate = None if evaluates is None else train.evaluate_each(evaluates)
+    with _early_stopping(config, validation) as best:
+        result = train.fit(
+            runner.hold(pools[0] if shared else pools),
+            parallel.init_states(method.init, keys, _first(pools[0])),
+            StackedStream(rows),
+            **_course(config, best, evaluate),
+            **options,
+        )
+    if best is None or result.stopped_by is not None:
+        states = [parallel.member(result.state, m) for m in range(len(configs))]
+    else:
+        states = [best.of_member(m) for m in range(len(configs))]
+    histories = train.of_members(result.history)
+    return [result._replace(state=s, history=h) for s, h in zip(states, histories)]
+
+
+def _course(
+    config: ConfigDict, *evaluates: Callable | None, every: int | None = None
+) -> dict[str, Any]:
+    """Options of `train.fit`: how long, and what is evaluated; None = for every record."""
+    asked = [evaluate for evaluate in evaluates if evaluate is not None]
+    course = {"num_steps": config.train.steps, "log_every": config.train.log_every}
+    if not asked:
+        return course
+
+    def evaluate(state):
+        return {name: value for each in asked for name, value in each(state).items()}
+
+    return course | {"evaluate": evaluate, "eval_every": every or config.train.log_every}
+
+
+def _validation(config: ConfigDict, method: Method, data: Data) -> Callable | None:
+    """What early stopping chooses by: accuracy on the validation split; None without it."""
+    if not keeps_best(config):
+        return None
+    if data.source.task == "multilabel":
+        raise ValueError(
+            f"config.train.keep_best must be False for {config.data.name}, whose labels are no "
+            "classes; given True"
+        )
+    return train.make_evaluator(method, data.held_out.inputs, data.held_out.labels)
+
+
+@contextlib.contextmanager
+def _early_stopping(
+    config: ConfigDict, validation: Callable | None, checkpoints: train.Checkpoints | None = None
+) -> Iterator[train.Best | None]:
+    """The `Best` of a run, None without early stopping; closes the checkpoints that it has."""
+    if not keeps_best(config):
+        yield None
+    elif checkpoints is None:
+        yield train.Best(validation)
+    else:
+        folder = checkpoints.directory.parent / "best"
+        kept = train.Checkpoints(folder, config=checkpoints.config, every=1, keep=1)
+        with contextlib.closing(kept):
+            yield train.Best(validation, checkpoints=kept)

@@ -2,7 +2,9 @@
 
     python -m experiments.main --config=experiments/configs/digits.py --workdir=runs/digits
 
-Killed or interrupted, the same command resumes from the last checkpoint, bit for bit.
+Killed or interrupted, the same command resumes from the last checkpoint, bit for bit. With
+--config.train.keep_best=True what is tested are the parameters of the record that was best on the
+validation split (early stopping).
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + result.stopped_by)
     scores = task.test_scores(method, result.state, data)
     summary = {f"test_{name}": value for name, value in scores.items()}
+    if build.keeps_best(config):
+        summary["best_step"] = int(result.state.step)
     summary |= {"steps": config.train.steps, "removed_copies": data.removed,
                 "config": build.settings(config)}  # fmt: skip
     if jax.process_index() == 0:

@@ -6,10 +6,12 @@
 The lines go to WORKDIR/SUITE.jsonl, for `experiments.report`. After Ctrl-C, SIGTERM or SIGKILL the
 same command continues. A run that fails is reported in WORKDIR/errors.jsonl, the others go on, and
 the exit code is 1; the next call tries it again. Seed 0 of all tasks runs first, then seeds 1 and
-2, then the rest, so that an interrupted suite has results on every task.
+2, then the rest, so that an interrupted suite has results on every task. Runs that one program
+trains at once (`arms.sweeps`) have all their seeds in the first pass, and finish together.
 
-The test split is read once a run, with the last parameters. Choose by `val_accuracy`, except among
-arms that train on the validation samples, where it means nothing.
+The test split is read once a run, with the last parameters (with `train.keep_best` the best ones).
+Choose by `val_accuracy`, except among arms that train on the validation samples, where it means
+nothing.
 
     python -m experiments.suite --suite=pretrained --tune [--jobs=2] [--half=report] ...
 
@@ -43,7 +45,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,7 +146,7 @@ def _changes(section: dict, defaults: dict) -> dict:
 
 
 class Job(NamedTuple):
-    """Runs that share a compilation: arms of one training, one seed after another."""
+    """Runs that share a compilation (`arms.programs`): in one sweep, or one seed after another."""
 
     task: str
     arms: dict[str, ConfigDict]
@@ -154,6 +156,16 @@ class Job(NamedTuple):
     def runs(self) -> int:
         """One an arm and seed."""
         return len(self.arms) * len(self.seeds)
+
+    @property
+    def parts(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(seed, arms) of its trainings, in order."""
+        groups = [tuple(group) for group in arms.trainings(self.arms)]
+        return [(seed, names) for seed in self.seeds for names in groups]
+
+    def of(self, names: Iterable[str]) -> Job:
+        """The job of some of its arms."""
+        return self._replace(arms={arm: self.arms[arm] for arm in names})
 
 
 def select(
@@ -182,7 +194,7 @@ def in_passes(seeds: Sequence[int]) -> list[tuple[int, ...]]:
 def jobs(
     tasks: dict[str, Task], by_task: dict[str, dict[str, ConfigDict]], done: set[tuple]
 ) -> list[Job]:
-    """The jobs that are left, by pass, task and training.
+    """The jobs that are left, by pass, task and program; what sweeps is in the first pass.
 
     Args:
       tasks: name -> task.
@@ -194,14 +206,17 @@ def jobs(
         for name, by_arm in by_task.items()
         for arm, config in by_arm.items()
     }
-    groups = {name: arms.trainings(by_arm) for name, by_arm in by_task.items()}
+    groups = {name: arms.programs(by_arm) for name, by_arm in by_task.items()}
     result = []
     for number in range(len(PASSES) + 1):
         for name, task in tasks.items():
             for group in groups[name]:
                 left = collections.defaultdict(list)  # arms that are to be run -> seeds
                 first = task.config.seed
-                for seed in in_passes(range(first, first + task.seeds))[number]:
+                passes = in_passes(range(first, first + task.seeds))
+                if arms.sweeps_anywhere(next(iter(group.values()))):
+                    passes = [sum(passes, ()), *(() for _ in PASSES)]
+                for seed in passes[number]:
                     which = [
                         arm
                         for arm in group
@@ -247,7 +262,7 @@ def estimate(tasks: dict[str, Task], todo: list[Job]) -> float | None:
 
 
 def _work(connection: multiprocessing.connection.Connection, cores: set[int]) -> None:
-    """Runs the jobs it receives; sends (seed, arm -> record, traceback) for each, then None."""
+    """Runs the jobs it receives; sends ((seed, arms), arm -> record, error) for each, then None."""
     os.setsid()  # Ctrl-C in a terminal is for the parent, which ends its workers
     if cores:
         os.sched_setaffinity(0, cores)  # before JAX starts, which then makes as many threads
@@ -256,23 +271,24 @@ def _work(connection: multiprocessing.connection.Connection, cores: set[int]) ->
             job = connection.recv()
         except (EOFError, OSError):  # the parent has ended
             return
-        compiled: dict = {}
-        for seed in job.seeds:
-            try:
-                connection.send((seed, _run(job, seed, compiled), None))
-            except Exception:
-                connection.send((seed, None, traceback.format_exc()))
+        for part, found in _run(job):
+            if found is None:
+                connection.send((part, None, "a signal ended the run"))
+            elif isinstance(found, Exception):
+                connection.send((part, None, "".join(traceback.format_exception(found))))
+            else:
+                short = {a: r | {"history": course(r["history"])} for a, r in found.items()}
+                connection.send((part, short, None))
         connection.send(None)
-        del compiled
         jax.clear_caches()  # a process may hold 65,530 memory maps, and a program takes hundreds
 
 
-def _run(job: Job, seed: int, compiled: dict) -> dict[str, dict]:
-    of_seed = {arm: arms.of_seed(config, seed) for arm, config in job.arms.items()}
-    records = arms.run(of_seed, compiled, progress=False, look=False, measure=measured)
-    if records is None:
-        raise RuntimeError("a signal ended the run")
-    return {arm: r | {"history": course(r["history"])} for arm, r in records.items()}
+def _run(job: Job) -> Iterator[tuple[tuple[int, tuple[str, ...]], dict | Exception | None]]:
+    """(part of the job, what `arms.run_each` gives of it), as they finish."""
+    parts = job.parts
+    members = [{a: arms.of_seed(job.arms[a], seed) for a in names} for seed, names in parts]
+    for place, found in arms.run_each(members, {}, progress=False, look=False, measure=measured):
+        yield parts[place], found
 
 
 def course(history: list[dict]) -> list[dict]:
@@ -292,7 +308,7 @@ class _Worker:
         self.cores, self.job, self.left = cores, None, []
 
     def give(self, job: Job) -> None:
-        self.job, self.left = job, list(job.seeds)
+        self.job, self.left = job, job.parts
         with contextlib.suppress(OSError):  # `receive` notices that the process has ended
             self.connection.send(job)
 
@@ -341,19 +357,21 @@ def run(
             lost, worker.job = worker.job, None
             worker.end()
             if stop.signal is None:  # else the same signal ended it
-                for seed in worker.left:
-                    fail(lost, seed, f"the process ended with {worker.process.exitcode}")
+                for seed, names in worker.left:
+                    error = f"the process ended with {worker.process.exitcode}"
+                    fail(lost.of(names), seed, error)
                 team[team.index(worker)] = _Worker(worker.cores)
             return
         if message is None:
             worker.job = None
             return
-        seed, records, error = message
-        worker.left.remove(seed)
+        part, records, error = message
+        worker.left.remove(part)
+        seed, names = part
         if error is None:
-            record(worker.job, seed, records)
+            record(worker.job.of(names), seed, records)
         elif stop.signal is None:
-            fail(worker.job, seed, error)
+            fail(worker.job.of(names), seed, error)
 
     try:
         while stop.signal is None:
@@ -566,7 +584,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"results: {results}", file=sys.stderr)
     if given.tune:
         choices = tuning.choose(*_tuned(tasks, by_task, arms.read_records(results)))
-        tuning.write(choices)
+        if choices:
+            tuning.write(choices)
         print(f"{sum(map(len, choices.values()))} choices: {tuning.CHOICES}", file=sys.stderr)
     if failed:
         print(f"{failed} runs failed: {errors}", file=sys.stderr)

@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 5e-2},
             "method": methods.all_methods("automix"),
             "train": {"steps": EPOCHS * 49_900 // BATCH_SIZE, "batch_size": BATCH_SIZE,
-                      "val_batch_size": BATCH_SIZE, "log_every": 499, "checkpoint_every": 4_990},
+                      "val_batch_size": BATCH_SIZE, "log_every": 499, "checkpoint_every": 4_990,
+                      "keep_best": False},
             "arms": automix.arms(augment),
         }
     )  # fmt: skip

@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 5e-2},
             "method": methods.all_methods("sla"),
             "train": {"steps": EPOCHS * 45_000 // BATCH_SIZE, "batch_size": BATCH_SIZE,
-                      "val_batch_size": BATCH_SIZE, "log_every": 352, "checkpoint_every": 3_520},
+                      "val_batch_size": BATCH_SIZE, "log_every": 352, "checkpoint_every": 3_520,
+                      "keep_best": False},
             "arms": sla.ARMS,
         }
     )  # fmt: skip

@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 1e-4},
             "method": methods.all_methods(rule="saflex"),
             "train": {"steps": 800, "batch_size": 128, "val_batch_size": 0, "log_every": 50,
-                      "checkpoint_every": 200},
+                      "checkpoint_every": 200, "keep_best": False},
         }
     )  # fmt: skip

@@ -42,7 +42,8 @@ def get_config() -> ConfigDict:
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 1e-4},
             "method": methods.all_methods("sla", sla={"transformations": "rotation"}),
             "train": {"steps": 1500, "batch_size": 64, "val_batch_size": 64, "log_every": 100,
-                      "checkpoint_every": 500},
+                      "checkpoint_every": 500,
+                      "keep_best": False},
             "arms": ARMS,
         }
     )  # fmt: skip

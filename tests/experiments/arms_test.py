@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -53,6 +54,7 @@ def test_arms_are_changes_of_the_config_in_the_order_written():
     assert config.to_json() == before
     # All fields but those named are the config's; a number becomes one of the field's kind.
     plain = json.loads(before)
+    assert plain["train"].pop("keep_best") is False  # not among the settings while it is off
     for arm, changed in {
         "second": plain | {"augment": "flip(0.5)"},
         "first": plain
@@ -122,7 +124,9 @@ def test_other_bad_configs_are_refused():
 def test_a_runs_settings_leave_out_the_arms():
     config = tiny(arms={"a": {}})
     build.check(config)
-    assert build.settings(config) == json.loads(tiny().to_json())
+    expected = json.loads(tiny().to_json())
+    expected["train"].pop("keep_best")  # results and checkpoints outlive the field while it is off
+    assert build.settings(config) == expected
     assert arms.settings(config) == arms.settings(arms.of_seed(config, 5))
     assert arms.of_seed(config, 5).seed == 5 and config.seed == 0
 
@@ -399,20 +403,44 @@ def small_config():
     return module["get_config"]()
 
 
-def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path, monkeypatch):
+def recorded(monkeypatch, compiled):
+    """(arm, seed) of each run as it starts, those of a sweep in one list; programs are shared."""
+    started = []
+
+    def watched(name, members_of):
+        function = getattr(arms, name)
+
+        def call(*given, **options):
+            *given, _ = given
+            members = members_of(given[0])
+            started.append([(arm, c.seed) for member in members for arm, c in member.items()])
+            return function(*given, compiled, **options)
+
+        monkeypatch.setattr(arms, name, call)
+
+    watched("run", lambda member: [member])
+    watched("run_sweep", lambda members: members)
+    return started
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path, monkeypatch, at_once):
     configs, log = arms.configs(small_config()), tmp_path / "new" / "runs.jsonl"
-    compiled, run = {}, arms.run  # all calls below share the programs
-    monkeypatch.setattr(arms, "run", lambda group, _, **options: run(group, compiled, **options))
-    runs = counting(monkeypatch, arms, "run")
+    started = recorded(monkeypatch, {})
+    if not at_once:
+        monkeypatch.setattr(arms, "sweeps", lambda config: False)
 
     def run_all(resume):
-        runs.clear()
+        started.clear()
         records = arms.run_all(configs, (0, 1), log, resume=resume, progress=False)
-        return records, [(arm, c.seed) for (group, _) in runs for arm, c in group.items()]
+        return records, list(started)
+
+    def together(runs):
+        return [runs] if at_once else [[run] for run in runs]
 
     whole, ran = run_all(False)
     interleaved = [("plain", 0), ("hard", 0), ("plain", 1), ("hard", 1)]
-    assert ran == list(whole) == interleaved
+    assert list(whole) == interleaved and ran == together(interleaved)
     lines = log.read_text().splitlines()
     assert [json.loads(line) for line in lines] == list(whole.values())
 
@@ -422,16 +450,164 @@ def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path, monkey
     kept = lines[1:3]
     log.write_text("\n".join([json.dumps(other), *kept, lines[3][:50]]))
     resumed, ran = run_all(True)
-    assert ran == [("plain", 0), ("hard", 1)]
+    assert ran == together([("plain", 0), ("hard", 1)])
     for of_run, record in resumed.items():
         assert without_time(record) == without_time(whole[of_run])
     again = log.read_text().splitlines()
     assert again[:2] == kept and len(again) == 4
     assert run_all(True) == (resumed, []) and log.read_text().splitlines() == again
 
+    monkeypatch.setattr(arms, "sweeps", lambda config: False)
     results = iter([{"plain": {}}, None])  # interrupted in the second run
     monkeypatch.setattr(arms, "run", lambda *_, **__: next(results))
     assert list(arms.run_all(configs, (0, 1), log, resume=False)) == [("plain", 0)]
+
+
+# --- sweeps --------------------------------------------------------------------------------------
+
+
+def small_members(changes=({}, {}), **train):
+    """Members of SAFLEX on a table, seed n with the n-th changes of a flat config."""
+    config = small_config()
+    config.arms = {}
+    config.method.saflex.scoring.direction = "identity"  # quicker to compile
+    config.train.update({"steps": 6, **train})
+    members = []
+    for seed, own in enumerate(changes):
+        changed = arms.of_seed(config, seed)
+        changed.update_from_flattened_dict(own)
+        members.append({"saflex": changed})
+    return members
+
+
+def test_a_sweep_has_the_records_of_single_runs():
+    """Seeds, options, early stopping and what is looked at; to rounding."""
+    options = {"optimizer.weight_decay": 0.5, "method.saflex.rule.sharpness": 1.0, "seed": 1}
+    members = small_members(({}, {}, options), keep_best=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # as a sweep that fails would give
+        found = dict(arms.run_each(members, {}, progress=False))
+    compiled = {}
+    for place, member in enumerate(members):
+        if place == 2:
+            compiled = {}
+        (own,), (expected,) = (
+            found[place].values(),
+            arms.run(member, compiled, progress=False).values(),
+        )
+        assert own.keys() == expected.keys() and own["best_step"] == expected["best_step"]
+        assert own["test_accuracy"] == expected["test_accuracy"]
+        assert own["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
+        for name in ("history", "samples"):
+            for a, b in zip(own[name], expected[name], strict=True):
+                a.pop("seconds_per_step", None), b.pop("seconds_per_step", None)
+                assert {k: np.shape(v) for k, v in a.items()} == {
+                    k: np.shape(v) for k, v in b.items()
+                }
+                for k in a:
+                    np.testing.assert_allclose(a[k], b[k], rtol=1e-3, atol=1e-4, err_msg=k)
+    one, other = found[1]["saflex"], found[2]["saflex"]
+    assert one["history"][0]["eval/loss"] != other["history"][0]["eval/loss"]
+
+
+def stopped(steps=()):
+    return SimpleNamespace(stopped_by=signal.SIGINT, state=None, history=steps)
+
+
+def test_members_go_apart_where_they_do_not_fit_one_program(monkeypatch):
+    whole = {"data.train": 0}
+    members = small_members(({}, {}, {"train.steps": 8}, {}, {"augment": "identity"}, whole, whole))
+    sizes = iter((100, 100, 101, 100, 100))
+
+    def make_data(config):
+        rows = np.zeros(next(sizes), np.float32)
+        return SimpleNamespace(pools=[rows])
+
+    monkeypatch.setattr(task, "make_data", make_data)
+    monkeypatch.setattr(arms, "SWEEP_BYTES", 3 * 400)
+    found = []
+
+    def run_sweep(members, data, compiled, **options):
+        found.append([m["saflex"].seed for m in members])
+        return [{"saflex": {}}] * len(members)
+
+    monkeypatch.setattr(arms, "run_sweep", run_sweep)
+    monkeypatch.setattr(arms, "run", lambda member, *_, **__: found.append(member["saflex"].seed))
+    assert {place for place, _ in arms.run_each(members, {})} == set(range(7))
+    # 3 is of another size, 2 and 4 of other programs; of the four others three fit the memory.
+    assert found == [[0, 1], [5, 6], 3, 2, 4]
+
+
+def test_a_sweep_that_fails_is_repeated_one_by_one(monkeypatch):
+    def run_sweep(*_, **__):
+        raise FloatingPointError("step 3 of members [1]")
+
+    def run(member, *_, **__):
+        if member["saflex"].seed == 1:
+            raise FloatingPointError("step 3")
+        return {"saflex": {"seed": member["saflex"].seed}}
+
+    monkeypatch.setattr(arms, "run_sweep", run_sweep)
+    monkeypatch.setattr(arms, "run", run)
+    with pytest.warns(UserWarning, match=r"follow one by one, .* failed: step 3 of members \[1\]"):
+        (_, first), (place, error), (_, last) = arms.run_each(small_members(({}, {}, {})), {})
+    assert (first, last) == ({"saflex": {"seed": 0}}, {"saflex": {"seed": 2}})
+    assert place == 1 and str(error) == "step 3"
+
+
+def test_an_interrupted_sweep_has_no_records(monkeypatch):
+    monkeypatch.setattr(arms, "run_sweep", lambda *_, **__: None)
+    assert list(arms.run_each(small_members(), {})) == [(0, None), (1, None)]
+
+
+@pytest.mark.parametrize(
+    "changes, pays",
+    [
+        ({}, True),
+        ({"method.name": "co_teaching", "method.rule": "as_given"}, True),
+        ({"model": {"name": "small_cnn"}}, False),  # on a CPU
+        ({"runner": "pmap"}, False),
+        ({"data.on_device": False}, False),
+        ({"method.rule": "implicit"}, False),
+        ({"method.loss": "ldam"}, False),
+        ({"method.name": "protonet", "method.rule": "as_given"}, False),
+        ({"model": {"name": "logistic"}}, False),
+    ],
+)
+def test_where_a_sweep_pays(monkeypatch, changes, pays):
+    config = small_config()
+    for name, value in changes.items():
+        config.unlock()
+        if name == "model":
+            config.model = value
+        else:
+            config.update_from_flattened_dict({name: value})
+    assert arms.sweeps(config) is arms.sweeps_anywhere(config) is pays
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert arms.sweeps(config) is (pays or changes == {"model": {"name": "small_cnn"}})
+
+
+def test_arms_that_differ_in_swept_options_share_a_program():
+    config = small_config()
+    plain = {"method": {"rule": "as_given"}}
+    config.arms = {
+        "a": plain,
+        "b": plain | {"optimizer": {"weight_decay": 1.0}},
+        "c": plain | {"model": {"widths": (3,)}},
+        "d": {},
+        "e": {"method": {"saflex": {"rule": {"sharpness": 1.0, "memory": {"decay": 0.5}}}}},
+        "f": {"method": {"saflex": {"rule": {"noise_rate": 0.1}}}},
+    }
+    found = arms.configs(config)
+    assert [list(group) for group in arms.programs(found)] == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+    options = build.swept([found["d"], found["e"]])
+    assert {k: v.tolist() for k, v in options.items()} == {
+        "method.saflex.rule.sharpness": [2.0, 1.0],
+        "method.saflex.rule.memory.decay": pytest.approx([0.97, 0.5]),
+    }
+    # Images on a CPU: one program a training.
+    images = arms.configs(tiny(arms={"a": plain, "b": config.arms.b.to_dict()}))
+    assert [list(group) for group in arms.programs(images)] == [["a"], ["b"]]
 
 
 def test_the_command_of_a_comparison(tmp_path):

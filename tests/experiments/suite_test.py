@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -229,6 +230,9 @@ def test_the_hash_is_of_what_fixes_a_run():
     assert suite.settings_hash(config) == same != changed(**{"data.select": 5})
     assert same != changed(**{"method.saflex.schedule.every": 2})
     assert same != changed(**{"method.saflex.rule.noise_rate": 0.0})  # else it is estimated
+    assert same != changed(**{"train.keep_best": True})
+    del config.train["keep_best"]
+    assert suite.settings_hash(config) == same
     # Of the method and of the rule.
     over = {"method.name": "sla"}
     assert changed(**over) != changed(**over, **{"method.saflex.rule.lookahead": 0.7})
@@ -351,6 +355,29 @@ def test_what_is_done_with_the_same_settings_is_not_done_again():
     assert short(suite.jobs(TWO, FOUND, other)) == short(suite.jobs(TWO, FOUND, set()))
 
 
+def test_what_sweeps_has_one_job_in_the_first_pass():
+    config = wdbc.get_config()
+    plain = {"method": {"rule": "as_given"}}
+    config.arms = {"plain": plain, "decay": plain | {"optimizer": {"weight_decay": 1.0}},
+                   "wide": plain | {"model": {"widths": (9,)}}}  # fmt: skip
+    images = TWO["one"]._replace(seeds=2)
+    tasks = {"table": suite_tasks.Task("report", 0.0, 5, 1.0, config), "images": images}
+    found = {name: suite.configs(t, "") for name, t in tasks.items()}
+    todo = suite.jobs(tasks, found, set())
+    assert short(todo) == [
+        ("table", "plain", "decay", (0, 1, 2, 3, 4)), ("table", "wide", (0, 1, 2, 3, 4)),
+        ("images", "plain", (0,)), ("images", "si", "ag", (0,)),
+        ("images", "plain", (1,)), ("images", "si", "ag", (1,)),
+    ]  # fmt: skip
+    assert [job.parts for job in todo[:4:3]] == [
+        [(seed, (arm,)) for seed in range(5) for arm in ("plain", "decay")], [(0, ("si", "ag"))],
+    ]  # fmt: skip
+    done = {("table", "plain", 3, suite.settings_hash(found["table"]["plain"]))}
+    assert short(suite.jobs(tasks, found, done))[:2] == [
+        ("table", "plain", "decay", (0, 1, 2, 4)), ("table", "decay", (3,)),
+    ]  # fmt: skip
+
+
 def test_selections():
     chosen = suite.select(SMALL, half="report", names="^german|fashion_10", seeds=3)
     assert {n: t.seeds for n, t in chosen.items()} == {
@@ -418,6 +445,13 @@ class Context:
         return ours, Theirs(theirs)
 
 
+class Given(NamedTuple):
+    """What stands for the config of a run."""
+
+    config: int
+    seed: int
+
+
 HISTORY = {"history": [{"step": 50, "kept": 0.9, "loss": 1.0, "grad_norm": 2.0}]}
 
 
@@ -427,7 +461,9 @@ def in_threads(monkeypatch):
     monkeypatch.setattr(suite.multiprocessing, "get_context", lambda kind: Context)
     monkeypatch.setattr(suite.os, "setsid", lambda: None)
     monkeypatch.setattr(suite.jax, "clear_caches", lambda: None)
-    monkeypatch.setattr(suite.arms, "of_seed", lambda config, seed: (config, seed))
+    monkeypatch.setattr(suite.arms, "of_seed", Given)
+    monkeypatch.setattr(suite.arms, "trainings", lambda configs: [configs])
+    monkeypatch.setattr(suite.arms, "sweeps", lambda config: False)
 
     def start(behave, todo, workers, stop=None, heard=lambda: None):
         def fake(of_seed, compiled, **options):

@@ -39,7 +39,7 @@ def like():
 
 def assert_same_run(workdir, whole, like, resumed_at):
     """Checkpoints, positions in the data, metrics and results; names what differs."""
-    config = json.loads(process_.config().to_json())
+    config = build.settings(process_.config())
     kept = process_.complete_steps(whole)
     assert kept == [STEPS - CHECKPOINT_EVERY, STEPS]
     # Exactly these: no half-written folder is left.
