@@ -185,7 +185,7 @@ def make(folder: str = "data", choices: Choices | None = None) -> dict[str, Task
     tasks = {}
     for name, spec in (DEVELOPMENT | REPORT).items():
         config = _config(spec, folder)
-        config.arms = tuning.chosen_arms(name, arms(spec), grid_of, choices)
+        config.arms = tuning.chosen_arms("pretrained", name, arms(spec), grid_of, choices)
         tasks[name] = Task(spec.half, spec.noise, SEEDS, None, config)
     return tasks
 

@@ -66,7 +66,8 @@ SUITES = {name: functools.partial(suite_tasks.make, name) for name in suite_task
     "pretrained": pretrained_tasks.make,
     "tables": table_tasks.make,
 }
-TUNED = {"pretrained": pretrained_tasks.grid}  # suites of which --tune chooses options
+# Suites of which --tune chooses options.
+TUNED = {"pretrained": pretrained_tasks.grid, "tables": table_tasks.grid}
 PASSES = (1, 3)  # this many seeds run first, then so many, ...
 BINS = 15  # of the calibration error
 LEARNED = ("step", "kept", "relabelled", "noise_rate")  # the metrics of a history that are kept

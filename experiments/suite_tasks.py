@@ -154,9 +154,9 @@ IMAGES = {
 def make(suite: str, folder: str = "data") -> dict[str, Task]:
     """Name -> task, in the order of the suite: tables and images in turn.
 
-    "small" is for 2 CPU cores and a little over two hours. "full" is for an accelerator: every table under all
-    three upstream pipelines, on an MLP and on an FT-Transformer, all training images but where
-    there are few on purpose, a ResNet-18 and FULL_STEPS.
+    "small" is for 2 CPU cores and a little over two hours. "full" is for an accelerator: every
+    table under all three upstream pipelines, on an MLP and on an FT-Transformer, all training
+    images but where there are few on purpose, a ResNet-18 and FULL_STEPS.
 
     Args:
       suite: of SUITES.

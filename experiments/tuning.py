@@ -20,7 +20,7 @@ Changes = Mapping[str, Any]
 Choices = dict[str, dict[str, str]]  # task -> arm -> point
 
 CHOICES = pathlib.Path(__file__).parent.parent / "docs" / "tuned.json"
-COMMAND = "python -m experiments.suite --suite=pretrained --tune"
+COMMAND = "python -m experiments.suite --suite={} --tune"
 FIRST_SEED, SEEDS = 100, 2
 LEAST = 200  # samples to choose on, where a task has fewer trusted ones
 AT = "@"  # between the names of an arm and of a point
@@ -40,12 +40,16 @@ def merged(changes: Changes, more: Changes) -> dict[str, Any]:
 
 
 def chosen_arms(
-    task: str, arms: Mapping[str, Changes], grid: Callable[[str], Mapping], choices: Choices
+    suite: str,
+    task: str,
+    arms: Mapping[str, Changes],
+    grid: Callable[[str], Mapping],
+    choices: Choices,
 ) -> dict[str, Changes]:
     """The arms, each at its chosen point.
 
     Args:
-      task: its name.
+      suite, task: their names.
       arms: arm -> changes.
       grid: arm -> its grid.
       choices: of `read`.
@@ -58,7 +62,7 @@ def chosen_arms(
     if without:
         raise ValueError(
             f"{CHOICES.name} must have a point of the grid for every arm; given none for {task}: "
-            f"{', '.join(without)}; it is made by {COMMAND}"
+            f"{', '.join(without)}; it is made by {COMMAND.format(suite)}"
         )
     return {arm: merged(changes, grid(arm)[points[arm]]) for arm, changes in arms.items()}
 

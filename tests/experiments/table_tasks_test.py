@@ -3,10 +3,18 @@
 import numpy as np
 import pytest
 
-from experiments import arms, suite, suite_tasks, table_tasks, task
+from experiments import arms, suite, suite_tasks, table_tasks, task, tuning
 from experiments.datasets import DATASETS
 
-TASKS = table_tasks.make()
+
+class Last(dict):
+    """Choices: of every task and arm the last point."""
+
+    def get(self, task, default=None):
+        return {arm: [*table_tasks.grid_of(arm)][-1] for arm in table_tasks.arms_of(0.4)}
+
+
+TASKS = table_tasks.make(choices=Last())
 
 
 def names(tasks, half=None):
@@ -38,12 +46,43 @@ def test_every_arm_is_one_that_runs(name):
     t = TASKS[name]
     found = suite.configs(t, "")
     fitted = {"logistic", "boosted_trees", "boosted_trees_stopped"}
-    assert {*found} == {*arms.STANDING, *fitted} | ({"small_loss"} if t.noise else set())
+    more = {"early_stopping", "small_loss"} if t.noise else {"early_stopping"}
+    assert {*found} == {*arms.STANDING, *fitted, *more}
     assert {a for a, c in found.items() if c.model.name != t.config.model.name} == fitted
     assert {c.method.rule for a, c in found.items() if "saflex" in a} == {"saflex"}
     for config in found.values():
         assert config.train.val_batch_size <= config.data.val
         assert config.data.noise == t.noise
+    assert found["logistic"].model.to_dict() == {"name": "logistic", "C": 1.0}
+    trees = found["boosted_trees"], found["boosted_trees_stopped"]
+    assert [c.data.train_on_val for c in trees] == [True, False]
+    assert all(c.model.to_dict() == {"name": "boosted_trees", "leaves": 31} for c in trees)
+    networks = {a: c for a, c in found.items() if a not in fitted}
+    assert {c.optimizer.weight_decay for c in networks.values()} == {1.0}
+    assert [a for a, c in networks.items() if c.train.keep_best] == ["early_stopping"]
+
+
+def test_every_point_is_tried_on_other_seeds_and_on_as_many_samples_as_are_trusted():
+    tried = table_tasks.grid()
+    assert tried.keys() == TASKS.keys()
+    for name in ("heart_mlp", "adult_ft_40"):
+        of_task, final = tried[name], TASKS[name]
+        assert of_task.config.seed == tuning.FIRST_SEED > final.config.seed + final.seeds
+        assert of_task.config.data.select == final.config.data.val
+        found = {arm.split(tuning.AT)[0] for arm in suite.configs(of_task, "")}
+        assert found == {*suite.configs(final, "")}
+    assert (
+        tried["adult_mlp"].config.data.train == 3800 and tried["heart_mlp"].config.data.train == 0
+    )
+    config = tried["wdbc_mlp_40"].config
+    made, final = task.make_data(config), task.make_data(TASKS["wdbc_mlp_40"].config)
+    assert len(made.test.labels) == 113
+    assert len(made.pools.candidates.labels) == len(final.pools.candidates.labels) - 113
+
+
+def test_without_choices_the_command_is_said():
+    with pytest.raises(ValueError, match="--suite=tables --tune"):
+        table_tasks.make(choices={})
 
 
 def test_the_data_of_a_task():

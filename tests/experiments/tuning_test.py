@@ -98,7 +98,9 @@ def test_choices_are_kept_in_one_piece_and_added_to(tmp_path):
 def test_arms_at_points():
     grid = {"1": {"optimizer": {"weight_decay": 1.0}}, "2": {"optimizer": {"weight_decay": 2.0}}}
     given = {"a": {"data": {"val": 5}, "optimizer": {"learning_rate": 0.1}}, "b": {}}
-    found = tuning.chosen_arms("t", given, lambda arm: grid, {"t": {"a": "2", "b": "1"}})
+    found = tuning.chosen_arms(
+        "pretrained", "t", given, lambda arm: grid, {"t": {"a": "2", "b": "1"}}
+    )
     assert found == {
         "a": {"data": {"val": 5}, "optimizer": {"learning_rate": 0.1, "weight_decay": 2.0}},
         "b": grid["1"],
@@ -107,4 +109,4 @@ def test_arms_at_points():
     assert list(every) == ["a@1", "a@2", "b@1", "b@2"] and every["a@2"] == found["a"]
     for choices in ({}, {"t": {"b": "1"}}, {"t": {"a": "3", "b": "1"}}):
         with pytest.raises(ValueError, match=r"given none for t: a.*experiments\.suite.*--tune"):
-            tuning.chosen_arms("t", given, lambda arm: grid, choices)
+            tuning.chosen_arms("pretrained", "t", given, lambda arm: grid, choices)
