@@ -103,17 +103,18 @@ def grid_of(arm: str) -> dict[str, Changes]:
 
 
 def make(folder: str = "data", choices: Choices | None = None) -> dict[str, Task]:
-    """Name -> task, with every arm at its chosen point of the grid.
+    """Name -> task, with every arm at its chosen point of the grid; only tasks that were tuned.
 
     Args:
       folder: where `experiments.prepare` put data sets.
       choices: task -> arm -> point; None = those of the project, `tuning.read`.
 
     Raises:
-      ValueError: nothing was chosen for an arm; says how to choose.
+      ValueError: no task was tuned, or not every arm of a task; says how.
     """
     choices = tuning.read() if choices is None else choices
     tasks = _tasks(folder)
+    tasks = {name: task for name, task in tasks.items() if name in choices} or tasks
     for name, task in tasks.items():
         of_task = arms_of(task.noise)
         task.config.arms = tuning.chosen_arms("tables", name, of_task, grid_of, choices)

@@ -7,14 +7,8 @@ from experiments import arms, suite, suite_tasks, table_tasks, task, tuning
 from experiments.datasets import DATASETS
 
 
-class Last(dict):
-    """Choices: of every task and arm the last point."""
-
-    def get(self, task, default=None):
-        return {arm: [*table_tasks.grid_of(arm)][-1] for arm in table_tasks.arms_of(0.4)}
-
-
-TASKS = table_tasks.make(choices=Last())
+LAST = {arm: [*table_tasks.grid_of(arm)][-1] for arm in table_tasks.arms_of(0.4)}
+TASKS = table_tasks.make(choices={name: LAST for name in table_tasks.grid()})
 
 
 def names(tasks, half=None):
@@ -80,9 +74,11 @@ def test_every_point_is_tried_on_other_seeds_and_on_as_many_samples_as_are_trust
     assert len(made.pools.candidates.labels) == len(final.pools.candidates.labels) - 113
 
 
-def test_without_choices_the_command_is_said():
-    with pytest.raises(ValueError, match="--suite=tables --tune"):
-        table_tasks.make(choices={})
+def test_only_tasks_that_were_tuned_and_without_any_the_command_is_said():
+    assert [*table_tasks.make(choices={"heart_mlp": LAST, "another": LAST})] == ["heart_mlp"]
+    for choices in ({}, {"heart_mlp": {"upstream": "decay_1"}}):
+        with pytest.raises(ValueError, match="--suite=tables --tune"):
+            table_tasks.make(choices=choices)
 
 
 def test_the_data_of_a_task():
