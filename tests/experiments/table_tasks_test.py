@@ -6,7 +6,6 @@ import pytest
 from experiments import arms, suite, suite_tasks, table_tasks, task, tuning
 from experiments.datasets import DATASETS
 
-
 LAST = {arm: [*table_tasks.grid_of(arm)][-1] for arm in table_tasks.arms_of(0.4)}
 TASKS = table_tasks.make(choices={name: LAST for name in table_tasks.grid()})
 
