@@ -10,6 +10,7 @@ ICLR 2020; where the paper is silent, the repository LiJunnan1992/DivideMix.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -177,18 +178,16 @@ def make(
             name: model.logits(state.params[name], state.model_state[name], batch.inputs)
             for name in OTHER
         }
-        division, started = remembered(state, logits, batch, reduce), state.step >= warm
+        division = remembered(state, logits, batch, reduce)
         right = parents.mixture(batch, division.right, jnp.ones((len(batch.index), 2)))
         probs = {name: jax.nn.softmax(z) for name, z in logits.items()}
-        guess = sharpened((probs["a"] + probs["b"]) / 2, options.temperature)
         parts = {}
         for name, w in {"a": right[:, 1], "b": right[:, 0]}.items():  # by the other network
-            own = w[:, None] * batch.labels + (1 - w[:, None]) * probs[name]
-            labelled = (w >= options.threshold) | ~started
-            labels = jnp.where(labelled[:, None], sharpened(own, options.temperature), guess)
-            labels = jnp.where(started, labels, batch.labels)
+            labels, labelled = refined(name, w, batch.labels, probs, options)
+            # While it warms up, all is as given.
+            labels = jnp.where(state.step >= warm, labels, batch.labels)
             targets = prior_targets(labels, batch.mask)._replace(utility=2 * w - 1)
-            parts[name] = targets, labelled
+            parts[name] = targets, labelled | (state.step < warm)
         return jax.lax.stop_gradient((division, parts))
 
     def step(state, streams, *, reduce=identity):
@@ -202,22 +201,22 @@ def make(
 
         def loss_of(name, params):
             targets, labelled = parts[name]
-            rows = batch._replace(labels=targets.labels)
-            mixed = mix(draws[name], rows)
+            given = batch._replace(labels=targets.labels)
+            mixed = mix(draws[name], given)
             inputs, labels = jax.tree.map(
-                lambda new, old: jnp.where(started, new, old),
-                (mixed.inputs, mixed.labels), (rows.inputs, rows.labels),
-            )  # fmt: skip
+                partial(jnp.where, started),
+                *((rows.inputs, rows.labels) for rows in (mixed, given)),
+            )
             logits, model_state = model.train(params, state.model_state[name], inputs, noise[name])
             logits = jnp.where(batch.mask[:, None], logits, 0.0)
             losses = weighted_cross_entropy(logits, labels, mask=batch.mask)
             probs = jax.nn.softmax(logits)
-            value = masked_mean(losses, batch.mask & labelled, reduce=reduce)
-            square = jnp.mean((probs - labels) ** 2, axis=-1)
+            square, rows = jnp.mean((probs - labels) ** 2, axis=-1), batch.mask & labelled
+            value = masked_mean(losses, rows, reduce=reduce)
             value += weight * masked_mean(square, batch.mask & ~labelled, reduce=reduce)
             value += jnp.where(started, imbalance(probs, batch.mask), 0.0)
             metrics = {
-                "candidate_loss": steps.total(losses, batch.mask & labelled, reduce),
+                "candidate_loss": steps.total(losses, rows, reduce),
                 "kept": steps.total(labelled, batch.mask, reduce),
             }
             return value, model_state, metrics
@@ -292,6 +291,26 @@ def probability_of_lower(losses: jax.Array, mixture: Mixture) -> jax.Array:
 
     lower, upper = jax.vmap(log_density)(*mixture)
     return jax.nn.sigmoid(lower - upper)
+
+
+def refined(
+    name: str, right: jax.Array, prior: jax.Array, probs: dict[str, jax.Array], options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Labels for a network, f32[B, K], and which rows count as labelled, bool[B].
+
+        w_i >= threshold: sharpened(w_i q_i + (1 - w_i) p_i) ,  else: sharpened((p^a_i + p^b_i) / 2)
+
+    Args:
+      name: of the network, "a" or "b".
+      right: w, f32[B], by the other network.
+      prior: q, f32[B, K].
+      probs: network -> what it predicts, f32[B, K].
+      options: of which threshold and temperature are read.
+    """
+    own = right[:, None] * prior + (1 - right[:, None]) * probs[name]
+    labelled = right >= options.threshold
+    labels = jnp.where(labelled[:, None], own, (probs["a"] + probs["b"]) / 2)
+    return sharpened(labels, options.temperature), labelled
 
 
 def sharpened(probs: jax.Array, temperature: float) -> jax.Array:

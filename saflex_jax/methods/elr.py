@@ -21,6 +21,7 @@ from saflex_jax.core.tree import identity
 from saflex_jax.methods.base import MethodSpec, as_given, no_clean
 from saflex_jax.types import Method, Model, RunInfo
 
+MANY = 2**30
 LEAST = 1e-4  # probabilities are cut at it and at 1 - LEAST, so that the logarithm stays finite
 
 
@@ -53,14 +54,13 @@ def make(
 ) -> Method:
     """Plain training with a regulariser: stay with what you said of a sample early on.
 
-        t_i <- t_i + max(1 - beta, 1 / visits) (p_i - t_i) ,  p_i = softmax(f(x_i))   no gradient
+        t_i <- beta t_i + (1 - beta) p_i ,  p_i = softmax(f(x_i))     from 0, without gradient
         L = mean_i CE(f(x_i), q_i) + lambda mean_i log(1 - <p_i, t_i>)
 
     The gradient of the second term raises the probability of the classes that t_i names: for right
     labels it keeps the pull that cross-entropy loses, for wrong ones it cancels that to the label.
     A visit enters t before the loss reads it. p is that of the step's own forward pass, in training
-    mode, as in the source, so that a step costs a plain one. The source starts t at zero; here the
-    first visits have a plain mean (`core.memory`).
+    mode, as in the source, so that a step costs a plain one. From zero, t says little at first.
 
     Rows that upstream mixing made have the mixture of their parents' averages (`core.parents`) and
     are not remembered; where a parent was never seen whole, nothing is regularised. So the pipeline
@@ -82,6 +82,8 @@ def make(
     def init(key, inputs):
         params, model_state = model.init(key, inputs)
         empty = memory.init(run.num_samples, run.num_classes)
+        # As if nothing had been said at many visits: the first ones have no plain mean.
+        empty = empty._replace(visits=jnp.full_like(empty.visits, MANY))
         return steps.init_state(key, params, model_state, tx, empty)
 
     def step(state, streams, *, reduce=identity):
@@ -133,7 +135,7 @@ def regulariser(logits: jax.Array, averages: jax.Array) -> jax.Array:
 
     Args:
       logits: f32[B, K].
-      averages: t, f32[B, K], rows in the simplex; a row of zeros = nothing is known.
+      averages: t, f32[B, K], >= 0, rows of sum at most one; zeros = nothing is known.
 
     Raises:
       ValueError: shapes disagree.
