@@ -1,74 +1,119 @@
-"""What a step costs on an accelerator, as a ratio to the plain step; RandAugment's throughput.
+"""What steps, augmentation and trainings cost and give on an accelerator.
 
-    python -m benchmarks.accelerator [--json] [--out FILE] [--minutes=5] [--rounds=5] [--tiny]
+    python -m benchmarks.accelerator [--json] [--out DIR] [--minutes=12] [--parts PART ...]
+                                     [--data=data] [--rounds=5] [--tiny]
 
-`step_cost` counts operations and times on a CPU; here only time counts, of the same rules and
-methods, in f32 and with bf16 compute. Parts come in the order of their value; none begins after
-`--minutes`, and the JSON is written anew after each, so that a run that is cut off has lost
-nothing. `--tiny` runs every part at a size for a CPU.
+Parts in the order of their value, each with a share of the minutes; what one leaves is the next
+one's. DIR/PART.json is written anew whenever a part has found something, so that a run that is cut
+off has lost nothing:
+
+    costs         "steps": series -> variant -> "ms" a step, its "ratio" to the plain step, and the
+                  interquartile range of that. Variants are those of `step_cost`, in f32 and with
+                  bf16 compute; only time counts here.
+    augment       "images_per_second": pipeline and size -> rate.
+    noisy_labels  "noisy_labels": "labels: arm" -> test accuracy of each "seed", "seconds" of a
+                  training, "compile_seconds". Arms: the upstream pipeline, on training + trusted
+                  samples, on the trusted ones alone, SAFLEX. Labels: CIFAR-10N's worst, and right
+                  ones.
+    automix       "automix": "epochs" that fitted; "arms" -> "accuracy" and seconds of AutoMix,
+                  mixup, and the control; "masks": epoch -> mean distance of the masks from 1/2 and
+                  from the share .3 (.2 where they are 1/2), and their deviation within an image.
+
+Each has "why_null", why something is missing, and "machine"; --json prints all parts as one. The
+last two want `python -m experiments.prepare cifar10n`. `--tiny` runs every part at a size for a
+CPU, those two on digits. The trainings: `accelerator_training`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import pathlib
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import numpy as np
 
 from benchmarks import reporting, step_cost, timing
+from benchmarks.accelerator_training import AutoMix, Clock, NoisyLabels, in_compute_dtype
 from saflex_jax import augment
-from saflex_jax.core.tree import cast_floats, identity
-from saflex_jax.types import Model
+from saflex_jax.core.tree import identity
 
 MAIN = ("plain", "saflex", "saflex_full", "saflex_head")
-OTHERS = (
-    "saflex_full_scores_every4", "saflex_full_cg", "l2rw", "meta_weight_net", "implicit",
-    "sla_rotation", "automix",
-)  # fmt: skip
+ALL = ("plain", *(name for name in step_cost.VARIANTS if name not in MAIN))
 # (network, candidates in a step, compute dtype, variants), by value; a quarter as many validation
 # samples.
-PARTS = (
+STEPS = (
     ("resnet18", 256, "float32", MAIN),
     ("resnet18", 256, "bfloat16", MAIN),
     ("vit_s", 256, "bfloat16", MAIN),
-    ("resnet18", 256, "float32", ("plain", *OTHERS)),
     ("vit_s", 256, "float32", MAIN),
+    ("resnet18", 256, "bfloat16", ALL),
+    ("vit_s", 256, "bfloat16", ALL),
+    ("resnet18", 256, "float32", ALL),
+    ("vit_s", 256, "float32", ALL),
     ("resnet18", 1024, "bfloat16", MAIN),
 )
-TINY = (("small_cnn", 8, "float32", (*MAIN, *OTHERS)), ("mlp", 8, "bfloat16", MAIN))
-IMAGES = {(2048, 32): "randaugment(2, 9)", (256, 224): "randaugment(2, 9)"}
-STEPS = 20  # timed together, as the loop dispatches them; a multiple of every variant's period
+TINY = (("mlp", 8, "float32", MAIN), ("mlp", 8, "bfloat16", ("plain", "l2rw")))
+IMAGES, TINY_IMAGES = ((2048, 32), (256, 224)), ((8, 16),)
+PIPELINE = "randaugment(2, 9)"
+TOGETHER = 20  # steps timed together, as the loop dispatches them; of every variant's period
 
 
-def in_compute_dtype(model: Model, dtype: str) -> Model:
-    """The network computed in `dtype`; parameters, statistics and logits stay f32."""
-    if dtype == "float32":
-        return model
+class Timed:
+    """A part that times series, each reported as `row(series)`."""
 
-    def train(params, model_state, inputs, key):
-        half = cast_floats((params, model_state, inputs), dtype)
-        return cast_floats(model.train(*half, key), "float32")
+    def __init__(self, key: str, series: list[timing.Series], row: Callable):
+        self.key, self.series, self.row = key, series, row
+        self.length = sum(s.length for s in series)
 
-    def logits(params, model_state, inputs):
-        half = cast_floats((params, model_state, inputs), dtype)
-        return cast_floats(model.logits(*half), "float32")
+    def measure(self, bar, save):
+        """Series after series."""
+        for series in self.series:
+            series.measure(bar)
+            save()
 
-    return Model(model.init, train, logits)
+    @property
+    def found(self):
+        return {series.title: self.row(series) for series in self.series}
+
+    @property
+    def failed(self):
+        return {series.title: why for series in self.series if (why := series.why_null())}
+
+
+def step_costs(clock: Clock, tiny: bool, rounds: int) -> Timed:
+    """Steps of variants on networks."""
+    parts, steps = (TINY, 4) if tiny else (STEPS, TOGETHER)
+
+    def row(series):
+        return {
+            name: {
+                "ms": reporting.ratio(timing.median(series.times(name)), steps / 1e3),
+                "ratio": timing.median(series.ratios(name, "plain")),
+                "ratio_spread": timing.spread(series.ratios(name, "plain")),
+            }
+            for name in series.names
+        }
+
+    series = [step_series(*part, clock=clock, rounds=rounds, steps=steps) for part in parts]
+    return Timed("steps", series, row)
 
 
 def step_series(
-    name: str, batch: int, dtype: str, variants: tuple[str, ...], *, rounds: int, steps: int
-) -> timing.Series:
-    """Times the steps of some variants."""
+    name: str, batch: int, dtype: str, variants: tuple[str, ...], *, clock: Clock, rounds: int,
+    steps: int,
+) -> timing.Series:  # fmt: skip
+    """Times the steps of some variants; one whose turn comes too late is not compiled."""
     model = step_cost.MODELS[name]._replace(batch=batch)
     more = "" if set(MAIN) <= set(variants) else ", other rules and methods"
     streams = step_cost.data(model)
 
     def job(variant):
+        clock.check()
         method = step_cost.make_method(
             model, step_cost.VARIANTS[variant], wrap=partial(in_compute_dtype, dtype=dtype)
         )
@@ -82,79 +127,97 @@ def step_series(
         jax.clear_caches()
         return {variant: partial(job, variant) for variant in variants}
 
-    return timing.Series(
-        f"{name}, batch {batch}, {dtype}{more}", variants, setups, rounds, seconds=0.0
-    )
+    title = f"{name}, batch {batch}, {dtype}{more}"
+    return timing.Series(title, variants, setups, rounds, seconds=0.0)
 
 
-def augment_series(size: tuple[int, int], text: str, *, rounds: int) -> timing.Series:
-    """Times one pipeline on (images, pixels a side)."""
-    count, side = size
+def augmentation(clock: Clock, tiny: bool, rounds: int) -> Timed:
+    """Images that a pipeline makes in a second."""
 
-    def job():
-        images = np.random.default_rng(0).random((count, side, side, 3), np.float32)
-        batch, apply = jax.device_put(timing.labelled(images)), jax.jit(augment.parse(text))
-        keys = itertools.count()
-        return lambda: jax.block_until_ready(apply(jax.random.key(next(keys)), batch))
+    def series(count, side):
+        def job():
+            clock.check()
+            images = np.random.default_rng(0).random((count, side, side, 3), np.float32)
+            batch, apply = jax.device_put(timing.labelled(images)), jax.jit(augment.parse(PIPELINE))
+            keys = itertools.count()
+            return lambda: jax.block_until_ready(apply(jax.random.key(next(keys)), batch))
 
-    return timing.Series(
-        f"{text}, {count} of {side}x{side}", (text,), lambda: {text: job}, rounds, 0.2
-    )
+        title = f"{PIPELINE}, {count} of {side}x{side}"
+        return timing.Series(title, (str(count),), lambda: {str(count): job}, rounds, 0.2)
+
+    def rate(series):
+        (count,) = series.names
+        return reporting.ratio(int(count), timing.median(series.times(count)))
+
+    sizes = TINY_IMAGES if tiny else IMAGES
+    return Timed("images_per_second", [series(*size) for size in sizes], rate)
+
+
+# part -> (its share of the time, (clock, options) -> the part)
+PARTS = {
+    "costs": (4, lambda clock, o: step_costs(clock, o.tiny, o.rounds)),
+    "augment": (1, lambda clock, o: augmentation(clock, o.tiny, o.rounds)),
+    "noisy_labels": (4, lambda clock, o: NoisyLabels(clock, o.data, o.tiny)),
+    "automix": (3, lambda clock, o: AutoMix(clock, o.data, o.tiny)),
+}
 
 
 class Accelerator(reporting.Benchmark):
-    """The benchmark: a series a part."""
+    """The benchmark."""
 
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
 
     @staticmethod
     def add_options(parser):
-        """--minutes and --tiny."""
-        parser.add_argument("--minutes", type=float, default=5.0, help="no part begins after them")
+        """--minutes, --parts, --data and --tiny."""
+        parser.add_argument("--minutes", type=float, default=12.0, help="of all parts together")
+        parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+        parser.add_argument("--data", type=pathlib.Path, default="data", help="prepared data sets")
         parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
 
     def __init__(self, options):
-        self.seconds, self.out, rounds = 60 * options.minutes, options.out, options.rounds
-        parts, steps = (TINY, 4) if options.tiny else (PARTS, STEPS)
-        images = {(8, 16): "randaugment(2, 9)"} if options.tiny else IMAGES
-        self.steps = steps
-        self.of_steps = [step_series(*part, rounds=rounds, steps=steps) for part in parts]
-        self.of_images = {size: augment_series(size, text, rounds=rounds)
-                          for size, text in images.items()}  # fmt: skip
-        first, *rest = self.of_steps
-        self.series = [first, *self.of_images.values(), *rest]
+        self.options, self.clock = options, Clock()
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)  # an error now, not after some minutes
+        self.parts = {
+            n: make(self.clock, options) for n, (_, make) in PARTS.items() if n in options.parts
+        }
+
+    @property
+    def length(self):
+        return sum(part.length for part in self.parts.values())
 
     def measure(self, bar):
-        """Part after part, as long as there is time."""
-        start = time.monotonic()
-        for series in self.series:
-            if time.monotonic() - start > self.seconds:
-                series.failed |= dict.fromkeys(series.names, "no time was left")
-                continue
-            series.measure(bar)
-            if self.out is not None:
-                self.out.write_text(json.dumps(self.report(), indent=1) + "\n")
+        """Part after part; each ends when its share and those before it are used up."""
+        start, used = time.monotonic(), 0
+        total = sum(PARTS[name][0] for name in self.parts)
+        for name, part in self.parts.items():
+            used += PARTS[name][0]
+            self.clock.deadline = start + 60 * self.options.minutes * used / total
+            part.measure(bar, partial(self.save, name))
+            self.save(name)
+
+    def save(self, name):
+        """DIR/NAME.json, at no moment half of it."""
+        if self.options.out is None:
+            return
+        file, part = self.options.out / f"{name}.json", self.parts[name]
+        text = json.dumps(self.reported({name: part}), indent=1)
+        file.with_suffix(".tmp").write_text(text + "\n")
+        file.with_suffix(".tmp").rename(file)
 
     def report(self):
-        """Milliseconds a step, and its ratio to the plain one; images a second."""
-        steps = {series.title: self.rows(series) for series in self.of_steps}
-        speed = {
-            series.title: reporting.ratio(size[0], timing.median(series.times(series.names[0])))
-            for size, series in self.of_images.items()
-        }
-        why = {series.title: series.why_null() for series in self.series if series.why_null()}
-        return {"steps": steps, "images_per_second": speed, "why_null": why}
+        return self.reported(self.parts)
 
-    def rows(self, series: timing.Series) -> dict[str, dict]:
-        """variant -> its numbers."""
-        return {
-            name: {
-                "ms": reporting.ratio(timing.median(series.times(name)), self.steps / 1e3),
-                "ratio": timing.median(series.ratios(name, "plain")),
-                "ratio_spread": timing.spread(series.ratios(name, "plain")),
-            }
-            for name in series.names
-        }
+    def reported(self, parts):
+        """What parts have found, and on what."""
+        why = {name: part.failed for name, part in parts.items() if part.failed}
+        used = {name: getattr(self.options, name) for name in ("minutes", "rounds", "tiny")}
+        machine = timing.machine(self.packages) | used
+        return {p.key: p.found for p in parts.values()} | {"why_null": why, "machine": machine}
+
+    def write(self, report, out):
+        """Every part is written already."""
 
 
 main = partial(reporting.command, Accelerator)

@@ -50,6 +50,10 @@ class Benchmark:
         """The JSON; what it has of "machine" is added to."""
         raise NotImplementedError
 
+    def write(self, report: dict, out: pathlib.Path) -> None:
+        """What --out says, at the end."""
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
     @staticmethod
     def table(report: dict) -> Iterator[str]:
         """The JSON for people."""
@@ -61,7 +65,7 @@ def command(benchmark: type[Benchmark], argv: list[str] | None = None) -> int:
     about = sys.modules[benchmark.__module__].__doc__
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--out", type=pathlib.Path, help="write the JSON to this file as well")
+    parser.add_argument("--out", type=pathlib.Path, help="write the JSON there as well")
     if benchmark.rounds:
         parser.add_argument("--rounds", type=int, default=benchmark.rounds, help="of timing")
     if hasattr(benchmark, "draw"):
@@ -81,10 +85,10 @@ def command(benchmark: type[Benchmark], argv: list[str] | None = None) -> int:
     report = bench.report()
     machine = timing.machine(benchmark.packages) | rounds
     report["machine"] = machine | report.get("machine", {})
-    text = json.dumps(report, indent=1)
     if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text if options.json else "\n".join([header(report), *benchmark.table(report)]))
+        bench.write(report, options.out)
+    lines = [header(report), *benchmark.table(report)]
+    print(json.dumps(report, indent=1) if options.json else "\n".join(lines))
     if getattr(options, "figure", None) is not None:  # last: what was measured is written by now
         benchmark.draw(report, options.figure)
     return status
