@@ -10,6 +10,7 @@ resized, and all features. PyTorch, where it is installed, gets the resized imag
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Mapping
 from functools import partial
@@ -97,6 +98,13 @@ def torch_ops() -> types.SimpleNamespace:
     )
 
 
+def processor_seconds(job: timing.Job) -> float:
+    """Of all threads of this process, for one call."""
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
 class Features(reporting.Benchmark):
     """The benchmark: images per second, and PyTorch's time as a ratio to the command's."""
 
@@ -104,15 +112,34 @@ class Features(reporting.Benchmark):
 
     def __init__(self, options):
         self.size = options.size
-        self.timed = timing.Series("features", tuple(JOBS), self.setups, options.rounds, SECONDS)
-        self.series = [self.timed]
+        setups = partial(self.setups, timing.threads())
+        self.timed = timing.Series("features", tuple(JOBS), setups, options.rounds, SECONDS)
+        self.series, self.processor = [self.timed], {}
 
     @staticmethod
     def add_options(parser):
         """The images' size."""
         parser.add_argument("--size", type=int, default=96, help="pixels that the network sees")
 
-    def setups(self):
+    @property
+    def length(self):
+        """And the processor's time of every job."""
+        return super().length + len(JOBS)
+
+    def measure(self, bar):
+        """Seconds of the processor, too: what else runs on the machine hardly changes them.
+
+        PyTorch gets one thread for it, since threads of it that wait use the processor.
+        """
+        super().measure(bar)
+        for name, setup in self.setups(1).items():
+            if name not in self.timed.failed:
+                job = setup()
+                job()
+                self.processor[name] = min(map(processor_seconds, [job] * self.timed.rounds))
+            bar.update()
+
+    def setups(self, threads):
         """All jobs on the same weights."""
         state = random_state(BACKBONE)
         variables = models.from_torchvision(state, BACKBONE)
@@ -133,7 +160,7 @@ class Features(reporting.Benchmark):
         def torch(channels_last):
             import torch
 
-            torch.set_num_threads(timing.threads())
+            torch.set_num_threads(threads)
             order = torch.channels_last if channels_last else torch.contiguous_format
             ops = torch_ops()
 
@@ -155,6 +182,7 @@ class Features(reporting.Benchmark):
 
     def report(self):
         """Images per second; `ratios` > 1 where the command is faster than PyTorch's network."""
+        processor = {name: ratio(self.processor.get(name), BATCH / 1000) for name in JOBS}
         times = {name: timing.median(self.timed.times(name)) for name in JOBS}
         ratios = {
             name: {"ratio": timing.median(self.timed.ratios(name, "command")),
@@ -165,6 +193,7 @@ class Features(reporting.Benchmark):
             "size": self.size,
             "images_per_second": {name: ratio(BATCH, t) for name, t in times.items()},
             "time_over_commands": ratios,
+            "processor_ms_per_image": processor,
             "jobs": JOBS,
             "why_null": self.timed.why_null(),
         }

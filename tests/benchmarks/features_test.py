@@ -38,5 +38,6 @@ def test_the_report_has_every_number_or_the_reason_why_not(monkeypatch, capsys, 
     peers = {"torch", "torch_channels_last"}
     assert set(made["why_null"]) == (peers if torch is None else set())
     for name, rate in made["images_per_second"].items():
-        assert (rate is None) == (name in made["why_null"]) and (rate is None or rate > 0)
+        for number in (rate, made["processor_ms_per_image"][name]):
+            assert (number is None) == (name in made["why_null"]) and (number is None or number > 0)
     assert made["time_over_commands"]["command"]["ratio"] == 1
