@@ -150,7 +150,7 @@ def steps_of(
         for _ in range(steps):
             state, metrics = step(state, next(batches))
         jax.block_until_ready(state)
-        if not np.isfinite(loss := metrics["loss"][0]):
+        if not np.isfinite(loss := metrics["loss"][0]).all():
             raise FloatingPointError("the loss is not finite")
         return loss
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -327,13 +326,9 @@ def with_upstream(config: ConfigDict, method: Method) -> Method:
 
 def init_state(config: ConfigDict, method: Method, pools: Streams) -> TrainState:
     """The state at step 0, by `config.seed`."""
-    return method.init(jax.random.key(config.seed), _first(pools))
-
-
-def _first(pools: Streams) -> Any:
-    """The inputs of one sample, which fix the shapes."""
     pool = pools.candidates if pools.val is None else pools.val  # candidates may have views
-    return floats(jax.tree.map(np.asarray, subset(pool.inputs, np.arange(1))))
+    first = subset(pool.inputs, np.arange(1))
+    return method.init(jax.random.key(config.seed), floats(jax.tree.map(np.asarray, first)))
 
 
 # --- Runs
@@ -400,14 +395,14 @@ def fit_sweep(
     config, *_ = configs
     pools, rows = zip(*(make_rows(c, d) for c, d in zip(configs, data)))
     shared = all(d is data[0] for d in data)
-    keys = jnp.stack([jax.random.key(c.seed) for c in configs])
+    start = [init_state(c, method, pool) for c, pool in zip(configs, pools)]
     validations = [_validation(config, method, d) for d in data]
     validation = train.evaluate_each(validations) if keeps_best(config) else None
     evaluate = None if evaluates is None else train.evaluate_each(evaluates)
     with _early_stopping(config, validation) as best:
         result = train.fit(
             runner.hold(pools[0] if shared else pools),
-            parallel.init_states(method.init, keys, _first(pools[0])),
+            parallel.stack_states(start),
             StackedStream(rows),
             **_course(config, best, evaluate),
             **options,

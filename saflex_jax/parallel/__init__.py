@@ -2,14 +2,13 @@
 
 from saflex_jax.parallel.distributed import initialize
 from saflex_jax.parallel.runners import Runner, jit_runner, pmap_runner
-from saflex_jax.parallel.sweep import init_states, member, stack_states, sweep_runner
+from saflex_jax.parallel.sweep import member, stack_states, sweep_runner
 
 RUNNERS = {"jit": jit_runner, "pmap": pmap_runner}
 
 __all__ = [
     "RUNNERS",
     "Runner",
-    "init_states",
     "initialize",
     "jit_runner",
     "member",

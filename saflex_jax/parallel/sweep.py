@@ -149,24 +149,6 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
     return stack([s._replace(step=()) for s in states])._replace(step=jnp.asarray(states[0].step))
 
 
-def init_states(
-    init: Callable[[jax.Array, PyTree], TrainState], keys: jax.Array, inputs: PyTree
-) -> TrainState:
-    """The members' states at step 0, as `stack_states` of `init(key, inputs)` but compiled once.
-
-    Args:
-      init: `Method.init`.
-      keys: typed keys [S].
-      inputs: one batch that fixes the shapes.
-    """
-    return _compiled_init(init)(keys, inputs)
-
-
-@functools.cache
-def _compiled_init(init: Callable) -> Callable:
-    return jax.jit(jax.vmap(init, in_axes=(0, None), out_axes=_of_parts(None, 0)))
-
-
 @jax.jit
 def member(state: TrainState, number: int | jax.Array) -> TrainState:
     """The state of one member, as its single run has it.

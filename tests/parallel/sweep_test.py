@@ -14,7 +14,7 @@ from saflex_jax.data import ArrayStream, IndexStream, StackedStream, sizes
 from saflex_jax.methods import supervised
 from saflex_jax.methods.upstream import upstream
 from saflex_jax.models import MLP, Classifier, from_linen
-from saflex_jax.parallel import init_states, jit_runner, member, stack_states, sweep_runner
+from saflex_jax.parallel import jit_runner, member, stack_states, sweep_runner
 from saflex_jax.rules import Posterior, Refinement, Schedule, Scoring, VisitMean, directions
 from tests.parallel import setup_
 
@@ -199,12 +199,6 @@ def test_states_are_stacked_and_taken_apart():
         found = setup_.flatten(member(stacked, number))
         for name, value in setup_.flatten(state).items():
             np.testing.assert_array_equal(found[name], value)
-
-
-def test_states_at_step_zero():
-    keys = jnp.stack([jax.random.key(seed) for seed in (0, 1)])
-    found = init_states(PLAIN.init, keys, pools(0).val.inputs[:1])
-    assert_same(found, stack_states([new_state(0), new_state(1)]))
 
 
 # --- bad input -----------------------------------------------------------------------------------
