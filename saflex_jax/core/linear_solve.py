@@ -123,10 +123,12 @@ def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSo
 
 
 def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> LinearSolve:
-    """(A + damping I) x = b by at most `maxiter` conjugate-gradient iterations.
+    """(A + damping I) x = b by `maxiter` conjugate-gradient iterations; it rests once it is done.
 
     A must be symmetric positive semi-definite (Gauss-Newton always is; a Hessian only at a
-    minimum). tol is relative to ||b||; 0 = until rounding. Source: jax.scipy.sparse.linalg.cg.
+    minimum). tol is relative to ||b||; 0 = until rounding. The number of iterations is fixed, so
+    that chips need not agree on an end. Besides, XLA's CPU backend gives wrong numbers for a
+    vmapped `jax.scipy.sparse.linalg.cg` around a network (JAX 0.10 to 0.12, docs/sharp_edges.md).
 
     >>> x, info = cg_solve(damping=0.0)(lambda v: 4 * v, jnp.ones(2))
     >>> x.round(6).tolist()
@@ -135,18 +137,29 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> Li
     Raises:
       ValueError: maxiter < 1, tol < 0, damping < 0.
     """
-    checks.positive(maxiter=maxiter)
+    checks.whole(1, maxiter=maxiter)
     checks.at_least_zero(tol=tol)
     checks.at_least_zero(damping=damping)
 
     def solve(matvec, rhs):
         matvec = _damped(matvec, damping)
-        # Solved for b of length one and not beyond rounding: CG's running residual shrinks without
-        # end, and where its square underflows the next step length is 0 / 0.
+        # Solved for b of length one, so that the end is the same whatever the scale of b is.
         size = jnp.sqrt(dot(rhs, rhs))
         unit = jax.tree.map(lambda b: b / jnp.where(size > 0, size, 1.0), rhs)
-        stop = max(tol, float(jnp.finfo(size.dtype).eps))
-        x, _ = jax.scipy.sparse.linalg.cg(matvec, unit, tol=stop, maxiter=maxiter)
+        end = max(tol, float(jnp.finfo(size.dtype).eps)) ** 2
+
+        def body(_, carry):
+            x, residual, direction, square = carry
+            product = matvec(direction)
+            done = square <= end  # beyond it step lengths become 0 / 0
+            length = jnp.where(done, 0.0, square / jnp.where(done, 1.0, dot(direction, product)))
+            x, residual = axpy(length, direction, x), axpy(-length, product, residual)
+            new = dot(residual, residual)
+            turn = jnp.where(done, 0.0, new / jnp.where(done, 1.0, square))
+            return x, residual, axpy(turn, direction, residual), new
+
+        zeros = jax.tree.map(jnp.zeros_like, unit)
+        x, *_ = jax.lax.fori_loop(0, maxiter, body, (zeros, unit, unit, dot(unit, unit)))
         x = jax.tree.map(lambda u: size * u, x)
         return x, _info(matvec, x, rhs)
 

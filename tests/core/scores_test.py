@@ -255,6 +255,32 @@ def test_scores_carry_no_gradient():
         np.testing.assert_array_equal(leaf, 0)
 
 
+def test_scores_of_several_networks_at_once_are_those_of_each():
+    """The sizes are those with which a vmapped jax.scipy.sparse.linalg.cg is wrong on a CPU."""
+    rng = np.random.default_rng(0)
+    members, rows, width, classes = 4, 256, 512, 10
+    x = rng.standard_normal((2, members, rows, width)).astype(np.float32)
+    y = np.eye(classes, dtype=np.float32)[rng.integers(classes, size=(members, rows))]
+    params = {
+        "kernel": 0.05 * rng.standard_normal((members, width, classes)).astype(np.float32),
+        "bias": np.zeros((members, classes), np.float32),
+    }
+
+    def logits_fn(params, x):
+        return x @ params["kernel"] + params["bias"][None]
+
+    def run(params, x, x_val, y_val):
+        found = score(logits_fn, params, x, x_val, y_val, solve=linear_solve.cg_solve())
+        return found.scores
+
+    def split(params):
+        return [dict(zip(params, arrays)) for arrays in zip(*params.values())]
+
+    together = jax.jit(jax.vmap(run))(params, x[0], x[1], y)
+    for found, *member in zip(together, split(params), x[0], x[1], y):
+        assert_close(found, jax.jit(run)(*member), 1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
