@@ -89,6 +89,9 @@ SETS = {
     ("mnist", "rotated"): "--views=4 --augment='affine(degrees=180)' --limit=6000",
 }
 FOG = "fog:3"
+# On trusted samples of other seeds 500 steps at this rate lost nothing against 2,500 at a third of
+# it, for plain training and for SAFLEX, with right labels and with people's (2026-11-27).
+STEPS, LEARNING_RATE = 500, 3e-3
 
 
 class _Spec(NamedTuple):
@@ -110,18 +113,18 @@ def _generator(share: float, outside_from: str) -> dict[str, Any]:
 
 
 def _cifar(wrong: float, augment: str = "view", *, val: int = 500, **data: Any) -> _Spec:
-    return _Spec("development", wrong, ("cifar10n", "crop"), {"val": val, **data}, 2500, augment)
+    return _Spec("development", wrong, ("cifar10n", "crop"), {"val": val, **data}, STEPS, augment)
 
 
 def _few(per_class: int, half: str, features: tuple[str, str], val: int) -> _Spec:
     # At least 16 rows a batch, a multiple of 8; else no more than there are.
     rows = max(16, min(256, 10 * per_class // 8 * 8))
     data = {"per_class": per_class, "val": val}
-    return _Spec(half, 0.0, features, data, 500, batch_size=rows)
+    return _Spec(half, 0.0, features, data, STEPS, batch_size=rows)
 
 
 def _fashion(wrong: float, *, val: int = 500, **data: Any) -> _Spec:
-    return _Spec("report", wrong, ("fashion_mnist", "crop"), {"val": val, **data}, 1000)
+    return _Spec("report", wrong, ("fashion_mnist", "crop"), {"val": val, **data}, STEPS)
 
 
 DEVELOPMENT = {
@@ -139,8 +142,10 @@ DEVELOPMENT = {
     "cifar_pairwise_30": _cifar(0.3, noise=0.3, noise_kind="pairwise"),
     "cifar_generator_40": _cifar(0.4, **_generator(0.4, "fashion_mnist")),
     "cifar_few_10": _few(10, "development", ("cifar10n", "crop"), val=50),
-    "chest": _Spec("development", 0.0, ("chest_xray", "crop"), {"val": 200}, 1000),
-    "chest_40": _Spec("development", 0.4, ("chest_xray", "crop"), {"val": 200, "noise": 0.4}, 1000),
+    "chest": _Spec("development", 0.0, ("chest_xray", "crop"), {"val": 200}, STEPS),
+    "chest_40": _Spec(
+        "development", 0.4, ("chest_xray", "crop"), {"val": 200, "noise": 0.4}, STEPS
+    ),
 }
 REPORT = {
     "fashion": _fashion(0.0),
@@ -157,16 +162,16 @@ REPORT = {
         for number, val in ((1, 10), (5, 20), (10, 50), (50, 100))
     },
     "fashion_fog": _fashion(0.0, corrupt=FOG),
-    "brain_mri": _Spec("report", 0.0, ("brain_mri", "crop"), {"val": 200, "test": 800}, 1000),
+    "brain_mri": _Spec("report", 0.0, ("brain_mri", "crop"), {"val": 200, "test": 800}, STEPS),
     "brain_mri_40": _Spec(
-        "report", 0.4, ("brain_mri", "crop"), {"val": 200, "test": 800, "noise": 0.4}, 1000
+        "report", 0.4, ("brain_mri", "crop"), {"val": 200, "test": 800, "noise": 0.4}, STEPS
     ),
     "solar_poly": _Spec(
-        "report", 0.0, ("solar_cells", "crop"), {"val": 100, "test_on": "cell=1"}, 1000
+        "report", 0.0, ("solar_cells", "crop"), {"val": 100, "test_on": "cell=1"}, STEPS
     ),
-    "usps_40": _Spec("report", 0.4, ("usps", "crop"), {"val": 200, "noise": 0.4}, 1000),
+    "usps_40": _Spec("report", 0.4, ("usps", "crop"), {"val": 200, "noise": 0.4}, STEPS),
     # Rotations that turn a digit into another, or into none.
-    "mnist_rotated": _Spec("report", 0.0, ("mnist", "rotated"), {"val": 500}, 1000),
+    "mnist_rotated": _Spec("report", 0.0, ("mnist", "rotated"), {"val": 500}, STEPS),
 }  # fmt: skip
 SEEDS = 5
 
@@ -236,7 +241,7 @@ def _config(spec: _Spec, folder: str) -> ConfigDict:
     config.data = sources.section(name, features=tag, dir=folder, **spec.data)
     config.augment = spec.augment
     config.model = {"name": "mlp"}
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = LEARNING_RATE
     forget = {"forget": spec.noise, "ramp": spec.steps // 4}
     config.method = methods.all_methods(**{name: forget for name in TOLD})
     config.train = {
