@@ -27,11 +27,12 @@ STANDING = {
     "upstream_train_val": {"method": _PLAIN, "data": {"train_on_val": True}},
     "trusted_only": {
         "method": _PLAIN,
-        "data": {"train_on_val": False, "val_from": "", "pool": "", "trusted_only": True},
+        "data": {"trusted_only": True, "train_on_val": False, "val_from": "", "pool": "",
+                 "cleaning": ""},
     },
     "saflex": {"data": {"train_on_val": False}},
     "saflex_train_val": {"data": {"train_on_val": True}},
-}
+}  # fmt: skip
 Measure = Callable[[Method, TrainState, task.Data], dict[str, float]]
 SWEEP_BYTES = 2**29  # of data that one program holds, each member its own
 PROBED = 256  # training samples whose learned weights are looked at
