@@ -270,6 +270,7 @@ def make_method(
       options: path of `SWEPT` -> value, possibly traced, in the place of the config's.
     """
     check(config)
+    checks.known("options", options or {}, SWEPT)
     chosen = _with_options(config.to_dict(), options or {})
     rate, decay = (chosen["optimizer"][name] for name in ("learning_rate", "weight_decay"))
     schedule = optax.cosine_decay_schedule(rate, config.train.steps)

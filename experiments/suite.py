@@ -255,7 +255,8 @@ def estimate(tasks: dict[str, Task], todo: list[Job]) -> float | None:
             return None
         # Later passes find the compiled programs on the disk.
         total += suite_tasks.COMPILATION if 0 in job.seeds else suite_tasks.LOADING
-        total += own[0] * len(job.seeds)
+        trainings = 1 if len(own) == 1 else len(arms.trainings(job.arms))
+        total += own[0] * trainings * len(job.seeds)
     return total
 
 

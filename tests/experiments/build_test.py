@@ -54,6 +54,14 @@ def test_what_takes_no_steps_or_knows_no_classes_of_the_split_is_refused():
         build.fit(config, data, method, parallel.jit_runner(method.step))
 
 
+def test_only_options_that_any_value_fits_are_given_apart():
+    config = small()
+    pools = task.make_data(config).pools
+    build.make_method(config, pools, options={"optimizer.weight_decay": 0.5})
+    with pytest.raises(ValueError, match=r"options has no field 'train.steps'.*known fields"):
+        build.make_method(config, pools, options={"train.steps": 3})
+
+
 def test_a_config_without_the_field_has_it_off():
     config = small()
     del config.train["keep_best"]
