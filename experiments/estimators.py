@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 from sklearn import ensemble, linear_model, metrics, pipeline, preprocessing
+from threadpoolctl import threadpool_limits
 
 from experiments.task import Data
 from saflex_jax import checks
@@ -220,7 +221,8 @@ def fit(config: ConfigDict, data: Data) -> Callable[[Batch], np.ndarray]:
         held_out = _matrix(data.held_out), data.held_out.labels.argmax(1)
     x, y = _matrix(candidates), candidates.labels.argmax(1)
     categorical = np.arange(x.shape[1]) < len(category_sizes(data.source.columns or ()))
-    predict = _make(config.model.to_dict()).fit(x, y, held_out, categorical, config.seed)
+    with threadpool_limits(1):  # where workers share the cores, more threads take 20 times as long
+        predict = _make(config.model.to_dict()).fit(x, y, held_out, categorical, config.seed)
     present, num_classes = np.unique(y), candidates.labels.shape[1]
 
     def probabilities(batch):

@@ -95,13 +95,12 @@ STEPS, LEARNING_RATE = 500, 3e-3
 
 
 class _Spec(NamedTuple):
-    """A task: half, share of wrong labels, key of SETS, the rest of its data, number of steps."""
+    """A task: half, share of wrong labels, key of SETS, the rest of its data, pipeline, batch."""
 
     half: str
     noise: float
     features: tuple[str, str]
     data: dict[str, Any]
-    steps: int
     augment: str = "view"
     batch_size: int = 256
 
@@ -113,18 +112,18 @@ def _generator(share: float, outside_from: str) -> dict[str, Any]:
 
 
 def _cifar(wrong: float, augment: str = "view", *, val: int = 500, **data: Any) -> _Spec:
-    return _Spec("development", wrong, ("cifar10n", "crop"), {"val": val, **data}, STEPS, augment)
+    return _Spec("development", wrong, ("cifar10n", "crop"), {"val": val, **data}, augment)
 
 
 def _few(per_class: int, half: str, features: tuple[str, str], val: int) -> _Spec:
     # At least 16 rows a batch, a multiple of 8; else no more than there are.
     rows = max(16, min(256, 10 * per_class // 8 * 8))
     data = {"per_class": per_class, "val": val}
-    return _Spec(half, 0.0, features, data, STEPS, batch_size=rows)
+    return _Spec(half, 0.0, features, data, batch_size=rows)
 
 
 def _fashion(wrong: float, *, val: int = 500, **data: Any) -> _Spec:
-    return _Spec("report", wrong, ("fashion_mnist", "crop"), {"val": val, **data}, STEPS)
+    return _Spec("report", wrong, ("fashion_mnist", "crop"), {"val": val, **data})
 
 
 DEVELOPMENT = {
@@ -142,10 +141,8 @@ DEVELOPMENT = {
     "cifar_pairwise_30": _cifar(0.3, noise=0.3, noise_kind="pairwise"),
     "cifar_generator_40": _cifar(0.4, **_generator(0.4, "fashion_mnist")),
     "cifar_few_10": _few(10, "development", ("cifar10n", "crop"), val=50),
-    "chest": _Spec("development", 0.0, ("chest_xray", "crop"), {"val": 200}, STEPS),
-    "chest_40": _Spec(
-        "development", 0.4, ("chest_xray", "crop"), {"val": 200, "noise": 0.4}, STEPS
-    ),
+    "chest": _Spec("development", 0.0, ("chest_xray", "crop"), {"val": 200}),
+    "chest_40": _Spec("development", 0.4, ("chest_xray", "crop"), {"val": 200, "noise": 0.4}),
 }
 REPORT = {
     "fashion": _fashion(0.0),
@@ -162,37 +159,37 @@ REPORT = {
         for number, val in ((1, 10), (5, 20), (10, 50), (50, 100))
     },
     "fashion_fog": _fashion(0.0, corrupt=FOG),
-    "brain_mri": _Spec("report", 0.0, ("brain_mri", "crop"), {"val": 200, "test": 800}, STEPS),
+    "brain_mri": _Spec("report", 0.0, ("brain_mri", "crop"), {"val": 200, "test": 800}),
     "brain_mri_40": _Spec(
-        "report", 0.4, ("brain_mri", "crop"), {"val": 200, "test": 800, "noise": 0.4}, STEPS
+        "report", 0.4, ("brain_mri", "crop"), {"val": 200, "test": 800, "noise": 0.4}
     ),
     "solar_poly": _Spec(
-        "report", 0.0, ("solar_cells", "crop"), {"val": 100, "test_on": "cell=1"}, STEPS
+        "report", 0.0, ("solar_cells", "crop"), {"val": 100, "test_on": "cell=1"}
     ),
-    "usps_40": _Spec("report", 0.4, ("usps", "crop"), {"val": 200, "noise": 0.4}, STEPS),
+    "usps_40": _Spec("report", 0.4, ("usps", "crop"), {"val": 200, "noise": 0.4}),
     # Rotations that turn a digit into another, or into none.
-    "mnist_rotated": _Spec("report", 0.0, ("mnist", "rotated"), {"val": 500}, STEPS),
+    "mnist_rotated": _Spec("report", 0.0, ("mnist", "rotated"), {"val": 500}),
 }  # fmt: skip
 SEEDS = 5
 
 
 def make(folder: str = "data", choices: Choices | None = None) -> dict[str, Task]:
-    """Name -> task, with every arm at its chosen point of the grid.
+    """Name -> task, with the arms at their chosen points of the grid; only what was tuned.
 
     Args:
       folder: where data sets and features are.
       choices: task -> arm -> point; None = those of the project, `tuning.read`.
 
     Raises:
-      ValueError: nothing was chosen for an arm; says how to choose.
+      ValueError: nothing was tuned; says how.
     """
     choices = tuning.read() if choices is None else choices
     tasks = {}
     for name, spec in (DEVELOPMENT | REPORT).items():
         config = _config(spec, folder)
-        config.arms = tuning.chosen_arms("pretrained", name, arms(spec), grid_of, choices)
+        config.arms = tuning.chosen_arms(arms(spec), grid_of, choices.get(name, {}))
         tasks[name] = Task(spec.half, spec.noise, SEEDS, None, config)
-    return tasks
+    return tuning.tuned("pretrained", tasks)
 
 
 def grid(folder: str = "data") -> dict[str, Task]:
@@ -242,11 +239,11 @@ def _config(spec: _Spec, folder: str) -> ConfigDict:
     config.augment = spec.augment
     config.model = {"name": "mlp"}
     config.optimizer.learning_rate = LEARNING_RATE
-    forget = {"forget": spec.noise, "ramp": spec.steps // 4}
+    forget = {"forget": spec.noise, "ramp": STEPS // 4}
     config.method = methods.all_methods(**{name: forget for name in TOLD})
     config.train = {
-        "steps": spec.steps, "batch_size": spec.batch_size,
-        "val_batch_size": min(spec.data["val"], 256), "log_every": spec.steps // 20,
-        "checkpoint_every": spec.steps,
+        "steps": STEPS, "batch_size": spec.batch_size,
+        "val_batch_size": min(spec.data["val"], 256), "log_every": STEPS // 20,
+        "checkpoint_every": STEPS,
     }  # fmt: skip
     return config

@@ -103,22 +103,21 @@ def grid_of(arm: str) -> dict[str, Changes]:
 
 
 def make(folder: str = "data", choices: Choices | None = None) -> dict[str, Task]:
-    """Name -> task, with every arm at its chosen point of the grid; only tasks that were tuned.
+    """Name -> task, with the arms at their chosen points of the grid; only what was tuned.
 
     Args:
       folder: where `experiments.prepare` put data sets.
       choices: task -> arm -> point; None = those of the project, `tuning.read`.
 
     Raises:
-      ValueError: no task was tuned, or not every arm of a task; says how.
+      ValueError: nothing was tuned; says how.
     """
     choices = tuning.read() if choices is None else choices
     tasks = _tasks(folder)
-    tasks = {name: task for name, task in tasks.items() if name in choices} or tasks
     for name, task in tasks.items():
-        of_task = arms_of(task.noise)
-        task.config.arms = tuning.chosen_arms("tables", name, of_task, grid_of, choices)
-    return tasks
+        chosen = choices.get(name, {})
+        task.config.arms = tuning.chosen_arms(arms_of(task.noise), grid_of, chosen)
+    return tuning.tuned("tables", tasks)
 
 
 def grid(folder: str = "data") -> dict[str, Task]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.suite_tasks import Task
+from saflex_jax import checks
 
 Changes = Mapping[str, Any]
 Choices = dict[str, dict[str, str]]  # task -> arm -> point
@@ -40,31 +41,40 @@ def merged(changes: Changes, more: Changes) -> dict[str, Any]:
 
 
 def chosen_arms(
-    suite: str,
-    task: str,
-    arms: Mapping[str, Changes],
-    grid: Callable[[str], Mapping],
-    choices: Choices,
+    arms: Mapping[str, Changes], grid: Callable[[str], Mapping], chosen: Mapping[str, str]
 ) -> dict[str, Changes]:
-    """The arms, each at its chosen point.
+    """The arms of a task that were tuned, each at its chosen point.
 
     Args:
-      suite, task: their names.
       arms: arm -> changes.
       grid: arm -> its grid.
-      choices: of `read`.
+      chosen: arm -> point, of the task's `Choices`.
 
     Raises:
-      ValueError: an arm without a choice, or with one that its grid does not have.
+      ValueError: a point that the arm's grid does not have.
     """
-    points = {arm: choices.get(task, {}).get(arm) for arm in arms}
-    without = [arm for arm, point in points.items() if point not in grid(arm)]
-    if without:
+    for arm in arms.keys() & chosen.keys():
+        checks.choice(grid(arm), **{f"{CHOICES.name}: {arm}": chosen[arm]})
+    return {
+        arm: merged(changes, grid(arm)[chosen[arm]])
+        for arm, changes in arms.items()
+        if arm in chosen
+    }
+
+
+def tuned(suite: str, tasks: dict[str, Task]) -> dict[str, Task]:
+    """The tasks that have arms, of a suite whose arms are `chosen_arms`.
+
+    Raises:
+      ValueError: there is none; says how to choose.
+    """
+    found = {name: task for name, task in tasks.items() if task.config.arms}
+    if not found:
         raise ValueError(
-            f"{CHOICES.name} must have a point of the grid for every arm; given none for {task}: "
-            f"{', '.join(without)}; it is made by {COMMAND.format(suite)}"
+            f"{CHOICES.name} must have points of the grid for the arms of {suite}; given none; it "
+            f"is made by {COMMAND.format(suite)}"
         )
-    return {arm: merged(changes, grid(arm)[points[arm]]) for arm, changes in arms.items()}
+    return found
 
 
 def every_arm(arms: Mapping[str, Changes], grid: Callable[[str], Mapping]) -> dict[str, Changes]:

@@ -63,7 +63,7 @@ def test_without_choices_it_is_said_how_to_choose(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         suite.main(["--suite=pretrained", "--dry_run"])
     said = capsys.readouterr().err
-    assert "tuned.json must have a point" in said and "--suite=pretrained --tune" in said
+    assert "tuned.json must have points of the grid" in said and "--suite=pretrained --tune" in said
     with pytest.raises(SystemExit):
         suite.main(["--suite=small", "--tune"])
     assert "--tune is of pretrained; given --suite=small" in capsys.readouterr().err

@@ -73,11 +73,12 @@ def test_every_point_is_tried_on_other_seeds_and_on_as_many_samples_as_are_trust
     assert len(made.pools.candidates.labels) == len(final.pools.candidates.labels) - 113
 
 
-def test_only_tasks_that_were_tuned_and_without_any_the_command_is_said():
+def test_only_what_was_tuned_and_without_any_the_command_is_said():
     assert [*table_tasks.make(choices={"heart_mlp": LAST, "another": LAST})] == ["heart_mlp"]
-    for choices in ({}, {"heart_mlp": {"upstream": "decay_1"}}):
-        with pytest.raises(ValueError, match="--suite=tables --tune"):
-            table_tasks.make(choices=choices)
+    found = table_tasks.make(choices={"heart_mlp": {"upstream": "decay_1"}})["heart_mlp"]
+    assert [*suite.configs(found, "")] == ["upstream"]
+    with pytest.raises(ValueError, match="--suite=tables --tune"):
+        table_tasks.make(choices={})
 
 
 def test_the_data_of_a_task():

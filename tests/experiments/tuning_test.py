@@ -98,15 +98,13 @@ def test_choices_are_kept_in_one_piece_and_added_to(tmp_path):
 def test_arms_at_points():
     grid = {"1": {"optimizer": {"weight_decay": 1.0}}, "2": {"optimizer": {"weight_decay": 2.0}}}
     given = {"a": {"data": {"val": 5}, "optimizer": {"learning_rate": 0.1}}, "b": {}}
-    found = tuning.chosen_arms(
-        "pretrained", "t", given, lambda arm: grid, {"t": {"a": "2", "b": "1"}}
-    )
+    found = tuning.chosen_arms(given, lambda arm: grid, {"a": "2", "b": "1", "another": "1"})
     assert found == {
         "a": {"data": {"val": 5}, "optimizer": {"learning_rate": 0.1, "weight_decay": 2.0}},
         "b": grid["1"],
     }
     every = tuning.every_arm(given, lambda arm: grid)
     assert list(every) == ["a@1", "a@2", "b@1", "b@2"] and every["a@2"] == found["a"]
-    for choices in ({}, {"t": {"b": "1"}}, {"t": {"a": "3", "b": "1"}}):
-        with pytest.raises(ValueError, match=r"given none for t: a.*experiments\.suite.*--tune"):
-            tuning.chosen_arms("pretrained", "t", given, lambda arm: grid, choices)
+    assert tuning.chosen_arms(given, lambda arm: grid, {"b": "1"}) == {"b": grid["1"]}
+    with pytest.raises(ValueError, match=r"tuned.json: a must be one of \['1', '2'\]; given '3'"):
+        tuning.chosen_arms(given, lambda arm: grid, {"a": "3", "b": "1"})
