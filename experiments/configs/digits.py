@@ -1,8 +1,17 @@
 """Handwritten digits with 40 % wrong labels: the default job, embedded data, a laptop's CPU.
 
 Command:   python -m experiments.compare
-Hardware:  2 CPU cores, under 3 minutes.
+Hardware:  2 CPU cores, under 4 minutes.
 Expected:  see the table in README.md, which that command printed.
+
+How many samples are trusted decides what the job says. Of 20, 30, 50, 80 and 150 it has 50, where
+the noisy samples hold what the trusted ones lack. Chosen on 300 training samples with right labels
+(`data.select=300`, seeds 100 to 102, 2026-11-27):
+
+    trusted                     20     30     50     80     150
+    trusted samples alone     .752   .827   .880   .888   .920
+    all samples, as given     .888   .890   .897   .908   .894
+    all samples, SAFLEX       .898   .891   .927   .930   .917
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +27,7 @@ def get_config() -> ConfigDict:
             "runner": "jit",
             # The upstream pipeline is a noisy generator: this share of its labels is wrong. The
             # validation split is small and trusted.
-            "data": sources.section("digits", val=150, test=697, noise=0.4),
+            "data": sources.section("digits", val=50, test=697, noise=0.4),
             "augment": "shift(1) | affine(degrees=10, scale=0.1) | mixup(0.4, probability=0.25)",
             "model": {"name": "small_cnn", "widths": (16, 32), "norm": "group"},
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 1e-4},
