@@ -66,4 +66,4 @@ def test_without_choices_it_is_said_how_to_choose(tmp_path, monkeypatch, capsys)
     assert "tuned.json must have points of the grid" in said and "--suite=pretrained --tune" in said
     with pytest.raises(SystemExit):
         suite.main(["--suite=small", "--tune"])
-    assert "--tune is of pretrained; given --suite=small" in capsys.readouterr().err
+    assert "--tune is of pretrained, tables; given --suite=small" in capsys.readouterr().err
