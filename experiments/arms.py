@@ -291,8 +291,10 @@ def run_sweep(
     arms, *_ = members
     configs = [next(iter(member.values())) for member in members]
     options = build.swept(configs)
-    key = (program(arms), len(members), _shapes(data[0]))
-    if options or key not in compiled:
+    fixed = [settings(config) for config in arms.values()]  # what `options` does not hold
+    values = {path: own.tolist() for path, own in options.items()}
+    key = json.dumps([fixed, values], sort_keys=True), len(members), _shapes(data[0])
+    if key not in compiled:
         compiled[key] = _compile_sweep(arms, data[0], options, len(members), look)
     methods, runner, targets = compiled[key]
     probes = [None] * len(members)
@@ -367,9 +369,8 @@ def run_each(
                     yield place, found and found[number]
                     del left[place]
         except Exception as error:
-            warnings.warn(
-                f"its runs follow one by one, since a sweep failed: {error}", stacklevel=2
-            )
+            what = f"{type(error).__name__}: {error}"
+            warnings.warn(f"its runs follow one by one, since a sweep failed: {what}", stacklevel=2)
         for place, arms in left.items():
             seed = next(iter(arms.values())).seed
             title = f"[{place + 1}/{len(members)}] {_names([arms])}, seed {seed}"

@@ -476,7 +476,8 @@ not used at all in `saflex_train_batch`; `saflex_paper` is the paper's rule, hel
 Two regimes: heads on features of a pretrained network, and networks from scratch. With pretrained
 features every arm has the head and the decay that were best for it on right-labelled training
 samples of other seeds ([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid).
-From scratch all arms share one setting. The halves were named before any run: rules and options are
+From scratch all arms share one setting, and SAFLEX is the rule as it was before it learned which
+classes are confused (`by_class=False`). The halves were named before any run: rules and options are
 chosen on "development". The suite "small" had a half "report" of its own, on which three rules were
 run up to 2026-11-26; it has been seen, so all its tasks are development now.
 """

@@ -510,8 +510,8 @@ def test_a_sweep_has_the_records_of_single_runs():
     assert one["history"][0]["eval/loss"] != other["history"][0]["eval/loss"]
 
 
-def stopped(steps=()):
-    return SimpleNamespace(stopped_by=signal.SIGINT, state=None, history=steps)
+def stopped():
+    return SimpleNamespace(stopped_by=signal.SIGINT)
 
 
 def test_members_go_apart_where_they_do_not_fit_one_program(monkeypatch):
@@ -549,10 +549,32 @@ def test_a_sweep_that_fails_is_repeated_one_by_one(monkeypatch):
 
     monkeypatch.setattr(arms, "run_sweep", run_sweep)
     monkeypatch.setattr(arms, "run", run)
-    with pytest.warns(UserWarning, match=r"follow one by one, .* failed: step 3 of members \[1\]"):
+    with pytest.warns(
+        UserWarning,
+        match=r"follow one by one, .* failed: FloatingPointError: step 3 of members \[1\]",
+    ):
         (_, first), (place, error), (_, last) = arms.run_each(small_members(({}, {}, {})), {})
     assert (first, last) == ({"saflex": {"seed": 0}}, {"saflex": {"seed": 2}})
     assert place == 1 and str(error) == "step 3"
+
+
+def test_a_sweep_compiles_anew_for_other_options_and_not_for_other_seeds(monkeypatch):
+    made, stop = [], [stopped()] * 2
+    monkeypatch.setattr(
+        arms, "_compile_sweep", lambda *given: made.append(given) or ({0: 0}, 0, None)
+    )
+    monkeypatch.setattr(build, "fit_sweep", lambda *_, **__: stop)
+    data, compiled = [SimpleNamespace(pools=[np.zeros(3)])] * 2, {}
+
+    def sweep(*decays, seed=0):
+        members = small_members([{"optimizer.weight_decay": d} for d in decays])
+        for member in members:
+            member["saflex"].seed += seed
+        assert arms.run_sweep(members, data, compiled) is None
+        return len(made)
+
+    assert [sweep(0.1, 0.1), sweep(0.1, 0.1, seed=5)] == [1, 1]
+    assert [sweep(0.2, 0.2), sweep(0.1, 0.2), sweep(0.1, 0.3), sweep(0.1, 0.2)] == [2, 3, 4, 4]
 
 
 def test_an_interrupted_sweep_has_no_records(monkeypatch):
