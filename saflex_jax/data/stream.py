@@ -130,12 +130,12 @@ class IndexStream(_Stream):
                 return None
             share = self._rows[name] // count
             first = step * share * count + index * share
-            epochs, places = np.divmod(first + np.arange(share), size)
-            rows = np.empty(share, np.int64)
-            for epoch in np.unique(epochs):  # an epoch may end inside a batch
-                in_epoch = epochs == epoch
-                rows[in_epoch] = self._order(name, int(epoch), size)[places[in_epoch]]
-            return rows
+            parts = []
+            while share > 0:  # an epoch may end inside a batch
+                epoch, place = divmod(first, size)
+                parts.append(self._order(name, epoch, size)[place : place + share])
+                first, share = first + len(parts[-1]), share - len(parts[-1])
+            return np.concatenate(parts)
 
         return Streams(*(rows_of(*item) for item in self._sizes._asdict().items()))
 
