@@ -35,18 +35,20 @@ LEAST = 1e-6  # a probability of zero would say that nothing is known
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of DivideMix.
+    """Options of DivideMix; the defaults are for a share of wrong labels that is not known.
 
     Attributes:
       warmup: epochs of plain training before the first division, >= 0; the source has 10, and 30
         on CIFAR-100.
       ramp: epochs after it until the guessed labels have all of their weight, > 0.
       unlabelled_weight: of the guessed labels' loss, >= 0. The source sets it by the kind and share
-        of wrong labels, 0 to 150.
+        of wrong labels: 0 for few or asymmetric ones, up to 150. With 0 guessed labels are trained
+        on where rows are mixed.
       threshold: of the probability that a given label is right, from which on it counts, in [0, 1].
       temperature: of refined and guessed labels, > 0.
       alpha: of the mixing's Beta(alpha, alpha), > 0.
-      decay: in [0, 1), of the average of a sample's losses; 0 = that of its last visit.
+      decay: in [0, 1), of the average of a sample's losses; 0 = that of its last visit. The source
+        has the last epoch's, and the mean of five where nearly all labels are wrong.
       predict: "mean": the logarithm of the mean probability of both networks, two forward passes.
         "a": the logits of network a. The source reports both networks' together.
 
@@ -56,11 +58,11 @@ class Options:
 
     warmup: float = 10.0
     ramp: float = 16.0
-    unlabelled_weight: float = 25.0
+    unlabelled_weight: float = 0.0
     threshold: float = 0.5
     temperature: float = 0.5
     alpha: float = 4.0
-    decay: float = 0.0
+    decay: float = 0.9
     predict: str = "mean"
 
     def __post_init__(self):

@@ -39,6 +39,7 @@ RUN = RunInfo(ROWS, CLASSES, steps_per_epoch=float(EPOCH))
 
 def make(model=LINEAR, tx=TX, run=RUN, **changes):
     options = {"warmup": WARMUP, "ramp": RAMP, "unlabelled_weight": WEIGHT, "alpha": ALPHA}
+    options["decay"] = 0.0
     return dividemix.make(model, tx, dividemix.Options(**options | changes), run=run)
 
 
@@ -222,7 +223,9 @@ def test_mixtures_are_fitted_where_an_epoch_begins():
             assert_close(Mixture(*(x[place] for x in state.extra.mixtures)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("runner", ["jit 8", "pmap 4"])
+@pytest.mark.parametrize(
+    "runner", [pytest.param("jit 8", marks=pytest.mark.slow), pytest.param("pmap 4")]
+)
 def test_warming_up_is_plain_training_of_both(runner):
     method, batch = make(), candidates()
     state, total = start_state(method, START - 1), 0.0
@@ -283,6 +286,7 @@ def test_padding_alone_does_nothing():
     assert not after.extra.losses.visits.any()
 
 
+@pytest.mark.slow
 def test_a_step_costs_two_plain_ones_and_two_forward_passes():
     run = RunInfo(cost_test.BATCH, cost_test.CLASSES, steps_per_epoch=2.0)
     method = make(two_layers(256, cost_test.CLASSES), cost_test.TX, run)
@@ -306,10 +310,10 @@ def test_wrong_labels_are_found_and_not_learned():
     run = RunInfo(160, 4, steps_per_epoch=1.0)
     method = make(two_layers(16, 4), optax.adam(0.02), run, warmup=30.0, ramp=30.0)
     state, step = method.init(jax.random.key(0), inputs), jax.jit(method.step)
-    for _ in range(200):
+    for _ in range(100):
         state, _ = step(state, streams)
-    targets = jax.jit(method.targets)(state, streams)
-    assert ((targets.utility < 0) == wrong).mean() > 0.9
+    right = state.extra.right(streams.candidates.index)  # by either network
+    assert ((right < 0.5) == wrong[:, None]).mean() > 0.9
     predicted = np.asarray(method.predict(state, inputs)).argmax(1)
     assert (predicted == truth)[wrong].mean() > 0.9
 

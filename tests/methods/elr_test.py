@@ -166,7 +166,7 @@ def test_wrong_labels_are_not_learned_by_heart():
     }
     for name, method in methods.items():
         state, step = method.init(jax.random.key(0), inputs), jax.jit(method.step)
-        for _ in range(300):
+        for _ in range(200):
             state, _ = step(state, streams)
         predicted = np.asarray(method.predict(state, inputs)).argmax(1)
         right[name] = (predicted == truth)[wrong].mean()
