@@ -87,8 +87,10 @@ def command(benchmark: type[Benchmark], argv: list[str] | None = None) -> int:
     report["machine"] = machine | report.get("machine", {})
     if options.out is not None:
         bench.write(report, options.out)
-    lines = [header(report), *benchmark.table(report)]
-    print(json.dumps(report, indent=1) if options.json else "\n".join(lines))
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print("\n".join([header(report), *benchmark.table(report)]))
     if getattr(options, "figure", None) is not None:  # last: what was measured is written by now
         benchmark.draw(report, options.figure)
     return status
