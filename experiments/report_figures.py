@@ -49,15 +49,16 @@ def gain_by_task(regimes: dict[str, list[dict]]) -> Figure:
 
 
 def gain_against_noise(panels: Panels) -> Figure:
-    """One dot per task; the line is the mean of the tasks with one share of wrong labels."""
+    """One dot per task; the line is the mean of the tasks of one tenth of wrong labels."""
 
     def draw(axis, tasks, place, number, shade):
         shares = np.round([t["noise"] for t in tasks], 2)
         # Side by side, since many tasks have the same share.
         shifted = shares + 0.012 * (place - (number - 1) / 2)
-        levels = sorted(set(shares))
+        tenths = np.round(shares, 1)
+        levels = sorted(set(tenths))
         gains = np.array([t["mean"] for t in tasks])
-        means = [gains[shares == level].mean() for level in levels]
+        means = [gains[tenths == level].mean() for level in levels]
         axis.plot(shifted, gains, "o", color=shade, ms=4, alpha=0.5, mew=0)
         axis.plot(levels, means, color=shade, lw=2)
 
@@ -111,10 +112,9 @@ def course(tasks: dict[str, dict]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelleft=True)
         axis.grid(alpha=0.2)
-    levels = sorted({round(task["noise"], 2) for task in tasks.values()})
-    for level in levels:
+    for level in sorted({round(task["noise"], 1) for task in tasks.values()}):
         axis.plot([], [], color=shades(0.9 * level / most), label=f"{level:.0%} are wrong")
-    axis.legend(fontsize=9)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=8)
     return figure
 
 
