@@ -22,6 +22,7 @@ from saflex_jax.augment.mixing import mixup
 from saflex_jax.core import memory, parents, steps
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.memory import Memory
+from saflex_jax.core.posterior import sharpened
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import identity
 from saflex_jax.methods.base import MethodSpec, no_clean
@@ -312,17 +313,7 @@ def refined(
     own = right[:, None] * prior + (1 - right[:, None]) * probs[name]
     labelled = right >= options.threshold
     labels = jnp.where(labelled[:, None], own, (probs["a"] + probs["b"]) / 2)
-    return sharpened(labels, options.temperature), labelled
-
-
-def sharpened(probs: jax.Array, temperature: float) -> jax.Array:
-    """p^(1/T) / its sum, f32[B, K].
-
-    >>> sharpened(jnp.array([[0.75, 0.25]]), 0.5).tolist()
-    [[0.9..., 0.1...]]
-    """
-    power = probs ** (1 / temperature)
-    return power / jnp.sum(power, axis=-1, keepdims=True)
+    return sharpened(labels, 1 / options.temperature), labelled
 
 
 def imbalance(probs: jax.Array, mask: jax.Array) -> jax.Array:

@@ -130,7 +130,7 @@ class Posterior:
             self._belief(arrays.memory, scored, candidates),
             noise,
             sharpness=self.sharpness,
-            trusted=self._trusted(candidates),
+            trusted=parents.of_all(candidates, self._is_trusted) if self._num_trusted else None,
             mask=candidates.mask,
             reduce=reduce,
         )
@@ -148,10 +148,6 @@ class Posterior:
     @property
     def _by_class(self) -> bool:
         return self.by_class and self.run is not None
-
-    def _trusted(self, candidates: Batch) -> jax.Array | None:
-        """Rows that are trusted, bool[B]; None where the run has none."""
-        return parents.of_all(candidates, self._is_trusted) if self._num_trusted else None
 
     def _is_trusted(self, index: jax.Array) -> jax.Array:
         return index >= self.run.num_samples - self.run.num_trusted
@@ -176,12 +172,11 @@ class Posterior:
 
     def _pairs(self, pairs, belief, streams, rows, reduce) -> Pairs:
         candidates, val = streams.candidates, streams.val
-        trusted = self._trusted(candidates)
         return transition.add_pairs(
             pairs,
             posterior.sharpened(belief, self.sharpness),
             candidates.labels,
-            rows if trusted is None else rows & ~trusted,
+            rows & ~self._is_trusted(candidates.index),
             val.labels,
             val.mask,
             decay=self.agreement_decay,
