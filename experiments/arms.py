@@ -19,14 +19,14 @@ from saflex_jax import configure, parallel
 from saflex_jax.batches import take
 from saflex_jax.types import Method, Streams, Targets, TrainState
 
-_PLAIN = {"name": "supervised", "rule": "as_given"}
+PLAIN = {"name": "supervised", "rule": "as_given"}
 # Arm -> changes, where a config has no arms of its own. What learns from validation labels is
 # compared with the upstream pipeline on training + validation, and on validation samples alone.
 STANDING = {
-    "upstream": {"method": _PLAIN, "data": {"train_on_val": False}},
-    "upstream_train_val": {"method": _PLAIN, "data": {"train_on_val": True}},
+    "upstream": {"method": PLAIN, "data": {"train_on_val": False}},
+    "upstream_train_val": {"method": PLAIN, "data": {"train_on_val": True}},
     "trusted_only": {
-        "method": _PLAIN,
+        "method": PLAIN,
         "data": {"trusted_only": True, "train_on_val": False, "val_from": "", "pool": "",
                  "cleaning": ""},
     },

@@ -57,9 +57,14 @@ def matrix(inputs: Any) -> np.ndarray:
         if np.issubdtype(x.dtype, np.signedinteger):  # codes [N, E], -1 = missing
             columns += [np.eye(max(c.max(), 0) + 1)[c] * (c >= 0)[:, None] for c in x.T]
         else:
-            x = floats(x[:, 0] if x.ndim == 3 else x)
-            columns.append(x.reshape(len(x), -1))
+            columns.append(flat(x))
     return np.hstack(columns).astype(np.float32)
+
+
+def flat(x: np.ndarray) -> np.ndarray:
+    """[N, D] of one input: of views the first, images flattened."""
+    x = floats(x[:, 0] if x.ndim == 3 else x)
+    return x.reshape(len(x), -1)
 
 
 # --- confident learning --------------------------------------------------------------------------

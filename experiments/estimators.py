@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 from sklearn import ensemble, linear_model, metrics, pipeline, preprocessing
 from threadpoolctl import threadpool_limits
 
+from experiments import cleaning
 from experiments.task import Data
 from saflex_jax import checks
-from saflex_jax.batches import floats
 from saflex_jax.data import category_sizes
 from saflex_jax.types import Batch, Method, TrainState
 
@@ -236,6 +236,5 @@ def fit(config: ConfigDict, data: Data) -> Callable[[Batch], np.ndarray]:
 
 def _matrix(batch: Batch) -> np.ndarray:
     """The inputs f32[N, D]: images flattened, of views the first, categories before numbers."""
-    leaves = [floats(np.asarray(x)) for x in jax.tree.leaves(batch.inputs)]
-    leaves = [x[:, 0] if x.ndim == 3 else x for x in leaves]
-    return np.hstack([x.astype(np.float32).reshape(len(x), -1) for x in leaves])
+    leaves = [cleaning.flat(np.asarray(x)) for x in jax.tree.leaves(batch.inputs)]
+    return np.hstack([x.astype(np.float32) for x in leaves])

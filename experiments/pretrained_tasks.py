@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments import tuning
+from experiments.arms import PLAIN, STANDING
 from experiments.configs import digits, methods, sources
 from experiments.feature_sets import corrupted_tag, feature_folder
-from experiments.suite_tasks import Task
+from experiments.suite_tasks import Task, generator
 from experiments.tuning import Changes, Choices
 
 HEADS = {"linear": (), "mlp": (256,)}  # hidden widths
@@ -28,20 +29,18 @@ DECAYS = ("1e-2", "1")
 STRENGTHS = ("5e-4", "3e-3", "1e-2", "1e-1")  # of a logistic regression: 1 / regularisation
 ESTIMATED = ("linear_probe",)  # arms that scikit-learn fits
 
-_PLAIN = {"name": "supervised", "rule": "as_given"}
-
 
 def _arm(trains: bool, method: dict | None = None, **changes: Any) -> dict[str, Any]:
     """Changes of a config; `trains`: whether the trusted samples train, too."""
     data = {"train_on_val": trains} | changes.pop("data", {})
-    return {"method": method or _PLAIN, "data": data, **changes}
+    return {"method": method or PLAIN, "data": data, **changes}
 
 
 ARMS: dict[str, dict[str, Any]] = {
-    "upstream": _arm(False),
+    "upstream": STANDING["upstream"],
     # What a user would do without any of this: the fair partners.
-    "upstream_train_val": _arm(True),
-    "trusted_only": _arm(False, data={"trusted_only": True}),
+    "upstream_train_val": STANDING["upstream_train_val"],
+    "trusted_only": STANDING["trusted_only"],
     "early_stopping": _arm(False, train={"keep_best": True}),
     "linear_probe": _arm(True, model={"name": "logistic"}),
     # The rule.
@@ -105,12 +104,6 @@ class _Spec(NamedTuple):
     batch_size: int = 256
 
 
-def _generator(share: float, outside_from: str) -> dict[str, Any]:
-    """Stands in for a generator: half of its bad samples are of no class, half are mislabelled."""
-    mislabelled = share / 2 / (1 - share / 2)  # of those that are of a class
-    return {"outside": share / 2, "outside_from": outside_from, "noise": mislabelled}
-
-
 def _cifar(wrong: float, augment: str = "view", *, val: int = 500, **data: Any) -> _Spec:
     return _Spec("development", wrong, ("cifar10n", "crop"), {"val": val, **data}, augment)
 
@@ -139,7 +132,7 @@ DEVELOPMENT = {
     "cifar_20": _cifar(0.2, noise=0.2),
     "cifar_40": _cifar(0.4, noise=0.4),
     "cifar_pairwise_30": _cifar(0.3, noise=0.3, noise_kind="pairwise"),
-    "cifar_generator_40": _cifar(0.4, **_generator(0.4, "fashion_mnist")),
+    "cifar_generator_40": _cifar(0.4, **generator(0.4, "fashion_mnist")),
     "cifar_few_10": _few(10, "development", ("cifar10n", "crop"), val=50),
     "chest": _Spec("development", 0.0, ("chest_xray", "crop"), {"val": 200}),
     "chest_40": _Spec("development", 0.4, ("chest_xray", "crop"), {"val": 200, "noise": 0.4}),
@@ -151,7 +144,7 @@ REPORT = {
     "fashion_pairwise_40": _fashion(0.4, noise=0.4, noise_kind="pairwise"),
     "fashion_instance_40": _fashion(0.4, noise=0.4, noise_kind="instance"),
     **{
-        f"fashion_generator_{n}": _fashion(n / 100, **_generator(n / 100, "mnist@rotated"))
+        f"fashion_generator_{n}": _fashion(n / 100, **generator(n / 100, "mnist@rotated"))
         for n in (20, 40, 60)
     },
     **{

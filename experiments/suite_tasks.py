@@ -66,20 +66,20 @@ class _Images(NamedTuple):
 
 NOISE = 0.4  # of the noisy twin of every table
 FEW = 200  # training samples of a class up to which it is few on purpose
-_CUTMIX, _MIXUP = "tabular_cutmix(1.0, probability=0.5)", "mixup(0.4, probability=0.5)"
+CUTMIX, MIXUP = "tabular_cutmix(1.0, probability=0.5)", "mixup(0.4, probability=0.5)"
 # Data set -> rows, half, upstream pipeline. In pairs, so that both halves have every pipeline
 # twice. wdbc is in the first half because this project's trials looked at it before.
 TABLES = {
-    "wdbc": (569, "development", _CUTMIX),
-    "appendicitis": (106, "report", _CUTMIX),
-    "cleveland": (297, "development", _MIXUP),
-    "cmc": (1473, "report", _MIXUP),
+    "wdbc": (569, "development", CUTMIX),
+    "appendicitis": (106, "report", CUTMIX),
+    "cleveland": (297, "development", MIXUP),
+    "cmc": (1473, "report", MIXUP),
     "madelon": (2600, "development", "identity"),
     "vehicle": (846, "report", "identity"),
-    "australian": (690, "development", _CUTMIX),
-    "german": (1000, "report", _CUTMIX),
-    "pima": (768, "development", _MIXUP),
-    "phoneme": (5404, "report", _MIXUP),
+    "australian": (690, "development", CUTMIX),
+    "german": (1000, "report", CUTMIX),
+    "pima": (768, "development", MIXUP),
+    "phoneme": (5404, "report", MIXUP),
     "spambase": (4597, "development", "identity"),
     "segment": (2310, "report", "identity"),
 }
@@ -96,10 +96,10 @@ def _garments(per_class: int, val: int, **more: Any) -> dict[str, Any]:
     return sources.section("fashion_mnist", per_class=per_class, val=val, **more)
 
 
-def _generator(share: float) -> dict[str, Any]:
+def generator(share: float, outside_from: str = "mnist") -> dict[str, Any]:
     """Stands in for a generator: half of its bad samples are of no class, half are mislabelled."""
     mislabelled = share / 2 / (1 - share / 2)  # of those that are of a class
-    return {"outside": share / 2, "outside_from": "mnist", "noise": mislabelled}
+    return {"outside": share / 2, "outside_from": outside_from, "noise": mislabelled}
 
 
 IMAGES = {
@@ -112,20 +112,20 @@ IMAGES = {
     # A noisy generator; the three with share .4 differ in the number of validation samples alone.
     **{
         f"generator_{share:.0%}".removesuffix("%"): _Images(
-            half, share, _CROP, 7, 3, _garments(200, val=200, **_generator(share))
+            half, share, _CROP, 7, 3, _garments(200, val=200, **generator(share))
         )
         for share, half in ((0.2, "report"), (0.4, "development"), (0.6, "report"))
     },
     **{
         f"generator_40_val_{val}": _Images(
-            "development", 0.4, _CROP, 7, 3, _garments(200, val=val, **_generator(0.4)),
+            "development", 0.4, _CROP, 7, 3, _garments(200, val=val, **generator(0.4)),
             baselines=False,
         )
         for val in (50, 800)
     },
     # Labels by people; the share of wrong ones is that of the files.
     "cifar10n_random1": _Images(
-        "development", 0.1723, f"shift(4) | flip | {_MIXUP}", 11, 4.5,
+        "development", 0.1723, f"shift(4) | flip | {MIXUP}", 11, 4.5,
         sources.section("cifar10n", per_class=1000, val=500, labels="random1"),
         soft="soft_crop(4) | flip",
     ),
@@ -141,7 +141,7 @@ IMAGES = {
     ),
     # Tested on another distribution.
     "mnist_usps": _Images(
-        "development", 0.0, _MIXUP, 5, 1,
+        "development", 0.0, MIXUP, 5, 1,
         sources.section("mnist", size=16, per_class=300, val=200, test_on="usps"),
         soft="soft_crop(2)",
     ),
@@ -163,7 +163,7 @@ def make(suite: str, folder: str = "data") -> dict[str, Task]:
       folder: where `experiments.prepare` put data sets.
     """
     full = suite == "full"
-    pipelines = (_CUTMIX, _MIXUP, "identity")
+    pipelines = (CUTMIX, MIXUP, "identity")
     tables = {
         name: task
         for table, (_, _, own) in TABLES.items()
@@ -187,16 +187,23 @@ def _in_turn(first: dict, second: dict) -> dict:
     return {key: both[key] for key in sorted(both, key=place.__getitem__)}
 
 
-def _tables(table: str, augment: str, backbone: str, *, full: bool) -> dict[str, Task]:
-    """The clean and the noisy task of a table."""
-    rows, half, _ = TABLES[table]
+def table_splits(table: str) -> dict[str, int]:
+    """Numbers of rows of a table: val, test, and train, where 0 is all the others."""
+    rows, *_ = TABLES[table]
     val, test = min(rows // 5, 200), min(3 * rows // 10, 2000)
     train = int(ALWAYS_THERE * (rows - val - test)) if table in WITH_COPIES else 0
+    return {"val": val, "test": test, "train": train}
+
+
+def _tables(table: str, augment: str, backbone: str, *, full: bool) -> dict[str, Task]:
+    """The clean and the noisy task of a table."""
+    _, half, _ = TABLES[table]
+    splits = table_splits(table)
     steps = FULL_STEPS // 10 if full else TABLE_STEPS
     tasks = {}
     for noise in (0.0, NOISE):
-        config = _base(noise, steps, batch_size=32, val_batch_size=min(val, 64))
-        config.data = sources.section(table, val=val, test=test, train=train, noise=noise)
+        config = _base(noise, steps, batch_size=32, val_batch_size=min(splits["val"], 64))
+        config.data = sources.section(table, **splits, noise=noise)
         config.augment = augment
         config.model = {"name": "mlp", "widths": (64, 64), "norm": "none"}
         config.optimizer.learning_rate = 3e-3

@@ -29,10 +29,8 @@ from ml_collections import ConfigDict
 
 from experiments import arms, tuning
 from experiments.configs import digits, methods, sources
-from experiments.suite_tasks import ALWAYS_THERE, TABLES, WITH_COPIES, Task
+from experiments.suite_tasks import CUTMIX, MIXUP, TABLES, Task, table_splits
 from experiments.tuning import Changes, Choices
-
-CUTMIX, MIXUP = "tabular_cutmix(1.0, probability=0.5)", "mixup(0.4, probability=0.5)"
 
 
 class _Table(NamedTuple):
@@ -46,11 +44,8 @@ class _Table(NamedTuple):
 
 def _development(name: str) -> _Table:
     """The table of the suite "small", with the same splits."""
-    rows, _, augment = TABLES[name]
-    data = {"val": min(rows // 5, 200), "test": min(3 * rows // 10, 2000)}
-    if name in WITH_COPIES:
-        data["train"] = int(ALWAYS_THERE * (rows - sum(data.values())))
-    return _Table("development", augment, data, (0.0, 0.4))
+    _, _, augment = TABLES[name]
+    return _Table("development", augment, table_splits(name), (0.0, 0.4))
 
 
 DATA = {name: _development(name) for name in TABLES} | {

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.configs.methods import merged
 from experiments.suite_tasks import Task
 from saflex_jax import checks
 
@@ -25,19 +26,6 @@ COMMAND = "python -m experiments.suite --suite={} --tune"
 FIRST_SEED, SEEDS = 100, 2
 LEAST = 200  # samples to choose on, where a task has fewer trusted ones
 AT = "@"  # between the names of an arm and of a point
-
-
-def merged(changes: Changes, more: Changes) -> dict[str, Any]:
-    """Nested changes of a config, and more of them, which win.
-
-    >>> merged({"data": {"val": 5}}, {"data": {"noise": 0.4}, "augment": "flip"})
-    {'data': {'val': 5, 'noise': 0.4}, 'augment': 'flip'}
-    """
-    whole = dict(changes)
-    for name, value in more.items():
-        nested = isinstance(value, Mapping) and isinstance(whole.get(name), Mapping)
-        whole[name] = merged(whole[name], value) if nested else value
-    return whole
 
 
 def chosen_arms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -18,7 +19,7 @@ def all_methods(name: str = "supervised", rule: str = "as_given", **changes: dic
       changes: method or rule -> options, nested as they are.
     """
     sections = _fields(configure.all_options())
-    return {"name": name, "rule": rule, "loss": "cross_entropy"} | _merged(sections, changes)
+    return {"name": name, "rule": rule, "loss": "cross_entropy"} | merged(sections, changes)
 
 
 def _fields(options: dict[str, Any]) -> dict[str, Any]:
@@ -32,9 +33,14 @@ def _fields(options: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _merged(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = section | changes
-    for name, value in changes.items():
-        if isinstance(value, dict) and isinstance(section.get(name), dict):
-            merged[name] = _merged(section[name], value)
-    return merged
+def merged(changes: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested changes of a config, and more of them, which win.
+
+    >>> merged({"data": {"val": 5}}, {"data": {"noise": 0.4}, "augment": "flip"})
+    {'data': {'val': 5, 'noise': 0.4}, 'augment': 'flip'}
+    """
+    whole = dict(changes)
+    for name, value in more.items():
+        nested = isinstance(value, Mapping) and isinstance(whole.get(name), Mapping)
+        whole[name] = merged(whole[name], value) if nested else value
+    return whole
