@@ -151,11 +151,11 @@ def settings(config: ConfigDict) -> dict:
 
 
 def unswept(settings: dict) -> dict:
-    """The settings without the values of `SWEPT` options; changed in place."""
+    """The settings without the numbers of `SWEPT` options; changed in place."""
     for path in SWEPT:
         section, name = _place(settings, path)
-        if isinstance(section.get(name), float):
-            section[name] = None
+        if isinstance(section.get(name), float):  # None is no number: another program
+            section[name] = "swept"
     return settings
 
 

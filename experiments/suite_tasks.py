@@ -238,7 +238,7 @@ def _images(spec: _Images, *, full: bool) -> Task:
 
 
 def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> ConfigDict:
-    """What all tasks have in common; SAFLEX's options are its defaults but for `by_class`.
+    """What all tasks have in common; SAFLEX's options are those of the rule as it was.
 
     The two baselines that leave out the samples of large loss are told the share of wrong labels,
     as in their papers; no other arm knows it, and without wrong labels they are plain training. The
@@ -249,8 +249,8 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
     forget = {"forget": noise, "ramp": steps // 4}
     config.method = methods.all_methods(
         rule="saflex",
-        # As it was run: the default that learns which classes are confused came later.
-        saflex={"rule": {"by_class": False}},
+        # As it was run: what this leaves out came later.
+        saflex={"rule": {"by_class": False, "lookahead": 1.0}},
         label_smoothing={"epsilon": 0.1},
         bootstrap={"hard": True, "beta": 0.5, "start": steps // 4},
         **{name: forget for name in TOLD},

@@ -54,7 +54,9 @@ class Posterior:
         augmentation for it.
       noise_rate: eta, the share of wrong labels; None = estimate it as training goes on.
       lookahead: >= 0, length of the step after which p' is believed: 1 is all of "cg"'s, a Newton
-        step on the validation loss; along "identity" it is a learning rate.
+        step on the validation loss; along "identity" it is a learning rate. None = M / (M + D) of M
+        trusted samples and D parameters a class that scores see (of a head, its inputs): the fewer
+        samples say where to go, the less far it is believed.
       sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
       agreement_decay: in [0, 1), how slowly the estimates of eta and C forget.
       by_class: learn which classes are confused, K x K numbers; needs `run`. False = all wrong
@@ -67,7 +69,7 @@ class Posterior:
 
     run: RunInfo | None = None
     noise_rate: float | None = None
-    lookahead: float = 1.0
+    lookahead: float | None = None
     sharpness: float = 2.0
     agreement_decay: float = 0.99
     by_class: bool = True
@@ -76,7 +78,8 @@ class Posterior:
     def __post_init__(self):
         if self.noise_rate is not None:
             checks.fraction(noise_rate=self.noise_rate)
-        checks.amount(lookahead=self.lookahead)
+        if self.lookahead is not None:
+            checks.amount(lookahead=self.lookahead)
         checks.positive(sharpness=self.sharpness)
         checks.decay(agreement_decay=self.agreement_decay)
         run = self.run
@@ -154,7 +157,11 @@ class Posterior:
 
     def _visit(self, scored) -> jax.Array:
         """p', f32[B, K]: what the network would believe after a step."""
-        return jax.nn.softmax(scored.log_probs + self.lookahead * scored.scores)
+        lookahead = self.lookahead
+        if lookahead is None:
+            known = self._num_known or len(scored.val_probs)
+            lookahead = known / (known + scored.features)
+        return jax.nn.softmax(scored.log_probs + lookahead * scored.scores)
 
     def _belief(self, kept: Memory | None, scored, candidates: Batch) -> jax.Array:
         """What is remembered of the candidates, f32[B, K]; where nothing is, this visit's p'."""

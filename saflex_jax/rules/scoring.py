@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from saflex_jax import checks
 from saflex_jax.core import scores
@@ -42,12 +43,14 @@ class Scored(NamedTuple):
       log_probs: f32[B, K], the network's, of the same forward pass.
       val_probs: f32[M, K], the network's on the validation samples; zeros where not `fresh`.
       fresh: bool[], whether the validation gradient is of this step.
+      features: f32[], parameters a class that scores see; of a head its inputs.
     """
 
     scores: jax.Array
     log_probs: jax.Array
     val_probs: jax.Array
     fresh: jax.Array | bool
+    features: jax.Array | float
 
 
 # (kept gradient, number of scorings before this one) -> (Scored, gradient to keep, metrics)
@@ -117,6 +120,7 @@ class Scoring:
         if isinstance(direction, str):
             direction = directions.parse(direction)
         predicate = predicate_of(self.predicate)
+        features = optax.tree.size(select(state.params, predicate)) / val.labels.shape[1]
         network = scores.in_dtype(logits_fn, self.compute_dtype)
         along = scores.scorer(
             network,
@@ -162,7 +166,7 @@ class Scoring:
             metrics = {"val_loss": val_loss}
             if info.residual is not None:
                 metrics["solve_residual"] = info.residual, jnp.ones(())
-            scored = Scored(label_scores, log_probs, val_probs, is_fresh)
+            scored = Scored(label_scores, log_probs, val_probs, is_fresh, features)
             scored, metrics = jax.lax.stop_gradient((scored, metrics))
             return scored, None if kept is None else gradient, metrics
 

@@ -147,9 +147,11 @@ def by_class(joint, of_trusted, eta, number):
     return noise * ((number * shares + 1) / (number * believed + 1))[:, None]
 
 
-@pytest.mark.parametrize("trusted", [3, 0])
-def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_noise(trusted):
-    lookahead, start, every, decay, forget = 0.7, 1, 2, DECAY, 0.95
+@pytest.mark.parametrize(("trusted", "lookahead"), [(3, 0.7), (3, None), (0, None)])
+def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_noise(
+    trusted, lookahead
+):
+    start, every, decay, forget = 1, 2, DECAY, 0.95
     rule = Posterior(
         RUN._replace(num_trusted=trusted),
         lookahead=lookahead,
@@ -158,6 +160,9 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     )
     streams = functools.partial(right_streams_of, trusted=trusted)
     arrays, run = runner(Refinement(GREEDY, rule, Schedule(start, every)), streams=streams)
+    if lookahead is None:  # without trusted samples, of those in a batch
+        known = trusted or len(streams(0).val.mask)
+        lookahead = known / (known + optax.tree.size(PROBLEM.params) / CLASSES)
     mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(4), 0
     joint, of_trusted, seen = np.zeros((CLASSES, CLASSES)), np.zeros(CLASSES), 0
     for step in range(8):
