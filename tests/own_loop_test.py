@@ -66,7 +66,7 @@ def test_the_default_rule(problem):
     trusted = np.arange(40) < 8
     sums, y, trusted_count = saflex_jax.no_agreement(), problem["y"], 8
     given = {"found": scope["found"], "y": y, "M": trusted_count, "trusted": trusted, "sums": sums}
-    found = run("The default rule", **given)
+    found = run("The default rule", x_val=problem["x_val"], **given)
     assert 0 <= found["noise_rate"] <= 1
     np.testing.assert_array_equal(found["targets"].labels[trusted], y[trusted])
 
@@ -84,7 +84,8 @@ def test_the_default_rule_in_a_loop_finds_the_share_and_trains_through_wrong_lab
             apply_fn, params, x, x_val, y_val,
             predicate=saflex_jax.under("head"), solve=saflex_jax.cg_solve(),
         )  # fmt: skip
-        belief = jax.nn.softmax(found.log_probs + found.scores)
+        part = len(x_val) / (len(x_val) + HIDDEN)
+        belief = jax.nn.softmax(found.log_probs + part * found.scores)
         agrees = saflex_jax.agreement(belief, y)
         sums = saflex_jax.add_agreement(sums, (agrees, trusted), (agrees, ~trusted))
         rate = saflex_jax.estimate_noise_rate(sums, CLASSES, num_trusted=40)
