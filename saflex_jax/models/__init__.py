@@ -2,6 +2,17 @@
 
 from saflex_jax.models.adapters import from_function, from_linen, from_nnx
 from saflex_jax.models.classifier import Classifier, Heads, mix_hidden
+from saflex_jax.models.clip import (
+    CLIP,
+    CLIPS,
+    ImageTower,
+    TextTower,
+    check_images,
+    check_tokens,
+    clip_inputs,
+    make_clip,
+    unit,
+)
 from saflex_jax.models.ft_transformer import FTTransformer
 from saflex_jax.models.mix_block import (
     AdversarialMixBlock,
@@ -24,6 +35,8 @@ from saflex_jax.models.tensor_files import read_weights
 from saflex_jax.models.vit import ViT
 
 __all__ = [
+    "CLIP",
+    "CLIPS",
     "MLP",
     "TUNED",
     "AdversarialMixBlock",
@@ -31,21 +44,28 @@ __all__ = [
     "Classifier",
     "FTTransformer",
     "Heads",
+    "ImageTower",
     "MixBlock",
     "MixBlockOptions",
     "ResNet",
     "ResNet18",
     "ResNet50",
     "SmallCNN",
+    "TextTower",
     "ViT",
+    "check_images",
+    "check_tokens",
+    "clip_inputs",
     "from_function",
     "from_linen",
     "from_nnx",
     "from_torchvision",
     "imagenet_inputs",
+    "make_clip",
     "mix_hidden",
     "only",
     "read_weights",
     "tuned",
+    "unit",
     "with_weights",
 ]

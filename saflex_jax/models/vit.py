@@ -7,18 +7,20 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from saflex_jax import checks
 from saflex_jax.models.feature_map import with_map
 from saflex_jax.models.norm import GroupNorm
 
 
-def layer_norm(x: jax.Array, name: str) -> jax.Array:
-    """Layer normalisation of each token of f32[B, T, D]: one group, one row a token.
+def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
+    """Layer normalisation of each token of f[B, T, D]: one group, one row a token; f32 or wider.
 
     Not flax.linen.LayerNorm, for the reason given in `GroupNorm`.
     """
-    return GroupNorm(groups=1, name=name)(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return GroupNorm(1, epsilon, name=name)(rows).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -29,6 +31,8 @@ class Block(nn.Module):
       mlp_width: outputs of the perceptron's first layer.
       activation: of those outputs; it may return fewer, as `ft_transformer.reglu` does.
       norm_first: whether the attention sees normalised tokens, as the perceptron does.
+      epsilon: of the normalisations.
+      dtype: that matrices are multiplied in; None = that of the inputs. Parameters are f32.
 
     Raises:
       ValueError: heads that do not divide D.
@@ -38,18 +42,26 @@ class Block(nn.Module):
     mlp_width: int
     activation: Callable[[jax.Array], jax.Array] = nn.gelu
     norm_first: bool = True
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, kept: int | None = None) -> jax.Array:
-        """Returns the first `kept` tokens, which attend to all of x; None = all tokens."""
+    def __call__(
+        self, x: jax.Array, *, kept: int | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the first `kept` tokens, which attend to all of x; None = all tokens.
+
+        `mask` bool[1, 1, T, T] says which token (third axis) attends to which; None = all to all.
+        """
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"width must be a multiple of {self.heads} heads; given {width}")
-        seen = layer_norm(x, "attention_norm") if self.norm_first else x
-        attention = nn.MultiHeadDotProductAttention(self.heads, name="attention")
-        x = x[:, :kept] + attention(seen[:, :kept], seen)
-        hidden = nn.Dense(self.mlp_width, name="mlp_in")(layer_norm(x, "mlp_norm"))
-        return x + nn.Dense(width, name="mlp_out")(self.activation(hidden))
+        seen = layer_norm(x, "attention_norm", self.epsilon) if self.norm_first else x
+        attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, name="attention")
+        x = x[:, :kept] + attention(seen[:, :kept], seen, mask=mask)
+        hidden = layer_norm(x, "mlp_norm", self.epsilon)
+        hidden = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(hidden)
+        return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(self.activation(hidden))
 
 
 class ViT(nn.Module):
