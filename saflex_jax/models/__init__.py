@@ -13,6 +13,7 @@ from saflex_jax.models.clip import (
     make_clip,
     unit,
 )
+from saflex_jax.models.clip_weights import clip_of, from_clip, load_clip, to_clip
 from saflex_jax.models.ft_transformer import FTTransformer
 from saflex_jax.models.mix_block import (
     AdversarialMixBlock,
@@ -31,7 +32,7 @@ from saflex_jax.models.pretrained import (
 )
 from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
 from saflex_jax.models.small_cnn import SmallCNN
-from saflex_jax.models.tensor_files import read_weights
+from saflex_jax.models.tensor_files import read_weights, write_weights
 from saflex_jax.models.vit import ViT
 
 __all__ = [
@@ -56,16 +57,21 @@ __all__ = [
     "check_images",
     "check_tokens",
     "clip_inputs",
+    "clip_of",
+    "from_clip",
     "from_function",
     "from_linen",
     "from_nnx",
     "from_torchvision",
     "imagenet_inputs",
+    "load_clip",
     "make_clip",
     "mix_hidden",
     "only",
     "read_weights",
+    "to_clip",
     "tuned",
     "unit",
     "with_weights",
+    "write_weights",
 ]

@@ -12,6 +12,7 @@ import optax
 
 from saflex_jax import checks
 from saflex_jax.models.resnet import ResNet
+from saflex_jax.models.tensor_files import check_tensors
 from saflex_jax.types import Model, PathPredicate, PyTree
 
 # Of ImageNet's colours, [1, 1, 1, 3].
@@ -108,18 +109,7 @@ def from_torchvision(state: Mapping[str, np.ndarray], backbone: ResNet) -> PyTre
         for name, value in state.items()
         if name not in ("fc.weight", "fc.bias") and not name.endswith(".num_batches_tracked")
     }
-    for name in sorted({*wanted, *given}):
-        if name not in given:
-            raise ValueError(f"state must have {name!r} f{list(wanted[name])}; it is missing")
-        if name not in wanted:
-            raise ValueError(
-                f"state must have the tensors of {type(backbone).__name__}; given {name!r} as well"
-            )
-        if given[name].shape != wanted[name]:
-            raise ValueError(
-                f"state[{name!r}] must have shape {list(wanted[name])}; "
-                f"given {list(given[name].shape)}"
-            )
+    check_tensors(given, wanted, type(backbone).__name__)
 
     def value(path, leaf):
         return given[key(path)].transpose(np.argsort(_TO_TORCH[leaf.ndim])).astype(np.float32)

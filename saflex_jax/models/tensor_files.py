@@ -67,6 +67,61 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} must be a state dict of tensors: {error}") from error
 
 
+def write_weights(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors by their names as a .safetensors file, which appears whole or not at all.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_weights(f"{folder}/x.safetensors", {"bias": np.float32([1, 2])})
+    ...     read_weights(f"{folder}/x.safetensors")["bias"].tolist()
+    [1.0, 2.0]
+
+    Raises:
+      ValueError: a tensor of a dtype that the format does not have.
+    """
+    kinds = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
+    arrays = {name: np.ascontiguousarray(x) for name, x in state.items()}
+    header, end = {}, 0
+    for name, x in arrays.items():
+        if x.dtype not in kinds:
+            raise ValueError(
+                f"{name!r} must have a dtype of {list(kinds.values())}; given {x.dtype}"
+            )
+        offsets = [end, end := end + x.nbytes]
+        header[name] = {"dtype": kinds[x.dtype], "shape": x.shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    path = pathlib.Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    with open(unfinished, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for x in arrays.values():
+            file.write(x.tobytes())
+    os.replace(unfinished, path)
+
+
+def check_tensors(
+    given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], network: str
+) -> None:
+    """Raises unless a state dict has the wanted names, no other, and their shapes.
+
+    >>> check_tensors({}, {"conv1.weight": (4,)}, "ResNet18")
+    Traceback (most recent call last):
+        ...
+    ValueError: state must have 'conv1.weight' f[4]; it is missing
+    """
+    for name in sorted({*wanted, *given}):
+        if name not in given:
+            raise ValueError(f"state must have {name!r} f{list(wanted[name])}; it is missing")
+        if name not in wanted:
+            raise ValueError(f"state must have the tensors of {network}; given {name!r} as well")
+        if given[name].shape != tuple(wanted[name]):
+            raise ValueError(
+                f"state[{name!r}] must have shape {list(wanted[name])}; "
+                f"given {list(given[name].shape)}"
+            )
+
+
 class _Storage:
     """The numbers that tensors are views of; old files give them after the tensors."""
 
