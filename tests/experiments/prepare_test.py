@@ -85,7 +85,8 @@ def folder(**fields):
 
 def weights(content=TEXT):
     digest = hashlib.sha256(content).hexdigest()
-    return datasets.Weights("a network", "here", "none", "tiny", "pkg/t.csv", len(content), digest)
+    files = {f: ("pkg/t.csv", digest) for f in ("net.pkl", "net/words.txt")}
+    return datasets.Weights("a network", "here", "none", "tiny", files)
 
 
 @pytest.fixture
@@ -393,8 +394,8 @@ def test_the_list_says_what_is_ready(registry, tmp_path):
     assert prepare.listing(tmp_path).splitlines()[-1].split()[:3] == ["net", "yes", "weights"]
 
 
-def test_weights_are_one_verified_file(registry, tmp_path, monkeypatch):
-    path = tmp_path / "weights" / "net.pkl"
+def test_weights_are_verified_files(registry, tmp_path, monkeypatch):
+    path = tmp_path / "weights" / "net" / "words.txt"
     assert [prepare.prepare("net", tmp_path) for _ in range(2)] == ["prepared", "ready"]
     assert path.read_bytes() == TEXT
     path.write_bytes(TEXT[:-1])
@@ -550,6 +551,36 @@ def test_solar_cells_have_graded_labels(tmp_path):
         datasets.solar_cells([write(path, zipped(package))], tmp_path)
 
 
+def test_emoji_are_two_vendors_drawings_in_one_order(tmp_path):
+    table = [
+        {"name": "FLAG", "subcategory": "b", "image": "f.png", "has_img_twitter": True},
+        {"name": "Cat Face", "subcategory": "a", "image": "c.png", "has_img_twitter": True},
+        {"name": "NEW", "subcategory": "a", "image": "n.png", "has_img_twitter": False},
+    ]
+    table = json.dumps([row | {"has_img_google": True} for row in table]).encode()
+    clear = np.zeros((64, 64, 4), np.uint8)
+    clear[:32] = 10, 20, 30, 255
+    clear[32:, :32] = 0, 100, 200, 51  # a fifth of it, before white
+    red = np.full((64, 64, 3), (255, 0, 0), np.uint8)
+    archives = []
+    for name, first, second in [("twitter", clear, red), ("google", red, clear)]:
+        package = {f"package/img/{name}/64/c.png": png(second), "package/emoji.json": table}
+        package[f"package/img/{name}/64/f.png"] = png(first)
+        archives.append(write(tmp_path / f"{name}.tgz", tarred(package)))
+    made = datasets.emoji(archives, tmp_path).arrays
+    flag, cat = made["inputs"][:2], made["inputs"][2:]
+    assert flag[0, 0, 0].tolist() == [10, 20, 30] and flag[0, 63, 0].tolist() == [204, 224, 244]
+    assert flag[0, 63, 63].tolist() == [255] * 3 and (flag[1] == red).all()
+    np.testing.assert_array_equal(cat, flag[::-1])
+    assert made["labels"].tolist() == [1, 0, 1, 0] and made["extra_emoji"].tolist() == [0, 1, 0, 1]
+    assert made["extra_vendor"].tolist() == [0, 0, 1, 1]
+    assert made["extra_caption"].tolist() == ["flag", "cat face"] * 2
+    del package["package/img/google/64/f.png"]
+    write(archives[1], tarred(package))
+    with pytest.raises(ValueError, match=r"google\.tgz must hold .*64/f\.png; it is missing"):
+        datasets.emoji(archives, tmp_path)
+
+
 def test_usps_levels_and_adults_order(tmp_path):
     values = np.linspace(-1, 1, 256)
     lines = [["label", *range(256)], [7.0, *values], [0.0, *-values]]
@@ -664,6 +695,13 @@ def test_the_table_agrees_with_itself(name):
         assert {len(rows) for rows in dataset.counts.values()} == {grades}
     else:
         assert {path.split("/")[-1] for path in dataset.counts} == set(dataset.classes)
+
+
+@pytest.mark.parametrize("name", datasets.WEIGHTS)
+def test_the_table_of_weights_agrees_with_itself(name):
+    weights = datasets.WEIGHTS[name]
+    assert weights.archive in datasets.ARCHIVES
+    assert all(len(digest) == 64 for _, digest in weights.files.values())
 
 
 @pytest.mark.slow
