@@ -13,6 +13,7 @@ DATA = [
     "scikit-learn>=1.5,<2",
     "tensorflow-datasets>=4.9.10,<5",
 ]
+CLIP = ["tokenizers>=0.22,<0.24"]  # captions; towers and weights need nothing more
 EXPERIMENTS = ["matplotlib>=3.9,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6.2.2,<3"]
 # What the benchmarks compare with; a missing one is reported. On a CPU machine first install the
 # CPU build of exactly this torch, or pip fetches gigabytes of CUDA:
@@ -51,11 +52,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "clip": CLIP,
         "data": DATA,
         "experiments": DATA + EXPERIMENTS,
         "bench": DATA + EXPERIMENTS + BENCH,
         "test": DATA
         + EXPERIMENTS
+        + CLIP
         + ["equinox>=0.13,<0.14", "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10"]
         + ["nbformat>=5.10"]
         + ["pytest>=8", "pytest-xdist>=3.6.1", "ruff>=0.6"],

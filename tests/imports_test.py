@@ -31,6 +31,7 @@ ROOMS = {
     "augment": ({"augment", "types", "checks"}, {"jax", "numpy"}),
     "augment/show.py": ({"augment", "types"}, {"jax", "matplotlib", "numpy", "PIL", "sklearn"}),
     "models": ({"models", "types", "checks"}, BASE | {"flax"}),
+    "models/clip_text.py": ({"models", "_compat"}, {"numpy", "tokenizers"}),
     "methods": (
         {"methods", "rules", "models", "augment", "core", "types", "checks", "calls"},
         BASE | {"flax"},
@@ -52,7 +53,7 @@ ROOMS = {
 # Libraries of the extras; no import of the package may need one.
 OPTIONAL = (
     *("array_record", "grain", "matplotlib", "ml_collections", "PIL", "sklearn"),
-    *("tensorboardX", "tensorflow_datasets"),
+    *("tensorboardX", "tensorflow_datasets", "tokenizers"),
 )
 
 SCRIPT = """
@@ -80,7 +81,7 @@ assert jax.device_count() == 3
 
 import functools, pathlib, tempfile
 import numpy as np
-from saflex_jax import Streams, data, train
+from saflex_jax import Streams, data, models, train
 labels, images = np.arange(8) % 2, np.zeros((8, 4, 4, 3), np.uint8)
 folder = pathlib.Path(tempfile.mkdtemp())
 for source in "01":
@@ -97,9 +98,10 @@ needed = {
     "tensorflow_datasets": [lambda: data.from_tfds("mnist")],
     "grain": [lambda: data.Prefetched(data.IndexStream(Streams(8), batch_size=4, seed=0))],
     "tensorboardX": [lambda: train.MetricsWriter(folder, tensorboard=True)],
+    "tokenizers": [lambda: models.read_tokenizer("x.json"), lambda: models.word_vocabulary(["x"])],
 }
 for package, calls in needed.items():
-    extra = "experiments" if package == "tensorboardX" else "data"
+    extra = {"tensorboardX": "experiments", "tokenizers": "clip"}.get(package, "data")
     for call in calls:
         try:
             call()

@@ -13,6 +13,7 @@ from saflex_jax.models.clip import (
     make_clip,
     unit,
 )
+from saflex_jax.models.clip_text import Tokenizer, read_tokenizer, word_vocabulary
 from saflex_jax.models.clip_weights import clip_of, from_clip, load_clip, to_clip
 from saflex_jax.models.ft_transformer import FTTransformer
 from saflex_jax.models.mix_block import (
@@ -31,6 +32,7 @@ from saflex_jax.models.pretrained import (
     with_weights,
 )
 from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
+from saflex_jax.models.sentence_encoder import load_sentence_encoder
 from saflex_jax.models.small_cnn import SmallCNN
 from saflex_jax.models.tensor_files import read_weights, write_weights
 from saflex_jax.models.vit import ViT
@@ -53,6 +55,7 @@ __all__ = [
     "ResNet50",
     "SmallCNN",
     "TextTower",
+    "Tokenizer",
     "ViT",
     "check_images",
     "check_tokens",
@@ -65,13 +68,16 @@ __all__ = [
     "from_torchvision",
     "imagenet_inputs",
     "load_clip",
+    "load_sentence_encoder",
     "make_clip",
     "mix_hidden",
     "only",
+    "read_tokenizer",
     "read_weights",
     "to_clip",
     "tuned",
     "unit",
     "with_weights",
+    "word_vocabulary",
     "write_weights",
 ]
