@@ -80,13 +80,11 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> N
       ValueError: a tensor of a dtype that the format does not have.
     """
     kinds = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
-    arrays = {name: np.ascontiguousarray(x) for name, x in state.items()}
+    arrays = {name: np.asarray(x, order="C") for name, x in state.items()}
     header, end = {}, 0
     for name, x in arrays.items():
         if x.dtype not in kinds:
-            raise ValueError(
-                f"{name!r} must have a dtype of {list(kinds.values())}; given {x.dtype}"
-            )
+            raise ValueError(f"{name!r} must be of one of {list(kinds.values())}; given {x.dtype}")
         offsets = [end, end := end + x.nbytes]
         header[name] = {"dtype": kinds[x.dtype], "shape": x.shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
