@@ -13,8 +13,9 @@ from saflex_jax.models.clip import (
     make_clip,
     unit,
 )
+from saflex_jax.models.clip_config import clip_of
 from saflex_jax.models.clip_text import Tokenizer, read_tokenizer, word_vocabulary
-from saflex_jax.models.clip_weights import clip_of, from_clip, load_clip, to_clip
+from saflex_jax.models.clip_weights import from_clip, load_clip, to_clip
 from saflex_jax.models.ft_transformer import FTTransformer
 from saflex_jax.models.mix_block import (
     AdversarialMixBlock,

@@ -17,15 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from saflex_jax import checks
-from saflex_jax.models.clip import (
-    CLIP,
-    CLIPS,
-    DEVIATION,
-    EPSILON,
-    MEAN,
-    ImageTower,
-    TextTower,
-)
+from saflex_jax.models.clip import CLIP, ImageTower, TextTower
+from saflex_jax.models.clip_config import check_config, clip_of
 from saflex_jax.models.tensor_files import check_tensors, read_weights
 from saflex_jax.types import Params, PyTree
 
@@ -84,7 +77,6 @@ def to_clip(params: Params, clip: CLIP, dialect: str) -> dict[str, jax.Array]:
         path = jax.tree_util.keystr(path, simple=True, separator="/")
         key = _key(f"{family} {path}" if path.startswith("head/") else path, dialect)
         joined[key][path] = _tensor(path, key, leaf, family)
-
     return {key: _joined(parts) for key, parts in joined.items()}
 
 
@@ -166,8 +158,9 @@ def from_clip(
       ValueError: neither dialect; a tensor that is missing, left over, or of another shape; another
         activation or size in `config`.
     """
+    _family(clip)
     if config is not None:
-        _check_config(clip, config)
+        check_config(clip, config)
     dialect = dialect_of(state)
     make = functools.partial(to_clip, clip=clip, dialect=dialect)
     wanted = {k: x.shape for k, x in jax.eval_shape(make, shapes(clip)).items()}
@@ -197,115 +190,6 @@ def dialect_of(state: Mapping[str, Any]) -> str:
         "state must have names in Hugging Face's dialect ('vision_model. ...') or OpenCLIP's "
         f"('visual. ...'); given {sorted(state)[:3]}"
     )
-
-
-# --- configurations
-
-_COMMON = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
-           "mlp_width": "intermediate_size", "activation": "hidden_act"}  # fmt: skip
-_HF_IMAGE = {"size": "image_size", "patch": "patch_size", **_COMMON}
-_HF_TEXT = {"vocab_size": "vocab_size", "context": "max_position_embeddings", **_COMMON}
-_HF_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-_OPEN_CLIP = {
-    "image": dict(image_size=224, patch_size=16, width=768, layers=12, head_width=64,
-                  mlp_ratio=4.0),
-    "text": dict(context_length=77, vocab_size=49408, width=512, layers=12, heads=8,
-                 mlp_ratio=4.0),
-}  # fmt: skip
-
-
-def clip_of(
-    config: Mapping[str, Any], *, dtype: DTypeLike | None = None, remat: bool = False
-) -> CLIP:
-    """The network that a configuration describes.
-
-    >>> clip = clip_of({"model_cfg": {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}}})
-    >>> clip.image.patch, clip.image.activation
-    (16, 'gelu')
-
-    Args:
-      config: what config.json (Hugging Face: `CLIPConfig`, `SiglipConfig`) or open_clip_config.json
-        holds; what is left out is as in those libraries.
-      dtype, remat: of both towers; see `ImageTower`.
-
-    Raises:
-      ValueError: another kind of network, or a field that these towers have nothing for.
-    """
-    options = {"dtype": dtype, "remat": remat}
-    if "model_cfg" in config:
-        return _of_open_clip(config, options)
-    checks.choice(("clip", "siglip"), **{"config['model_type']": config.get("model_type")})
-    return _of_hugging_face(config, options)
-
-
-def _of_hugging_face(config: Mapping[str, Any], options: Mapping[str, Any]) -> CLIP:
-    family = config["model_type"]
-    image, text = dict(CLIPS["B/32"][1]), {**CLIPS["B/32"][2], "vocab_size": 49408, "context": 77}
-    if family == "siglip":
-        image["patch"] = 16
-        text = {"vocab_size": 32000, "context": 64, "width": 768, "depth": 12, "heads": 12,
-                "mlp_width": 3072}  # fmt: skip
-
-    def fields(section, names, defaults):
-        given = config.get(section, {})
-        act = "quick_gelu" if family == "clip" else "gelu_pytorch_tanh"
-        fixed = {"layer_norm_eps": EPSILON[family], "num_channels": 3, "vision_use_head": True}
-        for name, only in fixed.items():
-            if given.get(name, only) != only:
-                raise ValueError(f"{section}[{name!r}] must be {only}; given {given[name]}")
-        checks.choice(_HF_ACTIVATIONS, **{f"{section}['hidden_act']": given.get("hidden_act", act)})
-        found = {field: given.get(name, defaults.get(field)) for field, name in names.items()}
-        found["activation"] = _HF_ACTIVATIONS[given.get("hidden_act", act)]
-        return {**found, "family": family, **options}
-
-    image = fields("vision_config", _HF_IMAGE, image)
-    text = fields("text_config", _HF_TEXT, text)
-    if family == "clip":
-        return CLIP(ImageTower(**image), TextTower(**text), config.get("projection_dim", 512))
-    width = config.get("text_config", {}).get("projection_size", text["width"])
-    return CLIP(ImageTower(**image), TextTower(**text), width, ("text",), sigmoid=True)
-
-
-def _of_open_clip(config: Mapping[str, Any], options: Mapping[str, Any]) -> CLIP:
-    model = config["model_cfg"]
-    checks.known("model_cfg", model, ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg"))
-    for name, only in {"mean": MEAN["clip"], "std": DEVIATION["clip"]}.items():
-        given = config.get("preprocess_cfg", {}).get(name, only)
-        if not np.allclose(given, only, rtol=0, atol=1e-4):
-            raise ValueError(f"preprocess_cfg[{name!r}] must be {list(only)}; given {given}")
-    for section in ("vision_cfg", "text_cfg"):
-        known = _OPEN_CLIP["image" if section == "vision_cfg" else "text"]
-        checks.known(f"model_cfg.{section}", model[section], known)
-    image, text = ({**_OPEN_CLIP[k], **model[s]} for k, s in (("image", "vision_cfg"),
-                                                              ("text", "text_cfg")))  # fmt: skip
-    options = {**options, "activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    image = ImageTower(
-        image["image_size"], image["patch_size"], image["width"], image["layers"],
-        image["width"] // image["head_width"], int(image["width"] * image["mlp_ratio"]), **options,
-    )  # fmt: skip
-    text = TextTower(
-        text["vocab_size"], text["context_length"], text["width"], text["layers"], text["heads"],
-        int(text["width"] * text["mlp_ratio"]), **options,
-    )  # fmt: skip
-    return CLIP(image, text, model["embed_dim"])
-
-
-def _check_config(clip: CLIP, config: Mapping[str, Any]) -> None:
-    """Raises on the first field in which the network differs from what the configuration says."""
-    _family(clip)
-    told = clip_of(config)
-    for tower in ("image", "text"):
-        ours, theirs = getattr(clip, tower), getattr(told, tower)
-        for field in ours.__dataclass_fields__:
-            if field in ("dtype", "remat", "parent", "name"):
-                continue
-            if getattr(ours, field) != getattr(theirs, field):
-                raise ValueError(
-                    f"clip.{tower}.{field} must be {getattr(theirs, field)!r}, as config says; "
-                    f"given {getattr(ours, field)!r}"
-                )
-    if clip.embed_dim != told.embed_dim:
-        raise ValueError(f"clip.embed_dim must be {told.embed_dim}; given {clip.embed_dim}")
 
 
 # --- folders
