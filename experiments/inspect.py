@@ -28,6 +28,7 @@ _DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets are.")
 _SIZE = flags.DEFINE_integer("size", 0, "Pixels that images are resized to; 0 = not resized.")
 _SHEETS = flags.DEFINE_string("sheets", "runs/inspect", "Contact sheets go here.")
 ROWS, COLUMNS = 12, 8  # of a contact sheet: classes (or columns of a table), samples of each
+MOST = 20  # values that are listed of a further label set
 PARTS = 5  # without an official split 1 / PARTS of the training samples is held out
 
 
@@ -105,7 +106,9 @@ def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str
         lines += ["columns:", *describe_columns(source)]
     for extra, values in source.extra.items():
         distinct, counts = np.unique(values, return_counts=True)
-        lines.append(f"{extra}: " + ", ".join(f"{v} {n}" for v, n in zip(distinct, counts)))
+        counted = ", ".join(f"{v} {n}" for v, n in zip(distinct[:MOST], counts))
+        more = f" and {len(distinct) - MOST} more" if len(distinct) > MOST else ""
+        lines.append(f"{extra}: {counted}{more}")
     lines.append("copies: " + ", ".join(f"{n} {place}" for place, n in before.items()))
     lines.append(f"removed: {removed['train']} of train, {removed['val']} of val")
     leak = sum(n for place, n in after.items() if not place.startswith("within"))

@@ -552,29 +552,32 @@ def test_solar_cells_have_graded_labels(tmp_path):
 
 
 def test_emoji_are_two_vendors_drawings_in_one_order(tmp_path):
-    table = [
-        {"name": "FLAG", "subcategory": "b", "image": "f.png", "has_img_twitter": True},
-        {"name": "Cat Face", "subcategory": "a", "image": "c.png", "has_img_twitter": True},
-        {"name": "NEW", "subcategory": "a", "image": "n.png", "has_img_twitter": False},
-    ]
-    table = json.dumps([row | {"has_img_google": True} for row in table]).encode()
+    rows = [("FLAG", "b", "f"), ("FROG", "alone", "x"), ("Cat Face", "a", "c"),
+            ("DOG", "a", "d"), ("OTHER FLAG", "b", "o"), ("NEW", "a", "n")]  # fmt: skip
+    table = json.dumps([
+        {"name": name, "subcategory": group, "image": f"{file}.png", "has_img_google": True,
+         "has_img_twitter": name != "NEW"}
+        for name, group, file in rows
+    ]).encode()  # fmt: skip
     clear = np.zeros((64, 64, 4), np.uint8)
     clear[:32] = 10, 20, 30, 255
     clear[32:, :32] = 0, 100, 200, 51  # a fifth of it, before white
     red = np.full((64, 64, 3), (255, 0, 0), np.uint8)
     archives = []
     for name, first, second in [("twitter", clear, red), ("google", red, clear)]:
-        package = {f"package/img/{name}/64/c.png": png(second), "package/emoji.json": table}
-        package[f"package/img/{name}/64/f.png"] = png(first)
+        drawn = {"o": second, "c": second, "x": red, "d": first, "f": first}
+        package = {f"package/img/{name}/64/{file}.png": png(x) for file, x in drawn.items()}
+        package["package/emoji.json"] = table
         archives.append(write(tmp_path / f"{name}.tgz", tarred(package)))
     made = datasets.emoji(archives, tmp_path).arrays
-    flag, cat = made["inputs"][:2], made["inputs"][2:]
+    flag, cat = made["inputs"][::4], made["inputs"][1::4]
     assert flag[0, 0, 0].tolist() == [10, 20, 30] and flag[0, 63, 0].tolist() == [204, 224, 244]
     assert flag[0, 63, 63].tolist() == [255] * 3 and (flag[1] == red).all()
     np.testing.assert_array_equal(cat, flag[::-1])
-    assert made["labels"].tolist() == [1, 0, 1, 0] and made["extra_emoji"].tolist() == [0, 1, 0, 1]
-    assert made["extra_vendor"].tolist() == [0, 0, 1, 1]
-    assert made["extra_caption"].tolist() == ["flag", "cat face"] * 2
+    assert made["extra_caption"].tolist() == ["flag", "cat face", "dog", "other flag"] * 2
+    assert made["labels"].tolist() == [1, 0, 0, 1] * 2
+    assert made["extra_emoji"].tolist() == [0, 1, 2, 3] * 2
+    assert made["extra_vendor"].tolist() == [0] * 4 + [1] * 4
     del package["package/img/google/64/f.png"]
     write(archives[1], tarred(package))
     with pytest.raises(ValueError, match=r"google\.tgz must hold .*64/f\.png; it is missing"):
