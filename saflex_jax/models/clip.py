@@ -82,7 +82,8 @@ def _blocks(tower: nn.Module, x: jax.Array, mask: jax.Array | None = None) -> ja
 def _check_tower(tower: nn.Module) -> None:
     checks.choice(FAMILIES, family=tower.family)
     checks.choice(ACTIVATIONS, activation=tower.activation)
-    checks.whole(1, depth=tower.depth, heads=tower.heads, mlp_width=tower.mlp_width)
+    sizes = ("width", "depth", "heads", "mlp_width")
+    checks.whole(1, **{name: getattr(tower, name) for name in sizes})
 
 
 def _add(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -176,9 +177,9 @@ class ImageTower(nn.Module):
             x = layer_norm(x, "first_norm", epsilon).astype(x.dtype)
             return layer_norm(_blocks(self, x)[:, 0], "last_norm", epsilon)
         x = layer_norm(_blocks(self, x), "last_norm", epsilon)
-        return AttentionPool(self.heads, self.mlp_width, self.activation, self.dtype, name="pool")(
-            x
-        )
+        options = self.heads, self.mlp_width, self.activation, self.dtype
+        pool = AttentionPool(*options, name="pool")
+        return pool(x)
 
 
 class TextTower(nn.Module):
@@ -365,6 +366,7 @@ def check_tokens(tokens: jax.Array, tower: TextTower) -> None:
         ...
     ValueError: tokens must lie in [0, 9), the vocabulary; row 0 has 9
     """
+    checks.whole(1, vocab_size=tower.vocab_size, context=tower.context)
     if np.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens must be integers [B, T]; given {tokens.dtype}{list(np.shape(tokens))}"
