@@ -57,6 +57,12 @@ _NAMES = (
 def to_clip(params: Params, clip: CLIP, dialect: str) -> dict[str, jax.Array]:
     """The parameters as tensors with the names of a dialect; `write_weights` makes a file of them.
 
+    >>> from saflex_jax.models import make_clip
+    >>> clip = make_clip("tiny")
+    >>> state = jax.eval_shape(lambda params: to_clip(params, clip, "open_clip"), shapes(clip))
+    >>> state["visual.proj"].shape
+    (128, 64)
+
     Args:
       params: of `clip`.
       clip: with an `ImageTower`, a `TextTower` and the projections of their family.
@@ -105,7 +111,7 @@ def _tensor(path: str, key: str, leaf: jax.Array, family: str) -> jax.Array:
         return leaf
     if leaf.ndim == 4:
         return leaf.transpose(3, 2, 0, 1)
-    if path.endswith("out/kernel"):
+    if path.endswith("attention/out/kernel"):
         return leaf.reshape(-1, leaf.shape[-1]).T
     return leaf.reshape(leaf.shape[0], -1).T
 
@@ -148,6 +154,12 @@ def from_clip(
 
     Every tensor must be there, and no other may be. Tensors do not tell which activation they were
     trained with, or how many heads: the configuration that lies beside them does.
+
+    >>> from saflex_jax.models import make_clip
+    >>> from_clip({"visual.proj": np.zeros((128, 64))}, make_clip("tiny"))
+    Traceback (most recent call last):
+        ...
+    ValueError: state must have 'ln_final.bias' f[128]; it is missing
 
     Args:
       state: name -> array, as `read_weights` gives it.
