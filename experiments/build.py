@@ -69,6 +69,10 @@ def check(config: ConfigDict) -> None:
             _check_views(config.augment)
     method = config.method.to_dict()
     configure.check(method)
+    checks.within(0, 2**32 - 1, **{"config.seed": config.seed})
+    for name in ("learning_rate", "weight_decay"):
+        checks.within(0, 100, **{f"config.optimizer.{name}": config.optimizer[name]})
+    checks.whole(**{"config.train.val_batch_size": config.train.val_batch_size})
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(**{f"config.train.{name}": config.train[name]})
     if keeps_best(config):
@@ -236,7 +240,19 @@ def make_input(
 def make_model(
     config: ConfigDict, pools: Streams, columns: tuple[Column, ...] | None = None
 ) -> Model:
-    """The network that the method trains."""
+    """The network that the method trains.
+
+    Raises:
+      ValueError: a network for images where the inputs are none.
+    """
+    shown = (pools.candidates if pools.val is None else pools.val).inputs
+    if config.model.name in configure.OF_IMAGES and np.ndim(shown) != 4:
+        given = "a table with categories" if isinstance(shown, dict) else list(np.shape(shown))
+        raise ValueError(
+            f"config.model.name must be a network that takes more than images [N, H, W, C], "
+            f"such as mlp, for {config.data.name}, whose inputs are {given}; given "
+            f"{config.model.name!r}"
+        )
     has_categories = isinstance(pools.candidates.inputs, dict)
     backbone = configure.make_backbone(
         config.model.to_dict(),
@@ -453,7 +469,6 @@ def _early_stopping(
     elif checkpoints is None:
         yield train.Best(validation)
     else:
-        folder = checkpoints.directory.parent / "best"
-        kept = train.Checkpoints(folder, config=checkpoints.config, every=1, keep=1)
+        kept = checkpoints.beside("best", every=1, keep=1)
         with contextlib.closing(kept):
             yield train.Best(validation, checkpoints=kept)

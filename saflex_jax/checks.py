@@ -19,6 +19,8 @@ import numpy as np
 
 from saflex_jax.types import Batch, PyTree, Streams
 
+MOST_LEVEL = 32.0  # of a float image, standardised by whatever mean and sd
+
 # --- options: keyword = value, any number of them
 
 
@@ -55,6 +57,11 @@ def decay(**values: float) -> None:
 def fraction(**values: float) -> None:
     """Raises unless 0 <= value <= 1."""
     _each(values, lambda x: 0 <= x <= 1, "lie in [0, 1]")
+
+
+def within(low: float, high: float, /, **values: float) -> None:
+    """Raises unless low <= value <= high."""
+    _each(values, lambda x: low <= x <= high, f"lie in [{low:g}, {high:g}]")
 
 
 def whole(least: int = 0, /, **values: int) -> None:
@@ -106,6 +113,17 @@ def rows(num_rows: int, /, **arrays: jax.Array | None) -> None:
             raise ValueError(f"{name} must have shape [{num_rows}]; given {np.shape(a)}")
 
 
+def floating(**trees: PyTree) -> None:
+    """Raises unless every leaf is of a floating-point or complex dtype; names the first other."""
+    for name, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if not jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.numpy.inexact):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} must be floating-point, for a gradient; "
+                    f"given {jax.numpy.result_type(leaf)}"
+                )
+
+
 def images(**inputs: PyTree) -> None:
     """Raises unless each is one floating-point array [B, H, W, C]."""
     for name, x in inputs.items():
@@ -144,6 +162,32 @@ def finite(**trees: PyTree) -> None:
                     f"{name}{jax.tree_util.keystr(path)} must be finite; "
                     f"given {a[tuple(where)]} at {where}"
                 )
+
+
+def not_negative(**arrays: jax.Array | None) -> None:
+    """Raises if a concrete array holds a number < 0; NaN passes, it surfaces in the loss."""
+    for name, given in arrays.items():
+        if given is not None and concrete(given) and np.any(np.asarray(given) < 0):
+            raise ValueError(f"{name} must be >= 0; given {np.min(np.asarray(given)):.6g}")
+
+
+def keeps_some(**masks: jax.Array | None) -> None:
+    """Raises if a concrete mask bool[B] is False everywhere."""
+    for name, mask in masks.items():
+        if mask is not None and concrete(mask) and not np.any(np.asarray(mask)):
+            raise ValueError(
+                f"{name} must be True for at least one row; given {np.size(mask)} False"
+            )
+
+
+def pixels(**images: np.ndarray) -> None:
+    """Raises if floats [..., H, W, C] hold 8-bit levels in the place of [0, 1]."""
+    for name, x in images.items():
+        if np.size(x) and np.max(x) > MOST_LEVEL:
+            raise ValueError(
+                f"{name} must be images in [0, 1], or near it; given {np.max(x):g}: divide 8-bit "
+                "levels by 255"
+            )
 
 
 def simplex(mask: jax.Array | None = None, /, **labels: jax.Array) -> None:

@@ -53,6 +53,7 @@ BACKBONES = {
     "vit": models.ViT,
 }
 _ANY_RUN = RunInfo(num_samples=1, num_classes=2)  # to check options, of which some need a run
+OF_IMAGES = ("small_cnn", "resnet18", "resnet50", "vit")  # backbones that take nothing else
 BY_RUN = {"parent", "name", "axis_name", "categories"}  # of a backbone, and never in a config
 BESIDE = ("name", "cosine", "weights", "tune")  # of a model's section, and no fields of a backbone
 PRETRAINED = {"stem": "imagenet", "norm": "frozen"}  # of a backbone with weights
@@ -146,6 +147,12 @@ def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
     backbone = BACKBONES[section["name"]]
     fields = {field.name for field in dataclasses.fields(backbone)} - BY_RUN
     checks.known(name, section, {*BESIDE, *fields})
+    for field, value in section.items():
+        if isinstance(value, tuple | list):
+            for number in value:
+                checks.whole(1, **{f"{name}.{field}": number})
+        elif isinstance(value, int):
+            checks.whole(**{f"{name}.{field}": value})
     if not section.get("weights"):
         checks.choice(("all",), **{f"{name}.tune without weights": section.get("tune", "all")})
         return

@@ -25,6 +25,7 @@ FACTORIES: dict[str, Callable[..., Augment]] = {
         base.choice, base.on,
     )
 }  # fmt: skip
+MOST_VIEWS = 64  # each is an augmentation of the whole batch in the compiled step
 RESERVED = ("identity", "views")  # names of the text that are no factories
 
 
@@ -80,13 +81,16 @@ def parse(text: str) -> Augment:
     if not text.strip():
         return base.identity
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        return _pipeline(ast.parse(text.strip(), mode="eval").body)
     except SyntaxError as error:
         raise ValueError(
-            f"augment must read like 'randaugment(2, 9) | cutmix(1.0)'; given {text!r} "
+            f"augment must read like 'randaugment(2, 9) | cutmix(1.0)'; given {text[:200]!r} "
             f"({error.msg} at column {error.offset})"
         ) from None
-    return _pipeline(tree)
+    except RecursionError:
+        raise ValueError(
+            f"augment must have fewer operations; given {text.count('|') + 1} in {text[:60]!r}..."
+        ) from None
 
 
 def _pipeline(node: ast.expr) -> Augment:
@@ -139,10 +143,14 @@ def _views(node: ast.expr, arguments: list, keywords: dict) -> Augment:
             f"views must read views(3, pipeline) or views(pipeline, pipeline, ...); "
             f"given {ast.unparse(node)!r}"
         )
+    if counted:
+        checks.within(1, MOST_VIEWS, views=arguments[0])
     return base.views(*([arguments[1]] * arguments[0] if counted else arguments))
 
 
 def _argument(node: ast.expr):
+    if isinstance(node, ast.Name) and node.id in ("nan", "inf"):  # numbers, but no literals
+        return float(node.id)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):  # TypeError: unhashable entries of a dict or a set

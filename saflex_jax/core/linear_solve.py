@@ -106,9 +106,9 @@ def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSo
     Raises:
       ValueError: steps < 0, scale <= 0, damping < 0.
     """
-    checks.at_least_zero(steps=steps)
+    checks.whole(steps=steps)
     checks.positive(scale=scale)
-    checks.at_least_zero(damping=damping)
+    checks.amount(damping=damping)
 
     def solve(matvec, rhs):
         matvec = _damped(matvec, damping)
@@ -138,8 +138,7 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> Li
       ValueError: maxiter < 1, tol < 0, damping < 0.
     """
     checks.whole(1, maxiter=maxiter)
-    checks.at_least_zero(tol=tol)
-    checks.at_least_zero(damping=damping)
+    checks.amount(tol=tol, damping=damping)
 
     def solve(matvec, rhs):
         matvec = _damped(matvec, damping)

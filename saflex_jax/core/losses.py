@@ -48,10 +48,11 @@ def weighted_cross_entropy(
       f32[B], nats. Not averaged: see `masked_mean`.
 
     Raises:
-      ValueError: shapes disagree.
+      ValueError: shapes disagree; a concrete weight < 0.
     """
     checks.same_shape(labels=labels, logits=logits)
     checks.rows(logits.shape[0], weights=weights, mask=mask)
+    checks.not_negative(weights=weights)
     if mask is not None:
         logits = jnp.where(mask[:, None], logits, 0.0)
     losses = -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)

@@ -221,8 +221,7 @@ def posterior_targets(
     checks.positive(sharpness=sharpness)
     mask = jnp.ones(size, bool) if mask is None else mask
     checks.simplex(mask, prior=prior)
-    if checks.concrete((probs, mask)) and (jnp.where(mask[:, None], probs, 0.0) < 0).any():
-        raise ValueError("probs must be >= 0: probabilities, not logits; given a negative one")
+    _check_probs(probs, mask)
     noise, stays = _checked(noise, num_classes)
 
     def beyond(p):  # o
@@ -248,6 +247,18 @@ def posterior_targets(
     weights = rescale(jnp.where(mask, weights, 0.0), mask, reduce=reduce)
     labels = jnp.where(mask[:, None], labels, prior)
     return jax.lax.stop_gradient(Targets(weights, labels, jnp.where(mask, 1 - 2 * lost, 0.0)))
+
+
+def _check_probs(probs: jax.Array, mask: jax.Array) -> None:
+    """Raises on concrete rows that cannot be probabilities; averages of them may sum to less."""
+    if not checks.concrete((probs, mask)):
+        return
+    rows = np.where(np.asarray(mask)[:, None], np.asarray(probs, np.float64), 0.0)
+    if (rows < 0).any() or (rows.sum(1) > 1 + 1e-3).any():
+        raise ValueError(
+            "probs must be >= 0, in rows that sum to at most one: probabilities, not logits; given "
+            f"numbers down to {rows.min():.4g} and sums up to {rows.sum(1).max():.4g}"
+        )
 
 
 def _checked(noise: float | jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:

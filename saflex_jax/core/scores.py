@@ -120,6 +120,7 @@ def validation_gradient(
     if jax.tree.leaves(inputs)[0].shape[0] == 0:
         raise ValueError("val_inputs must hold at least one sample; given 0")
     selected = select(params, predicate)
+    checks.floating(params=selected)
 
     def loss(part):
         logits = logits_fn(merge(part, params), inputs)
@@ -333,9 +334,16 @@ def score(
       Scores, without gradient (stop_gradient).
 
     Raises:
-      ValueError: shapes disagree, no validation sample, or a network of one logit.
+      ValueError: shapes disagree, no validation sample, labels outside the simplex, parameters that
+        are no floats, or a network of one logit.
     """
     check(mode, compute_dtype)
+    checks.rows(jax.tree.leaves(inputs)[0].shape[0], mask=mask)
+    number = jax.tree.leaves(val_inputs)[0].shape[0]
+    checks.rows(number, val_mask=val_mask)
+    if number:
+        checks.keeps_some(val_mask=val_mask)
+    checks.simplex(val_mask, val_labels=val_labels)
     logits_fn = in_dtype(logits_fn, compute_dtype)
     val_loss, gradient = validation_gradient(
         logits_fn, params, val_inputs, val_labels, mask=val_mask, predicate=predicate, reduce=reduce

@@ -14,6 +14,7 @@ import numpy as np
 from saflex_jax import checks
 from saflex_jax._compat import optional
 
+MOST_PIXELS = 2**26  # 8192 x 8192; decoded, a larger image takes hundreds of megabytes
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Without `channels` a file's own mode decides. With it 8-bit modes are converted as well, which may
 # drop an alpha channel or a colour space; other modes would lose bits and are refused.
@@ -192,6 +193,11 @@ def _decoder(
             with Image.open(file) as image:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"it must be one image; given {image.n_frames} frames")
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(
+                        f"it must have at most {MOST_PIXELS:,} pixels; given {image.width} x "
+                        f"{image.height}"
+                    )
                 checks.choice(MODES if channels is None else CONVERTED, **{"its mode": image.mode})
                 image = image.convert(wanted[channels] if channels else MODES[image.mode])
                 if size is not None:

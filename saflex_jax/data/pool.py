@@ -20,6 +20,7 @@ from saflex_jax._compat import optional
 from saflex_jax.batches import floats
 from saflex_jax.data.images import image_rows, images_in
 
+MOST_SOURCES = 2**27  # an array of their counts is 1 GB
 CHUNK = 256  # records in memory at once while the labels of an ArrayRecord file are read
 
 
@@ -68,7 +69,7 @@ class Pool:
             if num_classes not in (None, labels.shape[1]):
                 raise ValueError(f"labels must have {num_classes} columns; given {labels.shape[1]}")
         checks.rows(len(labels), source=source)
-        _within("source", source, np.inf if num_sources is None else num_sources)
+        _within("source", source, MOST_SOURCES if num_sources is None else num_sources)
         self.num_classes, self.shape = num_classes or labels.shape[1], tuple(shape)
         self._read, self._labels = read, labels
         self._order = np.argsort(source, kind="stable")
@@ -96,7 +97,7 @@ class Pool:
 
         Raises:
           ValueError: no candidates, arrays that disagree in T, inputs that are not finite floats,
-            labels outside the simplex or the classes, sources out of range.
+            images above [0, 1], labels outside the simplex or the classes, sources out of range.
         """
         inputs = np.asarray(inputs)
         if not np.issubdtype(inputs.dtype, np.floating) or inputs.shape[:1] != np.shape(source):
@@ -105,6 +106,8 @@ class Pool:
                 f"given {inputs.dtype}{list(inputs.shape)}"
             )
         checks.finite(inputs=inputs)
+        if inputs.ndim == 4:
+            checks.pixels(inputs=inputs)
         return cls(
             lambda places: inputs[places].astype(np.float32),
             labels,
@@ -216,6 +219,8 @@ class Pool:
                         f"{name} must have shape {shape}, as the first has; given {candidate.shape}"
                     )
                 checks.finite(**{name: candidate})
+                if candidate.ndim == 3:
+                    checks.pixels(**{name: candidate})
                 inputs[row] = candidate
             return inputs
 

@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 
+from saflex_jax import checks
+
 
 def generator(purpose: str, seed: int, *numbers: int) -> np.random.Generator:
     """The generator of (purpose, seed, numbers), independent of that of any other purpose.
@@ -21,5 +23,9 @@ def generator(purpose: str, seed: int, *numbers: int) -> np.random.Generator:
       purpose: a name; always with the same count of numbers.
       seed: >= 0.
       numbers: such as an epoch, >= 0.
+
+    Raises:
+      ValueError: a seed that is no whole number >= 0.
     """
+    checks.whole(seed=seed)
     return np.random.default_rng((zlib.crc32(purpose.encode()), seed, *numbers))

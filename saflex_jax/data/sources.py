@@ -23,6 +23,7 @@ from saflex_jax.data.tables import Column, read_table
 
 TASKS = ("multiclass", "multilabel", "ordinal")
 SPLITS = ("train", "val", "test")
+MOST_CLASSES = 2**20  # of dense labels; a larger number is a label that is none
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -76,16 +77,24 @@ def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np
       task: one of `TASKS`.
 
     Raises:
-      ValueError: an unknown task; labels that are not of it.
+      ValueError: an unknown task; labels that are not of it, or of another number of classes; more
+        classes than 2^20, or than fit into memory.
 
     Source: Mahajan et al., "Exploring the Limits of Weakly Supervised Pretraining", ECCV 2018,
     section 2.2 (their k labels with 1 / k each).
     """
     checks.choice(TASKS, task=task)
+    checks.within(1, MOST_CLASSES, num_classes=num_classes)
     labels = np.asarray(labels)
     if labels.ndim == 1:
         checks.integers(num_classes, labels=labels)
-        return np.eye(num_classes, dtype=np.float32)[labels]
+        return _one_hot(labels, num_classes)
+    width = num_classes - (task == "multilabel")
+    if labels.ndim != 2 or labels.shape[1] != width:
+        raise ValueError(
+            f"labels must have shape [N] or [N, {width}] for {num_classes} classes of {task}; "
+            f"given {list(labels.shape)}"
+        )
     if task != "multilabel":
         checks.simplex(labels=labels)
         return labels.astype(np.float32)
@@ -93,6 +102,19 @@ def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np
         raise ValueError("multilabel labels must be 0 or 1; given others")
     with_none = np.column_stack([labels, ~labels.any(1)]).astype(np.float32)
     return with_none / with_none.sum(1, keepdims=True)
+
+
+def _one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """f32[N, K], and no K by K."""
+    try:
+        rows = np.zeros((len(labels), num_classes), np.float32)
+    except MemoryError as error:
+        raise ValueError(
+            f"num_classes must be small enough for {len(labels)} dense labels in memory; given "
+            f"{num_classes}"
+        ) from error
+    rows[np.arange(len(labels)), labels] = 1
+    return rows
 
 
 def digits() -> Source:
@@ -161,9 +183,13 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
                 labels.append(file[f"{split}_labels"])
     except FileNotFoundError:
         raise
-    except (KeyError, OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (
+        *(KeyError, OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError),
+        zipfile.BadZipFile,
+    ) as error:
+        reason = error if zipfile.is_zipfile(path) else "it is no zip archive"
         raise ValueError(
-            f"{path} must be an .npz file with {{train,val,test}}_{{images,labels}}: {error}"
+            f"{path} must be an .npz file with {{train,val,test}}_{{images,labels}}: {reason}"
         ) from error
     pixels, width = images[0].shape[1:], labels[0].shape[1:]
     for split, x, y in zip(SPLITS, images, labels):
@@ -190,6 +216,11 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
         raise ValueError(
             f"{path} must have labels >= 0 of two or more classes; given {labels.min()} to "
             f"{labels.max()}"
+        )
+    if labels.max() >= len(labels):
+        raise ValueError(
+            f"{path} must have fewer classes than its {len(labels)} samples, numbered from 0; given "
+            f"a label of {labels.max()}"
         )
     return Source(images, labels, int(labels.max()) + 1, task or "multiclass", splits)
 

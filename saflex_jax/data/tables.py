@@ -163,7 +163,8 @@ def fit_encoder(
       {"numeric": f32[N, D1], "categorical": i32[N, D2]}, D2 as in `category_sizes`.
 
     Raises:
-      ValueError: not D columns, here or in the encoder; no rows; a numeric column without values.
+      ValueError: not D columns, here or in the encoder; no rows; a numeric column without values, or
+        with a number so large that most others become one.
     """
     _check_width(values, columns)
     if not len(values):
@@ -174,7 +175,14 @@ def fit_encoder(
         name = [c.name for c in columns if c.categories is None][is_missing.all(0).argmax()]
         raise ValueError(f"values must have a number in column {name!r}; all rows lack one")
     constant = np.nanmax(numbers, 0) == np.nanmin(numbers, 0)  # the sd may round to above zero
-    mean, scale = np.nanmean(numbers, 0), np.where(constant, 1, np.nanstd(numbers, 0))
+    with np.errstate(over="ignore", invalid="ignore"):  # is looked at below
+        mean, scale = np.nanmean(numbers, 0), np.where(constant, 1, np.nanstd(numbers, 0))
+    for place in np.flatnonzero(_too_far_apart(numbers, mean, scale)):
+        name = [c.name for c in columns if c.categories is None][place]
+        raise ValueError(
+            f"values must have numbers near enough to one another for float32 in column {name!r}; "
+            f"given up to {np.nanmax(np.abs(numbers[:, place])):.6g}: remove or clip them"
+        )
     has_indicator = is_missing.any(0)
     fitted_codes = [np.unique(codes) for codes in values[:, ~is_numeric].T]
 
@@ -194,6 +202,18 @@ def fit_encoder(
         return {"numeric": numeric, "categorical": np.stack(categorical, 1).astype(np.int32)}
 
     return encode
+
+
+def _too_far_apart(numbers: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """bool[D]: whether encoding leaves fewer than half of a column's different numbers different."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        encoded = ((numbers - mean) / scale).astype(np.float32)
+    far = ~np.isfinite(scale) | ~np.isfinite(mean)
+    for place, (before, after) in enumerate(zip(numbers.T, encoded.T)):
+        seen = ~np.isnan(before)
+        different = len(np.unique(before[seen]))
+        far[place] |= different > 2 and 2 * len(np.unique(after[seen])) < different + 1
+    return far
 
 
 def _check_width(values: np.ndarray, columns: Sequence[Column]) -> None:

@@ -146,7 +146,11 @@ def test_adam_inverse_diagonal_needs_exactly_one_second_moment(tx):
     ("make", "options", "message"),
     [
         (linear_solve.identity_solve, {"scale": 0.0}, "scale must be positive"),
-        (linear_solve.neumann_solve, {"steps": -1, "scale": 0.1}, "steps must be >= 0; given -1"),
+        (
+            linear_solve.neumann_solve,
+            {"steps": -1, "scale": 0.1},
+            "steps must be a whole number >= 0; given -1",
+        ),
         (linear_solve.neumann_solve, {"steps": 1, "scale": 0.0}, "scale must be positive"),
         (
             linear_solve.neumann_solve,

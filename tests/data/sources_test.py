@@ -105,7 +105,8 @@ def test_priors():
     )
     for labels, task, message in (
         (np.array([0, 3]), "multiclass", r"labels must lie in \[0, 3\); row 1 is 3"),
-        (graded * 2, "multiclass", "labels must have rows .* sum to one"),
+        (graded * 2, "multiclass", r"labels must have shape \[N\] or \[N, 3\]"),
+        (np.eye(3) * 2, "multiclass", "labels must have rows .* sum to one"),
         (several * 2, "multilabel", "multilabel labels must be 0 or 1"),
         (several, "several", "task must be one of .*given 'several'"),
     ):
