@@ -2,30 +2,50 @@
 
 A checkpoint is written beside the others and renamed when it is complete, so a process that is
 killed at any moment leaves the last complete one. `load` compares layout, config, names and shapes
-before it reads an array.
+before it reads an array, and afterwards the digest of each array with the one that was saved.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from saflex_jax import __version__
+from saflex_jax import __version__, checks
+from saflex_jax.train.digest import digests
 from saflex_jax.types import TrainState
 
 # The layout of the state's arrays; add one when methods or rules keep theirs in another form.
 # 1: before SAFLEX's rules were parts of their own; such checkpoints do not name their layout.
 LAYOUT = 2
+# What a checkpoint says of itself: since there are digests, and before.
+ABOUT = {"layout", "version", "stream", "config", "arrays", "seal"}
+ABOUT_BEFORE = ABOUT - {"arrays", "seal"}, {"stream", "config"}  # of two layouts
+# What a file system says when it takes no more.
+DISK = [
+    os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+]
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, unreadable, of another layout, or of another run."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint cannot be read, or its bits are not those that were saved."""
+
+
+class NotWritten(CheckpointError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpoints:
@@ -36,6 +56,10 @@ class Checkpoints:
       config: settings of the run, as JSON; a resume with other settings is refused.
       every: steps between checkpoints.
       keep: number of latest checkpoints that stay.
+      grows: names of numbers in the config, "train.steps" for instance, that may be larger than
+        they were: the run is extended.
+      skip_damaged: whether `load` sets a damaged newest checkpoint aside, as STEP.damaged, says so
+        on stderr, and takes the one before.
 
     >>> import tempfile
     >>> state = TrainState(jax.numpy.int32(7), {}, {}, (), jax.random.key(0))
@@ -56,18 +80,59 @@ class Checkpoints:
         config: dict[str, Any] | None = None,
         every: int = 1000,
         keep: int = 2,
+        grows: Sequence[str] = (),
+        skip_damaged: bool = False,
     ):
-        policies = ocp.training.save_decision_policies
+        checks.whole(1, every=every, keep=keep)
         self.directory = epath.Path(directory).resolve()
         self.config = json.loads(json.dumps(config or {}))  # as it is read from a checkpoint
+        self._grows, self._skip_damaged = tuple(grows), skip_damaged
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=policies.AnySavePolicy(
-                [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
-            ),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+        try:
+            self._checkpointer = _opened(self.directory, every, keep)
+        except Exception as error:  # Orbax reads what checkpoints say of themselves
+            self._set_aside(*self._unreadable(error))
+            self._checkpointer = _opened(self.directory, every, keep)
+        self._writing: tuple[int, Any] | None = None  # (step, Orbax' response)
+        self._failed = False
+
+    def _unreadable(self, error: Exception) -> list[int]:
+        """Steps of the checkpoints that do not let Orbax open the folder.
+
+        Raises:
+          DamagedCheckpoint: names them, unless damaged ones are skipped.
+        """
+        found = []
+        steps = {int(p.name) for p in self.directory.iterdir() if p.name.isdigit()}
+        for step in sorted(steps):
+            try:
+                ocp.checkpointables_metadata(self.directory / str(step))
+            except Exception:  # many types
+                found.append(step)
+        message = f"checkpoints of steps {found} in {self.directory} cannot be read"
+        if not found or not self._skip_damaged:
+            raise DamagedCheckpoint(
+                f"{message} ({_reason(error)}); delete their folders, or skip damaged ones; "
+                f"others: {sorted(steps - set(found)) or 'none'}"
+            ) from error
+        print(f"{message} ({_reason(error)}) and are skipped", file=sys.stderr)
+        return found
+
+    def _set_aside(self, *steps: int) -> None:
+        """Renames folders, so that the run can come to these steps again."""
+        for step in steps:
+            if jax.process_index() == 0:
+                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+
+    def beside(self, name: str, *, every: int, keep: int) -> Checkpoints:
+        """Checkpoints of the same run in a folder of that name beside this one."""
+        return Checkpoints(
+            self.directory.parent / name,
+            config=self.config,
+            every=every,
+            keep=keep,
+            grows=self._grows,
+            skip_damaged=self._skip_damaged,
         )
 
     @property
@@ -81,11 +146,45 @@ class Checkpoints:
         return self._checkpointer.should_save(step)
 
     def save(self, step: int, state: TrainState, stream: dict[str, Any], *, force: bool = False):
-        """Starts writing; returns once the arrays are copied, so the state may be donated."""
-        if step != self.latest:
-            about = {"layout": LAYOUT, "version": __version__}
-            about |= {"stream": stream, "config": self.config}
-            self._checkpointer.save_async(step, state, force=force, custom_metadata=about)
+        """Starts writing; returns once the arrays are copied, so the state may be donated.
+
+        Raises:
+          NotWritten: this checkpoint, or the one before, which was being written until now.
+        """
+        self._finish()
+        if step == self.latest:
+            return
+        about = {"layout": LAYOUT, "version": __version__, "stream": stream}
+        about |= {"config": self.config, "arrays": digests(state)}
+        about["seal"] = _seal(step, about)
+        with self._written(step):
+            response = self._checkpointer.save_async(
+                step, state, force=force, custom_metadata=about
+            )
+        self._writing = None if response is None else (step, response)
+
+    def _finish(self) -> None:
+        """Waits for the checkpoint in writing, and ends the thread that wrote it."""
+        if self._writing is not None:
+            (step, response), self._writing = self._writing, None
+            with self._written(step):
+                response.result()
+
+    @contextlib.contextmanager
+    def _written(self, step: int) -> Iterator[None]:
+        """Turns what goes wrong in writing into `NotWritten`."""
+        try:
+            yield
+        except Exception as error:  # of Orbax, TensorStore or the file system
+            self._failed = True
+            with contextlib.suppress(Exception):
+                self._checkpointer.reload()  # or it lists the checkpoint that failed
+            reason, last = _reason(error), self.latest
+            advice = "; make room there, and the same command goes on" if reason in DISK else ""
+            raise NotWritten(
+                f"the checkpoint of step {step} in {self.directory} cannot be written ({reason}); "
+                f"the last complete one is of step {'none' if last is None else last}{advice}"
+            ) from error
 
     @contextlib.contextmanager
     def settled(self):
@@ -93,11 +192,16 @@ class Checkpoints:
         try:
             yield
         finally:
-            self._checkpointer.wait()
+            self._finish()
 
     def close(self) -> None:
         """Waits until all is written and frees the threads."""
-        self._checkpointer.close()
+        try:
+            self._finish()
+        finally:
+            # Orbax raises again what failed before.
+            with contextlib.suppress(*[Exception] if self._failed else []):
+                self._checkpointer.close()
 
     def load(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The latest (or given) checkpoint, placed on devices as `like` is.
@@ -111,11 +215,29 @@ class Checkpoints:
 
         Raises:
           CheckpointError: no checkpoint; one of another layout (names the version that wrote it),
-            config (names the fields) or model (names the first difference); one that cannot be
-            read.
+            config (names the fields) or model (names the first difference).
+          DamagedCheckpoint: one that cannot be read, or of which a bit is not as it was.
         """
         steps = [c.step for c in self._checkpointer.checkpoints]
-        step = self.latest if step is None else step
+        if step is not None or not steps:
+            return self._load(step, steps, like)
+        skipped = []
+        for step in reversed(steps):
+            try:
+                loaded = self._load(step, steps, like)
+                break
+            except DamagedCheckpoint as error:
+                if not self._skip_damaged or step == steps[0]:
+                    raise
+                print(f"{error}; going on from the one before", file=sys.stderr)
+                skipped.append(step)
+        self._set_aside(*skipped)
+        if skipped:
+            self._checkpointer.reload()
+        return loaded
+
+    def _load(self, step: int | None, steps: list[int], like: TrainState):
+        """One checkpoint of those that are there."""
         if step not in steps:
             raise CheckpointError(
                 f"no checkpoint of step {step} in {self.directory}; "
@@ -128,22 +250,79 @@ class Checkpoints:
             saved = checkpoint.custom_metadata
             if checkpoint.metadata is None:  # Orbax could not read names and shapes
                 raise ValueError("no array metadata")
-            position, config = saved["stream"], saved["config"]
+            _check_seal(step, saved)
             _check_layout(where, saved, checkpoint.metadata, like)
-            _check_config(where, config, self.config)
+            _check_config(where, saved["config"], self.config, self._grows)
             _check_arrays(where, checkpoint.metadata, like)
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
             )
             state = self._checkpointer.load(step, abstract)
+            _check_digests(state, saved.get("arrays"))
         except CheckpointError:
             raise
         except Exception as e:  # Orbax and TensorStore raise many types for a damaged file
-            raise CheckpointError(
-                f"{where} cannot be read, it may be truncated ({type(e).__name__}); "
-                f"delete its folder to resume from another; others: {others or 'none'}"
+            raise DamagedCheckpoint(
+                f"{where} cannot be read, it may be truncated or damaged ({_reason(e)}); delete "
+                f"its folder, or skip damaged ones, to resume from another; "
+                f"others: {others or 'none'}"
             ) from e
-        return state, position
+        return state, saved["stream"]
+
+
+def _opened(directory: epath.Path, every: int, keep: int) -> ocp.training.Checkpointer:
+    policies = ocp.training.save_decision_policies
+    return ocp.training.Checkpointer(
+        directory,
+        save_decision_policy=policies.AnySavePolicy(
+            [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+        ),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in a line: the system's words where there are some, else the error's."""
+    while error.__cause__ is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    for words in DISK:
+        if words in text:  # TensorStore's errors are texts of many lines
+            return words
+    line = next(iter(text.splitlines()), "")
+    return f"{type(error).__name__}: {line:.120}" if line else type(error).__name__
+
+
+# --- what a checkpoint says of itself
+
+
+def _seal(step: int, about: dict[str, Any]) -> str:
+    """A digest of the step and of all but the seal, as JSON."""
+    sealed = {"step": step} | {name: value for name, value in about.items() if name != "seal"}
+    text = json.dumps(sealed, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check_seal(step: int, about: dict[str, Any]) -> None:
+    """Raises ValueError on what is not as it was saved; checkpoints without a seal pass."""
+    if about.keys() == ABOUT:
+        if about["seal"] != _seal(step, about):
+            raise ValueError("what it says of itself is not what was saved")
+    elif about.keys() not in ABOUT_BEFORE:
+        raise ValueError(f"it must say {sorted(ABOUT)} of itself; given {sorted(about)}")
+
+
+def _check_digests(state: TrainState, saved: dict[str, str] | None) -> None:
+    """Raises ValueError unless the arrays have the bits that were saved; names the first."""
+    if saved is None:  # before there were digests
+        return
+    found = digests(state)
+    for name in sorted(saved.keys() | found.keys()):
+        if saved.get(name) != found.get(name):
+            raise ValueError(f"the bits of {name} are not those that were saved")
 
 
 def _check_layout(where: str, saved: dict[str, Any], metadata, like: TrainState) -> None:
@@ -170,9 +349,13 @@ def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _check_config(where: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
+def _check_config(
+    where: str, saved: dict[str, Any], given: dict[str, Any], grows: Sequence[str]
+) -> None:
     saved, given = _fields(saved), _fields(given)
     differing = sorted(k for k in saved.keys() | given.keys() if saved.get(k) != given.get(k))
+    grown = [k for k in differing if k in grows and k in saved and given.get(k, 0) > saved[k]]
+    differing = [k for k in differing if k not in grown]
     if differing:
         changes = ", ".join(f"{k}: {saved.get(k)!r} -> {given.get(k)!r}" for k in differing)
         raise CheckpointError(

@@ -21,6 +21,8 @@ from saflex_jax.train.metrics import MetricsWriter
 from saflex_jax.train.stop import StopRequest
 from saflex_jax.types import Batch, Metrics, Streams, TrainState
 
+WINDOW = "window"  # in a checkpoint's position: the metrics since the last record
+
 
 class Stream(Protocol):
     """An endless, resumable source of host batches; grain's iterators have the same methods."""
@@ -116,19 +118,54 @@ def _filled(value: float | list[float | None]) -> float | list[float]:
     return [v or 0.0 for v in value] if isinstance(value, list) else value
 
 
-def _averages(window: list[Metrics]) -> dict[str, float | list[float | None]]:
-    """Exact means of (sum, count) pairs; a metric that nothing contributed to is left out.
+class _Window:
+    """Sums of the metrics since the last record, in f64, so that averages are exact.
 
-    Of a sweep a list, in which None stands for what a member leaves out.
+    A checkpoint holds them: the record that a resume completes is that of a run without one.
     """
-    sums = {name: np.sum([metrics[name] for metrics in window], axis=0) for name in window[0]}
 
-    def mean(total, count):
-        if np.ndim(total):
-            return [mean(*pair) for pair in zip(total, count)]
-        return float(total / count) if count > 0 else None
+    def __init__(self, sums: dict[str, Any] | None = None):
+        self._sums = {name: np.array(pair) for name, pair in (sums or {}).items()}
+        self._began, self._timed = time.perf_counter(), 0
 
-    return {name: mean(*pair) for name, pair in sums.items() if np.any(pair[1] > 0)}
+    def add(self, metrics: Metrics) -> None:
+        for name, pair in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + np.array(pair, np.float64)
+        self._timed += 1
+
+    def state(self) -> dict[str, Any]:
+        """The sums, JSON-able."""
+        return {name: pair.tolist() for name, pair in self._sums.items()}
+
+    def record(self) -> dict[str, float | list[float | None]]:
+        """Exact means of (sum, count) pairs; a metric that nothing contributed to is left out.
+
+        Of a sweep a list, in which None stands for what a member leaves out. The time is that of
+        the steps since a resume.
+        """
+        means = {name: _mean(*pair) for name, pair in self._sums.items() if np.any(pair[1] > 0)}
+        elapsed = time.perf_counter() - self._began
+        return means | {"seconds_per_step": elapsed / max(self._timed, 1)}
+
+
+def _mean(total: np.ndarray, count: np.ndarray) -> float | list[float | None] | None:
+    if np.ndim(total):
+        return [_mean(*pair) for pair in zip(total, count)]
+    return float(total / count) if count > 0 else None
+
+
+def _resumed(
+    state: TrainState, stream: Stream, checkpoints: Checkpoints | None, writer: MetricsWriter | None
+) -> tuple[TrainState, _Window]:
+    """State and window of the checkpoint, if there is one; moves stream and writer there."""
+    if checkpoints is None or checkpoints.latest is None:
+        return state, _Window()
+    state, position = checkpoints.load(state)
+    window = position.pop(WINDOW, {})  # checkpoints had none before
+    stream.set_state(position)
+    if writer is not None:
+        writer.keep_until(int(state.step))
+    return state, _Window(window)
 
 
 def fit(
@@ -144,12 +181,14 @@ def fit(
     checkpoints: Checkpoints | None = None,
     progress: bool = True,
     description: str = "train",
+    on_step: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Runs steps until `state.step` is `num_steps`, from the checkpoint if there is one.
 
     Ctrl-C and SIGTERM finish the step, save a checkpoint and return; the same call continues from
-    there, bit for bit. A second Ctrl-C raises KeyboardInterrupt. Metrics stay on the device until
-    they are logged or a checkpoint is due; a step whose metrics are not finite is never saved.
+    there, bit for bit, as it does after SIGKILL: state, and records but for their times. A second
+    Ctrl-C raises KeyboardInterrupt. Metrics stay on the device until they are logged or a
+    checkpoint is due; a step whose metrics are not finite is never saved.
 
     >>> from saflex_jax import data, parallel
     >>> def step(state, streams, *, reduce):
@@ -176,32 +215,29 @@ def fit(
       checkpoints: None = no checkpoint is written or read.
       progress: whether to show a progress bar on stderr.
       description: title of the progress bar.
+      on_step: called with the number of each step, once it is on its way (`parallel.Watch.step`).
 
     Raises:
       Diverged: a metric is not finite.
       ValueError: eval_every is no multiple of log_every; a malformed first batch; a batch whose
         shapes or dtypes differ from those of the first (it would compile again).
-      CheckpointError: the checkpoint is damaged or belongs to another run.
+      CheckpointError: the checkpoint is damaged, belongs to another run, or cannot be written.
     """
     checks.positive(log_every=log_every)
     if eval_every is not None and eval_every % log_every:
         raise ValueError(
             f"eval_every must be a multiple of log_every = {log_every}; given {eval_every}"
         )
-    state = runner.put_state(state)
-    if checkpoints is not None and checkpoints.latest is not None:
-        state, position = checkpoints.load(state)
-        stream.set_state(position)
+    state, window = _resumed(runner.put_state(state), stream, checkpoints, writer)
     first = step = int(state.step)
     first_shapes = None
-    pending, window, history = [], [], []  # steps not checked; checked but not logged; records
-    window_began = time.perf_counter()
+    pending, history = [], []  # steps not checked, and so not in the window; records
     show = progress and jax.process_index() == 0
 
     def check_pending():
         for number, metrics in jax.device_get(pending):
             _check_finite(number, metrics, checkpoints)
-            window.append(metrics)
+            window.add(metrics)
         pending.clear()
 
     with (
@@ -217,18 +253,20 @@ def fit(
             first_shapes = _check_batch(step + 1, batch, first_shapes)
             state, metrics = runner.step(state, runner.put_batch(batch))
             step += 1
+            if on_step is not None:
+                on_step(step)
             pending.append((step, metrics))
             bar.update()
             if preempted(step):
                 stop.signal = signal.SIGTERM
             ending = step == num_steps or stop.signal is not None
             saving = checkpoints is not None and (ending or checkpoints.due(step))
-            logging = step % log_every == 0 or ending
+            # A run that stops leaves its window to the checkpoint.
+            logging = step % log_every == 0 or step == num_steps or (ending and not saving)
             if saving or logging:
                 check_pending()
             if logging:
-                record = _averages(window)
-                record["seconds_per_step"] = (time.perf_counter() - window_began) / len(window)
+                record = window.record()
                 if eval_every and (step % eval_every == 0 or step == num_steps):
                     values = {f"eval/{k}": v for k, v in evaluate(state).items()}
                     _check_finite(
@@ -240,7 +278,8 @@ def fit(
                     writer.write(step, record)
                 shown = (k for k in ("loss", "eval/accuracy") if k in record)
                 bar.set_postfix({k: f"{np.mean(record[k]):.4g}" for k in shown})
-                window, window_began = [], time.perf_counter()
+                window = _Window()
             if saving:
-                checkpoints.save(step, state, stream.get_state(), force=ending)
+                position = {**stream.get_state(), WINDOW: window.state()}
+                checkpoints.save(step, state, position, force=ending)
     return FitResult(state, history, stop.signal if step < num_steps else None)

@@ -9,6 +9,7 @@ import pathlib
 import jax
 
 from saflex_jax._compat import optional
+from saflex_jax.train.files import write_whole
 
 
 class MetricsWriter:
@@ -25,8 +26,8 @@ class MetricsWriter:
 
     Args:
       directory: created if it is missing.
-      resume_from: records after this step are removed first, so that no step is recorded twice. (A
-        stop within a window leaves two shorter records of it.) None removes all records: a new run.
+      resume_from: records after this step are removed first, so that no step is recorded twice.
+        None removes all records: a new run.
       tensorboard: also write event files; needs the extra "experiments".
 
     Raises:
@@ -44,32 +45,49 @@ class MetricsWriter:
         self._board = None
         if not self._active:
             return
-        path = pathlib.Path(directory) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = []
-        if resume_from is not None and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # the last line of a process that was killed
-                    continue
-                if record["step"] <= resume_from:
-                    lines.append(line + "\n")
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(lines))
-        os.replace(partial, path)
-        self._file = path.open("a", buffering=1)
+        self._path = pathlib.Path(directory) / "metrics.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = None
+        self.keep_until(-1 if resume_from is None else resume_from)
         if tensorboard:
             with optional("tensorboardX", extra="experiments"):
                 from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(path.parent), purge_step=resume_from)
+            self._board = SummaryWriter(str(self._path.parent), purge_step=resume_from)
+
+    def keep_until(self, step: int) -> None:
+        """Removes the records after a step, and what a process that was killed left half-written.
+
+        `fit` calls it with the step that it resumes from.
+        """
+        if not self._active:
+            return
+        lines = []
+        if self._path.exists():
+            for line in self._path.read_text(errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # the last line of a process that was killed
+                    continue
+                if record["step"] <= step:
+                    lines.append(line + "\n")
+        if self._file is not None:
+            self._file.close()
+        write_whole(self._path, "".join(lines))
+        self._file = self._path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends {"step": step, **values}."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the record of step {step} cannot be written to {self._path} ({error.strerror}); "
+                "make room there, and the same command goes on",
+            ) from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -1,6 +1,8 @@
 import gc
 import json
 import math
+import os
+import resource
 import shutil
 
 import jax
@@ -12,8 +14,8 @@ import pytest
 import saflex_jax
 from saflex_jax import TrainState
 from saflex_jax.parallel import jit_runner
-from saflex_jax.train import CheckpointError, Checkpoints
-from saflex_jax.train.checkpoint import LAYOUT
+from saflex_jax.train import CheckpointError, Checkpoints, DamagedCheckpoint, NotWritten
+from saflex_jax.train.checkpoint import LAYOUT, _seal
 from tests.train.setup_ import arrays, assert_same_bits
 
 CONFIG = {"seed": 0, "model": {"name": "mlp", "widths": (4, 8)}, "prior_strength": math.inf}
@@ -194,6 +196,8 @@ def relabel(folder, step, change):
     file = folder / str(step) / "_CHECKPOINT_METADATA"
     about = json.loads(file.read_text())
     change(about["custom_metadata"])
+    if "seal" in about["custom_metadata"]:
+        about["custom_metadata"]["seal"] = _seal(step, about["custom_metadata"])
     file.write_text(json.dumps(about))
 
 
@@ -201,6 +205,7 @@ def relabel(folder, step, change):
 def test_of_another_layout(folder, opened, extra):
     def to_layout_1(about):
         assert (about.pop("layout"), about.pop("version")) == (LAYOUT, saflex_jax.__version__)
+        del about["arrays"], about["seal"]
         about["config"] = {}  # its fields moved as well, but the layout is what matters
 
     relabel(folder, 3, to_layout_1)
@@ -234,3 +239,131 @@ def test_a_config_must_be_json(tmp_path):
     with pytest.raises(TypeError, match="JSON"):
         Checkpoints(tmp_path / "new", config={"learning_rate": np.float32(0.1)})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_may_grow_in_the_fields_that_are_named(folder, opened):
+    longer, shorter = ({**CONFIG, "seed": seed} for seed in (5, -1))
+    assert opened(folder, longer, grows=("seed",)).load(make_state())[1] == {"step": 3}
+    for config, grows in ((longer, ()), (shorter, ("seed",))):
+        with pytest.raises(CheckpointError, match="another config"):
+            opened(folder, config, grows=grows).load(make_state())
+
+
+# --- a long life -----------------------------------------------------------------------------
+
+
+def descriptors_and_threads():
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts in /proc")
+def test_saves_leave_descriptors_and_threads_as_they_were(tmp_path, opened):
+    # `python -m benchmarks.faults --parts=life` makes 200.
+    checkpoints, state, counted = opened(tmp_path, every=1), make_state(), []
+    for step in range(1, 61):
+        checkpoints.save(step, state, {"step": step})
+        if step >= 20:  # thread pools are full by then
+            counted.append(descriptors_and_threads())
+    files, threads = np.array(counted).T
+    assert files[-1] <= files[0] and threads[-1] <= max(threads[:20]) + 4, counted[::10]
+
+
+# --- faults of the disk ----------------------------------------------------------------------
+
+
+def flip(file, place):
+    """Turns a bit of a file over; the place counts from 0 to 1."""
+    content = bytearray(file.read_bytes())
+    bit = int(place * 8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_60_flipped_bits_are_caught(tmp_path, opened):
+    state, like = make_state(1, width=400), make_state(width=400)  # numbers fill the file
+    checkpoints = opened(tmp_path)
+    checkpoints.save(1, state, {"step": 1}, force=True)
+    checkpoints.close()
+    arrays_file = max((tmp_path / "1").rglob("d/*"), key=lambda p: p.stat().st_size)
+    about = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    position = about.read_bytes().index(b'"stream"') / about.stat().st_size
+    places = [(arrays_file, place) for place in np.random.default_rng(0).uniform(size=60)]
+    # Of the position in the data, where another digit would go unnoticed.
+    places += [(about, position + shift / about.stat().st_size / 8) for shift in range(80, 160, 8)]
+    reader, caught = opened(tmp_path), 0
+    for file, place in places:
+        before = file.read_bytes()
+        flip(file, place)
+        try:
+            loaded, position = reader.load(like)
+        except DamagedCheckpoint as error:
+            caught += 1
+            assert "step 1 " in str(error) and "cannot be read" in str(error)
+        else:  # of a part of the file that nobody reads
+            assert position == {"step": 1}
+            assert_same_bits(loaded, state)
+        file.write_bytes(before)
+    assert caught >= 60
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["bits", "metadata"])
+def test_a_damaged_newest_checkpoint_is_named_and_skipped_if_asked_for(
+    folder, opened, capfd, damage
+):
+    if damage == "bits":
+        flip(max((folder / "3").rglob("d/*"), key=lambda p: p.stat().st_size), 0.5)
+    else:  # Orbax does not open the folder any more
+        about = folder / "3" / "_CHECKPOINT_METADATA"
+        about.write_bytes(about.read_bytes().replace(b"item_handlers", b"item_hantlers"))
+    with pytest.raises(DamagedCheckpoint, match=r"3.* in .*checkpoints cannot be read.*: \[1, 2\]"):
+        opened(folder).load(make_state())
+    checkpoints = opened(folder, every=1, keep=3, skip_damaged=True)
+    loaded, position = checkpoints.load(make_state())
+    assert position == {"step": 2} and checkpoints.latest == 2
+    assert_same_bits(loaded, make_state(2))
+    assert "3" in capfd.readouterr().err
+    checkpoints.save(3, make_state(3), {"step": 3})  # the run comes to this step again
+    checkpoints.close()
+    assert_same_bits(opened(folder).load(make_state())[0], make_state(3))
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "3", "3.damaged"]
+
+
+def test_all_damaged(folder, opened):
+    for step in "123":
+        flip(max((folder / step).rglob("d/*"), key=lambda p: p.stat().st_size), 0.5)
+    with pytest.raises(DamagedCheckpoint, match="step 1 "):
+        opened(folder, skip_damaged=True).load(make_state())
+
+
+def test_checkpoints_from_before_there_were_digests_load(folder, opened):
+    def older(about):
+        del about["arrays"], about["seal"]
+
+    relabel(folder, 3, older)
+    assert_same_bits(opened(folder).load(make_state())[0], make_state(3))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(folder, opened):
+    checkpoints = opened(folder, every=1, keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # no file may be longer
+    try:
+        with pytest.raises(NotWritten) as error, checkpoints.settled():
+            checkpoints.save(4, make_state(4), {"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for part in ("step 4", "File too large", "last complete one is of step 3", "make room"):
+        assert part in str(error.value)
+    assert len(str(error.value)) < 400
+    checkpoints.close()
+    checkpoints = opened(folder, every=1, keep=2)
+    assert_same_bits(checkpoints.load(make_state())[0], make_state(3))
+    checkpoints.save(4, make_state(4), {"step": 4})
+    checkpoints.close()
+    assert_same_bits(opened(folder).load(make_state())[0], make_state(4))
+    gc.collect()

@@ -296,12 +296,31 @@ def test_a_stop_request_saves_and_the_same_call_continues(tmp_path, number):
     assert third.stopped_by is None
     assert_same_bits(third.state, whole.state)
     assert seen + seen_then + seen_last == order
-    # The partial windows at the stops are records of their own; full ones are those of the whole.
+    # Stops leave no trace in the records.
     records = without_time(read_records(tmp_path / "parts" / "metrics.jsonl"))
-    assert [r["step"] for r in records] == [5, 8, 10, 13, 15, 20]
-    expected = without_time(whole.history)
-    assert [records[0], records[-1]] == [expected[0], expected[-1]]
+    assert records == without_time(whole.history)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize("at", [9, 13])  # after checkpoints of 6 and 12, within a record
+def test_records_after_a_sudden_end_are_those_of_a_run_without_one(tmp_path, at):
+    def end(streams):
+        raise OSError("power")
+
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(OSError, match="power"):
+        run(tmp_path / "parts", {at: end})
+    resumed, _ = run(tmp_path / "parts")
+    assert_same_bits(resumed.state, whole.state)
+    files = [tmp_path / folder / "metrics.jsonl" for folder in ("parts", "whole")]
+    assert without_time(read_records(files[0])) == without_time(read_records(files[1]))
+
+
+def test_a_run_is_extended(tmp_path):
+    whole, _ = run(tmp_path / "whole", num_steps=20)
+    run(tmp_path / "parts", num_steps=15)
+    extended, _ = run(tmp_path / "parts", num_steps=20)
+    assert_same_bits(extended.state, whole.state)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path):
