@@ -36,14 +36,41 @@ def take(pools: Streams, rows: Streams) -> Streams:
 
     Args:
       pools: whole data sets, a Batch of N rows each, or None.
-      rows: for each of them i[B] in [0, N); not checked where traced.
+      rows: for each of them i[B] in [0, N); not checked where traced. -1 is padding: some sample,
+        masked.
     """
 
     def gather(pool: Batch, places):
         batch = jax.tree.map(lambda x: x[places], pool)
-        return batch._replace(inputs=floats(batch.inputs))
+        return batch._replace(inputs=floats(batch.inputs), mask=batch.mask & (places >= 0))
 
     return Streams(*(None if p is None else gather(p, i) for p, i in zip(pools, rows)))
+
+
+def padded(streams: Streams, multiple: int) -> Streams:
+    """The host's batch with masked rows at the end of each part, so that sizes divide.
+
+    >>> padded(Streams(np.array([5, 6, 7])), 2).candidates.tolist()
+    [5, 6, 7, -1]
+
+    Args:
+      streams: rows of data sets, i[B], or the samples themselves.
+      multiple: of which all sizes shall be one.
+    """
+
+    def pad(part: np.ndarray | Batch | None):
+        if part is None:
+            return None
+        is_batch = isinstance(part, Batch)
+        missing = -len(part.mask if is_batch else part) % multiple
+        if missing == 0:
+            return part
+        if not is_batch:
+            return np.append(part, np.full(missing, -1, part.dtype))
+        more = jax.tree.map(lambda x: np.append(x, np.repeat(x[-1:], missing, 0), 0), part)
+        return more._replace(mask=np.append(part.mask, np.zeros(missing, bool)))
+
+    return Streams(*map(pad, streams))
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

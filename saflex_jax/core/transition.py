@@ -46,6 +46,7 @@ def add_pairs(
     trusted: jax.Array,
     trusted_rows: jax.Array,
     *,
+    mask: jax.Array | None = None,
     decay: float = 0.99,
     reduce: Reduce = identity,
 ) -> Pairs:
@@ -64,7 +65,8 @@ def add_pairs(
       prior: q, f32[B, K M], the given labels.
       rows: bool[B], the rows that count: their own sample, and not trusted.
       trusted: f32[A, K M], the labels of trusted samples.
-      trusted_rows: bool[A], which of them count.
+      trusted_rows: bool[A], which of them are no padding.
+      mask: bool[B], which candidates are no padding; None = all.
       decay: d in [0, 1).
       reduce: mean over the data-parallel axis.
     """
@@ -78,7 +80,13 @@ def add_pairs(
 
     believed, given = blocks(probs, rows), blocks(prior, rows)
     joint = jnp.einsum("bkm,bjm->kj", believed, given, precision="highest")
-    added = reduce((joint / len(probs), jnp.mean(blocks(trusted, trusted_rows), (0, 2))))
+    # Per row that is no padding, so that another number of devices goes on with the same sums.
+    mask = jnp.ones(len(probs), bool) if mask is None else mask
+    size, known = reduce(
+        (jnp.sum(mask, dtype=joint.dtype), jnp.mean(trusted_rows, dtype=joint.dtype))
+    )
+    shares = jnp.mean(blocks(trusted, trusted_rows), (0, 2)) / jnp.where(known > 0, known, 1.0)
+    added = reduce((joint / jnp.maximum(size, 1.0), shares))
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, sums, Pairs(*added))
 
 

@@ -70,6 +70,7 @@ class EpisodeStream(IndexStream):
         super().__init__(
             Streams(len(labels)),
             batch_size=episodes * ways * rows_of_class,
+            repeats=True,  # in another episode
             seed=seed,
             process_index=process_index,
             process_count=process_count,

@@ -75,11 +75,12 @@ class IndexStream(_Stream):
       batch_size: global rows of candidates (and of clean samples).
       val_batch_size: global rows of validation samples; None = all of them.
       seed: of the order.
-      process_index, process_count: which block of each global batch is this process's.
+      repeats: whether a batch may be larger than its data set, and so hold rows twice.
+      process_index, process_count: which block of each global batch is this process's. All blocks
+        have one size: where they do not divide the batch the last ones end in -1, which is padding.
 
     Raises:
-      ValueError: an empty data set; a batch size that the processes do not divide; a
-        process_index out of range.
+      ValueError: an empty data set, or a smaller one than its batch; a process_index out of range.
     """
 
     def __init__(
@@ -89,12 +90,13 @@ class IndexStream(_Stream):
         batch_size: int,
         val_batch_size: int | None = None,
         seed: int,
+        repeats: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        checks.positive(batch_size=batch_size)
+        checks.whole(1, batch_size=batch_size)
         if val_batch_size is not None:
-            checks.positive(val_batch_size=val_batch_size)
+            checks.whole(1, val_batch_size=val_batch_size)
         checks.whole(1, process_count=process_count)
         if process_index not in range(process_count):
             raise ValueError(
@@ -105,10 +107,11 @@ class IndexStream(_Stream):
             if size is None:
                 continue
             checks.whole(1, **{f"the number of {name}": size})
-            if rows[name] % process_count:
+            if rows[name] > size and not repeats:
+                argument = "val_batch_size" if name == "val" else "batch_size"
                 raise ValueError(
-                    f"the batch of {name} must be a multiple of {process_count} processes; "
-                    f"given {rows[name]}"
+                    f"{argument} must be at most the {size} rows of {name}, or rows would come "
+                    f"twice in a batch; given {rows[name]}"
                 )
         self._sizes, self._rows, self._seed = sizes, rows, seed
         self._process = process_index, process_count
@@ -128,14 +131,15 @@ class IndexStream(_Stream):
         def rows_of(name, size):
             if size is None:
                 return None
-            share = self._rows[name] // count
-            first = step * share * count + index * share
-            parts = []
-            while share > 0:  # an epoch may end inside a batch
+            total = self._rows[name]
+            share = -(-total // count)
+            first, end = (step * total + min(i * share, total) for i in (index, index + 1))
+            parts, missing = [], share - (end - first)  # where processes do not divide the batch
+            while first < end:  # an epoch may end inside a batch
                 epoch, place = divmod(first, size)
-                parts.append(self._order(name, epoch, size)[place : place + share])
-                first, share = first + len(parts[-1]), share - len(parts[-1])
-            return np.concatenate(parts)
+                parts.append(self._order(name, epoch, size)[place : place + end - first])
+                first += len(parts[-1])
+            return np.concatenate([*parts, np.full(missing, -1)])
 
         return Streams(*(rows_of(*item) for item in self._sizes._asdict().items()))
 
@@ -205,6 +209,7 @@ class FoldStream(_Stream):
                 seed=int(generator("fold", seed, k).integers(2**31)),
                 # One shape for all folds, whose sizes may differ by one.
                 val_batch_size=val_batch_size or number // folds,
+                repeats=True,  # a fold may be smaller than the batch that the others fill
                 **options,
             )
             for k, rows in enumerate(self._rows)
@@ -214,7 +219,7 @@ class FoldStream(_Stream):
         """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
         turn, fold = divmod(step, len(self._streams))
         (rest, val), places = self._rows[fold], self._streams[fold].rows(turn)
-        return Streams(rest[places.candidates], val[places.val])
+        return Streams(*(np.where(i < 0, -1, a[i]) for a, i in zip((rest, val), places)))
 
     batch = rows
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from saflex_jax import _compat, checks
-from saflex_jax.batches import take
+from saflex_jax.batches import padded, take
 from saflex_jax.core.tree import Mean, identity
 from saflex_jax.types import Batch, Metrics, PyTree, Streams, TrainState
 
@@ -33,8 +33,9 @@ class Runner(NamedTuple):
       step: compiled (state, streams) -> (state, metrics); donates the state.
       put_state: places a state, the same on every device (under jit the parts with `by_rows` are
         split among them if their rows divide); always a copy, so donating it is safe.
-      put_batch: places the rows that this process holds, unless they are placed already; raises
-        ValueError if they do not divide among the devices.
+      put_batch: places the rows that this process holds, unless they are placed already. Streams
+        that do not divide among the devices are padded with masked rows, other trees refused
+        (ValueError).
       hold: whole data sets -> a Runner that keeps a copy of them on every device. Its batches are
         rows of them (`data.IndexStream`), gathered inside the compiled step, for data that fit.
         Training is the same as on the samples themselves, bit for bit.
@@ -58,6 +59,20 @@ def check_divisible(batch: PyTree, devices: int) -> None:
                 f"batch{jax.tree_util.keystr(path)} must hold a positive multiple of {devices} "
                 f"rows, one share for each local device; given {size}"
             )
+
+
+def divisible(batch: PyTree, devices: int) -> PyTree:
+    """The batch; Streams on the host are padded to a multiple of the devices.
+
+    Raises:
+      ValueError: another tree, or an empty part, as `check_divisible`.
+    """
+    leaves = jax.tree.leaves(batch)
+    on_host = not any(isinstance(x, jax.Array) for x in leaves)
+    if isinstance(batch, Streams) and on_host and all(np.size(x) for x in leaves):
+        batch = padded(batch, devices)
+    check_divisible(batch, devices)
+    return batch
 
 
 def shardings_over(
@@ -126,7 +141,8 @@ def check_rows(pools: Streams, rows: Streams) -> None:
     """Raises ValueError unless rows that lie on the host are rows of these data."""
     for name, pool, indices in zip(Streams._fields, pools, rows):
         if isinstance(indices, np.ndarray):
-            checks.integers(len(pool.labels), **{f"rows of {name}": indices})
+            rows_or_first = np.where(indices == -1, 0, indices)  # -1 is padding
+            checks.integers(len(pool.labels), **{f"rows of {name}": rows_or_first})
 
 
 def _runner(
@@ -178,8 +194,7 @@ def jit_runner(
     local = len(split.mesh.local_devices)
 
     def put_batch(batch):
-        check_divisible(batch, local)
-        return put(batch, split)
+        return put(divisible(batch, local), split)
 
     shardings = partial(_state_shardings, replicated=replicated, split=split)
 
@@ -248,8 +263,7 @@ def pmap_runner(
         return np.asarray(x).reshape(len(devices), -1, *np.shape(x)[1:])
 
     def put_batch(batch):
-        check_divisible(batch, len(devices))
-        return put(jax.tree.map(shares, batch), split)
+        return put(jax.tree.map(shares, divisible(batch, len(devices))), split)
 
     def everywhere(state):
         return jax.tree.map(lambda _: replicated, state)

@@ -186,6 +186,7 @@ class Posterior:
             rows & ~self._is_trusted(candidates.index),
             val.labels,
             val.mask,
+            mask=candidates.mask,
             decay=self.agreement_decay,
             reduce=reduce,
         )

@@ -115,9 +115,23 @@ def test_sums_forget_and_leave_out_what_does_not_count():
         p, q, rows, v, counted = given = batch(SIZE)
         found = added(found, given, decay=0.8)
         joint = 0.8 * joint + 0.2 * p[rows].T @ q[rows] / SIZE
-        trusted = 0.8 * trusted + 0.2 * v[counted].sum(0) / SIZE
+        trusted = 0.8 * trusted + 0.2 * v[counted].mean(0)
     np.testing.assert_allclose(found.joint, joint, rtol=1e-5)
     np.testing.assert_allclose(found.trusted, trusted, rtol=1e-5)
+
+
+def test_padding_does_not_change_the_sums():
+    p, q, rows, v, _ = batch(SIZE)
+    all_rows, padding = np.ones(SIZE, bool), np.zeros(3, bool)
+
+    def padded(x):
+        return np.concatenate([x, x[:3]])
+
+    whole = added(transition.no_pairs(CLASSES), (p, q, rows, v, all_rows))
+    more = padded(p), padded(q), np.append(rows, padding), padded(v), np.append(all_rows, padding)
+    found = added(transition.no_pairs(CLASSES), more, mask=np.append(all_rows, padding))
+    for a, b in zip(found, whole):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_eight_devices_keep_the_sums_of_one():

@@ -85,7 +85,7 @@ def indices(batches, part="candidates"):
 @pytest.mark.parametrize("size, rows", [(21, 8), (24, 8), (5, 8), (3, 8), (7, 1)])
 def test_every_sample_once_an_epoch(size, rows):
     # Also where an epoch ends inside a batch, or a batch holds several.
-    batches, epochs = host_stream(size, rows), 6
+    batches, epochs = host_stream(size, rows, repeats=size < rows), 6
     seen = indices([next(batches) for _ in range(-(-epochs * size // rows))])[: epochs * size]
     orders = seen.reshape(epochs, size)
     assert (np.sort(orders, axis=1) == np.arange(size)).all()
@@ -138,6 +138,19 @@ def test_processes_together_give_the_global_batches(count):
         assert_same_bits(jax.tree.map(lambda *x: np.concatenate(x), *shares), next(whole))
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_processes_that_do_not_divide_a_batch_pad_it(count):
+    whole = host_stream(21, 8, val=7)
+    parts = [host_stream(21, 8, val=7, process_index=i, process_count=count) for i in range(count)]
+    for _ in range(9):
+        shares = [next(part) for part in parts]
+        assert len({str(jax.tree.map(np.shape, s)) for s in shares}) == 1
+        together = jax.tree.map(lambda *x: np.concatenate(x), *shares)
+        for part, expected in zip(together, next(whole)):
+            if part is not None:
+                assert_same_bits(jax.tree.map(lambda x, m=part.mask: x[m], part), expected)
+
+
 def test_the_whole_validation_set_in_every_batch():
     for val_batch_size in (None, 6):
         batches = host_stream(val=6, val_batch_size=val_batch_size)
@@ -149,15 +162,13 @@ def test_the_whole_validation_set_in_every_batch():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: host_stream(rows=0), "batch_size must be positive and finite; given 0"),
-        (lambda: host_stream(val_batch_size=-2), "val_batch_size must be positive .* given -2"),
+        (lambda: host_stream(rows=0), "batch_size must be a whole number >= 1; given 0"),
+        (lambda: host_stream(rows=2.5), "batch_size must be a whole number >= 1; given 2.5"),
+        (lambda: host_stream(val_batch_size=-2), "val_batch_size must be a whole .* given -2"),
+        (lambda: host_stream(size=21, rows=22), "batch_size must be at most the 21 rows of cand"),
+        (lambda: host_stream(val=3, val_batch_size=4), "val_batch_size must be at most the 3 rows"),
         (lambda: host_stream(size=0), "candidates must hold at least one sample; given 0"),
         (lambda: host_stream(val=0), "val must hold at least one sample; given 0"),
-        (lambda: host_stream(process_count=3), "batch of candidates must be a multiple of 3 "),
-        (
-            lambda: host_stream(val=6, process_count=4),
-            "batch of val must be a multiple of 4 processes; given 6",
-        ),
         (
             lambda: ArrayStream(
                 Streams(pool(9)._replace(labels=np.zeros((9, CLASSES)))), batch_size=2, seed=0

@@ -130,13 +130,27 @@ def test_only_rows_of_the_batch_travel():
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("stream", ["candidates", "val"])
-@pytest.mark.parametrize("rows", [0, 4, 12])
-def test_rows_that_do_not_divide_are_named(runner, stream, rows):
+@pytest.mark.parametrize("rows", [4, 12])
+def test_rows_that_do_not_divide_are_padded_with_masked_ones(runner, stream, rows):
     batch = setup_.make_batches("cg_head")[0]
     short = jax.tree.map(lambda x: x[:rows], getattr(batch, stream))
     run = RUNNERS[runner](setup_.make_method("cg_head").step)
-    with pytest.raises(ValueError, match=rf"batch\.{stream}\.inputs .* multiple of 8 .* {rows}$"):
-        run.put_batch(batch._replace(**{stream: short}))
+    placed = getattr(run.put_batch(batch._replace(**{stream: short})), stream)
+    placed = jax.tree.map(lambda x, y: np.asarray(x).reshape(-1, *y.shape[1:]), placed, short)
+    assert len(placed.mask) == -(-rows // 8) * 8 and not placed.mask[rows:].any()
+    for found, expected in zip(leaves(placed), leaves(short)):
+        np.testing.assert_array_equal(found[:rows], expected)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_what_cannot_be_padded_is_named(runner):
+    batch = setup_.make_batches("cg_head")[0]
+    empty = jax.tree.map(lambda x: x[:0], batch.val)
+    run = RUNNERS[runner](setup_.make_method("cg_head").step)
+    with pytest.raises(ValueError, match=r"batch\.val\.inputs .* multiple of 8 .* 0$"):
+        run.put_batch(batch._replace(val=empty))
+    with pytest.raises(ValueError, match=r"batch must hold a positive multiple of 8 .* 12$"):
+        run.put_batch(np.zeros(12))
 
 
 class ByRows(NamedTuple):

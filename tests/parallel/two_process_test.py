@@ -1,14 +1,24 @@
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from saflex_jax.parallel import jit_runner
 from tests.parallel import setup_
-from tests.parallel.worker_ import STEPS, STOP
+from tests.parallel.worker_ import (
+    ELASTIC_BEGIN,
+    ELASTIC_STEPS,
+    FITTED,
+    STEPS,
+    STOP,
+    elastic_fit,
+)
 
 PROCESSES = 2
 # With a memory split among the processes; and with clean samples, augmentation, padding.
@@ -45,9 +55,19 @@ def run(folder, *what):
     return [dict(np.load(folder / f"process{i}.npz")) for i in range(PROCESSES)]
 
 
+def on_devices(count):
+    return jit_runner(setup_.make_method(FITTED).step, devices=jax.devices()[:count])
+
+
+def begin_on_four_devices(folder):
+    elastic_fit(folder, on_devices(4), ELASTIC_BEGIN)
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two_processes"), *VARIANTS, "fit")
+    folder = tmp_path_factory.mktemp("two_processes")
+    begin_on_four_devices(folder)
+    return run(folder, *VARIANTS, "fit", "elastic")
 
 
 def below(found, prefix):
@@ -90,6 +110,20 @@ def test_a_signal_to_one_process_stops_both_and_the_run_resumes_bit_for_bit(proc
     whole, resumed = below(fit, "whole/"), below(fit, "resumed/")
     assert whole["step"] == STEPS
     assert_same(whole, resumed)
+
+
+def test_a_run_goes_on_with_other_devices_and_processes(processes, tmp_path):
+    begin_on_four_devices(tmp_path)
+    folders = {count: shutil.copytree(tmp_path, tmp_path / str(count)) for count in (4, 1, 8)}
+    found = {n: elastic_fit(f, on_devices(n), ELASTIC_STEPS) for n, f in folders.items()}
+    found["two processes"] = below(processes[0], "elastic/")
+    expected = found.pop(4)
+    assert expected["step"] == ELASTIC_STEPS
+    for where, state in found.items():
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            message = f"{where}: {name}"
+            np.testing.assert_allclose(state[name], value, rtol=0, atol=1e-6, err_msg=message)
 
 
 def test_evaluation_is_exact_in_every_process(processes):

@@ -2,8 +2,8 @@
 
     python -m tests.parallel.worker_ PORT PROCESS COUNT FOLDER WHAT...
 
-WHAT is a variant of `setup_`, or "fit". Every process writes what it holds at the end to FOLDER;
-`two_process_test.py` compares.
+WHAT is a variant of `setup_`, "fit" or "elastic". Every process writes what it holds at the end to
+FOLDER; `two_process_test.py` compares.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 
 from saflex_jax import Streams
 from saflex_jax.data import ArrayStream, IndexStream, sizes
-from saflex_jax.parallel import initialize, jit_runner, pmap_runner
+from saflex_jax.parallel import Runner, initialize, jit_runner, pmap_runner
 from saflex_jax.train import Checkpoints, fit, make_evaluator
 from tests.parallel import setup_
 
 FITTED = "posterior_memory_padding"  # the variant of "fit"
 STEPS, STOP = 14, 3  # SIGTERM comes before batch STOP
+ELASTIC_BEGIN, ELASTIC_STEPS = 5, 25
 POOLS = Streams(setup_.POOL, setup_.POOL)
 
 
@@ -89,6 +90,21 @@ def interrupted_fit(folder: pathlib.Path) -> dict[str, np.ndarray]:
     }
 
 
+def elastic_fit(folder: pathlib.Path, runner: Runner, num_steps: int) -> dict[str, np.ndarray]:
+    """A run of a folder goes on to a step, on whatever devices and processes there are.
+
+    Neither 4 devices nor 8 divide its 6 validation samples.
+    """
+    checkpoints = Checkpoints(folder / "elastic", every=1000)
+    rows = IndexStream(sizes(POOLS), **options() | {"val_batch_size": 6})
+    result = fit(
+        runner.hold(POOLS), setup_.make_state(FITTED), rows, num_steps=num_steps,
+        checkpoints=checkpoints, progress=False,
+    )  # fmt: skip
+    checkpoints.close()
+    return setup_.flatten(result.state)
+
+
 def main() -> None:
     port, process, count, folder = *map(int, sys.argv[1:4]), pathlib.Path(sys.argv[4])
     for _ in range(2):  # the second call must do nothing
@@ -97,6 +113,8 @@ def main() -> None:
     for what in sys.argv[5:]:
         if what == "fit":
             result = interrupted_fit(folder)
+        elif what == "elastic":
+            result = elastic_fit(folder, make_runner(FITTED), ELASTIC_STEPS)
         else:
             result = setup_.run(lambda step, what=what: make_runner(what), what)
         found |= {f"{what}/{name}": value for name, value in result.items()}
