@@ -5,11 +5,15 @@ from __future__ import annotations
 import jax
 from jax.experimental import multihost_utils
 
+from saflex_jax import checks
+
 
 def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
+    heartbeat_seconds: int = 100,
 ) -> None:
     """Joins the processes of a multi-host run; does nothing if they have joined already.
 
@@ -20,9 +24,17 @@ def initialize(
       coordinator_address: "host:port" of process 0.
       num_processes: number of processes.
       process_id: number of this one, from 0.
+      heartbeat_seconds: after which JAX's service ends all processes when one is dead. `Watch` sees
+        it earlier, and also a process that hangs.
     """
+    checks.whole(1, heartbeat_seconds=heartbeat_seconds)
     if not jax.distributed.is_initialized():
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
 
 
 def preempted(step: int) -> bool:

@@ -1,0 +1,142 @@
+"""Ends the processes of a run of several when one of them is lost or hangs, and says which.
+
+JAX's own service sees a process whose heartbeats stop, but not one that hangs in Python, and a
+broken collective does not say whom it waited for. Here each process writes a small file into a
+folder that all share, the one of the run, and looks at the others' files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import jax
+
+from saflex_jax import checks
+
+
+class Watch:
+    """Context in which the processes of a run watch one another; with one process it does nothing.
+
+    A process is lost when its file has not changed for `lost_after` seconds. It hangs when it is
+    behind another one's step and has taken none for `hung_after` seconds. Whoever sees that says
+    so on stderr and ends itself with exit status 1, and so do all others. An error that leaves the
+    context ends the process at once, where JAX would first wait for the others; but after an error
+    of JAX it waits to see who is lost, which is the reason of a collective that breaks.
+
+    >>> with Watch("no such folder") as watch:
+    ...     watch.step(1)
+
+    Args:
+      folder: all processes can write there; made if it is missing.
+      lost_after, hung_after: seconds. A step, with its compilation, may differ between processes by
+        less than `hung_after`.
+      end: what ends a process; takes the exit status.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        lost_after: float = 60.0,
+        hung_after: float = 900.0,
+        end: Callable[[int], None] = os._exit,
+    ):
+        checks.positive(lost_after=lost_after, hung_after=hung_after)
+        self._folder, self._end = pathlib.Path(folder), end
+        self._lost_after, self._hung_after = lost_after, hung_after
+        self._mine, self._count = jax.process_index(), jax.process_count()
+        self._step, self._turn, self._silent, self._done = 0, 0, False, threading.Event()
+
+    def step(self, number: int) -> None:
+        """Notes the step that this process has come to."""
+        self._step = number
+
+    def __enter__(self) -> Watch:
+        if self._count > 1:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            now = time.monotonic()
+            others = set(range(self._count)) - {self._mine}
+            self._seen = {i: (None, now) for i in others}  # process -> its file, and since when
+            self._moved = {i: (0, now) for i in others}  # process -> its step, and since when
+            self._about = {i: {} for i in others}  # process -> what its file says
+            self._write()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        if self._count == 1:
+            return
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._done.wait(1.5 * self._lost_after)  # the thread says who is lost, and ends
+        self._done.set()
+        self._thread.join()
+        stopped = isinstance(error, SystemExit) and not isinstance(error.code, str)
+        if error is None or stopped:  # as all others do
+            self._write(done=True)
+            return
+        expected = isinstance(error, SystemExit)
+        text = error.code if expected else "".join(traceback.format_exception(error))
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        self._end(1)
+
+    def _watch(self) -> None:
+        pause = min(self._lost_after, self._hung_after) / 8
+        while not self._done.wait(pause):
+            self._write()
+            if reason := self._who():
+                self._say(f"{reason}; it ends. Start all processes again: they go on from the last "
+                          "checkpoint")  # fmt: skip
+                self._end(1)
+                return
+
+    def _who(self) -> str | None:
+        """Who is lost or hangs, and for how long."""
+        now = time.monotonic()
+        for i, (before, since) in self._seen.items():
+            text = before
+            with contextlib.suppress(OSError, ValueError):  # not there, or not for the moment
+                text = (self._folder / str(i)).read_text()
+                self._about[i] = json.loads(text)
+            about = self._about[i]
+            if about.get("done"):
+                continue
+            who = f"process {i} (pid {about.get('pid')} on {about.get('host')})"
+            if text != before:
+                self._seen[i] = text, now
+            elif now - since > self._lost_after:
+                return f"{who} is lost: no sign of life for {now - since:.0f} s"
+            step = about.get("step", 0)
+            if step != self._moved[i][0]:
+                self._moved[i] = step, now
+            behind, waits = step < self._step, now - self._moved[i][1]
+            if behind and waits > self._hung_after:
+                return f"{who} hangs: it has been at step {step} for {waits:.0f} s"
+        return None
+
+    def _write(self, done: bool = False) -> None:
+        self._turn += 1
+        about = {"turn": self._turn, "step": self._step, "done": done, "pid": os.getpid()}
+        about["host"] = socket.gethostname()
+        mine = self._folder / str(self._mine)
+        try:
+            partial = mine.with_suffix(".partial")
+            partial.write_text(json.dumps(about))
+            os.replace(partial, mine)
+        except OSError as error:  # a full disk, for instance; the others will miss this process
+            if not self._silent:
+                self._say(f"it cannot write {mine}: {error.strerror}")
+            self._silent = True
+
+    def _say(self, what: str) -> None:
+        print(f"process {self._mine} at step {self._step}: {what}", file=sys.stderr, flush=True)

@@ -1,0 +1,93 @@
+import json
+import threading
+import time
+
+import jax
+import pytest
+
+from saflex_jax.parallel import Watch
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """index -> the watch of that process of three, in this one; ends of processes are noted."""
+    ended = {}
+
+    def make(index, **options):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        monkeypatch.setattr(jax, "process_count", lambda: 3)
+        return Watch(
+            tmp_path, **{"lost_after": 0.4, "hung_after": 1e6} | options,
+            end=lambda status: ended.setdefault(index, status),
+        )  # fmt: skip
+
+    make.ended = ended
+    return make
+
+
+def until(holds, seconds=10):
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert holds()
+
+
+def test_a_process_that_is_lost_is_named_and_ends_the_others(watch, tmp_path, capfd):
+    with watch(0) as first, watch(1) as second, watch(2):
+        for step, each in enumerate((first, second), 5):
+            each.step(step)
+        time.sleep(1)
+        assert not watch.ended  # all are alive
+        third = tmp_path / "2"
+        about = json.loads(third.read_text())
+        third.unlink()
+        third.mkdir()  # it cannot write any more, as one that is gone does not
+        until(lambda: {0, 1} <= set(watch.ended))
+    assert watch.ended[0] == watch.ended[1] == 1
+    said = capfd.readouterr().err
+    assert f"process 0 at step 5: process 2 (pid {about['pid']} on {about['host']}) is lost" in said
+    third.rmdir()
+
+
+def test_a_process_that_is_behind_for_too_long_is_named(watch, capfd):
+    with watch(0, hung_after=0.4) as first, watch(1, hung_after=0.4) as second, watch(2) as third:
+        for step in range(1, 8):
+            for each in (first, second, third):
+                each.step(step)
+            time.sleep(0.1)
+        assert not watch.ended
+        first.step(8), third.step(8)  # and wait for the second in a collective
+        until(lambda: 0 in watch.ended)
+    assert 1 not in watch.ended  # it does not see itself
+    assert "process 1 (pid" in (said := capfd.readouterr().err)
+    assert "hangs: it has been at step 7 for" in said
+
+
+def test_who_ends_well_is_not_lost(watch):
+    with watch(0), watch(1):
+        with watch(2):
+            pass
+        time.sleep(1)
+    assert not watch.ended
+
+
+@pytest.mark.parametrize(
+    "error, said", [(ValueError("why"), "ValueError: why"), (SystemExit("so"), "so")]
+)
+def test_an_error_ends_the_process_at_once(watch, capfd, error, said):
+    before = threading.active_count()
+    with pytest.raises(type(error)), watch(0):
+        raise error
+    assert watch.ended == {0: 1} and threading.active_count() == before
+    assert capfd.readouterr().err.strip().endswith(said)
+
+
+def test_one_process_watches_nobody(tmp_path):
+    with Watch(tmp_path / "none") as watch:
+        watch.step(3)
+    assert not (tmp_path / "none").exists()
+
+
+def test_options():
+    with pytest.raises(ValueError, match="lost_after must be positive and finite; given 0"):
+        Watch("x", lost_after=0)
