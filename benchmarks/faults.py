@@ -15,16 +15,17 @@ import argparse
 import gc
 import json
 import logging as standard_logging
+import multiprocessing
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from benchmarks import reporting
-from experiments import build, task
+from experiments import build, main, task
 from experiments.configs import wdbc
 from saflex_jax import TrainState, checks
 from saflex_jax.train import Checkpoints, DamagedCheckpoint
@@ -55,9 +56,9 @@ OVERRIDES = {
 }
 KILLS_IN_A_RUN = 5  # each is followed by the same command
 LIMIT = 180  # seconds, for a process that does not end
-LOST_AFTER, HUNG_AFTER = 4, 8  # seconds, as the trials set them
+LOST_AFTER, HUNG_AFTER = 6, 120  # seconds, as the trials set them; a busy machine compiles slowly
 FLIPS, SAVES = 60, 200
-DISK = "200k"  # of a file system that holds two checkpoints and no third
+DISK = "160k"  # of a file system that holds two checkpoints and no third
 JUMPS = """
 import random, time
 _time, _time_ns, _draw = time.time, time.time_ns, random.Random(0)
@@ -88,68 +89,82 @@ def config() -> ConfigDict:
 # --- Jobs
 
 
-class Job(NamedTuple):
-    """The processes of one run, as started once."""
+def _run(arguments: list[str], log: pathlib.Path, site: str) -> None:
+    """The main job, in a process that is forked when all is imported and nothing is started."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    exec(site, {})
+    sys.argv = ["experiments.main", *arguments]  # where the flags of a config are looked for
+    main.command()
 
-    processes: list[subprocess.Popen]
-    logs: list[tempfile._TemporaryFileWrapper]
+
+class Job(NamedTuple):
+    """The processes of one run, as started once, and what they say."""
+
+    processes: list[multiprocessing.process.BaseProcess]
+    logs: list[pathlib.Path]
 
     def wait(self) -> list[int]:
         """Exit statuses; whoever does not end in time is killed."""
         end = time.monotonic() + LIMIT
         for process in self.processes:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            process.join(max(0.1, end - time.monotonic()))
+            if process.is_alive():
                 process.kill()
-        return [process.wait() for process in self.processes]
+                process.join()
+        return [process.exitcode for process in self.processes]
+
+    def signal(self, place: int, number: signal.Signals) -> None:
+        """Sends it to one that may have ended."""
+        if self.processes[place].is_alive():
+            os.kill(self.processes[place].pid, number)
 
     def said(self) -> list[str]:
-        """What each wrote to stderr."""
-        texts = []
-        for log in self.logs:
-            log.seek(0)
-            texts.append(log.read())
-        return texts
+        """What each wrote."""
+        return [log.read_text() for log in self.logs]
 
 
 class Jobs:
-    """Starts main jobs whose programs are compiled once."""
+    """Starts main jobs, whose programs are compiled once."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-
-    def start(self, workdir: pathlib.Path, count: int = 1, site: str = "") -> Job:
-        """`site`: Python that the processes run first."""
-        command = [sys.executable, "-m", "experiments.main", "--noprogress",
-                   "--config=experiments/configs/wdbc.py", f"--workdir={workdir}"]  # fmt: skip
-        command += [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
-        env = os.environ | {
+        self.folder, self._number = folder, 0
+        os.environ |= {  # of the jobs; here JAX has read them already
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / f"compiled{count}"),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        if site:
-            path = self.folder / f"site{abs(hash(site))}"
-            path.mkdir(exist_ok=True)
-            (path / "sitecustomize.py").write_text(site)
-            env["PYTHONPATH"] = os.pathsep.join([str(path), env.get("PYTHONPATH", "")])
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["experiments.main", "benchmarks.faults"])
+        self._starting = threading.Lock()
+
+    def start(self, workdir: pathlib.Path, count: int = 1, site: str = "") -> Job:
+        """`site`: Python that the processes run first."""
+        arguments = ["--noprogress", "--config=experiments/configs/wdbc.py"]
+        arguments += [f"--workdir={workdir}"]
+        arguments += [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
         if count > 1:
             with socket.socket() as s:
                 s.bind(("localhost", 0))
                 port = s.getsockname()[1]
-            command += ["--distributed", f"--coordinator=localhost:{port}"]
-            command += [f"--processes={count}", f"--lost_after={LOST_AFTER}"]
-            command += [f"--hung_after={HUNG_AFTER}"]
-        logs = [tempfile.TemporaryFile("w+") for _ in range(count)]
-        own = [[f"--process={i}"] if count > 1 else [] for i in range(count)]
-        processes = [
-            subprocess.Popen(command + more, cwd=ROOT, env=env, stdout=log, stderr=log)
-            for more, log in zip(own, logs)
-        ]
-        return Job(processes, logs)
+            arguments += ["--distributed", f"--coordinator=localhost:{port}"]
+            arguments += [f"--processes={count}", f"--lost_after={LOST_AFTER}"]
+            arguments += [f"--hung_after={HUNG_AFTER}"]
+        job = Job([], [])
+        with self._starting:
+            self._number += 1
+            for i in range(count):
+                own = [*arguments, *([f"--process={i}"] if count > 1 else [])]
+                job.logs.append(self.folder / f"log{self._number}.{i}")
+                job.logs[-1].touch()
+                options = (own, job.logs[-1], site)
+                job.processes.append(self._context.Process(target=_run, args=options))
+                job.processes[-1].start()
+        return job
 
 
 def come_to(workdir: pathlib.Path) -> int:
@@ -170,7 +185,7 @@ def records(workdir: pathlib.Path) -> list[dict]:
 def wait_until(holds: Callable[[], bool], job: Job) -> bool:
     """Whether it came to hold while all processes ran."""
     end = time.monotonic() + LIMIT
-    while time.monotonic() < end and all(p.poll() is None for p in job.processes):
+    while time.monotonic() < end and all(p.is_alive() for p in job.processes):
         if holds():
             return True
         time.sleep(0.002)
@@ -299,7 +314,7 @@ class Faults(reporting.Benchmark):
             elif reached:
                 time.sleep(pause)
             victim = self.random.randrange(count)
-            job.processes[victim].send_signal(signal.SIGKILL)
+            job.signal(victim, signal.SIGKILL)
             began = time.monotonic()
             status = job.wait()
             longest = max(longest, time.monotonic() - began)
@@ -348,12 +363,12 @@ class Faults(reporting.Benchmark):
             fault, workdir = "one of 2 hangs", self.folder / f"hang{victim}"
             job = self.jobs.start(workdir, 2)
             reached = wait_until(lambda w=workdir: come_to(w) >= 30, job)
-            job.processes[victim].send_signal(signal.SIGSTOP)
+            job.signal(victim, signal.SIGSTOP)
             began = time.monotonic()
-            status = job.processes[1 - victim].wait(LIMIT)
+            job.processes[1 - victim].join(LIMIT)
             took = time.monotonic() - began
-            job.processes[victim].kill()
-            job.processes[victim].wait()
+            job.signal(victim, signal.SIGKILL)
+            status = job.wait()[1 - victim]
             survived, equal = self.finish(workdir, 2)
             survived = survived and reached and status != 0
             more = {"others end within s": round(took, 1)}
@@ -395,12 +410,8 @@ class Faults(reporting.Benchmark):
     def limited_files(self) -> None:
         """Without the right to mount: no file may be longer than 2 KB for a while."""
         fault, workdir = "a full disk (ulimit -f)", self.folder / "limited"
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # the child has it
-        try:
-            job = self.jobs.start(workdir)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2000, r.RLIM_INFINITY))"
+        job = self.jobs.start(workdir, site=limit)
         (status,), (text,) = job.wait(), job.said()
         clear = status == 1 and len(text.splitlines()) == 1 and "make room" in text
         survived, equal = self.finish(workdir)
@@ -492,10 +503,10 @@ class Faults(reporting.Benchmark):
         fault, workdir = "a second run in the folder", self.folder / "second"
         first = self.jobs.start(workdir)
         wait_until(lambda: come_to(workdir) >= 3, first)
-        first.processes[0].send_signal(signal.SIGSTOP)  # so that it does not end before
+        first.signal(0, signal.SIGSTOP)  # so that it does not end before
         second = self.jobs.start(workdir)
         (status,), (text,) = second.wait(), second.said()
-        first.processes[0].send_signal(signal.SIGCONT)
+        first.signal(0, signal.SIGCONT)
         refused = status == 1 and f"in use by process {first.processes[0].pid} on" in text
         ended = first.wait() == [0]
         equal = ended and self.outcome(workdir) == self.whole()

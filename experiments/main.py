@@ -125,9 +125,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         return sys.exit(f"--config must be a Python file with a function get_config; {error}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, with the arguments of the process."""
     # Or a damaged or full disk is reported many times, with every read or write that Orbax left.
     standard_logging.getLogger("asyncio").setLevel("CRITICAL")
     # What goes wrong is raised as well; --verbosity=0 shows what Orbax reports of every file.
     logging.set_verbosity(logging.FATAL)
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    command()

@@ -219,7 +219,7 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
         )
     if labels.max() >= len(labels):
         raise ValueError(
-            f"{path} must have fewer classes than its {len(labels)} samples, numbered from 0; given "
+            f"{path} must have fewer classes than its {len(labels)} samples, from 0 on; given "
             f"a label of {labels.max()}"
         )
     return Source(images, labels, int(labels.max()) + 1, task or "multiclass", splits)

@@ -163,8 +163,8 @@ def fit_encoder(
       {"numeric": f32[N, D1], "categorical": i32[N, D2]}, D2 as in `category_sizes`.
 
     Raises:
-      ValueError: not D columns, here or in the encoder; no rows; a numeric column without values, or
-        with a number so large that most others become one.
+      ValueError: not D columns, here or in the encoder; no rows; a numeric column without values,
+        or with a number so large that most others become one.
     """
     _check_width(values, columns)
     if not len(values):
@@ -205,7 +205,7 @@ def fit_encoder(
 
 
 def _too_far_apart(numbers: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """bool[D]: whether encoding leaves fewer than half of a column's different numbers different."""
+    """bool[D]: whether encoding makes one of most of a column's different numbers."""
     with np.errstate(over="ignore", invalid="ignore"):
         encoded = ((numbers - mean) / scale).astype(np.float32)
     far = ~np.isfinite(scale) | ~np.isfinite(mean)

@@ -107,7 +107,8 @@ def test_priors():
         (np.array([0, 3]), "multiclass", r"labels must lie in \[0, 3\); row 1 is 3"),
         (graded * 2, "multiclass", r"labels must have shape \[N\] or \[N, 3\]"),
         (np.eye(3) * 2, "multiclass", "labels must have rows .* sum to one"),
-        (several * 2, "multilabel", "multilabel labels must be 0 or 1"),
+        (several[:, :2] * 2, "multilabel", "multilabel labels must be 0 or 1"),
+        (several, "multilabel", r"\[N, 2\] for 3 classes of multilabel; given \[3, 3\]"),
         (several, "several", "task must be one of .*given 'several'"),
     ):
         with pytest.raises(ValueError, match=message):
