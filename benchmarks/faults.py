@@ -12,6 +12,7 @@ records but for their times are those of a run that nothing disturbed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import json
 import logging as standard_logging
@@ -97,7 +98,10 @@ def _run(arguments: list[str], log: pathlib.Path, site: str) -> None:
     os.chdir(ROOT)
     exec(site, {})
     sys.argv = ["experiments.main", *arguments]  # where the flags of a config are looked for
-    main.command()
+    try:
+        main.command()
+    finally:
+        atexit._run_exitfuncs()  # a forked process has none; JAX leaves the others by one
 
 
 class Job(NamedTuple):
@@ -283,7 +287,7 @@ class Faults(reporting.Benchmark):
             workdir = self.folder / f"whole{count}"
             job = self.jobs.start(workdir, count)
             if any(job.wait()):
-                raise RuntimeError(f"the undisturbed run failed:\n{job.said()[0]}")
+                raise RuntimeError("the undisturbed run failed:\n" + "\n".join(job.said()))
             self.wholes[count] = self.outcome(workdir)
         return self.wholes[count]
 
