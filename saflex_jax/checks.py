@@ -117,11 +117,10 @@ def floating(**trees: PyTree) -> None:
     """Raises unless every leaf is of a floating-point or complex dtype; names the first other."""
     for name, tree in trees.items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            if not jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.numpy.inexact):
-                raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} must be floating-point, for a gradient; "
-                    f"given {jax.numpy.result_type(leaf)}"
-                )
+            dtype = jax.numpy.result_type(leaf)
+            if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
+                where = f"{name}{jax.tree_util.keystr(path)}"
+                raise ValueError(f"{where} must be floating-point to be trained; given {dtype}")
 
 
 def images(**inputs: PyTree) -> None:
