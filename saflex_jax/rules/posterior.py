@@ -55,8 +55,8 @@ class Posterior:
       noise_rate: eta, the share of wrong labels; None = estimate it as training goes on.
       lookahead: >= 0, length of the step after which p' is believed: 1 is all of "cg"'s, a Newton
         step on the validation loss; along "identity" it is a learning rate. None = M / (M + D) of M
-        trusted samples and D parameters a class that scores see (of a head, its inputs): the fewer
-        samples say where to go, the less far it is believed.
+        trusted samples and D inputs of the parameters that scores see (of a head, its features and
+        the bias): the fewer samples say where to go, the less far it is believed.
       sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
       agreement_decay: in [0, 1), how slowly the estimates of eta and C forget.
       by_class: learn which classes are confused, K x K numbers; needs `run`. False = all wrong

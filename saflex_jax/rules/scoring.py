@@ -10,12 +10,12 @@ scores and may stand in a branch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from saflex_jax import checks
 from saflex_jax.core import scores
@@ -43,7 +43,8 @@ class Scored(NamedTuple):
       log_probs: f32[B, K], the network's, of the same forward pass.
       val_probs: f32[M, K], the network's on the validation samples; zeros where not `fresh`.
       fresh: bool[], whether the validation gradient is of this step.
-      features: f32[], parameters a class that scores see; of a head its inputs.
+      features: f32[], inputs of the parameters that scores see: of each array the product of all
+        axes but the last.
     """
 
     scores: jax.Array
@@ -120,7 +121,8 @@ class Scoring:
         if isinstance(direction, str):
             direction = directions.parse(direction)
         predicate = predicate_of(self.predicate)
-        features = optax.tree.size(select(state.params, predicate)) / val.labels.shape[1]
+        seen = jax.tree.leaves(select(state.params, predicate))
+        features = float(sum(math.prod(x.shape[:-1]) for x in seen))
         network = scores.in_dtype(logits_fn, self.compute_dtype)
         along = scores.scorer(
             network,

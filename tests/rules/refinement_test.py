@@ -162,7 +162,8 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     arrays, run = runner(Refinement(GREEDY, rule, Schedule(start, every)), streams=streams)
     if lookahead is None:  # without trusted samples, of those in a batch
         known = trusted or len(streams(0).val.mask)
-        lookahead = known / (known + optax.tree.size(PROBLEM.params) / CLASSES)
+        inputs = sum(np.prod(x.shape[:-1]) for x in jax.tree.leaves(PROBLEM.params))
+        lookahead = known / (known + inputs)
     mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(4), 0
     joint, of_trusted, seen = np.zeros((CLASSES, CLASSES)), np.zeros(CLASSES), 0
     for step in range(8):
