@@ -416,6 +416,7 @@ def run_all(
     *,
     resume: bool,
     progress: bool = True,
+    **options,
 ) -> dict[tuple[str, int], dict]:
     """Runs every arm on every seed (`run_each`); stops early when interrupted.
 
@@ -425,6 +426,7 @@ def run_all(
       log: a file of records, which grows by each finished run.
       resume: keep those of its records whose settings are the arm's; else it starts anew.
       progress: show progress bars on stderr.
+      **options: of `run`.
 
     Returns:
       (arm, seed) -> record, of all runs unless interrupted.
@@ -442,7 +444,8 @@ def run_all(
         for seed, group in groups
     ]  # fmt: skip
     left = [(seed, arms) for seed, arms in left if arms]
-    for place, finished in run_each([arms for _, arms in left], {}, progress=progress):
+    members = [arms for _, arms in left]
+    for place, finished in run_each(members, {}, progress=progress, **options):
         if isinstance(finished, Exception):
             raise finished
         if finished is None:

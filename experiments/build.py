@@ -321,6 +321,7 @@ def run_info(config: ConfigDict, pools: Streams) -> RunInfo:
         labels=lambda: labels,
         upstream=config.augment,
         axis_name=_axis_name(config),
+        captions=task.captions(config.data),
     )
 
 

@@ -26,7 +26,7 @@ FIELDS = (
     *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
     *("train", "imbalance", "unlabelled", "train_on_val", "trusted_only", "val_from", "folds"),
     *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "features"),
-    *("cleaning", "on_device"),
+    *("cleaning", "captions", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -150,6 +150,23 @@ def check_corruption(name: str, given: str) -> None:
     checks.choice(corruptions.CORRUPTIONS, **{name: kind})
     if severity not in ("1", "2", "3", "4", "5"):
         raise ValueError(f"{name} must be KIND:1 to KIND:5; given {given!r}")
+
+
+def captions(section: ConfigDict) -> np.ndarray | None:
+    """The captions [K, T, ...] of all classes; None where the config names none.
+
+    Raises:
+      ValueError: they were not made (says how).
+    """
+    if not section.captions:
+        return None
+    path = pathlib.Path(section.dir) / "captions" / f"{section.captions}.npy"
+    if not path.is_file():
+        raise ValueError(
+            f"config.data.captions must be made first: python -m experiments.captions "
+            f"{section.captions} writes {path}"
+        )
+    return np.load(path)
 
 
 def title(section: ConfigDict) -> str:

@@ -51,6 +51,7 @@ BACKBONES = {
     "resnet18": models.ResNet18,
     "resnet50": models.ResNet50,
     "vit": models.ViT,
+    "clip_image": models.ImageTower,
 }
 _ANY_RUN = RunInfo(num_samples=1, num_classes=2)  # to check options, of which some need a run
 OF_IMAGES = ("small_cnn", "resnet18", "resnet50", "vit")  # backbones that take nothing else

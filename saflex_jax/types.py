@@ -178,6 +178,7 @@ class RunInfo(NamedTuple):
       upstream: text of the pipeline that made the candidates (`augment.parse`).
       axis_name: mapped axis of the step, for batch statistics under pmap; None under jit.
       blocks: labels are k * blocks + m, of which m is known whatever the noise (SLA's views).
+      captions: [K, T, ...], T captions of each class as a text tower reads them.
     """
 
     num_samples: int
@@ -191,6 +192,7 @@ class RunInfo(NamedTuple):
     upstream: str = "identity"
     axis_name: str | None = None
     blocks: int = 1
+    captions: np.ndarray | None = None
 
 
 class Method(NamedTuple):

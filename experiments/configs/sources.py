@@ -30,6 +30,7 @@ DEFAULTS = {
     "pool": "",  # a folder or ArrayRecord file of generated candidates
     "corrupt": "",  # of the test inputs: "fog:3"
     "features": "",  # a set that `experiments.features` made: inputs are its features, not images
+    "captions": "",  # of the classes: a set that `experiments.captions` made, for flyp
     "on_device": True,  # the whole set on every device; False = read ahead from the host
 }
 

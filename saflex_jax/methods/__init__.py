@@ -12,6 +12,7 @@ from saflex_jax.methods import (
     dividemix,
     elr,
     fixmatch,
+    flyp,
     invariance,
     madaug,
     protonet,
@@ -33,6 +34,7 @@ METHODS = {
     "invariance": invariance.SPEC,
     "madaug": madaug.SPEC,
     "protonet": protonet.SPEC,
+    "flyp": flyp.SPEC,
 }
 
 __all__ = ["METHODS", "Episode", "MethodSpec", "saflex"]

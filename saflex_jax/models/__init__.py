@@ -36,6 +36,7 @@ from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
 from saflex_jax.models.sentence_encoder import load_sentence_encoder
 from saflex_jax.models.small_cnn import SmallCNN
 from saflex_jax.models.tensor_files import read_weights, write_weights
+from saflex_jax.models.two_towers import TwoTowers
 from saflex_jax.models.vit import ViT
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "SmallCNN",
     "TextTower",
     "Tokenizer",
+    "TwoTowers",
     "ViT",
     "check_images",
     "check_tokens",

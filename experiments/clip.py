@@ -1,0 +1,89 @@
+"""What the comparisons of contrastive fine-tuning share: several test sets, and a table of them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import arms, task
+from saflex_jax import train
+from saflex_jax.types import Method, TrainState
+
+SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=1, allow_override=True)
+FIRST = flags.DEFINE_integer("first", 0, "The first seed.", lower_bound=0, allow_override=True)
+WORKDIR = flags.DEFINE_string("workdir", "runs/clip", "Runs go here.", allow_override=True)
+RESUME = flags.DEFINE_bool("resume", False, "Keep the finished runs.", allow_override=True)
+ARMS = flags.DEFINE_list("arms", [], "These arms alone; none = all.", allow_override=True)
+SET = flags.DEFINE_string("set", "{}", "JSON: nested changes of each config.", allow_override=True)
+
+Tests = Mapping[str, Mapping[str, object]]  # test set -> changes of `config.data` that give it
+
+
+def run(settings: Mapping[str, ConfigDict], tests: Tests) -> None:
+    """Every arm of every setting on every seed; prints accuracies in % on all test sets.
+
+    Args:
+      settings: name -> config with arms.
+      tests: each is read once an arm and seed.
+    """
+    for name, config in settings.items():
+        config.unlock()
+        config.update(json.loads(SET.value))
+        configs = arms.configs(config)
+        configs = {arm: c for arm, c in configs.items() if arm in (ARMS.value or configs)}
+        seeds = range(FIRST.value, FIRST.value + SEEDS.value)
+        log = pathlib.Path(WORKDIR.value) / f"{name}.jsonl"
+        records = {}
+        for seed in seeds:  # the test sets are a seed's
+            own = log.with_suffix(f".{seed}.jsonl")
+            measure = measured(tests, arms.of_seed(config, seed))
+            records |= arms.run_all(
+                configs, [seed], own, resume=RESUME.value, progress=False, look=False,
+                measure=measure,
+            )  # fmt: skip
+            print(f"{name}: seed {seed} done", file=sys.stderr)
+        print(table(name, records, list(configs), seeds, list(tests)), flush=True)
+
+
+def measured(tests: Tests, config: ConfigDict) -> Callable[..., dict[str, float]]:
+    """(method, state, data) -> "test_accuracy" of the first test set and "NAME_accuracy" of all."""
+    sets = {}
+
+    def inputs(changes):
+        changed = config.copy_and_resolve_references()
+        changed.data.update(changes)
+        test = task.make_data(changed).test
+        return test.inputs, test.labels
+
+    def measure(method: Method, state: TrainState, data: task.Data) -> dict[str, float]:
+        del data
+        values = {}
+        for name, changes in tests.items():
+            if name not in sets:
+                sets[name] = inputs(changes)
+            values[name] = train.make_evaluator(method, *sets[name])(state)["accuracy"]
+        first = {"test_accuracy": values[next(iter(tests))]}
+        return first | {f"{name}_accuracy": value for name, value in values.items()}
+
+    return measure
+
+
+def table(
+    title: str, records: Mapping, names: Sequence[str], seeds: Sequence[int], tests: Sequence[str]
+) -> str:
+    """Mean +- standard deviation over seeds in %, a row an arm, a column a test set."""
+    lines = [f"{title:24}" + "".join(f"{test:>22}" for test in tests)]
+    for arm in names:
+        line = f"{arm:24}"
+        for test in tests:
+            scores = 100 * np.array([records[arm, s][f"{test}_accuracy"] for s in seeds])
+            spread = f" +- {scores.std(ddof=1):.2f}" if len(scores) > 1 else ""
+            line += f"{scores.mean():.2f}{spread}".rjust(22)
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,301 @@
+"""FLYP: fine-tune two towers by the loss they were trained with, on pairs of image and caption.
+
+    image, class -> caption of the class, drawn by key -> pairs -> class scores -> (weights, labels)
+
+Any rule says how much a pair counts and which classes it is of, as for any classifier: what it is
+shown are log-probabilities of classes (`core.contrastive`).
+
+Source: Goyal, Kumar, Garg, Kolter and Raghunathan, "Finetune Like You Pretrain", CVPR 2023; where
+the paper is silent, the repository locuslab/FLYP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from saflex_jax import checks
+from saflex_jax.core import contrastive, steps
+from saflex_jax.core.losses import masked_mean
+from saflex_jax.core.tree import identity
+from saflex_jax.methods.base import MethodSpec, no_clean
+from saflex_jax.models import MLP, TextTower, TwoTowers, unit
+from saflex_jax.rules import AsGiven
+from saflex_jax.types import Batch, Method, Model, Rule, RunInfo, Streams
+
+LOSSES = ("contrastive", "sigmoid", "class_prompts")
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text tower of `network`.
+
+    Attributes:
+      depth: blocks of a transformer over tokens (`models.TextTower`); 0 = captions are embeddings
+        that a locked encoder made before, f32[E].
+      projected: whether its features are projected, by a linear map that trains.
+      vocab_size, context, width, heads, dtype, remat: of the transformer.
+    """
+
+    depth: int = 0
+    projected: bool = True
+    vocab_size: int = 49408
+    context: int = 77
+    width: int = 128
+    heads: int = 2
+    dtype: str = "float32"
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of FLYP.
+
+    Attributes:
+      loss: "contrastive", within the batch; "sigmoid", SigLIP's; "class_prompts": cross-entropy
+        against one prompt of each of the K classes, FLYP's own ablation.
+      parts: embeddings are made in so many parts, one after the other, and again for the gradient,
+        so that the towers hold the activations of one part alone. The gradient is that of the whole
+        batch: embeddings are few numbers and stay. (GradCache; towers without batch statistics.)
+      embed_dim: E, of the common space, of `network`.
+      text: the text tower, of `network`.
+
+    Raises:
+      ValueError: an unknown loss, or a number out of range.
+    """
+
+    loss: str = "contrastive"
+    parts: int = 1
+    embed_dim: int = 128
+    text: Text = Text()
+
+    def __post_init__(self):
+        checks.choice(LOSSES, loss=self.loss)
+        checks.whole(1, parts=self.parts, embed_dim=self.embed_dim)
+        checks.whole(depth=self.text.depth)
+
+
+def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
+    """The backbone as image tower beside a text tower; `TwoTowers.of` takes a `models.CLIP`."""
+    del num_classes
+    text = options.text
+    tower = MLP(())  # embeddings as they are
+    if text.depth:
+        tower = TextTower(
+            text.vocab_size, text.context, text.width, text.depth, text.heads, 4 * text.width,
+            dtype=text.dtype, remat=text.remat,
+        )  # fmt: skip
+    projected = ("image", "text") if text.projected else ("image",)
+    return TwoTowers(backbone, tower, options.embed_dim, projected, options.loss == "sigmoid")
+
+
+def make(
+    model: Model,
+    tx: optax.GradientTransformation,
+    options: Options = Options(),
+    *,
+    rule: Rule | None = None,
+    run: RunInfo,
+) -> Method:
+    """Contrastive fine-tuning on the candidates, each with a caption of its class.
+
+        L = mean_i w_i sum_c y_ic l_ic ,   w, y by the rule, l by `core.contrastive`
+
+    At each visit a sample has one caption at random of those of its class, the largest entry of its
+    prior label; other rows of the class have right answers to it, and to its caption. A row of
+    weight zero teaches nothing of its own and still is what others are told apart from. What is
+    predicted is zero-shot: cosines with the mean of each class's captions, normalised.
+
+    The rule's head are the projections, at "head". Rows are not independent, but for
+    "class_prompts": a rule cannot score them in chunks.
+
+    Args:
+      model: of `network`, or of another `models.TwoTowers`.
+      tx: optax transformation.
+      options: see `Options`.
+      rule: for weights and labels; None = as given.
+      run: of which the classes and their captions are read.
+
+    Raises:
+      ValueError: no captions, or not those of the run's classes; clean samples (not supported);
+        parts that do not divide a batch, or with batch statistics.
+    """
+    rule = AsGiven() if rule is None else rule
+    table = _captions(run)
+
+    def init(key, inputs):
+        pair = {"image": inputs, "text": table[:1, 0]}
+        params, model_state = model.init(key, pair)
+        if options.parts > 1 and jax.tree.leaves(model_state):
+            raise ValueError(
+                "parts must be 1 where towers have statistics of the batch (BatchNorm), which "
+                f"parts of it do not have; given {options.parts}"
+            )
+        return steps.init_state(key, params, model_state, tx, rule.init(params))
+
+    def refine(state, streams, reduce):
+        """(shown candidates, (apply, inputs) -> (log p, losses, state), what the rule makes)."""
+        no_clean("flyp", streams.clean)
+        key = steps.draws_key(state)
+        if options.loss == "class_prompts":
+            shown, read = streams, _against_prompts(_drawn(table, key), options)
+        else:
+            shown = Streams(*(None if s is None else _paired(s, table, key) for s in streams))
+            read = _within_batch(run.num_classes, options, reduce)
+
+        def logits_fn(params, inputs):
+            def apply(part):
+                return model.logits(params, state.model_state, part), state.model_state
+
+            return read(apply, inputs)[0]
+
+        learned = rule.apply(state.extra, state, logits_fn, shown, reduce=reduce)
+        return shown.candidates, read, learned
+
+    def step(state, streams, *, reduce=identity):
+        candidates, read, (targets, extra, of_rule) = refine(state, streams, reduce)
+        key, mask = steps.step_key(state, candidates.index), candidates.mask
+
+        def loss_fn(params):
+            def apply(part):
+                return model.train(params, state.model_state, part, key)
+
+            _, by_class, model_state = read(apply, candidates.inputs)
+            losses = targets.weights * jnp.sum(targets.labels * by_class, axis=-1)
+            losses = jnp.where(mask, losses, 0.0)
+            metrics = {"candidate_loss": steps.total(losses, mask, reduce)}
+            return masked_mean(losses, mask, reduce=reduce), (model_state, metrics)
+
+        state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
+        return state._replace(extra=extra), {**metrics, **of_rule}
+
+    def predict(state, inputs):
+        def embedded(part):
+            return model.logits(state.params, state.model_state, part)
+
+        image, classes = embedded({"image": inputs}), class_embeddings(embedded, table)
+        return image["scale"] * jnp.matmul(image["image"], classes.T, precision=HIGHEST)
+
+    return Method(
+        init, step, predict, lambda state, streams: refine(state, streams, identity)[2][0]
+    )
+
+
+def class_embeddings(embedded: Callable, captions: np.ndarray) -> jax.Array:
+    """The zero-shot head: the mean of a class's normalised embeddings, normalised; f32[K, E].
+
+    Args:
+      embedded: {"text": [K, ...]} -> {"text": f32[K, E], ...}, normalised.
+      captions: [K, T, ...], T of each class; embedded one template after the other.
+    """
+    each = jax.lax.map(lambda text: embedded({"text": text})["text"], jnp.swapaxes(captions, 0, 1))
+    return unit(jnp.mean(each, axis=0))
+
+
+def _captions(run: RunInfo) -> np.ndarray:
+    """run.captions, checked."""
+    if run is None or run.captions is None:
+        raise ValueError("flyp needs run.captions, those of each class; given None")
+    captions = np.asarray(run.captions)
+    if captions.ndim < 2 or captions.shape[0] != run.num_classes or not captions.shape[1]:
+        raise ValueError(
+            f"run.captions must have shape [{run.num_classes}, T, ...], one or more of each "
+            f"class; given {list(captions.shape)}"
+        )
+    checks.finite(captions=captions)
+    return captions
+
+
+def _paired(batch: Batch, table: np.ndarray, key: jax.Array) -> Batch:
+    """The batch as pairs: each row with one caption of its class, by its sample."""
+
+    def draw(index):
+        return jax.random.randint(jax.random.fold_in(key, index), (), 0, table.shape[1])
+
+    classes = jnp.argmax(batch.labels, axis=-1)
+    text = jnp.asarray(table)[classes, jax.vmap(draw)(batch.index)]
+    pairs = {"image": batch.inputs, "text": text, "class": classes, "mask": batch.mask}
+    # No numbers, but a shape: it tells a whole batch from a part of it, of which no row has the
+    # logits that it has in the batch.
+    whole = jnp.zeros((len(classes), len(classes), 0))
+    return batch._replace(inputs=pairs | {"whole": whole})
+
+
+def _drawn(table: np.ndarray, key: jax.Array) -> jax.Array:
+    """One caption of each class, [K, ...], the same on every device."""
+    which = jax.random.randint(key, (len(table),), 0, table.shape[1])
+    return jnp.asarray(table)[jnp.arange(len(table)), which]
+
+
+def _within_batch(num_classes: int, options: Options, reduce) -> Callable:
+    """(apply, pairs) -> (class log-probabilities, class losses f32[b, K], model state)."""
+
+    def read(apply, pairs):
+        mask, whole = pairs["mask"], pairs["whole"]
+        if whole.shape[0] != whole.shape[1]:
+            raise ValueError(
+                f"rows of a contrastive loss must be scored together (scoring.chunk = None); given "
+                f"{whole.shape[0]} of {whole.shape[1]}"
+            )
+        given = {name: pairs[name] for name in ("image", "text")}
+        out, model_state = _in_parts(apply, given, options.parts)
+        logits = contrastive.similarities(
+            out["image"], out["text"], out["scale"], out["bias"], reduce=reduce
+        )
+        captions = contrastive.captions_of(pairs["class"], mask, num_classes, reduce=reduce)
+        if options.loss == "sigmoid":
+            losses = contrastive.sigmoid_losses(logits, captions)
+            evidence = jnp.matmul(logits, captions.mean, precision=HIGHEST)
+        else:
+            losses = contrastive.softmax_losses(logits, captions, mask, reduce=reduce)
+            evidence = -losses
+        return contrastive.class_log_probs(evidence, captions), losses, model_state
+
+    return read
+
+
+def _against_prompts(prompts: jax.Array, options: Options) -> Callable:
+    """(apply, images) -> (class log-probabilities, class losses f32[b, K], model state)."""
+
+    def read(apply, images):
+        out, model_state = _in_parts(apply, {"image": images}, options.parts)
+        text = apply({"text": prompts})[0]["text"]
+        log_probs = jax.nn.log_softmax(
+            out["scale"] * jnp.matmul(out["image"], text.T, precision=HIGHEST)
+        )
+        return log_probs, -log_probs, model_state
+
+    return read
+
+
+def _in_parts(apply: Callable, inputs: dict, parts: int) -> tuple[dict, dict]:
+    """`apply` of the inputs, one part after the other; of the gradient likewise.
+
+    Source: Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under Memory
+    Limited Setup", 2021: embeddings first, the loss on all of them, then each part once more for
+    its share of the gradient. That is what `jax.checkpoint` of a part in a loop differentiates to.
+    """
+    if parts == 1:
+        return apply(inputs)
+    size = len(jax.tree.leaves(inputs)[0])
+    if size % parts:
+        raise ValueError(f"parts must divide the batch of {size} rows (a device's); given {parts}")
+
+    def split(x):  # every device has rows of every part
+        return jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1)
+
+    out = jax.lax.map(jax.checkpoint(lambda part: apply(part)[0]), jax.tree.map(split, inputs))
+    joined = {
+        name: jnp.swapaxes(out[name], 0, 1).reshape(size, *out[name].shape[2:]) for name in inputs
+    }
+    return joined | {"scale": out["scale"][0], "bias": out["bias"][0]}, {}
+
+
+SPEC = MethodSpec(make, takes=("options", "rule", "run"), options=Options(), network=network)

@@ -1,0 +1,37 @@
+"""CLIP's towers as one network of this package: pairs in, embeddings out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax.models.clip import CLIP, unit
+from saflex_jax.types import PyTree
+
+
+class TwoTowers(CLIP):
+    """`CLIP`, called as methods call networks; same attributes, same parameters.
+
+    >>> from saflex_jax.models import MLP
+    >>> network = TwoTowers(MLP((8,)), MLP((8,)), embed_dim=4)
+    >>> pairs = {"image": jnp.ones((2, 3)), "text": jnp.ones((5, 6))}
+    >>> outputs, _ = network.init_with_output(jax.random.key(0), pairs, train=False)
+    >>> sorted(outputs), outputs["text"].shape
+    (['bias', 'image', 'scale', 'text'], (5, 4))
+    """
+
+    @classmethod
+    def of(cls, clip: CLIP) -> TwoTowers:
+        """The network of a CLIP, whose weights are its own."""
+        names = ("image", "text", "embed_dim", "projected", "sigmoid")
+        return cls(**{name: getattr(clip, name) for name in names})
+
+    def __call__(self, inputs: dict[str, PyTree], *, train: bool) -> dict[str, jax.Array]:
+        """Normalised embeddings of what is given, "image" f32[B, E] and "text" f32[B', E].
+
+        Beside them "scale" and "bias" f32[], the logits' (`core.contrastive.similarities`).
+        """
+        encode = {"image": self.encode_image, "text": self.encode_text}
+        outputs = {name: unit(encode[name](inputs[name], train=train)) for name in inputs}
+        bias = self.logit_bias if self.sigmoid else jnp.zeros(())
+        return outputs | {"scale": jnp.exp(self.logit_scale), "bias": bias}

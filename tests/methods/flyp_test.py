@@ -1,0 +1,287 @@
+"""Contrastive fine-tuning: what a step does, on one device and on eight, whole and in parts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from saflex_jax import Batch, RunInfo, Streams, configure
+from saflex_jax.core import contrastive
+from saflex_jax.core.tree import identity
+from saflex_jax.methods import METHODS, flyp, supervised
+from saflex_jax.methods.upstream import upstream
+from saflex_jax.models import CLIP, MLP, SmallCNN, TwoTowers, from_function, from_linen, unit
+from saflex_jax.parallel import RUNNERS, jit_runner
+from saflex_jax.rules import RULES, Posterior, Refinement, Scoring, VisitMean
+from tests.parallel.setup_ import ROUNDING, flatten
+from tests.problems import assert_close
+
+SAMPLES, CLASSES, TEMPLATES, ROWS, VAL, STEPS = 24, 3, 2, 16, 8, 5
+PADDING = 3  # of 16 rows on 8 devices: one holds padding alone
+TX = optax.sgd(0.01, momentum=0.9)
+_rng = np.random.default_rng(0)
+CAPTIONS = _rng.normal(size=(CLASSES, TEMPLATES, 4)).astype(np.float32)
+RUN = RunInfo(
+    SAMPLES, CLASSES, num_trusted=6, captions=CAPTIONS, counts=np.full(CLASSES, SAMPLES / CLASSES),
+    labels=lambda: POOL.labels,
+)  # fmt: skip
+POOL = Batch(
+    _rng.normal(size=(SAMPLES, 5)).astype(np.float32),
+    np.eye(CLASSES, dtype=np.float32)[np.arange(SAMPLES) % CLASSES],
+    np.ones(SAMPLES, bool),
+    np.arange(SAMPLES, dtype=np.int32),
+)
+NETWORK = TwoTowers(MLP((6,)), MLP((6,)), embed_dim=3)
+# As in tests/parallel: a share of wrong labels is given, of which five steps would find none, and
+# damping keeps what is left between two runners the rounding of their sums.
+SAFLEX = Refinement(
+    Scoring("cg(3, damping=5.0)"), Posterior(RUN, noise_rate=0.4, memory=VisitMean(0.9))
+)
+EVERY_LOSS = pytest.mark.parametrize("loss", flyp.LOSSES)
+
+
+def batches(number=STEPS):
+    rng = np.random.default_rng(1)
+
+    def drawn(size, padding):
+        index = rng.permutation(SAMPLES)[:size]
+        rows = jax.tree.map(lambda x: x[index], POOL)
+        return rows._replace(mask=np.arange(size) < size - padding)
+
+    return [Streams(drawn(ROWS, PADDING), drawn(VAL, 0)) for _ in range(number)]
+
+
+def make(loss="contrastive", rule=None, network=NETWORK, **options):
+    given = flyp.Options(loss, **options)
+    if loss == "sigmoid":
+        network = network.clone(sigmoid=True)
+    return flyp.make(from_linen(network), TX, given, rule=rule, run=RUN)
+
+
+def started(method):
+    """At step 0, with logits of order one: a large scale is a large error of rounding."""
+    state = jax.jit(method.init)(jax.random.key(0), POOL.inputs[:1])
+    small = {name: jnp.zeros(()) for name in state.params if name.startswith("logit_")}
+    return state._replace(params=state.params | small)
+
+
+def trained(method, runner, given, state=None):
+    state = runner.put_state(started(method) if state is None else state)
+    for batch in given:
+        state, _ = runner.step(state, runner.put_batch(batch))
+    return flatten(state)
+
+
+@functools.cache
+def reference(loss, rule):
+    method = make(loss, rule)
+    return trained(method, jit_runner(method.step, devices=jax.devices()[:1]), batches())
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("loss, rule", [("contrastive", SAFLEX), ("sigmoid", SAFLEX)])
+def test_eight_devices_agree_with_one_after_five_steps(loss, rule, runner):
+    method = make(loss, rule)
+    found = trained(method, RUNNERS[runner](method.step), batches())
+    expected = reference(loss, rule)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        exact = not np.issubdtype(value.dtype, np.floating)
+        np.testing.assert_allclose(
+            found[name], value, rtol=0, atol=0 if exact else ROUNDING, err_msg=name
+        )
+
+
+def test_the_comparison_is_hard():
+    plain, learned = reference("contrastive", None), reference("contrastive", SAFLEX)
+    changed = [n for n in plain if n.startswith("params/head")]
+    assert changed and all(np.abs(plain[n] - learned[n]).max() > 1e-3 for n in changed)
+
+
+def test_a_run_that_stops_goes_on_bit_for_bit():
+    method = make(rule=SAFLEX)
+    runner = jit_runner(method.step, devices=jax.devices()[:1])
+    first = runner.put_state(started(method))
+    for batch in batches()[:2]:
+        first, _ = runner.step(first, runner.put_batch(batch))
+    kept = jax.tree.map(jnp.copy, first)  # as a checkpoint has it: arrays alone, nothing beside
+    found = trained(method, runner, batches()[2:], kept)
+    for name, value in reference("contrastive", SAFLEX).items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+# --- what a step does ------------------------------------------------------------------------
+
+
+def by_hand(params, network=NETWORK):
+    """The loss of the first batch without a rule, from embeddings and the core's algebra."""
+    batch = jax.tree.map(lambda x: x[: ROWS - PADDING], batches(1)[0].candidates)
+    classes = batch.labels.argmax(1)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0x7DA06A7C)
+    which = [int(jax.random.randint(jax.random.fold_in(key, i), (), 0, 2)) for i in batch.index]
+    assert len(set(which)) == 2  # both templates are drawn
+    out = network.apply(
+        {"params": params}, {"image": batch.inputs, "text": CAPTIONS[classes, which]}, train=True
+    )
+    z = out["scale"] * out["image"] @ out["text"].T
+    log_p, log_r = (jax.nn.log_softmax(z, axis) for axis in (1, 0))
+    same = classes[:, None] == classes[None]
+    return -jnp.mean(jnp.sum(same * (log_p + log_r), 1) / same.sum(1)) / 2
+
+
+def test_a_step_follows_the_gradient_of_the_contrastive_loss():
+    method, (batch,) = make(), batches(1)
+    state = started(method)
+    value, gradient = jax.value_and_grad(by_hand)(state.params)
+    new, metrics = jax.jit(method.step)(state, batch)
+    np.testing.assert_allclose(metrics["loss"][0], value, rtol=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.01 * g, state.params, gradient)
+    assert_close(new.params, expected)
+
+
+@EVERY_LOSS
+def test_parts_have_the_gradient_of_the_whole_batch(loss):
+    (batch,) = batches(1)
+    whole, parts = make(loss, SAFLEX), make(loss, SAFLEX, parts=4)
+    found = [jax.jit(m.step)(started(m), batch)[0].params for m in (parts, whole)]
+    np.testing.assert_allclose(*map(lambda x: jax.flatten_util.ravel_pytree(x)[0], found), atol=1e-6)
+
+
+def test_parts_keep_the_activations_of_one_part():
+    batch = Streams(batches(1)[0].candidates)
+    batch = jax.tree.map(lambda x: np.tile(x, (64, *[1] * (x.ndim - 1))), batch)
+    wide = TwoTowers(MLP((512,) * 6), MLP((6,)), embed_dim=3)
+
+    def temporary(parts):
+        method = make(network=wide, parts=parts)
+        state = jax.eval_shape(method.init, jax.random.key(0), POOL.inputs[:1])
+        compiled = jax.jit(method.step).lower(state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < 0.5 * temporary(1)
+
+
+def test_class_prompts_are_a_classifier_of_images():
+    # Scores need no other code: rows are independent, and today's chunks do.
+    rule = Refinement(Scoring("identity", chunk=4), Posterior(RUN, noise_rate=0.4))
+    (batch,) = batches(1)
+    method = make("class_prompts", rule)
+    state = started(method)
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 0), 0x7DA06A7C)
+    text = CAPTIONS[np.arange(CLASSES), jax.random.randint(key, (CLASSES,), 0, TEMPLATES)]
+
+    def logits(params, inputs):
+        out = NETWORK.apply({"params": params}, {"image": inputs, "text": text}, train=False)
+        return out["scale"] * out["image"] @ out["text"].T
+
+    plain = supervised.make(from_function(lambda key, x: state.params, logits), TX, rule)
+    expected = jax.jit(plain.step)(state, batch)[0].params
+    assert_close(jax.jit(method.step)(state, batch)[0].params, expected)
+
+
+def test_prediction_is_the_cosine_with_the_mean_of_the_templates():
+    method = make()
+    state = started(method)
+    found = method.predict(state, POOL.inputs)
+    clip = CLIP(NETWORK.image, NETWORK.text, NETWORK.embed_dim)
+    params = {"params": state.params}
+    image = clip.apply(params, POOL.inputs, method="encode_image")
+    text = clip.apply(params, CAPTIONS.reshape(CLASSES * TEMPLATES, -1), method="encode_text")
+    classes = unit(unit(text).reshape(CLASSES, TEMPLATES, -1).mean(1))
+    expected = jnp.exp(state.params["logit_scale"]) * unit(image) @ classes.T
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "drw"])
+def test_every_rule_of_a_config_works_unchanged(rule):
+    section = {"name": "flyp", "rule": rule, "loss": "cross_entropy"}
+    method = configure.make_method(section, from_linen(NETWORK), TX, RUN)
+    state, metrics = jax.jit(method.step)(started(method), batches(1)[0])
+    assert all(np.isfinite(total) for total, _ in metrics.values())
+    if method.targets is not None:
+        targets = method.targets(state, batches(1)[0])
+        assert targets.labels.shape == (ROWS, CLASSES)
+
+
+def test_weights_and_labels_of_a_rule_are_trained_on():
+    given = batches(1)[0]
+
+    class Fixed:
+        def init(self, params):
+            return ()
+
+        def apply(self, arrays, state, logits_fn, streams, *, reduce):
+            targets = flyp.AsGiven().apply(arrays, state, logits_fn, streams)[0]
+            half = jnp.full_like(targets.labels, 1 / CLASSES)
+            return targets._replace(weights=targets.weights * 2, labels=half), (), {}
+
+    method = make(rule=Fixed())
+    _, metrics = jax.jit(method.step)(started(method), given)
+    soft = given.candidates._replace(labels=np.full((ROWS, CLASSES), 1 / CLASSES, np.float32))
+    classes = given.candidates.labels.argmax(1)
+    state = started(method)
+    # The same captions, each row of all classes.
+    pairs = flyp._paired(given.candidates, CAPTIONS, flyp.steps.draws_key(state)).inputs
+    out = NETWORK.apply({"params": state.params}, {k: pairs[k] for k in ("image", "text")}, train=True)
+    z = contrastive.similarities(out["image"], out["text"], out["scale"])
+    captions = contrastive.captions_of(classes, soft.mask, CLASSES)
+    losses = contrastive.softmax_losses(z, captions, soft.mask)[: ROWS - PADDING]
+    np.testing.assert_allclose(metrics["loss"][0], 2 * jnp.mean(losses), rtol=1e-5)
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+
+def refused(match, call, *args, **kwargs):
+    with pytest.raises(ValueError, match=match):
+        call(*args, **kwargs)
+
+
+def test_refuses_what_it_cannot_do():
+    model, (batch,) = from_linen(NETWORK), batches(1)
+    for captions, given in ((None, "None"), (CAPTIONS[:2], r"\[2, 2, 4\]"), (CAPTIONS[:, :0], "0")):
+        run = RUN._replace(captions=captions)
+        refused(f"run.captions.*{given}", flyp.make, model, TX, run=run)
+    refused(r"captions.* must be finite", flyp.make, model, TX,
+            run=RUN._replace(captions=CAPTIONS * np.nan))  # fmt: skip
+    refused("loss must be one of .*did you mean 'sigmoid'", flyp.Options, "sigmoide")
+    refused("parts must be a whole number", flyp.Options, parts=0)
+
+    def step(method, streams):
+        return jax.eval_shape(method.step, jax.eval_shape(functools.partial(started, method)), streams)
+
+    rule = Refinement(Scoring("identity", chunk=4), Posterior(RUN))
+    refused(r"scored together .*given 4 of 16", step, make(rule=rule), batch)
+    refused("parts must divide the batch of 16 rows", step, make(parts=3), batch)
+    refused("flyp trains on candidates alone", step, make(), batch._replace(clean=batch.val))
+    normed = TwoTowers(SmallCNN((2,), norm="batch"), MLP(()), 4, projected=("image",))
+    method = flyp.make(from_linen(normed), TX, flyp.Options(parts=2), run=RUN)
+    refused("parts must be 1 where towers have statistics", jax.eval_shape, method.init,
+            jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))  # fmt: skip
+
+
+def test_the_network_of_a_config_has_the_towers_that_it_names():
+    spec = METHODS["flyp"]
+    text = flyp.Text(depth=1, vocab_size=9, context=4, width=8)
+    network = spec.network(MLP((6,)), 3, flyp.Options(embed_dim=5, text=text))
+    given = {"image": POOL.inputs[:2], "text": np.array([[1, 8, 0, 0]])}
+    variables = network.init(jax.random.key(0), given, train=False)
+    assert {"image", "text", "head", "logit_scale"} == set(variables["params"])
+    locked = spec.network(MLP(()), 3, flyp.Options(embed_dim=4, text=flyp.Text(projected=False)))
+    variables = locked.init(jax.random.key(0), given | {"text": CAPTIONS[:, 0]}, train=False)
+    assert list(variables["params"]["head"]) == ["image"]
+
+
+def test_an_upstream_pipeline_stands_in_front():
+    def twice(key, batch):
+        return batch._replace(inputs=2 * batch.inputs)
+
+    (batch,) = batches(1)
+    method = make()
+    doubled = batch._replace(candidates=twice(None, batch.candidates))
+    found = jax.jit(upstream(method, twice).step)(started(method), batch)[0].params
+    assert_close(found, jax.jit(method.step)(started(method), doubled)[0].params)
+    assert identity(batch) is batch
