@@ -5,22 +5,27 @@
 
 Writes DIR/captions/NAME.npy, [K, T, ...], by one rename; `config.data.captions=NAME` trains with
 it. "cifar10n": the class's name in the templates of `data.captions.PHOTO`, as embeddings f32[384]
-of a sentence encoder. "emoji": the names of the class's emoji, as tokens of the words in them. Needs
-the extra "clip"; training does not.
+of a sentence encoder. "emoji": the names of the class's emoji, as tokens of the words in them; the
+classes are the groups of LEAST emoji or more, which are a data set of their own, DIR/emoji_groups.
+Needs the extra "clip"; training does not.
 """
 
 from __future__ import annotations
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 import numpy as np
 from absl import app, flags
 
 from saflex_jax import checks, data, models
 from saflex_jax.data.captions import PHOTO, caption_table, filled
+from saflex_jax.data.prepared import read_description, write_prepared
 
 _out = flags.DEFINE_string("out", "data", "Folder of the prepared data sets.", allow_override=True)
+LEAST = 8  # emoji of a group: fewer cannot be in every split
 EMOJI_CONTEXT = 16  # tokens of the longest name, and the two at its ends
 
 
@@ -31,14 +36,35 @@ def cifar10n(root: pathlib.Path) -> np.ndarray:
 
 
 def emoji(root: pathlib.Path) -> np.ndarray:
-    """i32[99, T, EMOJI_CONTEXT]; the first vendor's rows name all emoji."""
+    """i32[K, T, EMOJI_CONTEXT] of the larger groups, whose images go to emoji_groups."""
     source = data.from_prepared(root / "emoji")
-    rows = source.splits["train"]
-    names, classes = source.extra["caption"][rows].astype(str), source.labels[rows]
+    train = source.splits["train"]
+    large = np.flatnonzero(np.bincount(source.labels[train], minlength=99) >= LEAST)
+    rows = np.flatnonzero(np.isin(source.labels, large))
+    labels, names = np.searchsorted(large, source.labels[rows]), source.extra["caption"][rows]
+    _write_groups(root, source, rows, labels, [source.class_names[c] for c in large])
     words = models.word_vocabulary(names.tolist())
     tower = models.TextTower(words.get_vocab_size(), EMOJI_CONTEXT)
-    each = [sorted(set(names[classes == c].tolist())) for c in range(source.num_classes)]
+    each = [sorted(set(names[labels == c].tolist())) for c in range(len(large))]
     return caption_table(each, models.Tokenizer(words, tower))
+
+
+def _write_groups(root, source, rows, labels, class_names):
+    about = read_description(root / "emoji")
+    ends = {name: np.isin(rows, own).sum() for name, own in source.splits.items()}
+    splits, begin = {}, 0
+    for name, number in ends.items():
+        splits[name] = (begin, begin + int(number))
+        begin += int(number)
+    about = about._replace(
+        name="emoji_groups", num_classes=len(class_names), class_names=tuple(class_names),
+        splits=splits,
+    )  # fmt: skip
+    arrays = {"inputs": np.asarray(source.inputs)[rows], "labels": labels}
+    part = pathlib.Path(tempfile.mkdtemp(dir=root, prefix=".emoji_groups."))
+    write_prepared(part, about, arrays)
+    shutil.rmtree(root / "emoji_groups", ignore_errors=True)
+    os.rename(part, root / "emoji_groups")
 
 
 CAPTIONS = {"cifar10n": cifar10n, "emoji": emoji}

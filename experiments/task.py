@@ -72,6 +72,7 @@ def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
     checks.known("config.data", section, FIELDS)
     known = section.name.startswith(TFDS) or (section.name and pathlib.Path(section.name).exists())
+    known = known or (pathlib.Path(section.dir) / section.name / "dataset.json").exists()
     computed = feature_folder(section.dir, section.name, section.features)
     if not known and not (section.features and computed.exists()):
         checks.choice({*data.SOURCES, *DATASETS}, **{"config.data.name": section.name})

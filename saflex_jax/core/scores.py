@@ -179,7 +179,7 @@ def label_scores(
         size = jax.tree.leaves(inputs)[0].shape[0]
         if chunk < 1 or size % chunk:
             raise ValueError(f"chunk must divide the batch of {size} rows; given {chunk}")
-        chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), inputs)
+        chunks = jax.tree.map(lambda x: x.reshape(size // chunk, chunk, *x.shape[1:]), inputs)
         out = jax.lax.map(
             lambda x: label_scores(logits_fn, params, x, direction, mode=mode, epsilon=epsilon),
             chunks,

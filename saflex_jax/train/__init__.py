@@ -13,6 +13,7 @@ from saflex_jax.train.loop import Diverged, FitResult, fit
 from saflex_jax.train.members import evaluate_each, of_members
 from saflex_jax.train.metrics import MetricsWriter
 from saflex_jax.train.stop import StopRequest
+from saflex_jax.train.wise_ft import interpolated
 
 __all__ = [
     "Best",
@@ -27,6 +28,7 @@ __all__ = [
     "StopRequest",
     "evaluate_each",
     "fit",
+    "interpolated",
     "make_evaluator",
     "of_members",
     "one_run_in",

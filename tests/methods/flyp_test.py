@@ -10,7 +10,6 @@ import pytest
 
 from saflex_jax import Batch, RunInfo, Streams, configure
 from saflex_jax.core import contrastive
-from saflex_jax.core.tree import identity
 from saflex_jax.methods import METHODS, flyp, supervised
 from saflex_jax.methods.upstream import upstream
 from saflex_jax.models import CLIP, MLP, SmallCNN, TwoTowers, from_function, from_linen, unit
@@ -40,7 +39,6 @@ NETWORK = TwoTowers(MLP((6,)), MLP((6,)), embed_dim=3)
 SAFLEX = Refinement(
     Scoring("cg(3, damping=5.0)"), Posterior(RUN, noise_rate=0.4, memory=VisitMean(0.9))
 )
-EVERY_LOSS = pytest.mark.parametrize("loss", flyp.LOSSES)
 
 
 def batches(number=STEPS):
@@ -82,7 +80,7 @@ def reference(loss, rule):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("loss, rule", [("contrastive", SAFLEX), ("sigmoid", SAFLEX)])
+@pytest.mark.parametrize("loss, rule", [("contrastive", SAFLEX), ("sigmoid", None)])
 def test_eight_devices_agree_with_one_after_five_steps(loss, rule, runner):
     method = make(loss, rule)
     found = trained(method, RUNNERS[runner](method.step), batches())
@@ -96,9 +94,10 @@ def test_eight_devices_agree_with_one_after_five_steps(loss, rule, runner):
 
 
 def test_the_comparison_is_hard():
-    plain, learned = reference("contrastive", None), reference("contrastive", SAFLEX)
-    changed = [n for n in plain if n.startswith("params/head")]
-    assert changed and all(np.abs(plain[n] - learned[n]).max() > 1e-3 for n in changed)
+    state = reference("contrastive", SAFLEX)
+    visited = state["extra/rule/memory/visits"] > 0
+    beliefs = state["extra/rule/memory/mean"][visited]
+    assert visited.sum() > ROWS and (beliefs.max(1) < 0.9).any()  # of several steps, and undecided
 
 
 def test_a_run_that_stops_goes_on_bit_for_bit():
@@ -142,10 +141,10 @@ def test_a_step_follows_the_gradient_of_the_contrastive_loss():
     assert_close(new.params, expected)
 
 
-@EVERY_LOSS
+@pytest.mark.parametrize("loss", flyp.LOSSES)
 def test_parts_have_the_gradient_of_the_whole_batch(loss):
     (batch,) = batches(1)
-    whole, parts = make(loss, SAFLEX), make(loss, SAFLEX, parts=4)
+    whole, parts = make(loss), make(loss, parts=4)
     found = [jax.jit(m.step)(started(m), batch)[0].params for m in (parts, whole)]
     np.testing.assert_allclose(*map(lambda x: jax.flatten_util.ravel_pytree(x)[0], found), atol=1e-6)
 
@@ -195,15 +194,16 @@ def test_prediction_is_the_cosine_with_the_mean_of_the_templates():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name != "drw"])
-def test_every_rule_of_a_config_works_unchanged(rule):
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_of_a_config_takes_pairs_unchanged(rule):
+    # Traced alone: what rules compute of class log-probabilities is tested where they are.
     section = {"name": "flyp", "rule": rule, "loss": "cross_entropy"}
-    method = configure.make_method(section, from_linen(NETWORK), TX, RUN)
-    state, metrics = jax.jit(method.step)(started(method), batches(1)[0])
-    assert all(np.isfinite(total) for total, _ in metrics.values())
-    if method.targets is not None:
-        targets = method.targets(state, batches(1)[0])
-        assert targets.labels.shape == (ROWS, CLASSES)
+    method = configure.make_method(section, from_linen(NETWORK), TX, RUN._replace(num_steps=10))
+    state = jax.eval_shape(functools.partial(started, method))
+    new, metrics = jax.eval_shape(method.step, state, batches(1)[0])
+    assert jax.tree.structure(new) == jax.tree.structure(state) and "candidate_loss" in metrics
+    targets = jax.eval_shape(method.targets, state, batches(1)[0])
+    assert targets.labels.shape == (ROWS, CLASSES)
 
 
 def test_weights_and_labels_of_a_rule_are_trained_on():
@@ -284,4 +284,3 @@ def test_an_upstream_pipeline_stands_in_front():
     doubled = batch._replace(candidates=twice(None, batch.candidates))
     found = jax.jit(upstream(method, twice).step)(started(method), batch)[0].params
     assert_close(found, jax.jit(method.step)(started(method), doubled)[0].params)
-    assert identity(batch) is batch

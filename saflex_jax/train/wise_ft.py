@@ -1,0 +1,48 @@
+"""Between the weights before and after fine-tuning, where a network is often better elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from saflex_jax import checks
+from saflex_jax.types import TrainState
+
+
+def interpolated(
+    evaluate: Callable[[TrainState], dict[str, float]],
+    before: TrainState,
+    after: TrainState,
+    shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+) -> dict[float, dict[str, float]]:
+    """What a network scores whose weights are a mixture of two: WiSE-FT.
+
+        theta = (1 - a) theta_before + a theta_after
+
+    Choose a on validation samples of the training distribution, as the source does.
+
+    >>> def evaluate(state):
+    ...     return {"weight": float(state.params)}
+    >>> before = TrainState(0, 1.0, {}, (), None)
+    >>> interpolated(evaluate, before, before._replace(params=3.0), [0.0, 0.5])
+    {0.0: {'weight': 1.0}, 0.5: {'weight': 2.0}}
+
+    Args:
+      evaluate: of `make_evaluator`, for instance.
+      before: whose parameters are those before fine-tuning, zero-shot.
+      after: the state after it, of which all but the parameters is kept.
+      shares: a, each in [0, 1].
+
+    Raises:
+      ValueError: a share out of [0, 1].
+
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022.
+    """
+    for share in shares:
+        checks.fraction(share=share)
+
+    def mixed(share):
+        return jax.tree.map(lambda b, a: (1 - share) * b + share * a, before.params, after.params)
+
+    return {share: evaluate(after._replace(params=mixed(share))) for share in shares}
