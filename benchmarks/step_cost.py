@@ -5,7 +5,7 @@
 
 Where no model is named, classes, batch and width are varied as well.
 
-The rules and methods of the package on five models, next to the least that each algorithm must do
+The rules and methods of the package on six models, next to the least that each algorithm must do
 (`floor`). "saflex" is the default with its memory; "saflex_..." make targets by the paper's closed
 form and differ in how scores are made. A step is compiled once, ahead; operations, memory and time
 are those of that executable, on one device, the state donated. Data are noise, their labels so soft
@@ -18,6 +18,7 @@ the same at every step is counted with the step's number as a constant, over a w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,7 @@ import optax
 from benchmarks import reporting, timing
 from saflex_jax import models
 from saflex_jax.core.tree import identity
-from saflex_jax.methods import METHODS, adautomix, automix, sla
+from saflex_jax.methods import METHODS, adautomix, automix, flyp, sla
 from saflex_jax.rules import Posterior, Refinement, Schedule, Scoring, Simplex, VisitMean
 from saflex_jax.rules.implicit import Implicit
 from saflex_jax.rules.l2rw import learning_to_reweight
@@ -60,6 +61,12 @@ class Model(NamedTuple):
     batch: int = 32  # B, candidates in a step
     classes: int = 10  # K
     slow: bool = False  # seconds a step on a CPU: fewer rounds, and some variants only counted
+    text: flyp.Text | None = None  # of pairs of image and caption, on which flyp trains
+
+    @property
+    def base(self) -> str:
+        """The variant that the others are compared to."""
+        return "plain" if self.text is None else "flyp"
 
 
 IMAGE, CNN = (32, 32, 3), partial(models.SmallCNN, (16, 32, 64, 64))
@@ -70,14 +77,21 @@ MODELS = {
     "small_cnn_batch_norm": Model(partial(CNN, norm="batch"), IMAGE),
     "resnet18": Model(models.ResNet18, IMAGE, slow=True),
     "vit_s": Model(models.ViT, IMAGE, slow=True),
-}
+    # Two towers of 2.7 and 1.9 M parameters; captions of 16 tokens.
+    "clip": Model(
+        partial(models.ImageTower, 32, 4, width=192, depth=6, heads=3, mlp_width=768), IMAGE,
+        text=flyp.Text(depth=4, vocab_size=512, context=16, width=192, heads=3), slow=True,
+    ),
+}  # fmt: skip
 
 
 def data(model: Model) -> Streams:
     """Noise with soft labels: R validation samples for each candidate."""
 
     def batch(size):
-        noise = np.random.default_rng(0).normal(size=(size, *model.shape)).astype(np.float32)
+        rng = np.random.default_rng(0)
+        draw = rng.normal if model.text is None else rng.uniform  # the latter as images are
+        noise = draw(size=(size, *model.shape)).astype(np.float32)
         batch = timing.labelled(noise, model.classes)
         return batch._replace(labels=0.5 * batch.labels + np.float32(0.5 / model.classes))
 
@@ -87,7 +101,12 @@ def data(model: Model) -> Streams:
 def run_info(model: Model) -> RunInfo:
     """A pool with uniform prior labels."""
     labels = np.full((POOL, model.classes), 1 / model.classes, np.float32)
-    return RunInfo(POOL, model.classes, num_steps=1000, labels=lambda: labels)
+    captions = None
+    if model.text is not None:
+        shape = (model.classes, 2, model.text.context)
+        captions = np.random.default_rng(0).integers(model.text.vocab_size, size=shape)
+        captions[..., -1] = model.text.vocab_size - 1  # ends a caption
+    return RunInfo(POOL, model.classes, num_steps=1000, labels=lambda: labels, captions=captions)
 
 
 # --- the variants
@@ -177,14 +196,21 @@ VARIANTS = {
     "adautomix":
         Variant(floor=(3 + 3 * F, 0), method="adautomix", options=adautomix.Options(),
                 timed="quick", images=True),
+    # Both towers, on pairs.
+    "flyp": Variant(method="flyp", options=flyp.Options()),
+    "saflex_flyp_head": Variant(scored("identity"), method="flyp", options=flyp.Options()),
+    "saflex_flyp_full": Variant(scored("identity", ""), method="flyp", options=flyp.Options()),
 }  # fmt: skip
 
 
 def make_method(model: Model, variant: Variant, *, wrap=identity) -> Method:
     """The variant on the model, trained by SGD with momentum; `wrap` changes the network."""
     spec, tx = METHODS[variant.method], optax.sgd(0.1, momentum=0.9)
-    network = spec.network(model.backbone(), model.classes, variant.options)
-    given = {"rule": variant.rule(model), "options": variant.options, "run": run_info(model)}
+    options = variant.options
+    if model.text is not None:
+        options = dataclasses.replace(options, text=model.text)
+    network = spec.network(model.backbone(), model.classes, options)
+    given = {"rule": variant.rule(model), "options": options, "run": run_info(model)}
     given = {name: value for name, value in given.items() if name in spec.takes}
     return spec.make(wrap(models.from_linen(network)), tx, **given)
 
@@ -299,9 +325,14 @@ class Point:
         def is_timed(variant):
             return variant.timed == "all" or (variant.timed == "quick" and not model.slow)
 
-        fits = {name for name in names if len(model.shape) == 3 or not VARIANTS[name].images}
+        def fits(name):
+            variant, pairs = VARIANTS[name], model.text is not None
+            return (len(model.shape) == 3 or not variant.images) and pairs == (
+                variant.method == "flyp"
+            )
+
         self.model, self.steps = model, {}
-        self.variants = {name: VARIANTS[name] for name in names if name in fits}
+        self.variants = {name: VARIANTS[name] for name in names if fits(name)}
         self.timed = [name for name, v in self.variants.items() if timed and is_timed(v)]
         self.steps_in_job = EVERY if model.slow else STEPS
         rounds, seconds = (slow_rounds(rounds), 0.0) if model.slow else (rounds, SECONDS)
@@ -328,17 +359,18 @@ class Point:
 
     def head_flops(self) -> float:
         """What training the head takes: forward, gradients of its kernel and of its inputs."""
-        params = jax.eval_shape(self.steps["plain"].new_state).params
-        features, classes = params["head"]["kernel"].shape
-        return 3 * 2 * self.model.batch * features * classes
+        params = jax.eval_shape(self.steps[self.model.base].new_state).params
+        kernels = sum(x.size for x in jax.tree.leaves(params["head"]) if x.ndim == 2)
+        return 3 * 2 * self.model.batch * kernels
 
     def row(self, name: str) -> dict[str, float | None]:
         """A variant's numbers, None where there is none."""
-        step, plain, floor = self.steps.get(name), self.steps.get("plain"), VARIANTS[name].floor
+        step, plain = self.steps.get(name), self.steps.get(self.model.base)
+        floor = VARIANTS[name].floor
         head = plain and self.head_flops()
         extra = step.flops - plain.flops if step and plain else None
         seconds = [value / self.steps_in_job for value in self.series.times(name)]
-        ratios = self.series.ratios(name, "plain")
+        ratios = self.series.ratios(name, self.model.base)
         return {
             "flops": step and step.flops,
             "seconds": timing.median(seconds),
@@ -391,8 +423,10 @@ def scaling_points(rounds: int) -> dict[tuple[str, str, str], Point]:
 
 def shared_forward(rows: Mapping[str, dict]) -> bool | None:
     """Whether all-parameter scores run no forward pass of their own, to 2 % of their floor."""
-    full = rows["saflex_full"]
-    return None if full["flops_ratio"] is None else full["flops_ratio"] <= 1.02 * full["floor"]
+    full = rows.get("saflex_full")
+    if full is None or full["flops_ratio"] is None:
+        return None
+    return full["flops_ratio"] <= 1.02 * full["floor"]
 
 
 class StepCost(reporting.Benchmark):

@@ -32,7 +32,9 @@ EMOJI_CONTEXT = 16  # tokens of the longest name, and the two at its ends
 def cifar10n(root: pathlib.Path) -> np.ndarray:
     """f32[10, 5, 384]."""
     names = data.from_prepared(root / "cifar10n").class_names
-    return caption_table(filled(names, PHOTO), models.load_sentence_encoder(root / "weights/minilm"))
+    return caption_table(
+        filled(names, PHOTO), models.load_sentence_encoder(root / "weights/minilm")
+    )
 
 
 def emoji(root: pathlib.Path) -> np.ndarray:

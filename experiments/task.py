@@ -34,6 +34,7 @@ NOISE = {
     "pairwise": lambda inputs, *given, **options: data.pairwise_noise(*given, **options),
     "instance": data.instance_noise,
 }
+MADE = ("emoji_groups",)  # of prepared sets, by `experiments.captions`
 TFDS = "tfds:"  # before the name of a data set that TFDS prepared
 TEST_EPISODES = 400  # of a method that is tested on episodes
 CHUNK = 256  # images in memory at once where a set is gone through
@@ -72,10 +73,9 @@ def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
     checks.known("config.data", section, FIELDS)
     known = section.name.startswith(TFDS) or (section.name and pathlib.Path(section.name).exists())
-    known = known or (pathlib.Path(section.dir) / section.name / "dataset.json").exists()
     computed = feature_folder(section.dir, section.name, section.features)
     if not known and not (section.features and computed.exists()):
-        checks.choice({*data.SOURCES, *DATASETS}, **{"config.data.name": section.name})
+        checks.choice({*data.SOURCES, *DATASETS, *MADE}, **{"config.data.name": section.name})
     checks.choice(NOISE, **{"config.data.noise_kind": section.noise_kind})
     for name in ("noise", "outside"):
         checks.fraction(**{f"config.data.{name}": section[name]})

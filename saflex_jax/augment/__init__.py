@@ -14,6 +14,7 @@ from saflex_jax.augment.base import (
     sample_keys,
     views,
 )
+from saflex_jax.augment.captions import swapped_classes, wrong_captions
 from saflex_jax.augment.corruptions import corrupt
 from saflex_jax.augment.fields import random_field
 from saflex_jax.augment.mixing import (
@@ -77,8 +78,10 @@ __all__ = [
     "smoothmix",
     "smote",
     "soft_crop",
+    "swapped_classes",
     "tabular_cutmix",
     "trivialaugment",
     "view",
     "views",
+    "wrong_captions",
 ]

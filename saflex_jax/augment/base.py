@@ -26,6 +26,7 @@ OPERATIONS = [
     "feature_noise", "feature_mask", "tabular_cutmix", "smote",
     "automix",
     "view",
+    "wrong_captions", "swapped_classes",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 
 from saflex_jax import checks
-from saflex_jax.augment import base, fields, mixing, policies, spatial, tabular, view
+from saflex_jax.augment import base, captions, fields, mixing, policies, spatial, tabular, view
 from saflex_jax.augment.base import Augment
 
 # name in the text -> function that makes the augmentation; `register` adds one
@@ -22,6 +22,7 @@ FACTORIES: dict[str, Callable[..., Augment]] = {
         mixing.smoothmix, mixing.manifold_mixup,
         tabular.feature_noise, tabular.feature_mask, tabular.tabular_cutmix, tabular.smote,
         view.view,
+        captions.wrong_captions, captions.swapped_classes,
         base.choice, base.on,
     )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Contrastive losses: a batch of images and captions as two classifiers, and what rules see of them.
+"""Contrastive losses: images and captions of a batch as two classifiers, and what rules see of it.
 
     z_ik = scale <x_i, t_k> ,   p_ik = softmax_k(z)_ik ,   r_ik = softmax_i(z)_ik
 
@@ -36,8 +36,8 @@ class Captions(NamedTuple):
     """The captions of all devices' rows, by class.
 
     Attributes:
-      mean: f32[B, K], 1 / n_c where caption k is of class c, else 0: x @ mean is the mean of f[b, B]
-        over the captions of a class, 0 where it has none.
+      mean: f32[B, K], 1 / n_c where caption k is of class c, else 0: x @ mean is the mean of
+        x f32[b, B] over the captions of a class, 0 where it has none.
       number: f32[K], n, captions of each class in this batch.
       mask: bool[B], False on padding.
     """

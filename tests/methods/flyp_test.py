@@ -146,7 +146,9 @@ def test_parts_have_the_gradient_of_the_whole_batch(loss):
     (batch,) = batches(1)
     whole, parts = make(loss), make(loss, parts=4)
     found = [jax.jit(m.step)(started(m), batch)[0].params for m in (parts, whole)]
-    np.testing.assert_allclose(*map(lambda x: jax.flatten_util.ravel_pytree(x)[0], found), atol=1e-6)
+    np.testing.assert_allclose(
+        *map(lambda x: jax.flatten_util.ravel_pytree(x)[0], found), atol=1e-6
+    )
 
 
 def test_parts_keep_the_activations_of_one_part():
@@ -225,7 +227,9 @@ def test_weights_and_labels_of_a_rule_are_trained_on():
     state = started(method)
     # The same captions, each row of all classes.
     pairs = flyp._paired(given.candidates, CAPTIONS, flyp.steps.draws_key(state)).inputs
-    out = NETWORK.apply({"params": state.params}, {k: pairs[k] for k in ("image", "text")}, train=True)
+    out = NETWORK.apply(
+        {"params": state.params}, {k: pairs[k] for k in ("image", "text")}, train=True
+    )
     z = contrastive.similarities(out["image"], out["text"], out["scale"])
     captions = contrastive.captions_of(classes, soft.mask, CLASSES)
     losses = contrastive.softmax_losses(z, captions, soft.mask)[: ROWS - PADDING]
@@ -251,7 +255,9 @@ def test_refuses_what_it_cannot_do():
     refused("parts must be a whole number", flyp.Options, parts=0)
 
     def step(method, streams):
-        return jax.eval_shape(method.step, jax.eval_shape(functools.partial(started, method)), streams)
+        return jax.eval_shape(
+            method.step, jax.eval_shape(functools.partial(started, method)), streams
+        )
 
     rule = Refinement(Scoring("identity", chunk=4), Posterior(RUN))
     refused(r"scored together .*given 4 of 16", step, make(rule=rule), batch)
