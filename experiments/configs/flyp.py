@@ -7,7 +7,7 @@
 `run.captions` are the tokens of the class names in the recipe's templates
 (`data.captions.caption_table`, with `models.Tokenizer` as its encoder); candidates are images of
 224 pixels in [0, 1] after `resized_crop` with a scale of .9 to 1. None was run here, for want of
-the weights. What is published (ViT-B/16, %; iWildCam is macro-F1, FMoW out of distribution the worst
+the weights. Published are (ViT-B/16, %; iWildCam is macro-F1, FMoW out of distribution the worst
 region), in distribution / out of it:
 
                  FLYP          zero-shot       full fine-tuning
