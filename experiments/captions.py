@@ -41,7 +41,7 @@ def emoji(root: pathlib.Path) -> np.ndarray:
     """i32[K, T, EMOJI_CONTEXT] of the larger groups, whose images go to emoji_groups."""
     source = data.from_prepared(root / "emoji")
     train = source.splits["train"]
-    large = np.flatnonzero(np.bincount(source.labels[train], minlength=99) >= LEAST)
+    large = np.flatnonzero(np.bincount(source.labels[train], minlength=source.num_classes) >= LEAST)
     rows = np.flatnonzero(np.isin(source.labels, large))
     labels, names = np.searchsorted(large, source.labels[rows]), source.extra["caption"][rows]
     _write_groups(root, source, rows, labels, [source.class_names[c] for c in large])
