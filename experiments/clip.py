@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
@@ -38,36 +39,30 @@ def run(settings: Mapping[str, ConfigDict], tests: Tests) -> None:
         configs = arms.configs(config)
         configs = {arm: c for arm, c in configs.items() if arm in (ARMS.value or configs)}
         seeds = range(FIRST.value, FIRST.value + SEEDS.value)
-        log = pathlib.Path(WORKDIR.value) / f"{name}.jsonl"
-        records = {}
-        for seed in seeds:  # the test sets are a seed's
-            own = log.with_suffix(f".{seed}.jsonl")
-            measure = measured(tests, arms.of_seed(config, seed))
-            records |= arms.run_all(
-                configs, [seed], own, resume=RESUME.value, progress=False, look=False,
-                measure=measure,
-            )  # fmt: skip
-            print(f"{name}: seed {seed} done", file=sys.stderr)
+        records = arms.run_all(
+            configs, seeds, pathlib.Path(WORKDIR.value) / f"{name}.jsonl", resume=RESUME.value,
+            progress=False, look=False, measure=measured(tests, config),
+        )  # fmt: skip
+        if len(records) < len(configs) * len(seeds):
+            sys.exit(f"interrupted; {len(records)} runs are kept, --resume goes on")
         print(table(name, records, list(configs), seeds, list(tests)), flush=True)
 
 
 def measured(tests: Tests, config: ConfigDict) -> Callable[..., dict[str, float]]:
     """(method, state, data) -> "test_accuracy" of the first test set and "NAME_accuracy" of all."""
-    sets = {}
 
-    def inputs(changes):
-        changed = config.copy_and_resolve_references()
-        changed.data.update(changes)
+    @functools.cache
+    def test_set(name, seed):
+        changed = arms.of_seed(config, seed)
+        changed.data.update(tests[name])
         test = task.make_data(changed).test
         return test.inputs, test.labels
 
     def measure(method: Method, state: TrainState, data: task.Data) -> dict[str, float]:
-        del data
         values = {}
-        for name, changes in tests.items():
-            if name not in sets:
-                sets[name] = inputs(changes)
-            values[name] = train.make_evaluator(method, *sets[name])(state)["accuracy"]
+        for name in tests:
+            inputs, labels = test_set(name, data.seed)
+            values[name] = train.make_evaluator(method, inputs, labels)(state)["accuracy"]
         first = {"test_accuracy": values[next(iter(tests))]}
         return first | {f"{name}_accuracy": value for name, value in values.items()}
 

@@ -56,6 +56,7 @@ class Data(NamedTuple):
       source: what all were taken from.
       removed: split -> rows left out because val or test hold the same input.
       generated: candidates of a generator, or None.
+      seed: of all draws.
     """
 
     pools: Streams
@@ -67,6 +68,7 @@ class Data(NamedTuple):
     source: data.Source
     removed: dict[str, int]
     generated: data.Pool | None
+    seed: int = 0
 
 
 def check(section: ConfigDict) -> None:
@@ -507,6 +509,7 @@ def make_data(config: ConfigDict) -> Data:
         source,
         removed,
         generated,
+        seed,
     )
 
 

@@ -74,13 +74,22 @@ def trained(method, runner, given, state=None):
 
 
 @functools.cache
-def reference(loss, rule):
+def single(loss, rule):
+    """(method, its runner on one device)."""
     method = make(loss, rule)
-    return trained(method, jit_runner(method.step, devices=jax.devices()[:1]), batches())
+    return method, jit_runner(method.step, devices=jax.devices()[:1])
+
+
+@functools.cache
+def reference(loss, rule):
+    return trained(*single(loss, rule), batches())
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("loss, rule", [("contrastive", SAFLEX), ("sigmoid", None)])
+@pytest.mark.parametrize(
+    ("loss", "rule"),
+    [("contrastive", SAFLEX), pytest.param("sigmoid", None, marks=pytest.mark.slow)],
+)
 def test_eight_devices_agree_with_one_after_five_steps(loss, rule, runner):
     method = make(loss, rule)
     found = trained(method, RUNNERS[runner](method.step), batches())
@@ -101,8 +110,7 @@ def test_the_comparison_is_hard():
 
 
 def test_a_run_that_stops_goes_on_bit_for_bit():
-    method = make(rule=SAFLEX)
-    runner = jit_runner(method.step, devices=jax.devices()[:1])
+    method, runner = single("contrastive", SAFLEX)
     first = runner.put_state(started(method))
     for batch in batches()[:2]:
         first, _ = runner.step(first, runner.put_batch(batch))
@@ -141,7 +149,10 @@ def test_a_step_follows_the_gradient_of_the_contrastive_loss():
     assert_close(new.params, expected)
 
 
-@pytest.mark.parametrize("loss", flyp.LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    ["contrastive", *(pytest.param(x, marks=pytest.mark.slow) for x in flyp.LOSSES[1:])],
+)
 def test_parts_have_the_gradient_of_the_whole_batch(loss):
     (batch,) = batches(1)
     whole, parts = make(loss), make(loss, parts=4)
@@ -151,6 +162,7 @@ def test_parts_have_the_gradient_of_the_whole_batch(loss):
     )
 
 
+@pytest.mark.slow
 def test_parts_keep_the_activations_of_one_part():
     batch = Streams(batches(1)[0].candidates)
     batch = jax.tree.map(lambda x: np.tile(x, (64, *[1] * (x.ndim - 1))), batch)
