@@ -302,3 +302,32 @@ def test_an_upstream_pipeline_stands_in_front():
     doubled = batch._replace(candidates=twice(None, batch.candidates))
     found = jax.jit(upstream(method, twice).step)(started(method), batch)[0].params
     assert_close(found, jax.jit(method.step)(started(method), doubled)[0].params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "tolerance"), [({"remat": True}, 1e-6), ({"dtype": "bfloat16"}, 0.03)]
+)
+def test_options_of_the_towers_change_what_a_step_costs_and_not_what_it_does(option, tolerance):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(8, 8, 8, 3)).astype(np.float32)
+    rows = jax.tree.map(lambda x: x[:8], POOL)._replace(inputs=images)
+    tokens = rng.integers(8, size=(CLASSES, TEMPLATES, 4))
+    tokens[..., -1] = 8
+    section = {"name": "flyp", "rule": "as_given", "loss": "cross_entropy"}
+
+    def after(given):
+        text = {"depth": 1, "vocab_size": 9, "context": 4, "width": 8, **given}
+        chosen = section | {"flyp": {"embed_dim": 4, "text": text}}
+        size = {"name": "clip_image", "size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2,
+                "mlp_width": 16}  # fmt: skip
+        backbone = configure.make_backbone(size | given)
+        model = from_linen(configure.make_network(chosen, backbone, CLASSES))
+        method = configure.make_method(chosen, model, TX, RUN._replace(captions=tokens))
+        state = jax.jit(method.init)(jax.random.key(0), images[:1])
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+        return jax.jit(method.step)(state, Streams(rows))[0].params
+
+    found, expected = after(option), after({})
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
