@@ -38,7 +38,9 @@ def wrong_captions(probability: float = 0.3) -> Augment:
 
         def draw(key):
             which, whom = jax.random.split(key)
-            return jax.random.bernoulli(which, probability), jax.random.categorical(whom, real)
+            return jax.random.bernoulli(which, float(probability)), jax.random.categorical(
+                whom, real
+            )
 
         drawn, other = jax.vmap(draw)(sample_keys(key, batch))
         labels = jnp.where(drawn[:, None], batch.labels[other], batch.labels)
@@ -73,7 +75,7 @@ def swapped_classes(probability: float = 0.3) -> Augment:
         def draw(key):
             which, how = jax.random.split(key)
             moved = jax.random.randint(how, (), 1, classes)
-            return jnp.where(jax.random.bernoulli(which, probability), moved, 0)
+            return jnp.where(jax.random.bernoulli(which, float(probability)), moved, 0)
 
         moved = jax.vmap(draw)(sample_keys(key, batch))
         labels = jax.vmap(jnp.roll)(batch.labels, moved)

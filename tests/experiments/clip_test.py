@@ -37,6 +37,7 @@ def config(folder, rule="saflex"):
     return made
 
 
+@pytest.mark.slow
 def test_a_config_trains_both_arms_and_reads_every_test_set(folder, tmp_path, capsys, monkeypatch):
     given = {"SEEDS": 2, "FIRST": 3, "WORKDIR": str(tmp_path), "RESUME": False, "ARMS": [],
              "SET": '{"optimizer": {"learning_rate": 0.002}}'}  # fmt: skip
