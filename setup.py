@@ -56,6 +56,7 @@ setup(
         "data": DATA,
         "experiments": DATA + EXPERIMENTS,
         "bench": DATA + EXPERIMENTS + BENCH,
+        "pods": ["jax[tpu]>=0.7.2,<0.13"],  # the TPU compiler, for benchmarks.pods; no TPU needed
         "test": DATA
         + EXPERIMENTS
         + CLIP

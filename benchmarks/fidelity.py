@@ -169,7 +169,7 @@ def compiled(name: str) -> dict[str, Callable]:
     @partial(jax.jit, static_argnames="scoring")
     def scores(scoring, params, opt_state, batch, val):
         state = TrainState(jnp.zeros((), jnp.int32), params, {}, opt_state, jax.random.key(0))
-        return scoring.prepare(state, logits, Streams(batch, val))(None, 0)[0].scores
+        return scoring.prepare(state, logits, Streams(batch, val))(None, 0).scored.scores
 
     functions = {
         f"exact {o}": partial(truths.exact_change, logits, tx=tx, l2=L2) for o, tx in TX.items()

@@ -224,6 +224,11 @@ def missing(tasks: dict[str, Task]) -> list[str]:
     ]
 
 
+def config_of(task: str, folder: str = "data") -> ConfigDict:
+    """What the arms of a task have in common, by its name in either half."""
+    return _config((DEVELOPMENT | REPORT)[task], folder)
+
+
 def _config(spec: _Spec, folder: str) -> ConfigDict:
     """What the arms of a task have in common; SAFLEX's options are its defaults."""
     config = digits.get_config()

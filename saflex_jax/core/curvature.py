@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from saflex_jax import checks
 from saflex_jax.core.losses import masked_mean
 from saflex_jax.core.tree import identity, merge, select
 from saflex_jax.types import LogitsFn, Params, PathPredicate, PyTree, Reduce
@@ -50,7 +51,8 @@ def linear_logits(
     """The logits f32[B, K] and their linear part, u -> J u, in the selected parameters.
 
     The network runs once, here: neither a solver's loop nor a branch runs it again. Where the same
-    candidates are trained on, XLA shares this pass with the training gradient's.
+    candidates are trained on, XLA shares this pass with the training gradient's. The linear part is
+    a pytree of what it has saved of that pass; of a head, the features.
 
     Args:
       logits_fn: (params, inputs) -> f32[B, K].
@@ -59,7 +61,10 @@ def linear_logits(
       predicate: the parameters that u holds; None = all.
     """
     selected = select(params, predicate)
-    return jax.linearize(lambda part: logits_fn(merge(part, params), inputs), selected)
+    checks.floating(params=selected)
+    logits, push = jax.linearize(lambda part: logits_fn(merge(part, params), inputs), selected)
+    product, saved = jax.closure_convert(push, selected)
+    return logits, jax.tree_util.Partial(lambda saved, u: product(u, *saved), saved)
 
 
 def gauss_newton(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,38 +34,74 @@ class Memory(NamedTuple):
     visits: jax.Array
 
 
-def check(num_samples: int, num_classes: int, dtype: str) -> None:
+class TopMemory(NamedTuple):
+    """The same of beliefs f32[K] >= 0, of which few are large: whatever K, a few bytes a sample.
+
+    Of each mean the largest k entries are kept, and the sum of the others, which counts as spread
+    over them evenly.
+
+    Attributes:
+      classes: u16 (i32 from 2^16 classes on) [N, k].
+      values: f32 or bf16 [N, k].
+      rest: f32[N].
+      visits: i32[N].
+    """
+
+    by_rows = True
+
+    classes: jax.Array
+    values: jax.Array
+    rest: jax.Array
+    visits: jax.Array
+
+
+def check(num_samples: int, num_classes: int, dtype: str, top: int | None = None) -> None:
     """Raises ValueError on what `init` does not take."""
     checks.whole(1, num_samples=num_samples)
     checks.whole(1, num_classes=num_classes)
     checks.choice(DTYPES, memory_dtype=dtype)
+    if top is not None:
+        checks.whole(1, top=top)
+        if top >= num_classes:
+            raise ValueError(f"top must be below num_classes = {num_classes}; given {top}")
 
 
-def init(num_samples: int, num_classes: int, *, dtype: str = "float32") -> Memory:
+def init(
+    num_samples: int, num_classes: int, *, dtype: str = "float32", top: int | None = None
+) -> Memory | TopMemory:
     """An empty memory.
+
+    >>> arrays = init(1024, 1000, top=8)
+    >>> sum(x.nbytes for x in arrays) / 1024  # bytes a sample; of all 1000 means 4004
+    56.0
 
     Args:
       num_samples, num_classes: N before rounding, and K.
       dtype: of the averages. "bfloat16" halves them; a visit is added in f32 and then rounded, so
         that a mean comes to rest within 2^-8 / (1 - decay) of its value (4 % at decay .9).
+      top: k < K, entries of a mean that are kept (`TopMemory`); None = all.
 
     Raises:
-      ValueError: sizes < 1, another dtype.
+      ValueError: sizes < 1, another dtype, top not below K.
     """
-    check(num_samples, num_classes, dtype)
+    check(num_samples, num_classes, dtype, top)
     rows = -(-num_samples // ROWS) * ROWS
-    return Memory(jnp.zeros((rows, num_classes), dtype), jnp.zeros(rows, jnp.int32))
+    visits = jnp.zeros(rows, jnp.int32)
+    if top is None:
+        return Memory(jnp.zeros((rows, num_classes), dtype), visits)
+    classes = jnp.zeros((rows, top), jnp.uint16 if num_classes <= 2**16 else jnp.int32)
+    return TopMemory(classes, jnp.zeros((rows, top), dtype), jnp.zeros(rows), visits)
 
 
 def update(
-    memory: Memory,
+    memory: Memory | TopMemory,
     index: jax.Array,
     scores: jax.Array,
     mask: jax.Array,
     *,
     decay: float = 0.9,
     reduce: Reduce = identity,
-) -> tuple[Memory, jax.Array]:
+) -> tuple[Memory | TopMemory, jax.Array]:
     """Adds one visit of the given samples and returns what is remembered of them.
 
         m <- m + max(1 - decay, 1 / visits) (s - m)
@@ -80,7 +117,8 @@ def update(
     Args:
       memory: of N samples.
       index: i32[B], source sample of each row; rows of the same sample are averaged first.
-      scores: f32[B, K], already in a scale of their own (a raw score shrinks as training goes on).
+      scores: f32[B, K], already in a scale of their own (a raw score shrinks as training goes on);
+        of a `TopMemory` beliefs, >= 0.
       mask: bool[B]; False rows are not remembered.
       decay: in [0, 1); 0 remembers the last visit only.
       reduce: `identity` or a `Mean`: every device adds the rows of all devices.
@@ -98,18 +136,69 @@ def update(
     rows, place = jnp.unique(everyone, size=len(everyone), fill_value=absent, return_inverse=True)
     count = jax.ops.segment_sum(jnp.ones(len(place)), place, len(rows))
     fresh = jax.ops.segment_sum(scores, place, len(rows)) / jnp.maximum(count, 1)[:, None]
+    memory = _each_share(reduce, partial(_visited, decay=decay), memory, rows, fresh)
+    return memory, recall(memory, index, scores.shape[1])
+
+
+def _visited(memory, rows: jax.Array, fresh: jax.Array, *, decay: float):
+    """The memory after a visit of different `rows` i32[B], of which those out of range drop."""
     visits = memory.visits.at[rows].get(mode="fill", fill_value=0) + 1
-    old = memory.mean.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
+    old = recall(memory, rows, fresh.shape[1])
     new = old + jnp.maximum(1 - decay, 1 / visits)[:, None] * (fresh - old)
-    mean = memory.mean.at[rows].set(new.astype(memory.mean.dtype), mode="drop")
-    memory = Memory(mean, memory.visits.at[rows].set(visits, mode="drop"))
-    return memory, recall(memory, index)
+
+    def at_rows(kept, values):
+        return kept.at[rows].set(values.astype(kept.dtype), mode="drop")
+
+    visits = at_rows(memory.visits, visits)
+    if isinstance(memory, Memory):
+        return Memory(at_rows(memory.mean, new), visits)
+    values, classes = jax.lax.top_k(new, memory.values.shape[1])
+    rest = jnp.maximum(jnp.sum(new, axis=1) - jnp.sum(values, axis=1), 0.0)
+    return TopMemory(
+        at_rows(memory.classes, classes),
+        at_rows(memory.values, values),
+        at_rows(memory.rest, rest),
+        visits,
+    )
 
 
-def recall(memory: Memory, index: jax.Array) -> jax.Array:
-    """What is remembered of samples i32[B], f32[B, K]; 0 before the first visit or out of range.
+def _each_share(reduce: Reduce, visited, memory, rows: jax.Array, fresh: jax.Array):
+    """`visited`; under jit on several devices by each of them on the rows that it holds.
+
+    Of one array of all devices' rows, XLA looks the old values up for every device.
+    """
+    absent, shares = len(memory.visits), getattr(reduce, "devices", 1)
+    if shares == 1 or absent % shares:
+        return visited(memory, rows, fresh)
+    own = absent // shares
+    place = rows[None] - own * jnp.arange(shares)[:, None]
+    place = jnp.where((place >= 0) & (place < own), place, own)
+    split = jax.tree.map(lambda x: x.reshape(shares, own, *x.shape[1:]), memory)
+    new = jax.vmap(visited, (0, 0, None))(split, place, fresh)
+    return jax.tree.map(lambda x: x.reshape(absent, *x.shape[2:]), new)
+
+
+def recall(
+    memory: Memory | TopMemory, index: jax.Array, num_classes: int | None = None
+) -> jax.Array:
+    """What is remembered of samples, f32[..., K]; 0 before the first visit or out of range.
 
     >>> recall(init(num_samples=10, num_classes=2), jnp.array([3])).tolist()
     [[0.0, 0.0]]
+
+    Args:
+      memory: of N samples.
+      index: i32[...].
+      num_classes: K; a `TopMemory` does not know it.
     """
-    return memory.mean.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+
+    def at(kept):
+        return kept.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
+
+    if isinstance(memory, Memory):
+        return at(memory.mean)
+    values, rest = at(memory.values), at(memory.rest)
+    classes = memory.classes.at[index].get(mode="fill", fill_value=0).astype(jnp.int32)
+    others = rest[..., None] / (num_classes - values.shape[-1])
+    others = jnp.broadcast_to(others, (*rest.shape, num_classes))
+    return jnp.put_along_axis(others, classes, values, axis=-1, inplace=False)

@@ -41,6 +41,8 @@ class Scores(NamedTuple):
     info: SolveInfo
 
 
+# (logits, their linear part), see `curvature.linear_logits`
+Forward = tuple[jax.Array, Callable[[Params], jax.Array]]
 # gradient of the validation loss -> (scores f32[B, K], log_probs f32[B, K], SolveInfo)
 Scorer = Callable[[Params], tuple[jax.Array, jax.Array, SolveInfo]]
 
@@ -117,18 +119,44 @@ def validation_gradient(
     Raises:
       ValueError: shapes disagree, no sample, or a network of one logit.
     """
-    if jax.tree.leaves(inputs)[0].shape[0] == 0:
-        raise ValueError("val_inputs must hold at least one sample; given 0")
-    selected = select(params, predicate)
-    checks.floating(params=selected)
+    at_least_one(inputs)
+    forward = curvatures.linear_logits(logits_fn, params, inputs, predicate=predicate)
+    like = select(params, predicate)
+    return loss_gradient(forward, like, labels, mask=mask, loss_fn=loss_fn, reduce=reduce)
 
-    def loss(part):
-        logits = logits_fn(merge(part, params), inputs)
-        checks.same_shape(val_labels=labels, val_logits=logits)
-        _at_least_two_classes(logits)
+
+def at_least_one(val_inputs: PyTree) -> None:
+    """Raises ValueError where there is no validation sample."""
+    if jax.tree.leaves(val_inputs)[0].shape[0] == 0:
+        raise ValueError("val_inputs must hold at least one sample; given 0")
+
+
+def loss_gradient(
+    forward: Forward,
+    params: Params,
+    labels: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    loss_fn=weighted_cross_entropy,
+    reduce: Reduce = identity,
+) -> tuple[jax.Array, Params]:
+    """`validation_gradient` by a forward pass that was made already.
+
+    Args:
+      forward: of M validation samples, see `curvature.linear_logits`.
+      params: the selected parameters.
+      labels, mask, loss_fn, reduce: see `validation_gradient`.
+    """
+    logits, push = forward
+    checks.same_shape(val_labels=labels, val_logits=logits)
+    _at_least_two_classes(logits)
+
+    def loss(logits):
         return masked_mean(loss_fn(logits, labels), mask, reduce=reduce)
 
-    return reduce(jax.value_and_grad(loss)(selected))
+    value, slope = jax.value_and_grad(loss)(logits)
+    (gradient,) = jax.linear_transpose(push, params)(slope)
+    return reduce((value, gradient))
 
 
 def label_scores(
@@ -233,6 +261,7 @@ def scorer(
     mode: Mode = "jvp",
     epsilon: float = 1e-2,
     chunk: int | None = None,
+    forward: Forward | None = None,
     reduce: Reduce = identity,
 ) -> Scorer:
     """What turns a validation gradient into scores of these candidates.
@@ -251,13 +280,16 @@ def scorer(
       predicate: path -> bool, the parameters that the gradient holds; None = all.
       solve: a LinearSolve.
       mode, epsilon, chunk: see `label_scores`.
+      forward: the candidates' pass, if it was made already (`curvature.linear_logits`).
       reduce: mean over the data-parallel axis.
     """
 
     checks.choice(("jvp", "finite_difference"), mode=mode)
     checks.positive(epsilon=epsilon)
     # Where nothing asks for a product, or for these logits, jit drops them.
-    logits, push = curvatures.linear_logits(logits_fn, params, inputs, predicate=predicate)
+    if forward is None:
+        forward = curvatures.linear_logits(logits_fn, params, inputs, predicate=predicate)
+    logits, push = forward
     log_probs = jax.nn.log_softmax(logits)
 
     def along(gradient):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -37,6 +39,69 @@ class Mean:
         return jax.lax.all_gather(tree, self.axis_name, tiled=True)
 
 
+class Everywhere:
+    """The `reduce` of code under jit on several devices: arrays are global, so it returns them.
+
+    Unlike `identity` it knows the devices, so that arrays can be laid on every one of them. What is
+    made of such arrays is made on all devices alike, and sums over rows need no exchange.
+
+    Args:
+      sharding: of arrays that lie on all devices of a 1-D mesh.
+    """
+
+    def __init__(self, sharding: jax.sharding.NamedSharding):
+        self.sharding = sharding
+
+    def __call__(self, tree: PyTree) -> PyTree:
+        return tree
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return self.sharding.mesh.size
+
+    def gather(self, tree: PyTree) -> PyTree:
+        """The same arrays, on every device."""
+        return jax.lax.with_sharding_constraint(tree, self.sharding)
+
+    def split(self, tree: PyTree) -> PyTree:
+        """The same arrays, a share of their rows on each device."""
+        mesh = self.sharding.mesh
+        spec = jax.sharding.PartitionSpec(mesh.axis_names[0])
+        return jax.lax.with_sharding_constraint(tree, jax.sharding.NamedSharding(mesh, spec))
+
+    def gather_rows(self, tree: PyTree, sizes: set[int]) -> PyTree:
+        """The same arrays, on every device; all that have as many rows as one of `sizes` in one go.
+
+        XLA's compiler for TPUs would gather them one by one.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        travels = [x.ndim > 0 and len(x) in sizes and len(x) % self.devices == 0 for x in leaves]
+        bits = [_bits(x).reshape(self.devices, -1) for x, own in zip(leaves, travels) if own]
+        ends = list(itertools.accumulate(x.shape[1] for x in bits))
+        bits = iter(jnp.split(self.gather(jnp.concatenate(bits, axis=1)), ends[:-1], axis=1))
+        everywhere = [_of_bits(next(bits), x) if own else x for x, own in zip(leaves, travels)]
+        return self.gather(structure.unflatten(everywhere))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The numbers as they are in memory, 32 bits each."""
+    return jax.lax.bitcast_convert_type(x.astype(_wide(x.dtype)), jnp.uint32)
+
+
+def _of_bits(bits: jax.Array, like: jax.Array) -> jax.Array:
+    wide = _wide(like.dtype)
+    bits = bits.reshape(*like.shape, *[2] * (wide.itemsize == 8))
+    return jax.lax.bitcast_convert_type(bits, wide).astype(like.dtype)
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """One of at least 32 bits that holds all its values."""
+    if dtype.itemsize >= 4:
+        return dtype
+    return jnp.dtype(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32)
+
+
 def gather(tree: PyTree, reduce: Reduce = identity) -> PyTree:
     """The rows of all devices; under jit the tree itself.
 
@@ -50,6 +115,31 @@ def gather(tree: PyTree, reduce: Reduce = identity) -> PyTree:
             f"reduce must be `saflex_jax.identity` or have `gather`, as `Mean` has; given {reduce}"
         )
     return reduce.gather(tree)
+
+
+def on_all(tree: PyTree, reduce: Reduce) -> PyTree:
+    """The same arrays; those of an `Everywhere` stay on every device, whatever is made of them."""
+    return reduce.gather(tree) if isinstance(reduce, Everywhere) else tree
+
+
+def on_own(tree: PyTree, reduce: Reduce) -> PyTree:
+    """The same arrays; of an `Everywhere` each device goes on with its own rows."""
+    return reduce.split(tree) if isinstance(reduce, Everywhere) else tree
+
+
+def is_little(numbers: int, *, rows: int = 0, size: int = 0) -> bool:
+    """Whether to lay arrays on all devices costs less than sums over devices.
+
+    The numbers gathered, and the work that every device then repeats, against ten sums of `size`
+    numbers, there and back, for each of which all devices wait (why so: docs/pods.md):
+
+        numbers + rows size / 100 <= 2^23 + 20 size
+
+    Args:
+      numbers: in the arrays.
+      rows, size: of a linear solver's products with them, and its unknowns.
+    """
+    return numbers + rows * size // 100 <= 2**23 + 20 * size
 
 
 def under(*prefixes: str) -> PathPredicate:

@@ -77,6 +77,8 @@ class ViT(nn.Module):
       depth: blocks.
       heads: of each attention.
       mlp_width: hidden width of each block's perceptron.
+      remat: compute each block's activations again for its gradient, instead of keeping them; less
+        memory for a third more work. Scores then pay for a forward pass of their own.
 
     Raises:
       ValueError: a size that does not divide.
@@ -87,6 +89,7 @@ class ViT(nn.Module):
     depth: int = 12
     heads: int = 6
     mlp_width: int = 1536
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -105,8 +108,8 @@ class ViT(nn.Module):
         x = x.reshape(len(x), -1, self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
         x = x + jax.lax.broadcast_in_dim(positions, x.shape, (1, 2))
-        maps = []
+        maps, block = [], nn.remat(Block) if self.remat else Block
         for number in range(self.depth):
-            x = Block(self.heads, self.mlp_width, name=f"block_{number}")(x)
+            x = block(self.heads, self.mlp_width, name=f"block_{number}")(x)
             maps.append(x.reshape(grid))
         return with_map(jnp.mean(layer_norm(x, "norm"), axis=1), maps, stage)

@@ -20,10 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from saflex_jax import _compat, checks
 from saflex_jax.batches import padded, take
-from saflex_jax.core.tree import Mean, identity
-from saflex_jax.types import Batch, Metrics, PyTree, Streams, TrainState
+from saflex_jax.core.tree import Everywhere, Mean, identity, on_all
+from saflex_jax.types import Batch, Metrics, PyTree, Reduce, Streams, TrainState
 
 AXIS = "data"
+_LARGE = 2**16  # numbers, from which on an array is worth sharing
 
 
 class Runner(NamedTuple):
@@ -88,6 +89,11 @@ def _is_placed(x: np.ndarray | jax.Array, sharding: NamedSharding) -> bool:
     return isinstance(x, jax.Array) and x.sharding == sharding
 
 
+def _reduce_over(replicated: NamedSharding) -> Reduce:
+    """The `reduce` of a step under jit on these devices."""
+    return identity if replicated.mesh.size == 1 else Everywhere(replicated)
+
+
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Places host arrays; arrays that are placed already stay."""
 
@@ -119,15 +125,32 @@ def _is_by_rows(part: PyTree) -> bool:
     return getattr(type(part), "by_rows", False)
 
 
-def _state_shardings(state: TrainState, replicated, split) -> PyTree:
-    """Where the arrays of a state go: a share of the rows of `by_rows` parts, all of the others."""
+def _state_shardings(state: TrainState, replicated, split, *, shard_params: bool) -> PyTree:
+    """Where the arrays of a state go: a share of the rows of `by_rows` parts, all of the others.
+
+    With `shard_params` also a share of each large array of parameters and optimiser, along its
+    longest axis that divides.
+    """
+    (axis,), devices = split.mesh.axis_names, split.mesh.size
+
+    def share(x):
+        sides = [side if side % devices == 0 else 0 for side in x.shape]
+        if not shard_params or not any(sides) or np.prod(x.shape) < _LARGE:
+            return replicated
+        spec = [None] * len(sides)
+        spec[int(np.argmax(sides))] = axis
+        return NamedSharding(split.mesh, PartitionSpec(*spec))
 
     def sharding_of(part):
         leaves = jax.tree.leaves(part)
-        divides = _is_by_rows(part) and all(len(leaf) % split.mesh.size == 0 for leaf in leaves)
+        divides = _is_by_rows(part) and all(x.shape[0] % split.mesh.size == 0 for x in leaves)
         return jax.tree.map(lambda _: split if divides else replicated, part)
 
-    return jax.tree.map(sharding_of, state, is_leaf=_is_by_rows)
+    places = jax.tree.map(sharding_of, state, is_leaf=_is_by_rows)
+    if not isinstance(state, TrainState):
+        return places
+    own = jax.tree.map(share, (state.params, state.opt_state))
+    return places._replace(params=own[0], opt_state=own[1])
 
 
 def copied(state: PyTree, places: PyTree) -> PyTree:
@@ -175,6 +198,7 @@ def jit_runner(
     step: Callable[..., tuple[TrainState, Metrics]],
     *,
     devices: Sequence[jax.Device] | None = None,
+    shard_params: bool = False,
 ) -> Runner:
     """Global-view data parallelism: jit over a 1-D mesh of all devices (of all processes).
 
@@ -189,30 +213,66 @@ def jit_runner(
     Args:
       step: (state, streams, *, reduce) -> (state, metrics).
       devices: None = jax.devices().
+      shard_params: keep a share of the parameters and of the optimiser's state on each device, and
+        gather the parameters for a step (fully sharded data parallelism), for models that do not
+        fit otherwise.
     """
-    replicated, split = shardings_over(jax.devices() if devices is None else devices)
+    devices = jax.devices() if devices is None else devices
+    replicated, split = shardings_over(devices)
     local = len(split.mesh.local_devices)
 
     def put_batch(batch):
         return put(divisible(batch, local), split)
 
-    shardings = partial(_state_shardings, replicated=replicated, split=split)
+    shardings = partial(
+        _state_shardings, replicated=replicated, split=split, shard_params=shard_params
+    )
 
     @functools.cache
     def compiled_for(structure, shapes):
         state = structure.unflatten([np.broadcast_to(0, shape) for shape in shapes])
-        return jax.jit(
-            partial(on_rows(step), reduce=identity),
-            in_shardings=(shardings(state), split, replicated),
-            out_shardings=(shardings(state), replicated),
-            donate_argnums=0,
-        )
+        return jitted(step, state, devices, shard_params=shard_params)
 
     def compiled(state, streams, held):
         leaves, structure = jax.tree.flatten(state)
         return compiled_for(structure, tuple(map(np.shape, leaves)))(state, streams, held)
 
     return _runner(compiled, put_batch, replicated, shardings)
+
+
+def jitted(
+    step: Callable[..., tuple[TrainState, Metrics]],
+    state: TrainState,
+    devices: Sequence[jax.Device],
+    *,
+    shard_params: bool = False,
+) -> Callable:
+    """What `jit_runner` compiles for states of these shapes; it also lowers ahead of time.
+
+    Args:
+      step: (state, streams, *, reduce) -> (state, metrics).
+      state: arrays or their shapes.
+      devices: may be abstract ones of a machine that is not here.
+      shard_params: see `jit_runner`.
+
+    Returns:
+      jitted (state, streams, held data sets or None) -> (state, metrics), which donates the state.
+    """
+    replicated, split = shardings_over(devices)
+    places = _state_shardings(state, replicated, split, shard_params=shard_params)
+    reduce, on_batch = _reduce_over(replicated), on_rows(step)
+
+    def run(state, streams, held):
+        if shard_params:
+            state = state._replace(params=on_all(state.params, reduce))
+        return on_batch(state, streams, held, reduce=reduce)
+
+    return jax.jit(
+        run,
+        in_shardings=(places, split, replicated),
+        out_shardings=(places, replicated),
+        donate_argnums=0,
+    )
 
 
 def pmap_runner(

@@ -13,6 +13,7 @@ their labels are (`core.parents`). How it compares with the paper's rule: docs/r
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,10 +21,11 @@ import jax.numpy as jnp
 
 from saflex_jax import checks
 from saflex_jax.core import memory, parents, posterior, transition
-from saflex_jax.core.memory import Memory
+from saflex_jax.core.memory import Memory, TopMemory
 from saflex_jax.core.posterior import Agreement
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.transition import Pairs
+from saflex_jax.core.tree import on_all
 from saflex_jax.rules.visits import VisitMean
 from saflex_jax.types import Batch, RunInfo
 
@@ -37,7 +39,7 @@ class Beliefs(NamedTuple):
       pairs: believed and given labels, for the classes that are confused.
     """
 
-    memory: Memory | None
+    memory: Memory | TopMemory | None
     agreement: Agreement | None
     pairs: Pairs | None
 
@@ -111,7 +113,7 @@ class Posterior:
         rows = candidates.mask & parents.is_whole(candidates)
         if kept is not None:
             kept = self.memory.add(kept, candidates, self._visit(scored), rows, reduce)
-        belief = self._belief(kept, scored, candidates)
+        belief = self._belief(kept, scored, candidates, reduce)
         if agreement is not None:
             agreement = self._agreement(agreement, belief, scored, streams, rows, reduce)
         if pairs is not None:
@@ -130,7 +132,7 @@ class Posterior:
             )
         targets = posterior.posterior_targets(
             candidates.labels,
-            self._belief(arrays.memory, scored, candidates),
+            self._belief(arrays.memory, scored, candidates, reduce),
             noise,
             sharpness=self.sharpness,
             trusted=parents.of_all(candidates, self._is_trusted) if self._num_trusted else None,
@@ -163,12 +165,16 @@ class Posterior:
             lookahead = known / (known + scored.features)
         return jax.nn.softmax(scored.log_probs + lookahead * scored.scores)
 
-    def _belief(self, kept: Memory | None, scored, candidates: Batch) -> jax.Array:
+    def _belief(
+        self, kept: Memory | TopMemory | None, scored, candidates: Batch, reduce
+    ) -> jax.Array:
         """What is remembered of the candidates, f32[B, K]; where nothing is, this visit's p'."""
         visit = jnp.zeros_like(candidates.labels) if scored is None else self._visit(scored)
         if kept is None:
             return visit
-        return parents.mixture(candidates, lambda index: memory.recall(kept, index), visit)
+        recall = partial(memory.recall, kept, num_classes=visit.shape[1])
+        belief = parents.mixture(candidates, recall, visit)
+        return on_all(belief, reduce)
 
     def _noise_rate(self, arrays: Beliefs, candidates: Batch) -> float | jax.Array:
         if self.noise_rate is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 
 from saflex_jax.core.steps import total
-from saflex_jax.core.tree import identity
+from saflex_jax.core.tree import identity, on_all, on_own
 from saflex_jax.rules.base import needs_val
 from saflex_jax.rules.schedule import Schedule
 from saflex_jax.rules.scoring import Scored, Scoring
@@ -83,17 +83,19 @@ class Refinement:
 
         def learn(arrays):
             turn = self.schedule.turn(state.step)
-            scored, gradient, metrics = score(arrays.gradient, turn)
-            kept = self.rule.update(arrays.rule, scored, streams, reduce=reduce)
-            targets, more = self.rule.targets(kept, scored, candidates, reduce=reduce)
-            return targets, Refined(kept, gradient), metrics | more
+            scored, known, over, gradient, metrics = score(arrays.gradient, turn)
+            kept = self.rule.update(arrays.rule, scored, known, reduce=over)
+            targets, more = self.rule.targets(kept, scored, known.candidates, reduce=over)
+            return on_all(targets, over), Refined(kept, gradient), metrics | more
 
         def between(arrays):
             targets, metrics = self.rule.targets(arrays.rule, None, candidates, reduce=reduce)
             return targets, arrays, metrics
 
         targets, arrays, metrics = self.schedule.run(state.step, candidates, learn, between, arrays)
-        relabelled = jnp.argmax(targets.labels, -1) != jnp.argmax(candidates.labels, -1)
+        relabelled = jnp.argmax(on_own(targets.labels, reduce), -1) != jnp.argmax(
+            candidates.labels, -1
+        )
         metrics |= {
             "kept": total(targets.weights > 0, candidates.mask, reduce),
             "relabelled": total(relabelled, candidates.mask, reduce),

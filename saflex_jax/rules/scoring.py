@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core import scores
-from saflex_jax.core.tree import identity, select
+from saflex_jax.core import curvature, scores
+from saflex_jax.core.tree import Everywhere, identity, is_little, select
 from saflex_jax.rules import directions
 from saflex_jax.rules.base import predicate_of
 from saflex_jax.rules.directions import Direction
@@ -54,8 +55,26 @@ class Scored(NamedTuple):
     features: jax.Array | float
 
 
-# (kept gradient, number of scorings before this one) -> (Scored, gradient to keep, metrics)
-Score = Callable[[PyTree, jax.Array], tuple[Scored, PyTree, Metrics]]
+class Result(NamedTuple):
+    """What one scoring hands to a rule.
+
+    Attributes:
+      scored: of the batch.
+      streams: the same; where that is cheap all but their inputs lie on every device.
+      reduce: mean over the data-parallel axis, of what is made of these two.
+      gradient: to keep; None where none is reused.
+      metrics: to log.
+    """
+
+    scored: Scored
+    streams: Streams
+    reduce: Reduce
+    gradient: PyTree
+    metrics: Metrics
+
+
+# (kept gradient, number of scorings before this one) -> Result
+Score = Callable[[PyTree, jax.Array], Result]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,20 +129,32 @@ class Scoring:
     ) -> Score:
         """The candidates' forward pass, and what scores them along a validation gradient.
 
+        Under jit on several devices both forward passes' results are gathered once where they are
+        little, and the direction is solved for on every device alike; else each product of the
+        solver is summed over the devices.
+
         Args:
           state: TrainState.
           logits_fn: (params, inputs) -> f32[B, K], evaluation mode.
           streams: candidates of B and validation samples of M.
           reduce: mean over the data-parallel axis.
         """
-        candidates, val = streams.candidates, streams.val
+        scores.at_least_one(streams.val.inputs)
         direction = self.direction
         if isinstance(direction, str):
             direction = directions.parse(direction)
         predicate = predicate_of(self.predicate)
-        seen = jax.tree.leaves(select(state.params, predicate))
-        features = float(sum(math.prod(x.shape[:-1]) for x in seen))
+        selected = select(state.params, predicate)
+        arrays = jax.tree.leaves(selected)
+        features = float(sum(math.prod(x.shape[:-1]) for x in arrays))
         network = scores.in_dtype(logits_fn, self.compute_dtype)
+        linear = partial(curvature.linear_logits, network, state.params, predicate=predicate)
+        passes = linear(streams.candidates.inputs), None
+        if self.val_every == 1:
+            passes = passes[0], linear(streams.val.inputs)
+        size = sum(x.size for x in arrays)
+        (forward, val_forward), known, over = _on_all(passes, streams, reduce, size)
+        candidates, val = known.candidates, known.val
         along = scores.scorer(
             network,
             state.params,
@@ -133,24 +164,18 @@ class Scoring:
             solve=direction(state),
             mode=self.mode,
             chunk=self.chunk,
-            reduce=reduce,
+            forward=forward,
+            reduce=over,
         )
 
         def fresh(kept, turn):
-            val_loss, gradient = scores.validation_gradient(
-                network,
-                state.params,
-                val.inputs,
-                val.labels,
-                mask=val.mask,
-                predicate=predicate,
-                reduce=reduce,
+            of_val = linear(val.inputs) if val_forward is None else val_forward
+            val_loss, gradient = scores.loss_gradient(
+                of_val, selected, val.labels, mask=val.mask, reduce=over
             )
             if self.val_decay > 0:
                 gradient = self._averaged(kept, gradient, turn)
-            # The forward pass is the gradient's own.
-            val_probs = jax.nn.softmax(network(state.params, val.inputs))
-            return gradient, val_probs, (val_loss, jnp.ones(()))
+            return gradient, jax.nn.softmax(of_val[0]), (val_loss, jnp.ones(()))
 
         def stale(kept, turn):
             del turn
@@ -165,15 +190,47 @@ class Scoring:
                 gradient, val_probs, val_loss = jax.lax.cond(is_fresh, fresh, stale, kept, turn)
             gradient = jax.lax.stop_gradient(gradient)
             label_scores, log_probs, info = along(gradient)
+            arrays = label_scores, log_probs, val_probs
+            if isinstance(over, Everywhere):
+                arrays, result = over.gather(arrays), (known, over)
+            else:
+                arrays, *result = _on_all(arrays, streams, reduce)
             metrics = {"val_loss": val_loss}
             if info.residual is not None:
                 metrics["solve_residual"] = info.residual, jnp.ones(())
-            scored = Scored(label_scores, log_probs, val_probs, is_fresh, features)
+            scored = Scored(*arrays, is_fresh, size / val.labels.shape[1])
             scored, metrics = jax.lax.stop_gradient((scored, metrics))
-            return scored, None if kept is None else gradient, metrics
+            return Result(scored, *result, None if kept is None else gradient, metrics)
 
         return score
 
     def _averaged(self, kept: Params, gradient: Params, turn: jax.Array) -> Params:
         rate = jnp.maximum(1 - self.val_decay, 1 / (turn // self.val_every + 1))
         return jax.tree.map(lambda g, k: (k + rate * (g - k)).astype(k.dtype), gradient, kept)
+
+
+def _on_all(
+    arrays: PyTree, streams: Streams, reduce: Reduce, size: int = 0
+) -> tuple[PyTree, Streams, Reduce]:
+    """Arrays of rows, and what belongs to them, on every device under jit, where they are little.
+
+    Args:
+      arrays: with the rows of the candidates or the validation samples.
+      streams: their inputs stay where they are.
+      reduce: of the arrays as they are.
+      size: unknowns of a system that is solved with them; 0 = none is.
+
+    Returns:
+      (arrays, streams, the `reduce` of what is made of them).
+    """
+    pair = streams.candidates, streams.val
+    known = [batch._replace(inputs=()) for batch in pair]
+    numbers = sum(x.size for x in jax.tree.leaves((arrays, known)))
+    sizes = [len(batch.mask) for batch in known]
+    if not isinstance(reduce, Everywhere):
+        return arrays, streams, reduce
+    if not is_little(numbers, rows=sum(sizes), size=size):
+        return arrays, streams, identity
+    arrays, known = reduce.gather_rows((arrays, known), set(sizes))
+    known = [batch._replace(inputs=own.inputs) for batch, own in zip(known, pair)]
+    return arrays, streams._replace(candidates=known[0], val=known[1]), reduce

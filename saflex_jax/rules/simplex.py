@@ -40,6 +40,10 @@ class Simplex:
         targets.check(**self._options())
         if self.run is None and self.memory.decay is not None:
             raise ValueError(f"memory needs run, for the number of samples; given {self.memory}")
+        if self.memory.top is not None:
+            raise ValueError(
+                f"memory.top must be None: scores have no few large ones; given {self.memory}"
+            )
 
     def _options(self) -> dict:
         return dict(

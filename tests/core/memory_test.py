@@ -107,3 +107,54 @@ def test_a_reduce_that_only_averages_cannot_see_the_rows_of_others():
     rows = np.zeros(B, np.int32), np.zeros((B, K)), np.ones(B, bool)
     with pytest.raises(ValueError, match=r"reduce must be `saflex_jax\.identity` or have `gather`"):
         memory.update(memory.init(N, K), *rows, reduce=lambda tree: tree)
+
+
+def beliefs(rng, size, classes):
+    return rng.dirichlet(np.full(classes, 0.1), size=size).astype(np.float32)
+
+
+def test_all_but_one_kept_class_are_all_classes():
+    """The rest of one class is that class."""
+    rng = np.random.default_rng(0)
+    dense, top = memory.init(N, K), memory.init(N, K, top=K - 1)
+    for _ in range(6):
+        rows = rng.integers(4, size=B).astype(np.int32), beliefs(rng, B, K), rng.random(B) < 0.8
+        (dense, expected), (top, found) = (memory.update(m, *rows) for m in (dense, top))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    everyone = np.arange(N)[:, None]  # any shape of indices
+    np.testing.assert_allclose(
+        memory.recall(top, everyone, K), memory.recall(dense, everyone), atol=1e-6
+    )
+    assert not memory.recall(top, np.array([5]), K).any()  # never seen
+
+
+def test_the_rest_is_one_number_and_nothing_is_lost():
+    rng, classes = np.random.default_rng(0), 12
+    found, index = memory.init(1, classes, top=2), np.zeros(1, np.int32)
+    first = beliefs(rng, 1, classes)
+    found, remembered = memory.update(found, index, first, np.ones(1, bool))
+    largest = np.argsort(first[0])[-2:]
+    others = np.delete(first[0], largest)
+    np.testing.assert_allclose(np.delete(remembered[0], largest), others.mean(), rtol=1e-5)
+    np.testing.assert_allclose(remembered[0][largest], first[0][largest], rtol=1e-6)
+    for _ in range(20):
+        found, remembered = memory.update(
+            found, index, beliefs(rng, 1, classes), np.ones(1, bool), decay=0.8
+        )
+        np.testing.assert_allclose(remembered.sum(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes, top", [(1000, 8), (21_000, 8), (100_000, 7)])
+def test_a_sample_takes_at_most_64_bytes_whatever_the_classes(classes, top):
+    arrays = memory.init(1024, classes, top=top)
+    assert sum(x.nbytes for x in arrays) <= 64 * 1024
+    last = np.zeros((1, classes), np.float32)
+    last[0, -1] = 1  # its number fits
+    arrays, found = memory.update(arrays, np.zeros(1, np.int32), last, np.ones(1, bool))
+    np.testing.assert_array_equal(found, last)
+
+
+@pytest.mark.parametrize("top", [0, K, 2 * K])
+def test_a_top_that_is_none(top):
+    with pytest.raises(ValueError, match=f"top must be .*given {top}"):
+        memory.init(N, K, top=top)
