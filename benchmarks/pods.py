@@ -316,7 +316,7 @@ def head_size(model: step_cost.Model) -> int:
 
 
 def added(model: step_cost.Model, head: int, gathered: float, chips: int):
-    """(operations, collectives, chips whose rows a chip works on) of SAFLEX's default.
+    """(operations, collectives) of SAFLEX's default beyond the forward passes.
 
     Args:
       model: K classes.
@@ -330,30 +330,50 @@ def added(model: step_cost.Model, head: int, gathered: float, chips: int):
     work = 2 * head * (2 * products * ROWS + ROWS + val)
     if is_little(chips * gathered, rows=chips * (ROWS + val), size=head):
         features = Collective("all-gather", 4 * chips * gathered, 1, False)
-        return chips * work, [features, remembered], chips
+        return chips * work, [features, remembered]
     sums = Collective("all-reduce", 4 * head, products + 1, True)  # and the validation gradient
-    return work, [sums, remembered, *[Collective("all-reduce", 4, 1, False)] * 4], 1
+    return work, [sums, remembered, *[Collective("all-reduce", 4, 1, False)] * 4]
 
 
-def scaling(plain: Program, saflex: Program, model: step_cost.Model, name: str) -> dict:
+FORWARD = 1 + step_cost.R * step_cost.F  # plain steps: one, and the validation samples' pass
+
+
+def read_by_saflex(points: dict[str, tuple[Program, Program]]) -> tuple[float, float]:
+    """Bytes that SAFLEX reads and writes beyond FORWARD plain steps: (fixed, for each chip).
+
+    The memory's update sees the rows of all chips, however the direction is solved for.
+
+    Args:
+      points: slice -> (plain, SAFLEX), of two sizes or more; of one all is taken as fixed.
+    """
+    sizes = [math.prod(shape_of(name)[1]) for name in points]
+    more = [saflex.bytes - FORWARD * plain.bytes for plain, saflex in points.values()]
+    least, most = int(np.argmin(sizes)), int(np.argmax(sizes))
+    if sizes[least] == sizes[most]:
+        return more[least], 0.0
+    growth = (more[most] - more[least]) / (sizes[most] - sizes[least])
+    return more[least] - growth * sizes[least], growth
+
+
+def scaling(
+    plain: Program, saflex: Program, model: step_cost.Model, name: str, read: tuple[float, float]
+) -> dict:
     """chips -> estimated seconds of the plain step and of SAFLEX's, ROWS candidates on each chip.
 
-    From what both do on a slice where features are gathered, and `added`: beyond the validation
-    samples' forward pass, memory is read for the rows that a chip works on.
+    From what both do on a slice where features are gathered, from `added` and `read_by_saflex`.
     """
     chip, sides = shape_of(name)
     head, compiled_for, table = head_size(model), math.prod(sides), {}
     given = next(one for one in saflex.collectives if one.kind == "all-gather")
-    forward = 1 + step_cost.R * step_cost.F
-    read = (saflex.bytes - forward * plain.bytes) / compiled_for
     for chips in (count for count in CHIP_COUNTS if count <= chip.largest):
         sides = sides_of(chip, chips)
-        work, more, rows_of = added(model, head, given.bytes / 4 / compiled_for, chips)
+        work, more = added(model, head, given.bytes / 4 / compiled_for, chips)
         base = seconds(chip, sides, plain.flops, plain.bytes, plain.collectives)
-        flops, moved = forward * plain.flops + work, forward * plain.bytes + rows_of * read
+        flops = FORWARD * plain.flops + work
+        moved = FORWARD * plain.bytes + read[0] + chips * read[1]
         found = seconds(chip, sides, flops, moved, [*plain.collectives, *more])
         table[str(chips)] = {
-            "gathered": float(rows_of > 1),
+            "gathered": float(not any(one.in_loop for one in more)),
             "plain_s": base["step"],
             "saflex_s": found["step"],
             "ratio": found["step"] / base["step"],
@@ -417,16 +437,19 @@ class Pods(reporting.Benchmark):
         for (name, model, variant), program in self.programs.items():
             points.setdefault((name, model), {})[variant] = program
         for (name, model), programs in points.items():
-            plain, saflex = programs.get("plain"), programs.get("saflex")
+            plain = programs.get("plain")
             rows[f"{name} {model}"] = {v: row(name, p, plain) for v, p in programs.items()}
-            if (
-                model not in LARGE
-                and plain
-                and saflex
-                and not any(one.in_loop for one in saflex.collectives)
-            ):
-                of_kind = f"{name.partition(':')[0]} {model}"
-                curves[of_kind] = scaling(plain, saflex, step_cost.MODELS[model], name)
+        for model in set(step_cost.MODELS) & {model for _, model in points}:
+            both = {
+                name: (programs["plain"], programs["saflex"])
+                for (name, own), programs in points.items()
+                if own == model and {"plain", "saflex"} <= set(programs)
+            }
+            for name, (plain, saflex) in both.items():
+                if not any(one.in_loop for one in saflex.collectives):
+                    title = f"{name.partition(':')[0]} {model}"
+                    read = read_by_saflex(both)
+                    curves[title] = scaling(plain, saflex, step_cost.MODELS[model], name, read)
         programs = {" ".join(key): program._asdict() for key, program in self.programs.items()}
         return {
             "slices": rows,

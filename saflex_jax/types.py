@@ -20,8 +20,8 @@ ModelState = PyTree  # non-trained variables, e.g. BatchNorm's running statistic
 LogitsFn = Callable[[Params, PyTree], jax.Array]
 # (params, model_state, inputs, key) -> (logits f32[B, K], new model_state). Training mode.
 TrainFn = Callable[[Params, ModelState, PyTree, jax.Array], tuple[jax.Array, ModelState]]
-# Mean over the data-parallel axis: the identity under jit (arrays are global there),
-# `core.tree.Mean("data")` under pmap.
+# Mean over the data-parallel axis: the identity under jit (arrays are global there), on several
+# devices `core.tree.Everywhere`; `core.tree.Mean("data")` under pmap.
 Reduce = Callable[[PyTree], PyTree]
 # path of a parameter, joined by "/", e.g. "head/kernel" -> whether it is selected
 PathPredicate = Callable[[str], bool]

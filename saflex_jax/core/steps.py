@@ -19,7 +19,7 @@ from saflex_jax.core.losses import (
     weighted_cross_entropy,
     weighted_soft_cross_entropy,
 )
-from saflex_jax.core.tree import identity, mean_floats
+from saflex_jax.core.tree import Everywhere, identity, mean_floats
 from saflex_jax.types import (
     Batch,
     LinearSolve,
@@ -76,6 +76,7 @@ def gradient_step(
     loss_fn: StepLoss,
     *,
     tx: optax.GradientTransformation,
+    parts: PyTree = None,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step on any loss; what every method ends in.
@@ -87,12 +88,18 @@ def gradient_step(
       loss_fn: params -> (loss, (model_state, metrics)). Under pmap `loss` is the device's share
         (`losses.masked_mean`) and metrics are already reduced.
       tx: optax transformation.
+      parts: arrays [m, ...], of which the loss is a sum: then it is called as (params, part,
+        model_state), one part after the other, and losses, gradients and metrics add up.
       reduce: mean over the data-parallel axis.
 
     Returns:
       (state at step + 1, metrics with "loss", "grad_norm" and "param_norm" added).
     """
-    (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts is None:
+        (loss, (model_state, metrics)), grads = gradient(state.params)
+    else:
+        (loss, (model_state, metrics)), grads = _added_up(gradient, state, parts)
     loss, grads = reduce((loss, grads))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -113,6 +120,33 @@ def gradient_step(
     return new, metrics
 
 
+def _added_up(gradient, state: TrainState, parts: PyTree):
+    """((loss, (model_state, metrics)), gradient) over all parts, of whom one is in memory."""
+
+    def add(carry, part):
+        model_state, sums = carry
+        (loss, (model_state, metrics)), grads = gradient(state.params, part, model_state)
+        return (model_state, jax.tree.map(jnp.add, sums, (loss, metrics, grads))), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    (loss, (_, metrics)), grads = jax.eval_shape(gradient, state.params, first, state.model_state)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
+    carry, _ = jax.lax.scan(add, (state.model_state, zeros), parts)
+    model_state, (loss, metrics, grads) = carry
+    return (loss, (model_state, metrics)), grads
+
+
+def _microbatches(tree: PyTree, number: int, reduce: Reduce) -> PyTree:
+    """Rows [B, ...] as [number, B / number, ...], each device's own in each; order is kept."""
+    devices = reduce.devices if isinstance(reduce, Everywhere) else 1
+
+    def divided(x):
+        x = x.reshape(devices, number, -1, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(number, -1, *x.shape[3:])
+
+    return jax.tree.map(divided, tree)
+
+
 def inner_step(
     state: TrainState,
     candidates: Batch,
@@ -122,6 +156,7 @@ def inner_step(
     tx: optax.GradientTransformation,
     clean: Batch | None = None,
     loss: CandidateLoss = weighted_soft_cross_entropy,
+    microbatches: int = 1,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
     """One step on weighted soft-label candidates, and on clean samples beside them if given.
@@ -147,9 +182,30 @@ def inner_step(
       tx: optax transformation.
       clean: Batch, or None.
       loss: of the candidates, in the place of w_i CE(f(x_i), y_i); see `losses`.
+      microbatches: parts of the batch whose gradients are added up, one part in memory at a time.
+        Weights and labels are the whole batch's, so the step is the same but for rounding (and for
+        statistics of BatchNorm, which are a part's).
       reduce: mean over the data-parallel axis.
+
+    Raises:
+      ValueError: microbatches that do not divide a device's rows; clean samples beside them.
     """
     size = candidates.labels.shape[0]
+    if microbatches > 1:
+        _check_parts(size, microbatches, clean, reduce)
+        count = reduce(jnp.sum(candidates.mask, dtype=jnp.float32))
+
+        def part_loss(params, part, model_state):
+            rows, of_rows = part
+            logits, model_state = train_fn(
+                params, model_state, rows.inputs, step_key(state, rows.index)
+            )
+            losses = loss(logits, of_rows, rows)
+            metrics = {"candidate_loss": total(losses, rows.mask, reduce)}
+            return jnp.sum(losses) / jnp.maximum(count, 1.0), (model_state, metrics)
+
+        parts = _microbatches((candidates, targets), microbatches, reduce)
+        return gradient_step(state, part_loss, tx=tx, parts=parts, reduce=reduce)
     inputs = candidates.inputs
     if clean is not None:
         inputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inputs, clean.inputs)
@@ -170,6 +226,16 @@ def inner_step(
     return gradient_step(state, loss_fn, tx=tx, reduce=reduce)
 
 
+def _check_parts(size: int, number: int, clean: Batch | None, reduce: Reduce) -> None:
+    devices = reduce.devices if isinstance(reduce, Everywhere) else 1
+    if size % (devices * number):
+        raise ValueError(
+            f"microbatches must divide the {size // devices} candidates of a device; given {number}"
+        )
+    if clean is not None:
+        raise ValueError(f"microbatches must be 1 beside clean samples; given {number}")
+
+
 def bilevel_step(
     state: TrainState,
     streams: Streams,
@@ -179,6 +245,7 @@ def bilevel_step(
     tx: optax.GradientTransformation,
     rule: Rule,
     loss: CandidateLoss = weighted_soft_cross_entropy,
+    microbatches: int = 1,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
     """Refine the candidates' targets, then take the inner step on them.
@@ -207,6 +274,7 @@ def bilevel_step(
       tx: optax transformation.
       rule: what to train on (see `saflex_jax.rules`).
       loss: of the candidates (see `losses`).
+      microbatches: see `inner_step`; scores are made of the whole batch.
       reduce: mean over the data-parallel axis.
     """
 
@@ -222,6 +290,7 @@ def bilevel_step(
         tx=tx,
         clean=streams.clean,
         loss=loss,
+        microbatches=microbatches,
         reduce=reduce,
     )
     return state._replace(extra=extra), {**metrics, **of_rule}

@@ -6,6 +6,7 @@ from functools import partial
 
 import optax
 
+from saflex_jax import checks
 from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
 from saflex_jax.core.tree import identity
@@ -20,6 +21,7 @@ def make(
     rule: Rule | None = None,
     *,
     loss: CandidateLoss = weighted_soft_cross_entropy,
+    microbatches: int = 1,
 ) -> Method:
     """Plain training of one network on the candidates, with the targets that a rule gives.
 
@@ -31,7 +33,10 @@ def make(
       rule: what to train on (see `saflex_jax.rules`); None = as given: the baseline of every
         comparison, the upstream pipeline alone.
       loss: of the candidates (see `core.losses`), in the place of the weighted cross-entropy.
+      microbatches: in how many parts a step's gradient is added up, for less memory; see
+        `core.steps.inner_step`.
     """
+    checks.whole(1, microbatches=microbatches)
     rule = AsGiven() if rule is None else rule
 
     def init(key, inputs):
@@ -53,6 +58,7 @@ def make(
             tx=tx,
             rule=rule,
             loss=loss,
+            microbatches=microbatches,
         ),
         predict=lambda state, inputs: model.logits(state.params, state.model_state, inputs),
         targets=targets,

@@ -1,8 +1,9 @@
 """jit and pmap around the same step; both give the same parameters.
 
 The batch is split along its leading axis. The state is replicated, but under jit the parts with
-`by_rows = True` (`types.TrainState`) are split as well. jit sees global arrays, so its `reduce` is
-the identity; pmap sees the rows of one device, so its `reduce` is a `Mean`. shard_map is not used:
+`by_rows = True` (`types.TrainState`) are split as well. jit sees global arrays, so its `reduce`
+returns what it is given (the identity, or `Everywhere` on several devices); pmap sees the rows of
+one device, so its `reduce` is a `Mean`. shard_map is not used:
 with pmean, its default gradient semantics give gradients that are too large by the number of
 devices, without an error (docs/sharp_edges.md).
 """

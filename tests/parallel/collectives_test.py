@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from benchmarks.pods import collectives
-from saflex_jax.core import tree
+from saflex_jax import TrainState
+from saflex_jax.core import memory, tree
 from saflex_jax.methods import supervised
 from saflex_jax.models import MLP, Classifier, from_linen
 from saflex_jax.parallel import jit_runner, runners
 from saflex_jax.rules import Posterior, Refinement, Scoring, Simplex, VisitMean
+from saflex_jax.train import Checkpoints
 from tests.parallel import setup_
 
 LINES = """
@@ -128,24 +130,66 @@ def test_a_memory_of_few_classes_agrees_with_one_device(monkeypatch):
     setup_.assert_agrees(setup_.run(jit_runner, "posterior_top"), "posterior_top")
 
 
-def test_shared_parameters_are_the_same_and_lie_on_all_devices(monkeypatch):
-    monkeypatch.setattr(runners, "_LARGE", 64)
+def trained(**options):
+    """The state after some steps of a network without batch statistics; padding in each batch."""
     model = from_linen(Classifier(MLP((16, 16)), setup_.CLASSES))
     rule = Refinement(Scoring(), Posterior(setup_.RUN, noise_rate=0.4))
-    method = supervised.make(model, setup_.TX, rule)
+    method = supervised.make(model, setup_.TX, rule, microbatches=options.pop("microbatches", 1))
     batches = setup_.make_batches("posterior_memory_padding")
-    new = jax.jit(method.init)(jax.random.key(0), batches[0].candidates.inputs)
-    found = {}
-    for shard_params in (False, True):
-        runner = jit_runner(method.step, shard_params=shard_params)
-        state = runner.put_state(new)
-        for batch in batches:
-            state, _ = runner.step(state, runner.put_batch(batch))
-        found[shard_params] = state
-    kernel = found[True].params["backbone"]["Dense_0"]["kernel"]
-    momentum = found[True].opt_state[0].trace["backbone"]["Dense_1"]["kernel"]
+    runner = jit_runner(method.step, **options)
+    state = runner.put_state(jax.jit(method.init)(jax.random.key(0), batches[0].candidates.inputs))
+    for batch in batches:
+        state, _ = runner.step(state, runner.put_batch(batch))
+    return state
+
+
+def assert_same(found, expected, atol=setup_.ROUNDING):
+    pairs = zip(setup_.flatten(found).items(), setup_.flatten(expected).values(), strict=True)
+    for (name, one), other in pairs:
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return trained(devices=jax.devices()[:1])
+
+
+def test_shared_parameters_are_the_same_and_lie_on_all_devices(expected, monkeypatch):
+    monkeypatch.setattr(runners, "_LARGE", 64)
+    found = trained(shard_params=True)
+    kernel = found.params["backbone"]["Dense_0"]["kernel"]
+    momentum = found.opt_state[0].trace["backbone"]["Dense_1"]["kernel"]
     assert kernel.shape == (36, 16) and kernel.addressable_shards[0].data.shape == (36, 2)
     assert momentum.addressable_shards[0].data.shape == (2, 16)
-    pairs = zip(*(setup_.flatten(found[key]).items() for key in found), strict=True)
-    for (name, one), (_, other) in pairs:
-        np.testing.assert_allclose(other, one, rtol=0, atol=setup_.ROUNDING, err_msg=name)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("devices, parts", [(1, 4), (8, 2)])
+def test_added_gradients_are_the_whole_batch_s(expected, devices, parts):
+    # Sums in another order, which five steps of solves amplify.
+    assert_same(trained(devices=jax.devices()[:devices], microbatches=parts), expected, atol=1e-5)
+
+
+def test_parts_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match=r"microbatches must divide the 2 candidates .* given 4"):
+        trained(microbatches=4)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_memory_of_few_classes_is_saved_and_resumed_on_other_devices(tmp_path, devices):
+    def placed(kept, number):
+        state = TrainState(np.int32(3), {}, {}, (), jax.random.key(0), {"memory": kept})
+        return jit_runner(lambda *_, **__: None, devices=jax.devices()[:number]).put_state(state)
+
+    empty = memory.init(1024, 1000, top=8)
+    rows = np.arange(16, dtype=np.int32), np.eye(1000, dtype=np.float32)[-16:], np.ones(16, bool)
+    kept, _ = memory.update(empty, *rows)
+    saver = Checkpoints(tmp_path, config={}, every=1)
+    saver.save(3, placed(kept, 9 - devices), {}, force=True)
+    saver.close()
+    loaded, _ = Checkpoints(tmp_path, config={}, every=1).load(placed(empty, devices))
+    found = loaded.extra["memory"]
+    assert found.classes.dtype == np.uint16
+    assert found.classes.addressable_shards[0].data.shape == (1024 // devices, 8)
+    for one, other in zip(found, kept):
+        np.testing.assert_array_equal(one, other)
