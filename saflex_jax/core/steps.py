@@ -184,7 +184,7 @@ def inner_step(
       loss: of the candidates, in the place of w_i CE(f(x_i), y_i); see `losses`.
       microbatches: parts of the batch whose gradients are added up, one part in memory at a time.
         Weights and labels are the whole batch's, so the step is the same but for rounding (and for
-        statistics of BatchNorm, which are a part's).
+        statistics of BatchNorm, which are a part's). Each part's gradient is summed over devices.
       reduce: mean over the data-parallel axis.
 
     Raises:

@@ -73,6 +73,21 @@ def test_it_computes_the_papers_equations_on_images_that_need_not_be_square():
     np.testing.assert_allclose(features, by_hand(params, images, 4, 3), atol=2e-4)
 
 
+def test_computed_again_it_is_the_same_network():
+    images = noise(2, 8, 8, 3)
+    params = SMALL.init(jax.random.key(0), images, train=False)
+    again = SMALL.clone(remat=True)
+
+    def gradient(network):
+        return jax.grad(lambda p: jnp.sum(network.apply(p, images, train=True) ** 2))(params)
+
+    pairs = zip(jax.tree.leaves(gradient(SMALL)), jax.tree.leaves(gradient(again)), strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+    kept, computed = (str(jax.make_jaxpr(lambda n=n: gradient(n))()) for n in (SMALL, again))
+    assert "remat" in computed and "remat" not in kept
+
+
 def test_the_defaults_are_vit_s():
     shapes = jax.eval_shape(
         lambda x: ViT().init(jax.random.key(0), x, train=False), jnp.zeros((1, 32, 32, 3))
