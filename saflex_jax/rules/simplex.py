@@ -40,10 +40,6 @@ class Simplex:
         targets.check(**self._options())
         if self.run is None and self.memory.decay is not None:
             raise ValueError(f"memory needs run, for the number of samples; given {self.memory}")
-        if self.memory.top is not None:
-            raise ValueError(
-                f"memory.top must be None: scores have no few large ones; given {self.memory}"
-            )
 
     def _options(self) -> dict:
         return dict(
@@ -56,7 +52,13 @@ class Simplex:
         )
 
     def init(self):
-        """The memory; None without one."""
+        """The memory; None without one.
+
+        Raises:
+          ValueError: a memory of a few classes, which is for beliefs.
+        """
+        if self.memory.top is not None:
+            raise ValueError(f"memory.top must be None, scores are signed; given {self.memory}")
         return self.memory.init(self.run)
 
     def update(self, arrays, scored, streams, *, reduce):

@@ -331,3 +331,9 @@ def test_a_rule_that_learns_from_validation_samples_says_so():
     )
     with pytest.raises(ValueError, match="Posterior needs validation samples"):
         run(arrays, 0)
+
+
+def test_scores_have_no_memory_of_few_classes():
+    rule = Simplex(run=RunInfo(10, 4), memory=VisitMean(0.9, top=2))
+    with pytest.raises(ValueError, match=r"memory\.top must be None, scores are signed"):
+        rule.init()
