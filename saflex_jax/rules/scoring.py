@@ -198,7 +198,7 @@ class Scoring:
             metrics = {"val_loss": val_loss}
             if info.residual is not None:
                 metrics["solve_residual"] = info.residual, jnp.ones(())
-            scored = Scored(*arrays, is_fresh, size / val.labels.shape[1])
+            scored = Scored(*arrays, is_fresh, features)
             scored, metrics = jax.lax.stop_gradient((scored, metrics))
             return Result(scored, *result, None if kept is None else gradient, metrics)
 
