@@ -28,7 +28,7 @@ STANDING = {
     "trusted_only": {
         "method": PLAIN,
         "data": {"trusted_only": True, "train_on_val": False, "val_from": "", "pool": "",
-                 "cleaning": ""},
+                 "pool_rows": False, "pool_flagged": "keep", "cleaning": ""},
     },
     "saflex": {"data": {"train_on_val": False}},
     "saflex_train_val": {"data": {"train_on_val": True}},

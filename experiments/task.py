@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from sklearn import metrics
 
+from experiments import candidates as made_candidates
 from experiments import cleaning
 from experiments.configs import sources
 from experiments.datasets import DATASETS
@@ -26,7 +27,7 @@ FIELDS = (
     *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
     *("train", "imbalance", "unlabelled", "train_on_val", "trusted_only", "val_from", "folds"),
     *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "features"),
-    *("cleaning", "captions", "on_device"),
+    *("pool_rows", "pool_flagged", "cleaning", "captions", "on_device"),
 )
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
@@ -55,7 +56,9 @@ class Data(NamedTuple):
       wrong: bool[N] of the candidates: another label is right, or none is; for diagnosis only.
       source: what all were taken from.
       removed: split -> rows left out because val or test hold the same input.
-      generated: candidates of a generator, or None.
+      generated: candidates of a generator that stand in for samples, or None.
+      pool: candidates of a generator, however they train, or None. Of those that are samples the
+        trace says which is which ("candidate").
       seed: of all draws.
     """
 
@@ -68,6 +71,7 @@ class Data(NamedTuple):
     source: data.Source
     removed: dict[str, int]
     generated: data.Pool | None
+    pool: data.Pool | None = None
     seed: int = 0
 
 
@@ -95,10 +99,7 @@ def check(section: ConfigDict) -> None:
         raise ValueError(
             f"config.data.imbalance must be >= 1 and finite, 1 being off; given {section.imbalance}"
         )
-    if section.pool and section.on_device:
-        raise ValueError("config.data.on_device must be False with a pool; given True")
-    if section.pool and not pathlib.Path(section.pool).exists():
-        raise ValueError(f"config.data.pool must be a folder or a file; given {section.pool!r}")
+    made_candidates.check(section)
     if section.test_on and section.test:
         raise ValueError(f"config.data.test must be 0 with test_on; given {section.test}")
     if section.labels and section.noise:
@@ -419,8 +420,12 @@ def cleaned(
     return np.flatnonzero(stay)
 
 
-def make_data(config: ConfigDict) -> Data:
-    """Opens, splits, corrupts and standardises, all by `config.seed`."""
+def make_split_source(config: ConfigDict) -> tuple:
+    """(data set, its prints, the rows of `config.seed`, copies left out).
+
+    Raises:
+      ValueError: as of `make_split`; a split that lacks a class.
+    """
     section, seed = config.data, config.seed
     if section.features:
         key = section.dir, section.features
@@ -445,7 +450,18 @@ def make_data(config: ConfigDict) -> Data:
         tail = data.long_tail(strata(source)[split.train], ratio=section.imbalance, seed=seed)
         split = split._replace(train=split.train[tail])
     data.check_split(split, source.labels, source.num_classes, novel=section.novel > 0)
+    return source, prints, split, removed
 
+
+def trained_rows(section: ConfigDict, split: data.Split) -> np.ndarray:
+    """Rows of the data set that train: the training split's, and the validation split's if asked."""
+    return np.concatenate([split.train, split.val]) if section.train_on_val else split.train
+
+
+def make_data(config: ConfigDict) -> Data:
+    """Opens, splits, corrupts and standardises, all by `config.seed`."""
+    section, seed = config.data, config.seed
+    source, prints, split, removed = make_split_source(config)
     candidates, trusted, val, test = split_inputs(section, source, split, seed)
     given = given_labels(section, source, split.train, candidates, seed)
     clean, outside = source.labels[split.train], np.zeros(len(split.train), bool)
@@ -455,10 +471,23 @@ def make_data(config: ConfigDict) -> Data:
             np.asarray(candidates), other, share=section.outside, seed=seed
         )
     val_labels = source.labels[split.val]
+    made = made_candidates.opened(section, source, trained_rows(section, split))
+    places = np.full(len(given), -1)
+    if section.pool_rows:
+        given, clean, val_labels = (
+            data.priors(labels, source.num_classes, source.task)
+            for labels in (given, clean, val_labels)
+        )
+        added = made_candidates.samples(made, candidates)
+        candidates = data.joined(*added.inputs)
+        given, clean = np.concatenate([given, added.given]), np.concatenate([clean, added.clean])
+        outside = np.append(outside, np.zeros(len(added.given), bool))
+        places = np.append(places, added.places)
     if section.train_on_val:
         candidates = data.joined(candidates, trusted)
         given, clean = (np.concatenate([labels, val_labels]) for labels in (given, clean))
         outside = np.append(outside, np.zeros(len(val_labels), bool))
+        places = np.append(places, np.full(len(val_labels), -1))
     if section.cleaning:
         rows = cleaned(section, candidates, given, seed, trusted=len(given) - len(split.train))
         candidates = data.subset(candidates, rows)
@@ -472,16 +501,11 @@ def make_data(config: ConfigDict) -> Data:
         rows = np.arange(len(labels), dtype=np.int32)
         return Batch(inputs, labels, np.ones(len(rows), bool), rows)
 
-    generated = None
-    if section.pool:
-        make = data.Pool.from_folder
-        if pathlib.Path(section.pool).is_file():
-            make = data.Pool.from_array_record
-        rows = np.concatenate([split.train, split.val]) if section.train_on_val else split.train
-        known = {"num_classes": source.num_classes, "num_sources": len(source.labels)}
-        generated = make(section.pool, **known).of(rows)
     held_out = pool(val, val_labels)
     pools = Streams(pool(candidates, given), held_out)
+    if section.pool_rows:
+        trace = made_candidates.trace(made, places)
+        pools = pools._replace(candidates=pools.candidates._replace(trace=trace))
     if section.val_from == "train":
         pools = pools._replace(val=pools.candidates)
         if source.views is not None:
@@ -508,7 +532,8 @@ def make_data(config: ConfigDict) -> Data:
         wrong,
         source,
         removed,
-        generated,
+        None if section.pool_rows else made,
+        made,
         seed,
     )
 

@@ -28,6 +28,8 @@ DEFAULTS = {
     "outside": 0.0,  # share of training inputs replaced by those of the data set `outside_from`
     "outside_from": "",
     "pool": "",  # a folder or ArrayRecord file of generated candidates
+    "pool_rows": False,  # they train beside their sources, as samples; False = in their place
+    "pool_flagged": "keep",  # "drop": without those that a filter flagged
     "corrupt": "",  # of the test inputs: "fog:3"
     "features": "",  # a set that `experiments.features` made: inputs are its features, not images
     "captions": "",  # of the classes: a set that `experiments.captions` made, for flyp

@@ -17,6 +17,7 @@ from saflex_jax.augment.base import (
 from saflex_jax.augment.captions import swapped_classes, wrong_captions
 from saflex_jax.augment.corruptions import corrupt
 from saflex_jax.augment.fields import random_field
+from saflex_jax.augment.made import groups, made_trace
 from saflex_jax.augment.mixing import (
     cutmix,
     fmix,
@@ -59,7 +60,9 @@ __all__ = [
     "flip",
     "fmix",
     "gridmix",
+    "groups",
     "identity",
+    "made_trace",
     "manifold_mixup",
     "mixup",
     "on",

@@ -27,6 +27,7 @@ OPERATIONS = [
     "automix",
     "view",
     "wrong_captions", "swapped_classes",
+    "candidate", "prompt", "strength", "generator", "flagged",
 ]  # fmt: skip
 
 

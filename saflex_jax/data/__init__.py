@@ -11,6 +11,7 @@ from saflex_jax.data.noise import (
 )
 from saflex_jax.data.pool import Pool, write_array_record
 from saflex_jax.data.prepared import Description, from_prepared, write_prepared
+from saflex_jax.data.provenance import Provenance, provenance, read_provenance
 from saflex_jax.data.sources import (
     SOURCES,
     Source,
@@ -55,6 +56,7 @@ __all__ = [
     "IndexStream",
     "Pool",
     "Prefetched",
+    "Provenance",
     "Rows",
     "Source",
     "Split",
@@ -83,6 +85,8 @@ __all__ = [
     "outside_candidates",
     "pairwise_noise",
     "priors",
+    "provenance",
+    "read_provenance",
     "read_table",
     "resized",
     "sizes",

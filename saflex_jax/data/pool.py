@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import pathlib
-from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -18,7 +17,9 @@ import numpy as np
 from saflex_jax import checks
 from saflex_jax._compat import optional
 from saflex_jax.batches import floats
-from saflex_jax.data.images import image_rows, images_in
+from saflex_jax.data.images import Rows, image_rows, images_in, subset
+from saflex_jax.data.provenance import METADATA, Provenance, read_provenance
+from saflex_jax.types import Trace
 
 MOST_SOURCES = 2**27  # an array of their counts is 1 GB
 CHUNK = 256  # records in memory at once while the labels of an ArrayRecord file are read
@@ -42,19 +43,22 @@ class Pool:
     Attributes:
       num_classes: K.
       shape: of one input.
+      provenance: where the T candidates come from, in the order that the pool was made in; None =
+        unknown.
+      trace: arrays [T, L] that batches carry, see `with_trace`; None = no trace.
     """
 
     def __init__(
         self,
-        read: Callable[[np.ndarray], np.ndarray],
+        inputs: np.ndarray | Rows,
         labels: np.ndarray,
         source: np.ndarray,
         *,
         num_classes: int | None,
         num_sources: int | None,
-        shape: tuple[int, ...],
+        provenance: Provenance | None = None,
     ):
-        """`read`: places i[B] among the T candidates -> inputs f32[B, *shape]."""
+        """`inputs`: of the T candidates, floats or 8-bit."""
         labels, source = np.asarray(labels), np.asarray(source)
         if not labels.size:
             raise ValueError("a pool must hold at least one candidate; given 0")
@@ -70,8 +74,9 @@ class Pool:
                 raise ValueError(f"labels must have {num_classes} columns; given {labels.shape[1]}")
         checks.rows(len(labels), source=source)
         _within("source", source, MOST_SOURCES if num_sources is None else num_sources)
-        self.num_classes, self.shape = num_classes or labels.shape[1], tuple(shape)
-        self._read, self._labels = read, labels
+        self.num_classes, self.shape = num_classes or labels.shape[1], tuple(inputs.shape[1:])
+        self.provenance, self.trace = provenance, None
+        self._inputs, self._labels, self._source = inputs, labels, source
         self._order = np.argsort(source, kind="stable")
         self._counts = np.bincount(source, minlength=num_sources or 0)
         self._starts = np.cumsum(self._counts) - self._counts
@@ -85,36 +90,41 @@ class Pool:
         *,
         num_classes: int | None = None,
         num_sources: int | None = None,
+        provenance: Provenance | None = None,
     ) -> Pool:
-        """The pool of T candidates in memory.
+        """The pool of T candidates in arrays.
 
         Args:
-          inputs: f[T, ...].
+          inputs: f[T, ...], or uint8[T, ...]; a memory map stays one.
           labels: f[T, K] in the simplex, or i[T] classes.
           source: i[T] >= 0, the source sample of each; a source's candidates keep their order.
           num_classes: K; None = as many as soft labels have.
           num_sources: None = the largest source plus one.
+          provenance: of the candidates.
 
         Raises:
           ValueError: no candidates, arrays that disagree in T, inputs that are not finite floats,
             images above [0, 1], labels outside the simplex or the classes, sources out of range.
         """
-        inputs = np.asarray(inputs)
-        if not np.issubdtype(inputs.dtype, np.floating) or inputs.shape[:1] != np.shape(source):
+        inputs = np.asanyarray(inputs)
+        floating = np.issubdtype(inputs.dtype, np.floating)
+        if not (floating or inputs.dtype == np.uint8) or inputs.shape[:1] != np.shape(source):
             raise ValueError(
                 f"inputs must be floats with a row for each of {np.size(source)} sources; "
                 f"given {inputs.dtype}{list(inputs.shape)}"
             )
-        checks.finite(inputs=inputs)
-        if inputs.ndim == 4:
-            checks.pixels(inputs=inputs)
+        for start in range(0, len(inputs), CHUNK):  # it may be larger than memory
+            part = inputs[start : start + CHUNK]
+            checks.finite(inputs=part)
+            if inputs.ndim == 4:
+                checks.pixels(inputs=part)
         return cls(
-            lambda places: inputs[places].astype(np.float32),
+            inputs,
             labels,
             source,
             num_classes=num_classes,
             num_sources=num_sources,
-            shape=inputs.shape[1:],
+            provenance=provenance,
         )
 
     @classmethod
@@ -131,7 +141,8 @@ class Pool:
         `labels.csv` beside the sources has the header `file,label` (classes) or `file,p0,p1,...`
         (soft labels) and a row for every image, `3/0.png,7`. Rows of missing images are ignored,
         so candidates can be filtered by deleting their files. A source's candidates are numbered
-        in the order of `<draw>`. Grey images are [H, W, 1], others [H, W, 3]; in [0, 1].
+        in the order of `<draw>`. Grey images are [H, W, 1], others [H, W, 3]; in [0, 1]. If there
+        is a `metadata.jsonl`, it has a line for every image (`read_provenance`).
 
         Args:
           path: the folder.
@@ -141,30 +152,35 @@ class Pool:
 
         Raises:
           ImportError: Pillow is not installed.
-          ValueError: no images, names that are not numbers, a label that is missing or malformed;
-            on access, an image that does not decode, or has another shape than the first. All
-            name the file.
+          ValueError: no images, names that are not numbers, a source out of range, a label or line
+            that is missing or malformed; on access, an image that does not decode, or has another
+            shape than the first. All name the file.
         """
         folder = pathlib.Path(path)
         candidates = []  # (source, draw, name, file)
-        for source in sorted(p for p in folder.iterdir() if p.is_dir()):
-            number = _number("source", source.name, source)
-            candidates += [
-                (number, _number("draw", p.stem, p), p.name, p) for p in images_in(source)
-            ]
+        for source in (p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
+            for p in images_in(source):  # folders without images hold other things
+                number = _number("source", source.name, source)
+                if num_sources is not None and number >= num_sources:
+                    raise ValueError(f"sources must lie in [0, {num_sources}); given {p}")
+                candidates.append((number, _number("draw", p.stem, p), p.name, p))
         if not candidates:
             raise ValueError(f"{folder} must hold images <source>/<draw>.png; given none")
         candidates.sort()
         files = [p for *_, p in candidates]
         images = image_rows(files, size=size)
-        labels = _csv_labels(folder / "labels.csv", [p.relative_to(folder) for p in files])
+        names = [p.relative_to(folder) for p in files]
+        labels, metadata = _csv_labels(folder / "labels.csv", names), folder / METADATA
+        known = None
+        if metadata.exists():
+            known = read_provenance(metadata, [name.as_posix() for name in names])
         return cls(
-            lambda places: floats(images[places]),
+            images,
             labels,
             np.array([source for source, *_ in candidates]),
             num_classes=num_classes,
             num_sources=num_sources,
-            shape=images.shape[1:],
+            provenance=known,
         )
 
     @classmethod
@@ -224,9 +240,8 @@ class Pool:
                 inputs[row] = candidate
             return inputs
 
-        return cls(
-            read, labels, source, num_classes=num_classes, num_sources=num_sources, shape=shape
-        )
+        rows = Rows(read, total, shape, np.float32)
+        return cls(rows, labels, source, num_classes=num_classes, num_sources=num_sources)
 
     def of(self, rows: np.ndarray) -> Pool:
         """The pool whose source j is this one's source rows[j]: i[n], of a training split."""
@@ -235,6 +250,41 @@ class Pool:
         chosen._counts, chosen._starts = self._counts[rows], self._starts[rows]
         return chosen
 
+    def keep(self, kept: np.ndarray) -> Pool:
+        """The pool of those of all T candidates that are kept, bool[T]; of a whole pool.
+
+        >>> pool = Pool.from_arrays(np.zeros((3, 1)), np.eye(3), np.array([0, 0, 2]))
+        >>> pool.keep(np.array([True, False, True])).draws(np.arange(3)).tolist()
+        [1, 0, 1]
+        """
+        checks.rows(len(self._source), kept=kept)
+        chosen = copy.copy(self)
+        chosen._order = self._order[np.asarray(kept)[self._order]]
+        chosen._counts = np.bincount(self._source[kept], minlength=len(self))
+        chosen._starts = np.cumsum(chosen._counts) - chosen._counts
+        return chosen
+
+    def with_trace(self, trace: Trace) -> Pool:
+        """The pool whose candidates carry a trace, arrays [T, L], into their batches."""
+        checks.rows(len(self._source), **{"a column of trace": trace.operation[:, 0]})
+        chosen = copy.copy(self)
+        chosen.trace = trace
+        return chosen
+
+    def samples(self) -> tuple[Rows, np.ndarray, np.ndarray, np.ndarray]:
+        """All candidates, source by source, as samples of their own.
+
+        Returns:
+          (inputs, unread, labels f32[n, K], sources i[n], places i[n] among the T).
+        """
+        source = np.repeat(np.arange(len(self)), self._counts)
+        draw = np.arange(len(source)) - np.repeat(np.cumsum(self._counts) - self._counts,
+                                                  self._counts)  # fmt: skip
+        places = self.places(source, draw)
+        inputs = self._inputs
+        rows = Rows(lambda i: inputs[i], len(inputs), inputs.shape[1:], inputs.dtype)
+        return subset(rows, places), self._prior(places), source, places
+
     def __len__(self) -> int:
         return len(self._counts)
 
@@ -242,15 +292,23 @@ class Pool:
         """How many candidates sources i[B] have: i[B]."""
         return self._counts[_within("index", index, len(self))]
 
-    def __call__(self, index: np.ndarray, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Candidate draw[b] of source index[b]: (inputs f32[B, ...], labels f32[B, K])."""
+    def places(self, index: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        """Places i[B] of candidates draw[b] of sources index[b] among the T."""
         counts = self.draws(index)
         checks.rows(len(counts), draw=draw)
-        places = self._order[self._starts[index] + _within("draw", draw, counts)]
+        return self._order[self._starts[index] + _within("draw", draw, counts)]
+
+    def __call__(self, index: np.ndarray, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Candidate draw[b] of source index[b]: (inputs f32[B, ...], labels f32[B, K])."""
+        places = self.places(index, draw)
+        inputs = floats(np.asarray(self._inputs[places]))
+        return inputs.astype(np.float32), self._prior(places)
+
+    def _prior(self, places: np.ndarray) -> np.ndarray:
         labels = self._labels[places]
         if labels.ndim == 1:
             labels = labels[:, None] == np.arange(self.num_classes)
-        return self._read(places), labels.astype(np.float32)
+        return labels.astype(np.float32)
 
 
 def write_array_record(
@@ -269,7 +327,7 @@ def write_array_record(
 
     Args:
       path: the file; an existing one is replaced.
-      inputs: f[T, ...].
+      inputs: f[T, ...], or uint8[T, ...], written as floats.
       labels: f[T, K] in the simplex, or i[T] classes.
       source: i[T] >= 0, the source sample of each.
 
@@ -286,7 +344,7 @@ def write_array_record(
     try:
         for x, y, i in zip(inputs, labels, source):
             packed = io.BytesIO()
-            np.savez(packed, inputs=x.astype(np.float32), labels=y, source=i)
+            np.savez(packed, inputs=floats(x).astype(np.float32), labels=y, source=i)
             writer.write(packed.getvalue())
         writer.close()
         os.replace(partial, path)

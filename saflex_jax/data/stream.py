@@ -20,7 +20,7 @@ from saflex_jax._compat import optional
 from saflex_jax.batches import stack, take
 from saflex_jax.data.pool import Pool
 from saflex_jax.data.seeds import generator
-from saflex_jax.types import Batch, Streams
+from saflex_jax.types import Batch, Streams, Trace
 
 
 def sizes(pools: Streams) -> Streams:
@@ -239,7 +239,7 @@ class ArrayStream(IndexStream):
         or `images.Rows`; 8-bit ones become floats in [0, 1].
       generated: candidates of a generator, by the candidates' `index`. Where a source has some,
         one of them, drawn uniformly by (seed, step, index) alone, replaces the row's inputs and
-        label; where it has none the row stays.
+        label; where it has none the row stays. The pool's trace comes along.
       options: those of `IndexStream`.
 
     Raises:
@@ -268,8 +268,12 @@ class ArrayStream(IndexStream):
         draws = (rng.random(len(self._generated))[rows.index] * counts).astype(np.int64)
         places = np.flatnonzero(counts)
         inputs, labels = np.array(rows.inputs), np.array(rows.labels)
-        inputs[places], labels[places] = self._generated(rows.index[places], draws[places])
-        return rows._replace(inputs=inputs, labels=labels)
+        drawn = rows.index[places], draws[places]
+        inputs[places], labels[places] = self._generated(*drawn)
+        rows = rows._replace(inputs=inputs, labels=labels)
+        if self._generated.trace is None:
+            return rows
+        return rows._replace(trace=_traced(rows.index, places, self._generated, *drawn))
 
 
 class StackedStream(_Stream):
@@ -357,6 +361,16 @@ class Prefetched(_Stream):
         """Continues at a position."""
         super().set_state(state)
         self._batches = self._batches_from(self._step)
+
+
+def _traced(index, places, generated, *drawn) -> Trace:
+    """The trace of a batch: the candidate's where there is one, else the identity's, place 0."""
+    of_pool, at = generated.trace, generated.places(*drawn)
+    shape = len(index), of_pool.operation.shape[1]
+    trace = Trace(np.zeros(shape, np.int32), np.zeros(shape, np.float32),
+                  np.repeat(index[:, None], shape[1], 1))  # fmt: skip
+    trace.operation[places], trace.magnitude[places] = of_pool.operation[at], of_pool.magnitude[at]
+    return trace
 
 
 def _fits(generated: Pool, candidates: Batch) -> None:

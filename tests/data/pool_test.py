@@ -141,7 +141,7 @@ def arrays(inputs=INPUTS, labels=SOFT, source=SOURCE, **kwargs):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: arrays(np.uint8(255 * INPUTS)), "inputs must be floats .* given uint8"),
+        (lambda: arrays(np.int32(255 * INPUTS)), "inputs must be floats .* given int32"),
         (lambda: arrays(INPUTS[:5]), r"inputs must be floats with a row for each of 6 sources"),
         (lambda: arrays(np.where(INPUTS > 0.9, np.nan, INPUTS)), "inputs must be finite"),
         (lambda: arrays(labels=SOFT[:5]), r"source must have shape \[5\]; given \(6,\)"),
