@@ -1,4 +1,4 @@
-"""The pool of a config: opened, filtered, with its provenance as a trace; as samples or in place."""
+"""The pool of a config: opened, filtered, its provenance as a trace; as samples or in place."""
 
 from __future__ import annotations
 

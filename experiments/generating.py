@@ -182,7 +182,7 @@ def pixels(image: np.ndarray) -> np.ndarray:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """"2/8" as (2, 8): the third of eight.
+    """ "2/8" as (2, 8): the third of eight.
 
     Raises:
       ValueError: not of that form, or out of range.

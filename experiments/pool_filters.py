@@ -24,12 +24,19 @@ from saflex_jax._compat import optional
 from saflex_jax.data.images import image_rows
 
 CHUNK = 64  # images that a network sees at once
+REGULARISATION = 0.01  # C of the logistic regression on standardised features
 # (images uint8[B, H, W, C]) -> f32[B, D]
 Features = Callable[[np.ndarray], np.ndarray]
 
 
-def confidence(folder: pathlib.Path, *, threshold: float, weights: str = "", size: int = 96,
-               backbone: str = "resnet18", regularisation: float = 0.01) -> dict[str, int]:  # fmt: skip
+def confidence(
+    folder: pathlib.Path,
+    *,
+    threshold: float,
+    weights: str = "",
+    size: int = 96,
+    backbone: str = "resnet18",
+) -> dict[str, int]:
     """Flags candidates that a classifier of the plan's sources gives too little confidence.
 
         score = p(label | candidate) ,   p a logistic regression on the sources' own images
@@ -40,7 +47,6 @@ def confidence(folder: pathlib.Path, *, threshold: float, weights: str = "", siz
       weights: of a backbone whose features it works on; "" = on pixels, for small images.
       size: pixels that the backbone sees.
       backbone: of `configure.BACKBONES`.
-      regularisation: C of scikit-learn's logistic regression.
 
     Returns:
       {"candidates", "flagged", "unreadable"}.
@@ -56,7 +62,7 @@ def confidence(folder: pathlib.Path, *, threshold: float, weights: str = "", siz
     features = _features(weights, backbone, size)
     with threadpool_limits(1):
         known = _in_chunks(features, sources.rows, lambda i: np.stack([sources.read(r) for r in i]))
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=regularisation, max_iter=1000))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, max_iter=1000))
         model.fit(known, sources.labels)
         place = {label: k for k, label in enumerate(model.classes_)}
 
@@ -67,8 +73,15 @@ def confidence(folder: pathlib.Path, *, threshold: float, weights: str = "", siz
         return _filter(folder, "confidence", score, threshold)
 
 
-def clip(folder: pathlib.Path, *, threshold: float, model: str, revision: str = "",
-         negatives: Sequence[str], device: str = "cpu") -> dict[str, int]:  # fmt: skip
+def clip(
+    folder: pathlib.Path,
+    *,
+    threshold: float,
+    model: str,
+    revision: str = "",
+    negatives: Sequence[str],
+    device: str = "cpu",
+) -> dict[str, int]:
     """Flags candidates that look more like a negative prompt than like their own.
 
         score = softmax over (own prompt, negatives) of CLIP's logits, at the own prompt
@@ -155,7 +168,9 @@ def _filter(
             whole = [n for n, image in enumerate(images) if image is not None]
             scores = np.full(len(part), np.nan)
             if whole:
-                scores[whole] = score(np.stack([images[n] for n in whole]), [part[n] for n in whole])
+                scores[whole] = score(
+                    np.stack([images[n] for n in whole]), [part[n] for n in whole]
+                )
             said += [
                 {"file_name": r["file_name"], "score": None if np.isnan(s) else float(s),
                  "flagged": not s >= threshold}

@@ -454,7 +454,7 @@ def make_split_source(config: ConfigDict) -> tuple:
 
 
 def trained_rows(section: ConfigDict, split: data.Split) -> np.ndarray:
-    """Rows of the data set that train: the training split's, and the validation split's if asked."""
+    """Rows of the data set that train: the training split's, and if asked the validation split's."""
     return np.concatenate([split.train, split.val]) if section.train_on_val else split.train
 
 

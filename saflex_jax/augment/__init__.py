@@ -1,5 +1,11 @@
 """Upstream augmentation on the device: pure (key, Batch) -> Batch, run inside the step."""
 
+from saflex_jax.augment.alternatives import (
+    Alternatives,
+    of_operations,
+    of_pipelines,
+    of_views,
+)
 from saflex_jax.augment.base import (
     OPERATIONS,
     Augment,
@@ -44,6 +50,7 @@ from saflex_jax.augment.view import view
 
 __all__ = [
     "OPERATIONS",
+    "Alternatives",
     "Augment",
     "affine",
     "augmix",
@@ -65,6 +72,9 @@ __all__ = [
     "made_trace",
     "manifold_mixup",
     "mixup",
+    "of_operations",
+    "of_pipelines",
+    "of_views",
     "on",
     "parse",
     "per_example",

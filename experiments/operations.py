@@ -1,0 +1,326 @@
+"""Do pooled utilities tell the truth about operations, and does adjusting by them pay?
+
+    python -m experiments.operations [--seeds=5] [--first_seed=0] [--workdir=runs/operations]
+
+For each task and seed one vmapped program trains a small network under: all operations; all but
+one, for each of them; the harmless ones alone; the harmless ones and one that destroys, half of the
+draws, each fixed and adjusted (`methods.adjusted`); and, beside these, the first-order rule alone.
+Views are made once. Prints, for each task, the rank correlation over operations of pooled utility
+with what the operation adds to test accuracy, and the adjusted pipelines beside the fixed ones.
+Finished seeds are kept; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import stats
+from tqdm import tqdm
+
+from experiments import arms, pool_files, task
+from experiments.configs import digits, sources
+from saflex_jax import augment, data, models, parallel, rules
+from saflex_jax.augment import Alternatives, of_views
+from saflex_jax.batches import floats
+from saflex_jax.core import pooled
+from saflex_jax.methods import adjusted, supervised
+from saflex_jax.models import MLP, Classifier
+from saflex_jax.types import Batch, RunInfo, Streams
+
+TASKS = ("mnist", "fashion_mnist", "usps")
+SIDE = 14
+PER_CLASS, TRUSTED = 30, 200  # training images a class; trusted ones, which do not train
+DRAWS = 3  # views of each operation
+REPEATS = 2  # of each member, by initialisation and order
+STEPS, BATCH, WIDTH = 800, 64, 64
+
+
+def blank_half(image: jax.Array) -> jax.Array:
+    """The left half is blanked."""
+    return image.at[:, : image.shape[1] // 2].set(0.0)
+
+
+def swap_halves(image: jax.Array) -> jax.Array:
+    """The upper half goes below the lower one."""
+    return jnp.roll(image, image.shape[0] // 2, 0)
+
+
+def half_turn(image: jax.Array) -> jax.Array:
+    """Rotated by 180 degrees."""
+    return image[::-1, ::-1]
+
+
+def mirror(image: jax.Array) -> jax.Array:
+    """Left and right exchanged."""
+    return image[:, ::-1]
+
+
+def transpose(image: jax.Array) -> jax.Array:
+    """Rows and columns exchanged."""
+    return jnp.swapaxes(image, 0, 1)
+
+
+def _of_images(name, op) -> augment.Augment:
+    augment.register_operation(name)
+    return augment.per_example(name, lambda key, image: (op(image), 1.0))
+
+
+HARMLESS = {
+    "none": augment.identity,
+    "shift": augment.parse("shift(1)"),
+    "turn": augment.parse("affine(degrees=10)"),
+    "scale": augment.parse("affine(scale=0.1)"),
+    "shear": augment.parse("affine(shear=10)"),
+    "blur": augment.parse("blur"),
+    "cutout": augment.parse("cutout(4)"),
+}
+PLANTED = {op.__name__: _of_images(op.__name__, op)
+           for op in (blank_half, swap_halves, half_turn, mirror, transpose)}  # fmt: skip
+OPERATIONS = HARMLESS | PLANTED
+NAMES = tuple(OPERATIONS)
+DESTROYING = ("blank_half", "swap_halves")  # whatever the task
+SHARE = 0.5  # of a planted operation's draws
+
+
+class Member(NamedTuple):
+    """One pipeline: its shares at the start, and whether they are adjusted."""
+
+    name: str
+    start: np.ndarray
+    adjust: float
+
+
+def members() -> list[Member]:
+    """All pipelines of a task."""
+
+    def equal(names):
+        found = np.array([name in names for name in NAMES], np.float32)
+        return found / found.sum()
+
+    made = [Member("all", equal(NAMES), 0.0)]
+    made += [Member(f"without {name}", equal({*NAMES} - {name}), 0.0) for name in NAMES]
+    made += [Member(f"harmless, {how}", equal(HARMLESS), a) for how, a in _HOW]
+    for name in DESTROYING:
+        start = (1 - SHARE) * equal(HARMLESS) + SHARE * equal({name})
+        made += [Member(f"{name}, {how}", start, a) for how, a in _HOW]
+    return made
+
+
+_HOW = (("fixed", 0.0), ("adjusted", 1.0))
+
+
+class Task(NamedTuple):
+    """One task and seed: views f32[N, V, D] of the candidates, trusted and test samples."""
+
+    pools: Streams
+    test: Batch
+    alternatives: Alternatives
+    num_classes: int
+
+
+def make_task(name: str, folder: str, seed: int) -> Task:
+    """Reads, splits, and makes all views."""
+    config = digits.get_config()
+    config.seed = seed
+    config.data = sources.section(name, dir=folder, size=SIDE, per_class=PER_CLASS, val=TRUSTED)
+    found = task.make_data(config)
+    candidates = found.pools.candidates
+    images = floats(np.asarray(candidates.inputs))
+    candidates = candidates._replace(inputs=images, trace=None)
+    views, group = [], []
+    for place, pipeline in enumerate(OPERATIONS.values()):
+        apply = jax.jit(pipeline)
+        for draw in range(DRAWS):
+            key = jax.random.key(seed * 1000 + place * DRAWS + draw)
+            views.append(np.asarray(apply(key, candidates).inputs).reshape(len(images), -1))
+            group.append(place)
+
+    def flat(batch):
+        inputs = floats(np.asarray(batch.inputs))
+        return batch._replace(inputs=inputs.reshape(len(inputs), -1))
+
+    pools = Streams(candidates._replace(inputs=np.stack(views, 1)), flat(found.pools.val))
+    classes = candidates.labels.shape[1]
+    return Task(pools, flat(found.test), of_views(group, NAMES), classes)
+
+
+def train_members(
+    given: Task, pipelines: Sequence[Member], seed: int, *, rule: str = "as_given"
+) -> list[dict[str, Any]]:
+    """Trains all pipelines in one program; a record of each repeat."""
+    whole = [(m, repeat) for m in pipelines for repeat in range(REPEATS)]
+    options = {"start": np.stack([m.start for m, _ in whole]),
+               "adjust": np.array([m.adjust for m, _ in whole], np.float32)}  # fmt: skip
+    network = models.from_linen(Classifier(MLP((WIDTH,)), given.num_classes))
+    size = len(given.pools.candidates.labels)
+    run = RunInfo(size, given.num_classes, num_val=len(given.pools.val.labels), num_steps=STEPS)
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=1e-3)
+
+    def method(options):
+        kinds = {"as_given": {}, "saflex": {"rule": rules.RULES["saflex"].make(run)}}
+        plain = supervised.make(network, tx, **kinds[rule])
+        how = adjusted.Options(strength=options["adjust"], decay=0.99)
+        return adjusted.adjusted(plain, given.alternatives, how, start=options["start"])
+
+    def step(state, streams, *, reduce, options):
+        return method(options).step(state, streams, reduce=reduce)
+
+    first = {name: value[0] for name, value in options.items()}
+    example = given.pools.val.inputs[:1]
+    states = [method(first).init(jax.random.key(seed * REPEATS + r), example) for _, r in whole]
+    streams = [
+        data.IndexStream(data.sizes(given.pools), batch_size=BATCH, seed=seed * REPEATS + repeat)
+        for _, repeat in whole
+    ]
+    runner = parallel.sweep_runner(step, options=options, devices=jax.devices()[:1])
+    runner = runner.hold(given.pools)
+    state, stream = runner.put_state(parallel.stack_states(states)), data.StackedStream(streams)
+    for _ in tqdm(range(STEPS), desc=f"{rule}, {len(whole)} runs at once", leave=False):
+        state, _ = runner.step(state, runner.put_batch(next(stream)))
+
+    truth = given.test.labels.argmax(1)
+
+    @jax.jit
+    def accuracy(params):
+        logits = network.logits(params, {}, given.test.inputs)
+        right = logits.argmax(1) == truth
+        each = jnp.stack([jnp.mean(right, where=truth == k) for k in range(given.num_classes)])
+        return jnp.mean(right), each
+
+    records = []
+    for place, (member, repeat) in enumerate(whole):
+        own = parallel.member(state, place)
+        found = pooled.pooled(own.extra.pools)
+        overall, by_class = accuracy(own.params)
+        share = adjusted.shares(
+            jax.tree.map(lambda x: x[:, 0], found), jnp.asarray(member.start),
+            floor=adjusted.Options().floor, strength=member.adjust,
+        )  # fmt: skip
+        records.append(
+            {"member": member.name, "rule": rule, "repeat": repeat, "accuracy": float(overall),
+             "by_class": np.asarray(by_class).tolist(), "share": np.asarray(share).tolist(),
+             "utility": np.asarray(found.mean).tolist(),
+             "error": np.where(np.isfinite(found.error), found.error, -1.0).tolist()}
+        )  # fmt: skip
+    return records
+
+
+# --- What they say
+
+
+def effects(records: list[dict], *, place: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(pooled utility, what it adds to test accuracy) of each operation of one task and seed.
+
+    Args:
+      records: of that task and seed.
+      place: of a class; None = all of them.
+    """
+
+    def mean(name):
+        own = [r for r in records if r["member"] == name and r["rule"] == "as_given"]
+        of = [r["accuracy"] if place is None else r["by_class"][place] for r in own]
+        return float(np.mean(of))
+
+    whole = [r for r in records if r["member"] == "all" and r["rule"] == "as_given"]
+    column = 0 if place is None else 1 + place
+    utility = np.mean([[u[column] for u in r["utility"]] for r in whole], axis=0)
+    return utility, np.array([mean("all") - mean(f"without {name}") for name in NAMES])
+
+
+def intervals(records: list[dict], name: str) -> tuple[float, float]:
+    """The widest interval of 95 % of an operation's utility, over the repeats under "all"."""
+    place = NAMES.index(name)
+    whole = [r for r in records if r["member"] == "all" and r["rule"] == "as_given"]
+    ends = [(r["utility"][place][0], 1.96 * r["error"][place][0]) for r in whole]
+    return min(u - e for u, e in ends), max(u + e for u, e in ends)
+
+
+def report(records: list[dict]) -> str:
+    """The tables."""
+    lines, all_correlations = [], []
+    for name in dict.fromkeys(r["task"] for r in records):
+        own = [r for r in records if r["task"] == name]
+        by_seed = [[r for r in own if r["seed"] == s] for s in sorted({r["seed"] for r in own})]
+        pairs = [effects(seed) for seed in by_seed]
+        found = [float(stats.spearmanr(*pair).statistic) for pair in pairs]
+        all_correlations += found
+        mean = [np.mean([p[k] for p in pairs], 0) for k in (0, 1)]
+        together = float(stats.spearmanr(*mean).statistic)
+        lines.append(f"{name}: rank correlation by seed {', '.join(f'{c:.2f}' for c in found)}; "
+                     f"of means over seeds {together:.2f}")  # fmt: skip
+        lines.append(
+            f"  {'operation':14} {'utility':>8} {'interval, widest':>18} {'adds, points':>13}"
+        )
+        for place, op in enumerate(NAMES):
+            low = min(intervals(seed, op)[0] for seed in by_seed)
+            high = max(intervals(seed, op)[1] for seed in by_seed)
+            lines.append(f"  {op:14} {mean[0][place]:8.3f} {f'{low:+.3f} {high:+.3f}':>18} "
+                         f"{100 * mean[1][place]:8.2f}")  # fmt: skip
+        lines += _adjusting(by_seed)
+    lines.append(f"mean rank correlation: {np.mean(all_correlations):.3f} of "
+                 f"{len(all_correlations)} tasks and seeds")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _adjusting(by_seed: list[list[dict]]) -> list[str]:
+    """Each pipeline's accuracy, and its difference to the harmless one's, in points."""
+
+    def scores(member, rule):
+        values = [[r["accuracy"] for r in seed if (r["member"], r["rule"]) == (member, rule)]
+                  for seed in by_seed]  # fmt: skip
+        return [100 * float(np.mean(v)) for v in values]
+
+    base, lines = scores("harmless, fixed", "as_given"), []
+    wanted = [("harmless", "fixed", "as_given"), ("harmless", "adjusted", "as_given")]
+    for op in DESTROYING:
+        wanted += [(op, "fixed", "as_given"), (op, "adjusted", "as_given"), (op, "fixed", "saflex")]
+    for op, how, rule in wanted:
+        values = scores(f"{op}, {how}", rule)
+        apart = arms.paired_difference(values, base)
+        said = "first-order rule alone" if rule == "saflex" else how
+        spread = f"{np.mean(values):6.2f} +- {np.std(values, ddof=min(1, len(values) - 1)):.2f}"
+        lines.append(f"  {op:14} {said:24} {spread}   {arms._difference(apart)}")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is left, and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--seeds", type=int, default=5)
+    add("--first_seed", type=int, default=0)
+    add("--tasks", default=",".join(TASKS))
+    add("--data", default="data", help="where experiments.prepare put data sets")
+    add("--workdir", type=pathlib.Path, default=pathlib.Path("runs/operations"))
+    given = parser.parse_args(arguments)
+    given.workdir.mkdir(parents=True, exist_ok=True)
+    log = pool_files.ShardFile(given.workdir / "runs.jsonl")
+    records = arms.read_records(given.workdir / "runs.jsonl")
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    for name in given.tasks.split(","):
+        for seed in seeds:
+            if any((r["task"], r["seed"]) == (name, seed) for r in records):
+                continue
+            made = make_task(name, given.data, seed)
+            found = train_members(made, members(), seed)
+            planted = [m for m in members() if m.name.endswith("fixed")]
+            found += train_members(made, planted, seed, rule="saflex")
+            own = [{"task": name, "seed": seed} | record for record in found]
+            for record in own:
+                log.append(record)
+            records += own
+    wanted = [r for r in records if r["seed"] in seeds and r["task"] in given.tasks.split(",")]
+    print(report(wanted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

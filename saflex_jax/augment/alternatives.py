@@ -1,0 +1,169 @@
+"""Pipelines whose parts are drawn with probabilities that may change while a program runs.
+
+    cell_i ~ p ,   x_i <- alternative cell_i of x_i
+
+The probabilities are an argument, an array f[C] in a training state or a member's of a sweep: no
+value of theirs compiles anything again. An operation at several strengths is as many alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saflex_jax import checks
+from saflex_jax.augment import policies
+from saflex_jax.augment.base import OPERATIONS, Augment, _with_equal_traces, record, sample_keys
+from saflex_jax.types import Batch
+
+
+class Alternatives(NamedTuple):
+    """C alternatives, of which each sample draws one.
+
+    Attributes:
+      names: of the alternatives.
+      draw: (key, batch, log_p f[C]) -> (augmented batch, cell i32[B]). log_p need not be
+        normalised; -inf is never drawn.
+    """
+
+    names: tuple[str, ...]
+    draw: Callable[[jax.Array, Batch, jax.Array], tuple[Batch, jax.Array]]
+
+
+def of_pipelines(pipelines: Mapping[str, Augment]) -> Alternatives:
+    """Whole pipelines as alternatives; all of them run on the whole batch, see `of_operations`.
+
+    >>> from saflex_jax.augment import parse
+    >>> both = of_pipelines({"none": parse("identity"), "flip": parse("flip(1.0)")})
+    >>> image = jnp.arange(2.0).reshape(1, 1, 2, 1)
+    >>> batch = Batch(image, jnp.ones((1, 1)), jnp.ones(1, bool), jnp.arange(1))
+    >>> flipped, cell = both.draw(jax.random.key(0), batch, jnp.log(jnp.array([0.0, 1.0])))
+    >>> flipped.inputs.ravel().tolist(), cell.tolist()
+    ([1.0, 0.0], [1])
+
+    Args:
+      pipelines: name -> one that keeps the number of rows.
+
+    Raises:
+      ValueError: no pipeline; (when drawn) one that changes the number of rows.
+    """
+    names = tuple(pipelines)
+    checks.whole(1, **{"the number of pipelines": len(names)})
+
+    def draw(key, batch, log_p):
+        cell_key, *keys = jax.random.split(key, 1 + len(names))
+        cell = _drawn(cell_key, batch, log_p, len(names))
+        made = [pipeline(k, batch) for pipeline, k in zip(pipelines.values(), keys)]
+        for name, branch in zip(names, made):
+            if branch.index.shape != batch.index.shape:
+                raise ValueError(f"alternatives must keep the number of rows; {name!r} does not")
+
+        def pick(*leaves):
+            which = cell.reshape(-1, *[1] * (leaves[0].ndim - 1))
+            return jnp.select([which == n for n in range(len(leaves))], leaves, leaves[0])
+
+        return jax.tree.map(pick, *_with_equal_traces(made)), cell
+
+    return Alternatives(names, draw)
+
+
+def of_operations(
+    strengths: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0),
+    *,
+    operations: Sequence[str] | None = None,
+    fill: float = 0.0,
+    interpolation: str = "nearest",
+) -> Alternatives:
+    """RandAugment's operations at several strengths, at the cost of one operation a sample.
+
+    Args:
+      strengths: in [0, 1]; 1 is RandAugment's m = 30. "identity" has no strength.
+      operations: of `policies.STANDARD`; None = all 14.
+      fill, interpolation: as in `randaugment`.
+
+    Raises:
+      ValueError: strengths out of range, an unknown operation.
+    """
+    space = policies.STANDARD
+    operations = list(space) if operations is None else list(operations)
+    for name in operations:
+        checks.choice(space, **{"an operation": name})
+    for strength in strengths:
+        checks.fraction(**{"a strength": strength})
+    policies._check_warp(fill, interpolation)
+    plain = [n for n in operations if space[n].low == space[n].high]
+    cells = [(n, 0.0) for n in plain]
+    cells += [(n, s) for n in operations if n not in plain for s in strengths]
+    place = jnp.array([list(space).index(n) for n, _ in cells])
+    strength = jnp.array([s for _, s in cells], jnp.float32)
+    number = jnp.array([OPERATIONS.index(n) for n, _ in cells], jnp.int32)
+
+    def draw(key, batch, log_p):
+        shape = policies._image_shape(batch)
+        cell_key, sign_key = jax.random.split(key)
+        cell = _drawn(cell_key, batch, log_p, len(cells))
+        uniform = jax.vmap(jax.random.uniform)(sample_keys(sign_key, batch))
+        sign = policies._sign(uniform)
+        value = policies.values(space, place[cell], strength[cell], sign, shape)
+        images = policies.apply(
+            batch.inputs.astype(jnp.float32), number[cell], value,
+            names=operations, fill=fill, interpolation=interpolation,
+        )  # fmt: skip
+        images = jnp.clip(images, 0, 1).astype(batch.inputs.dtype)
+        return record(batch._replace(inputs=images), number[cell], value), cell
+
+    return Alternatives(tuple(n if n in plain else f"{n}({s:g})" for n, s in cells), draw)
+
+
+def of_views(group: Sequence[int] | np.ndarray, names: Sequence[str]) -> Alternatives:
+    """Views that were computed before, in groups: f[B, V, ...] -> f[B, ...].
+
+    A row draws a group and, uniformly, one of the views in it.
+
+    >>> views = jnp.arange(3.0).reshape(1, 3, 1)
+    >>> batch = Batch(views, jnp.ones((1, 1)), jnp.ones(1, bool), jnp.arange(1))
+    >>> weak_or_strong = of_views([0, 0, 1], ["weak", "strong"])
+    >>> weak_or_strong.draw(jax.random.key(0), batch, jnp.array([-jnp.inf, 0.0]))[0].inputs.tolist()
+    [[2.0]]
+
+    Args:
+      group: i[V] in [0, C).
+      names: of the C groups; each has a view.
+
+    Raises:
+      ValueError: groups out of range, or one without a view; (when drawn) another number of views.
+    """
+    group = np.asarray(group)
+    checks.integers(len(names), group=group)
+    size = np.bincount(group, minlength=len(names))
+    if not size.all():
+        raise ValueError(f"group must have a view of each of {list(names)}; given {size.tolist()}")
+    views = np.argsort(group, kind="stable")
+    first = np.cumsum(size) - size
+
+    def draw(key, batch, log_p):
+        if np.ndim(batch.inputs) < 2 or batch.inputs.shape[1] != len(group):
+            raise ValueError(
+                f"inputs must have {len(group)} views [B, V, ...]; given {np.shape(batch.inputs)}"
+            )
+        cell_key, view_key = jax.random.split(key)
+        cell = _drawn(cell_key, batch, log_p, len(names))
+        uniform = jax.vmap(jax.random.uniform)(sample_keys(view_key, batch))
+        number = jnp.asarray(size)[cell]
+        within = jnp.minimum((uniform * number).astype(jnp.int32), number - 1)
+        view = jnp.asarray(views)[jnp.asarray(first)[cell] + within]
+        inputs = batch.inputs[jnp.arange(len(cell)), view]
+        return record(batch._replace(inputs=inputs), "view", view), cell
+
+    return Alternatives(tuple(names), draw)
+
+
+def _drawn(key: jax.Array, batch: Batch, log_p: jax.Array, number: int) -> jax.Array:
+    """The alternative of each row, by its index alone, i32[B]."""
+    checks.rows(number, log_p=log_p)
+    draw = jax.vmap(lambda k: jax.random.categorical(k, log_p))
+    return draw(sample_keys(key, batch)).astype(jnp.int32)

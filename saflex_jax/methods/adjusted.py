@@ -1,0 +1,200 @@
+"""A pipeline that adjusts itself: what the validation gradient calls harmful is drawn less.
+
+    utility of a row  ->  of its alternative, step by step  ->  how surely it helps  ->  its share
+
+In front of any method, as `upstream`. An operation at several strengths is as many alternatives,
+so the shares say how often it is drawn and how strong it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr
+
+from saflex_jax import checks
+from saflex_jax.augment.alternatives import Alternatives
+from saflex_jax.core import pooled
+from saflex_jax.core.pooled import Pooled, Pools
+from saflex_jax.core.targets import score_scale
+from saflex_jax.core.tree import gather, identity
+from saflex_jax.rules.scoring import Scoring
+from saflex_jax.types import Method, PyTree, TrainState
+
+
+class Adjusted(NamedTuple):
+    """`TrainState.extra` of an adjusted method.
+
+    Attributes:
+      method: the method's own.
+      pools: utilities of the C alternatives, f32[C, 1 + K]: of all rows, and by class. One step's
+        mean is one observation.
+    """
+
+    method: PyTree
+    pools: Pools
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How shares follow utilities.
+
+    Attributes:
+      decay: in [0, 1), of what is remembered of steps; 0.99 remembers about a hundred.
+      floor: in [0, 1], the part of every share that stays, so that nothing is lost for good.
+      strength: >= 0; 0 adjusts nothing and only remembers. May be traced.
+      scoring: of utilities; the greedy direction costs one pass over the validation samples.
+    """
+
+    decay: float = 0.99
+    floor: float = 0.05
+    strength: float | jax.Array = 1.0
+    scoring: Scoring = Scoring(direction="identity")
+
+    def __post_init__(self):
+        checks.decay(decay=self.decay)
+        checks.fraction(floor=self.floor)
+        checks.at_least_zero(strength=self.strength)
+
+
+def shares(
+    found: Pooled, start: jax.Array, *, floor: float, strength: float | jax.Array = 1.0
+) -> jax.Array:
+    """How often each alternative is drawn, f32[C], given what is known of its utility.
+
+        p_c = floor p0_c + (1 - floor) p0_c h_c^a / sum_j p0_j h_j^a ,   h_c = min(1, 2 P(u_c > 0))
+
+    by the mean's Gaussian. What helps and what helps more are drawn alike, and so is that of which
+    nothing is known: a pipeline without harm stays as it is.
+
+    >>> found = Pooled(jnp.array([9.0, 9.0]), jnp.array([0.3, -0.3]), jnp.array([0.1, 0.1]))
+    >>> shares(found, jnp.array([0.5, 0.5]), floor=0.1).round(3).tolist()
+    [0.949, 0.051]
+
+    Args:
+      found: each f32[C].
+      start: p0, f32[C], the shares at the start; they sum to one.
+      floor: in [0, 1].
+      strength: a >= 0.
+    """
+    helps = jnp.minimum(2 * ndtr(found.mean / found.error), 1.0)
+    kept = start * jnp.maximum(helps, 1e-6) ** strength
+    return floor * start + (1 - floor) * kept / jnp.sum(kept)
+
+
+def adjusted(
+    method: Method,
+    alternatives: Alternatives,
+    options: Options = Options(),
+    *,
+    start: jax.Array | None = None,
+) -> Method:
+    """The method, its candidates augmented by alternatives whose shares follow their utility.
+
+        from saflex_jax.augment import of_operations
+        from saflex_jax.methods.adjusted import adjusted
+
+        method = adjusted(saflex.make(model, tx, run), of_operations())
+
+    Metrics: "share/NAME", "utility/NAME" of every alternative. A utility is <label, scores> over
+    the batch's root mean square; of a step the mean over an alternative's rows is one observation,
+    since all of them see one validation gradient.
+
+    Args:
+      method: any Method; it needs validation samples, which should not train.
+      alternatives: see `augment.alternatives`.
+      options: of the adjusting.
+      start: shares f[C] at the start, may be traced; None = equal.
+
+    Raises:
+      ValueError: shares of another number; concrete ones that are no distribution; (on a step) no
+        validation samples.
+    """
+    number = len(alternatives.names)
+    start = jnp.full(number, 1 / number) if start is None else jnp.asarray(start, jnp.float32)
+    checks.rows(number, start=start)
+    checks.simplex(start=start[None])
+
+    def init(key, inputs):
+        state = method.init(key, inputs)
+        classes = jax.eval_shape(method.predict, state, inputs).shape[-1]
+        return state._replace(extra=Adjusted(state.extra, pooled.no_pools(number, 1 + classes)))
+
+    def inside(state):
+        return state._replace(extra=state.extra.method)
+
+    def now(state):
+        return shares(
+            _overall(state.extra.pools), start, floor=options.floor, strength=options.strength
+        )
+
+    def augmented(state, streams):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
+        drawn, cell = alternatives.draw(key, streams.candidates, jnp.log(now(state)))
+        return streams._replace(candidates=drawn), cell
+
+    def step(state, streams, *, reduce=identity):
+        if streams.val is None:
+            raise ValueError("adjusted needs validation samples; given streams.val=None")
+        streams, cell = augmented(state, streams)
+        utility = _utility(method, inside(state), streams, options.scoring, reduce)
+        pools = _observed(
+            state.extra.pools, utility, cell, streams.candidates, options.decay, reduce
+        )
+        new, metrics = method.step(inside(state), streams, reduce=reduce)
+        return new._replace(extra=Adjusted(new.extra, pools)), metrics | said(state, pools)
+
+    def said(state, pools):
+        share, utility = now(state), _overall(pools).mean
+        one = jnp.ones(())
+        named = list(enumerate(alternatives.names))
+        return {f"share/{name}": (share[c], one) for c, name in named} | {
+            f"utility/{name}": (utility[c], one) for c, name in named
+        }
+
+    def targets(state, streams):
+        return method.targets(inside(state), augmented(state, streams)[0])
+
+    def predict(state, inputs):
+        return method.predict(inside(state), inputs)
+
+    return Method(init, step, predict, targets if method.targets else None)
+
+
+def _overall(pools: Pools) -> Pooled:
+    """Each f32[C]."""
+    return jax.tree.map(lambda x: x[:, 0], pooled.pooled(pools))
+
+
+def _utility(method: Method, state: TrainState, streams, scoring: Scoring, reduce) -> jax.Array:
+    """<label, scores> of the candidates in units of the batch's root mean square, f32[B]."""
+
+    def logits_fn(params, inputs):
+        return method.predict(state._replace(params=params), inputs)
+
+    score = scoring.prepare(state, logits_fn, streams, reduce=reduce)
+    scored, *_ = score(scoring.init(state.params), jnp.zeros((), jnp.int32))
+    candidates = streams.candidates
+    scale = score_scale(scored.scores, candidates.mask, reduce=reduce)
+    return jnp.sum(candidates.labels * scored.scores, -1) / scale
+
+
+def _observed(pools, utility, cell, candidates, decay, reduce) -> Pools:
+    """The pools after one step, whose mean of each alternative, and class, is one row."""
+    given = utility, cell, candidates.labels, candidates.mask
+    utility, cell, labels, mask = gather(given, reduce)
+    number, columns = pools.weight.shape
+    own = (cell[:, None] == jnp.arange(number)) & mask[:, None]
+    of_class = labels.argmax(-1)[:, None] == jnp.arange(columns - 1)
+    column = jnp.concatenate([jnp.ones((len(cell), 1), bool), of_class], 1)
+    rows = (own[:, :, None] & column[:, None]).astype(jnp.float32)
+    count = rows.sum(0)
+    mean = jnp.einsum("bck,b->ck", rows, utility) / jnp.maximum(count, 1)
+    places = jnp.indices(count.shape)
+    groups, classes = (place.ravel() for place in places)
+    return pooled.add_utilities(
+        pools, mean.ravel(), groups, classes, count.ravel() > 0, decay=decay
+    )
