@@ -30,6 +30,8 @@ BENCH = [
     "torch==2.13.0",
     "torchopt>=0.7.3,<0.8",
 ]
+# Generators of candidates and their filter (docs/generation.md); torch as above.
+GENERATE = DATA + EXPERIMENTS + ["diffusers>=0.42,<0.43", "torch>=2.6", "transformers>=5.24,<6"]
 
 setup(
     name="saflex_jax",
@@ -55,6 +57,7 @@ setup(
         "clip": CLIP,
         "data": DATA,
         "experiments": DATA + EXPERIMENTS,
+        "generate": GENERATE,
         "bench": DATA + EXPERIMENTS + BENCH,
         "pods": ["jax[tpu]>=0.7.2,<0.13"],  # the TPU compiler, for benchmarks.pods; no TPU needed
         "test": DATA

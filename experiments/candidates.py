@@ -89,11 +89,16 @@ class Samples(NamedTuple):
     places: np.ndarray
 
 
-def samples(pool: data.Pool, inputs: np.ndarray | data.Rows) -> Samples:
+def samples(pool: data.Pool, inputs: np.ndarray | data.Rows, *, on_device: bool = True) -> Samples:
     """All candidates of a pool, to stand beside the inputs of a data set.
 
+    Args:
+      pool: the candidates.
+      inputs: of the data set.
+      on_device: read them all now; False = when a batch has them, however many there are.
+
     Raises:
-      ValueError: candidates of another shape.
+      ValueError: candidates of another shape; where they are read, one that does not decode.
     """
     if tuple(inputs.shape[1:]) != pool.shape:
         raise ValueError(
@@ -101,6 +106,7 @@ def samples(pool: data.Pool, inputs: np.ndarray | data.Rows) -> Samples:
             f"set's; given {list(pool.shape)}; config.data.size resizes both"
         )
     made, given, _, places = pool.samples()
+    made = np.asarray(made) if on_device else made
     clean = given
     if pool.provenance is not None:
         known = pool.provenance.known_label[places]
@@ -130,6 +136,6 @@ def trace(pool: data.Pool, places: np.ndarray) -> Trace:
 
 
 def _floats(inputs: np.ndarray | data.Rows) -> np.ndarray | data.Rows:
-    if inputs.dtype == np.float32:
-        return inputs
+    if not isinstance(inputs, data.Rows):
+        return floats(inputs).astype(np.float32)
     return data.Rows(lambda i: floats(np.asarray(inputs[i])), len(inputs), inputs.shape[1:], "f4")

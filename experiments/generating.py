@@ -53,11 +53,11 @@ class Plan(NamedTuple):
         checks.whole(1, **{"--draws": self.draws, "--steps": self.steps})
         checks.whole(**{"--seed": self.seed, "--pixels": self.options.pixels})
         checks.amount(**{"--guidance": self.guidance})
+        found = generators.find(self.generator)
         if not self.prompts:
             raise ValueError("--prompt must be given, once for each prompt; given none")
         if self.generator != "edits" and not self.options.model:
             raise ValueError(f"--model must be given for {self.generator}; given none")
-        found = generators.find(self.generator)
         found.check(self.prompts, self.strengths, self.steps)
 
 

@@ -68,6 +68,15 @@ def transpose(image: jax.Array) -> jax.Array:
     return jnp.swapaxes(image, 0, 1)
 
 
+def another(key: jax.Array, batch: Batch) -> Batch:
+    """The image of another sample, whatever its class: what a generator without control makes."""
+    partner = jax.random.permutation(key, len(batch.index))
+    return augment.record(batch._replace(inputs=batch.inputs[partner]), "another", 1.0)
+
+
+augment.register_operation("another")
+
+
 def _of_images(name, op) -> augment.Augment:
     augment.register_operation(name)
     return augment.per_example(name, lambda key, image: (op(image), 1.0))
@@ -78,15 +87,16 @@ HARMLESS = {
     "shift": augment.parse("shift(1)"),
     "turn": augment.parse("affine(degrees=10)"),
     "scale": augment.parse("affine(scale=0.1)"),
-    "shear": augment.parse("affine(shear=10)"),
+    "shear": augment.parse("affine(shear=0.15)"),
     "blur": augment.parse("blur"),
     "cutout": augment.parse("cutout(4)"),
 }
 PLANTED = {op.__name__: _of_images(op.__name__, op)
            for op in (blank_half, swap_halves, half_turn, mirror, transpose)}  # fmt: skip
+PLANTED["another"] = another
 OPERATIONS = HARMLESS | PLANTED
 NAMES = tuple(OPERATIONS)
-DESTROYING = ("blank_half", "swap_halves")  # whatever the task
+DESTROYING = ("another", "transpose", "half_turn")  # whatever the task
 SHARE = 0.5  # of a planted operation's draws
 
 
@@ -167,7 +177,7 @@ def train_members(
     def method(options):
         kinds = {"as_given": {}, "saflex": {"rule": rules.RULES["saflex"].make(run)}}
         plain = supervised.make(network, tx, **kinds[rule])
-        how = adjusted.Options(strength=options["adjust"], decay=0.99)
+        how = adjusted.Options(strength=options["adjust"])
         return adjusted.adjusted(plain, given.alternatives, how, start=options["start"])
 
     def step(state, streams, *, reduce, options):

@@ -454,7 +454,7 @@ def make_split_source(config: ConfigDict) -> tuple:
 
 
 def trained_rows(section: ConfigDict, split: data.Split) -> np.ndarray:
-    """Rows of the data set that train: the training split's, and if asked the validation split's."""
+    """Rows that train: the training split, and the validation split where it is asked for."""
     return np.concatenate([split.train, split.val]) if section.train_on_val else split.train
 
 
@@ -478,7 +478,7 @@ def make_data(config: ConfigDict) -> Data:
             data.priors(labels, source.num_classes, source.task)
             for labels in (given, clean, val_labels)
         )
-        added = made_candidates.samples(made, candidates)
+        added = made_candidates.samples(made, candidates, on_device=section.on_device)
         candidates = data.joined(*added.inputs)
         given, clean = np.concatenate([given, added.given]), np.concatenate([clean, added.clean])
         outside = np.append(outside, np.zeros(len(added.given), bool))

@@ -43,16 +43,18 @@ class Options:
     """How shares follow utilities.
 
     Attributes:
-      decay: in [0, 1), of what is remembered of steps; 0.99 remembers about a hundred.
+      decay: in [0, 1), of what is remembered of steps; 0.999 remembers about a thousand. Utilities
+        are largest early on, before the network has learned the samples by heart.
       floor: in [0, 1], the part of every share that stays, so that nothing is lost for good.
       strength: >= 0; 0 adjusts nothing and only remembers. May be traced.
-      scoring: of utilities; the greedy direction costs one pass over the validation samples.
+      scoring: of utilities. Along the greedy direction they tell operations apart less well
+        (docs/generation.md).
     """
 
-    decay: float = 0.99
+    decay: float = 0.999
     floor: float = 0.05
     strength: float | jax.Array = 1.0
-    scoring: Scoring = Scoring(direction="identity")
+    scoring: Scoring = Scoring()
 
     def __post_init__(self):
         checks.decay(decay=self.decay)
@@ -187,8 +189,8 @@ def _observed(pools, utility, cell, candidates, decay, reduce) -> Pools:
     given = utility, cell, candidates.labels, candidates.mask
     utility, cell, labels, mask = gather(given, reduce)
     number, columns = pools.weight.shape
-    own = (cell[:, None] == jnp.arange(number)) & mask[:, None]
-    of_class = labels.argmax(-1)[:, None] == jnp.arange(columns - 1)
+    own = (cell[:, None] == jnp.arange(number)[None]) & mask[:, None]
+    of_class = labels.argmax(-1)[:, None] == jnp.arange(columns - 1)[None]
     column = jnp.concatenate([jnp.ones((len(cell), 1), bool), of_class], 1)
     rows = (own[:, :, None] & column[:, None]).astype(jnp.float32)
     count = rows.sum(0)

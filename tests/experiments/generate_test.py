@@ -6,6 +6,7 @@ import resource
 import signal
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ from experiments import (
 )
 from experiments.configs import digits
 from experiments.generators import Options, Originals, Request, edits
-from saflex_jax import augment, parallel
+from saflex_jax import augment, data, parallel
 from saflex_jax.core import pooled
 from saflex_jax.types import Streams
 
@@ -325,7 +326,8 @@ def test_the_planted_prompt_is_the_lowest_of_its_pool(pool):
     chosen = config(pool, pool_rows=True, train_on_val=False)
     made = task.make_data(chosen)
     method = build.make_method(chosen, made.pools)
-    runner = parallel.RUNNERS["jit"](build.with_upstream(chosen, method).step)
+    step = build.with_upstream(chosen, method).step
+    runner = parallel.RUNNERS["jit"](step, devices=jax.devices()[:1])
     state = build.fit(chosen, made, method, runner, progress=False).state
     targets = method.targets(state, Streams(made.pools.candidates, made.pools.val))
     prompts = made.pool.provenance.prompts
@@ -354,16 +356,12 @@ def test_fields_that_do_not_go_together(pool, change, message):
 
 def test_pools_that_do_not_fit_are_refused(pool, tmp_path):
     with pytest.raises(ValueError, match=r"must hold images of shape \[8, 8, 3\]"):
-        candidates.samples(candidates.opened(config(pool).data, _source(), np.arange(9)),
-                           np.zeros((1, 8, 8, 3)))  # fmt: skip
+        made = data.Pool.from_folder(pool, num_classes=10)
+        candidates.samples(made, np.zeros((1, 8, 8, 3)))
     folder = planned(tmp_path / "pool", draws=1)
     generating.run(folder, progress=False)
     with pytest.raises(ValueError, match="nothing is flagged"):
         task.make_data(config(folder, pool_rows=True, pool_flagged="drop"))
-
-
-def _source():
-    return task.opened("digits", "data", 0, "", True)
 
 
 # --- the command

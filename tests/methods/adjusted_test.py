@@ -1,0 +1,154 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from saflex_jax import Batch, Streams, augment, parallel
+from saflex_jax.core.pooled import Pooled, pooled
+from saflex_jax.data import IndexStream, sizes
+from saflex_jax.methods import adjusted, supervised
+from saflex_jax.methods.adjusted import Adjusted, Options, shares
+from saflex_jax.methods.upstream import upstream
+from saflex_jax.models import from_function
+from saflex_jax.rules import Scoring
+
+GREEDY = Scoring(direction="identity", predicate="")
+START = jnp.array([0.4, 0.1, 0.5])
+
+
+def found(mean, error=0.1):
+    mean = jnp.array(mean)
+    return Pooled(jnp.full(3, 9.0), mean, jnp.full(3, error))
+
+
+def test_shares_are_a_distribution_that_harm_alone_moves():
+    np.testing.assert_allclose(shares(found([0.0, 0.3, 9.0]), START, floor=0.1), START, rtol=1e-6)
+    unknown = shares(found([-1.0, -2.0, 0.0], jnp.inf), START, floor=0.1)
+    np.testing.assert_allclose(unknown, START, rtol=1e-6)
+    harmed = [float(shares(found([0.3, 0.3, u]), START, floor=0.1)[2]) for u in (0, -0.1, -0.2, -9)]
+    assert harmed == sorted(harmed, reverse=True) and harmed[0] == pytest.approx(0.5)
+    assert harmed[-1] == pytest.approx(0.1 * 0.5, rel=1e-3)
+    np.testing.assert_allclose(shares(found([0.3, -9, -9]), START, floor=0.0).sum(), 1, rtol=1e-6)
+    off = shares(found([0.3, -9.0, -9.0]), START, floor=0.0, strength=0.0)
+    np.testing.assert_allclose(off, START, rtol=1e-6)
+
+
+# Two classes on a line, told apart by the first input; the second is noise.
+RNG = np.random.default_rng(0)
+SIZE = 240
+
+
+def pool(size):
+    y = np.arange(size) % 2
+    x = (
+        RNG.normal(size=(size, 2)).astype(np.float32)
+        + np.float32([[1.5, 0]]) * (2 * y - 1)[:, None]
+    )
+    rows = np.arange(size, dtype=np.int32)
+    return Batch(x, np.eye(2, dtype=np.float32)[y], rows >= 0, rows)
+
+
+POOLS = Streams(pool(SIZE), pool(60))
+
+
+def moved(name, op):
+    augment.register_operation(name)
+    return augment.per_example(name, lambda key, x: (op(x), 1.0))
+
+
+KINDS = {
+    "none": augment.identity,
+    "negated": moved("negated", lambda x: -x),  # the other class's
+    "jitter": moved("jitter", lambda x: x + jnp.array([0.0, 0.5])),
+}
+# Makes samples of the second class look like the first one's, and leaves those of the first.
+ONE_SIDED = {"none": KINDS["none"], "left": moved("left", lambda x: x.at[0].set(-jnp.abs(x[0])))}
+
+
+def linear():
+    return from_function(
+        lambda key, inputs: {"head": {"kernel": jnp.zeros((2, 2))}},
+        lambda params, inputs: inputs @ params["head"]["kernel"],
+    )
+
+
+def make(kinds=KINDS, start=None, **options):
+    plain = supervised.make(linear(), optax.sgd(0.1))
+    chosen = Options(**{"scoring": GREEDY, **options})
+    return adjusted.adjusted(plain, augment.of_pipelines(kinds), chosen, start=start)
+
+
+def trained(method, steps=120):
+    runner = parallel.jit_runner(method.step, devices=jax.devices()[:1]).hold(POOLS)
+    state = runner.put_state(method.init(jax.random.key(0), POOLS.candidates.inputs[:1]))
+    stream, metrics = IndexStream(sizes(POOLS), batch_size=40, seed=0), {}
+    for _ in range(steps):
+        state, metrics = runner.step(state, runner.put_batch(next(stream)))
+    return state, {name: float(total / count) for name, (total, count) in metrics.items()}
+
+
+@functools.cache
+def runs():
+    start = (0.3, 0.5, 0.2)
+    return {a: trained(make(start=start, strength=a)) for a in (0.0, 1.0)}
+
+
+def test_a_planted_operation_is_drawn_no_more_and_the_others_keep_their_proportion():
+    fixed, moved = (runs()[a] for a in (0.0, 1.0))
+    assert fixed[1]["share/negated"] == pytest.approx(0.5)
+    assert moved[1]["utility/negated"] < 0 < moved[1]["utility/jitter"]
+    assert moved[1]["share/negated"] < 0.04
+    # Of what is left, 3 : 2 as at the start.
+    assert moved[1]["share/none"] / moved[1]["share/jitter"] == pytest.approx(1.5, rel=1e-3)
+
+
+def test_without_strength_it_is_the_pipeline_with_fixed_shares():
+    start = jnp.array([0.3, 0.5, 0.2])
+    alternatives = augment.of_pipelines(KINDS)
+    plain = supervised.make(linear(), optax.sgd(0.1))
+    whole = upstream(plain, lambda key, b: alternatives.draw(key, b, jnp.log(start))[0])
+    same, _ = trained(whole)
+    np.testing.assert_allclose(same.params["head"]["kernel"],
+                               runs()[0.0][0].params["head"]["kernel"], rtol=1e-4)  # fmt: skip
+
+
+def test_harm_to_one_class_is_seen_by_class():
+    state, _ = trained(make(ONE_SIDED, strength=0.0))
+    mean = np.asarray(pooled(state.extra.pools).mean)
+    none, left = mean
+    assert left[2] < 0 < left[1] and none[1] > 0 and none[2] > 0  # columns: all, class 0, class 1
+
+
+def test_members_of_a_sweep_have_shares_of_their_own():
+    options = {"start": np.float32([[1, 0, 0], [0, 1, 0]]), "strength": np.float32([0, 1])}
+
+    def step(state, streams, *, reduce, options):
+        return make(start=options["start"], strength=options["strength"]).step(
+            state, streams, reduce=reduce
+        )
+
+    runner = parallel.sweep_runner(step, options=options, devices=jax.devices()[:1]).hold(POOLS)
+    state = make().init(jax.random.key(0), POOLS.candidates.inputs[:1])
+    state = runner.put_state(parallel.stack_states([state, state]))
+    rows = Streams(np.tile(np.arange(40), (2, 1)), np.tile(np.arange(60), (2, 1)))
+    for _ in range(3):
+        state, _ = runner.step(state, runner.put_batch(rows))
+    kernel = np.asarray(state.params["head"]["kernel"])
+    assert kernel[0, 0, 1] > 0 > kernel[1, 0, 1]  # the second saw negated samples alone
+    assert isinstance(state.extra, Adjusted)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"start must have shape \[3\]"):
+        make(start=(0.5, 0.5))
+    with pytest.raises(ValueError, match="start must have rows >= 0 that sum to one"):
+        make(start=(0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="floor must lie in"):
+        Options(floor=2.0)
+    method = make()
+    state = method.init(jax.random.key(0), POOLS.candidates.inputs[:1])
+    with pytest.raises(ValueError, match="adjusted needs validation samples"):
+        method.step(state, Streams(POOLS.candidates))
