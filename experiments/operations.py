@@ -32,6 +32,7 @@ from saflex_jax.augment import Alternatives, of_views
 from saflex_jax.batches import floats
 from saflex_jax.core import pooled
 from saflex_jax.methods import adjusted, supervised
+from saflex_jax.methods.upstream import upstream
 from saflex_jax.models import MLP, Classifier
 from saflex_jax.types import Batch, RunInfo, Streams
 
@@ -101,11 +102,12 @@ SHARE = 0.5  # of a planted operation's draws
 
 
 class Member(NamedTuple):
-    """One pipeline: its shares at the start, and whether they are adjusted."""
+    """One pipeline: its shares at the start, how they are adjusted, and if utilities are kept."""
 
     name: str
     start: np.ndarray
-    adjust: float
+    adjust: float = 0.0
+    looked_at: bool = False
 
 
 def members() -> list[Member]:
@@ -115,16 +117,15 @@ def members() -> list[Member]:
         found = np.array([name in names for name in NAMES], np.float32)
         return found / found.sum()
 
-    made = [Member("all", equal(NAMES), 0.0)]
-    made += [Member(f"without {name}", equal({*NAMES} - {name}), 0.0) for name in NAMES]
-    made += [Member(f"harmless, {how}", equal(HARMLESS), a) for how, a in _HOW]
+    starts = {"harmless": equal(HARMLESS)}
     for name in DESTROYING:
-        start = (1 - SHARE) * equal(HARMLESS) + SHARE * equal({name})
-        made += [Member(f"{name}, {how}", start, a) for how, a in _HOW]
-    return made
-
-
-_HOW = (("fixed", 0.0), ("adjusted", 1.0))
+        starts[name] = (1 - SHARE) * equal(HARMLESS) + SHARE * equal({name})
+    return [
+        Member("all", equal(NAMES), looked_at=True),
+        *(Member(f"{name}, adjusted", start, 1.0, True) for name, start in starts.items()),
+        *(Member(f"without {name}", equal({*NAMES} - {name})) for name in NAMES),
+        *(Member(f"{name}, fixed", start) for name, start in starts.items()),
+    ]
 
 
 class Task(NamedTuple):
@@ -165,62 +166,80 @@ def make_task(name: str, folder: str, seed: int) -> Task:
 def train_members(
     given: Task, pipelines: Sequence[Member], seed: int, *, rule: str = "as_given"
 ) -> list[dict[str, Any]]:
-    """Trains all pipelines in one program; a record of each repeat."""
+    """Trains all pipelines in one program; a record of each repeat.
+
+    Args:
+      given: of that seed.
+      pipelines: all of them looked at ("utility"), or none.
+      seed: of initialisations and orders.
+      rule: of `rules.RULES`.
+    """
     whole = [(m, repeat) for m in pipelines for repeat in range(REPEATS)]
     options = {"start": np.stack([m.start for m, _ in whole]),
                "adjust": np.array([m.adjust for m, _ in whole], np.float32)}  # fmt: skip
-    network = models.from_linen(Classifier(MLP((WIDTH,)), given.num_classes))
-    size = len(given.pools.candidates.labels)
-    run = RunInfo(size, given.num_classes, num_val=len(given.pools.val.labels), num_steps=STEPS)
-    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=1e-3)
-
-    def method(options):
-        kinds = {"as_given": {}, "saflex": {"rule": rules.RULES["saflex"].make(run)}}
-        plain = supervised.make(network, tx, **kinds[rule])
-        how = adjusted.Options(strength=options["adjust"])
-        return adjusted.adjusted(plain, given.alternatives, how, start=options["start"])
+    make, network = _maker(given, rule, pipelines[0].looked_at)
 
     def step(state, streams, *, reduce, options):
-        return method(options).step(state, streams, reduce=reduce)
+        return make(options).step(state, streams, reduce=reduce)
 
-    first = {name: value[0] for name, value in options.items()}
-    example = given.pools.val.inputs[:1]
-    states = [method(first).init(jax.random.key(seed * REPEATS + r), example) for _, r in whole]
-    streams = [
-        data.IndexStream(data.sizes(given.pools), batch_size=BATCH, seed=seed * REPEATS + repeat)
-        for _, repeat in whole
-    ]
+    method = make({name: value[0] for name, value in options.items()})
+    keys = [seed * REPEATS + repeat for _, repeat in whole]
+    states = [method.init(jax.random.key(key), given.pools.val.inputs[:1]) for key in keys]
+    size = data.sizes(given.pools)
+    streams = [data.IndexStream(size, batch_size=BATCH, seed=key) for key in keys]
     runner = parallel.sweep_runner(step, options=options, devices=jax.devices()[:1])
     runner = runner.hold(given.pools)
     state, stream = runner.put_state(parallel.stack_states(states)), data.StackedStream(streams)
     for _ in tqdm(range(STEPS), desc=f"{rule}, {len(whole)} runs at once", leave=False):
         state, _ = runner.step(state, runner.put_batch(next(stream)))
-
-    truth = given.test.labels.argmax(1)
-
-    @jax.jit
-    def accuracy(params):
-        logits = network.logits(params, {}, given.test.inputs)
-        right = logits.argmax(1) == truth
-        each = jnp.stack([jnp.mean(right, where=truth == k) for k in range(given.num_classes)])
-        return jnp.mean(right), each
-
     records = []
     for place, (member, repeat) in enumerate(whole):
         own = parallel.member(state, place)
-        found = pooled.pooled(own.extra.pools)
-        overall, by_class = accuracy(own.params)
-        share = adjusted.shares(
-            jax.tree.map(lambda x: x[:, 0], found), jnp.asarray(member.start),
-            floor=adjusted.Options().floor, strength=member.adjust,
-        )  # fmt: skip
-        records.append(
-            {"member": member.name, "rule": rule, "repeat": repeat, "accuracy": float(overall),
-             "by_class": np.asarray(by_class).tolist(), "share": np.asarray(share).tolist(),
-             "utility": np.asarray(found.mean).tolist(),
-             "error": np.where(np.isfinite(found.error), found.error, -1.0).tolist()}
-        )  # fmt: skip
+        record = {"member": member.name, "rule": rule, "repeat": repeat}
+        records.append(record | _tested(network, own.params, given.test) | _seen(member, own))
     return records
+
+
+def _maker(given: Task, rule: str, looked_at: bool):
+    """(options of a member -> its method, the network)."""
+    network = models.from_linen(Classifier(MLP((WIDTH,)), given.num_classes))
+    size = len(given.pools.candidates.labels)
+    run = RunInfo(size, given.num_classes, num_val=len(given.pools.val.labels), num_steps=STEPS)
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=1e-3)
+    kinds = {} if rule == "as_given" else {"rule": rules.RULES[rule].make(run)}
+    plain, alternatives = supervised.make(network, tx, **kinds), given.alternatives
+
+    def make(options):
+        if looked_at:
+            how = adjusted.Options(strength=options["adjust"])
+            return adjusted.adjusted(plain, alternatives, how, start=options["start"])
+        log_p = jnp.log(options["start"])
+        return upstream(plain, lambda key, batch: alternatives.draw(key, batch, log_p)[0])
+
+    return make, network
+
+
+def _tested(network, params, test: Batch) -> dict[str, Any]:
+    """Accuracy on the test split, which this reads, overall and of each class."""
+    truth, inputs = np.asarray(test.labels).argmax(1), jnp.asarray(test.inputs)
+    right = np.asarray(network.logits(params, {}, inputs)).argmax(1) == truth
+    by_class = [float(right[truth == k].mean()) for k in range(test.labels.shape[1])]
+    return {"accuracy": float(right.mean()), "by_class": by_class}
+
+
+def _seen(member: Member, state) -> dict[str, Any]:
+    """Utilities, their errors (-1: unknown) and last shares, where they were looked at."""
+    if not member.looked_at:
+        return {}
+    found = pooled.pooled(state.extra.pools)
+    how = adjusted.Options()
+    share = adjusted.shares(
+        jax.tree.map(lambda x: x[:, 0], found), jnp.asarray(member.start),
+        floor=how.floor, margin=how.margin, strength=member.adjust,
+    )  # fmt: skip
+    error = np.where(np.isfinite(found.error), found.error, -1.0)
+    arrays = {"utility": found.mean, "error": error, "share": share}
+    return {name: np.round(np.asarray(x), 5).tolist() for name, x in arrays.items()}
 
 
 # --- What they say
@@ -320,8 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if any((r["task"], r["seed"]) == (name, seed) for r in records):
                 continue
             made = make_task(name, given.data, seed)
-            found = train_members(made, members(), seed)
-            planted = [m for m in members() if m.name.endswith("fixed")]
+            looked_at, blind = ([m for m in members() if m.looked_at == it] for it in (True, False))
+            planted = [m for m in blind if m.name.endswith("fixed")]
+            found = train_members(made, looked_at, seed) + train_members(made, blind, seed)
             found += train_members(made, planted, seed, rule="saflex")
             own = [{"task": name, "seed": seed} | record for record in found]
             for record in own:

@@ -46,6 +46,7 @@ class Options:
       decay: in [0, 1), of what is remembered of steps; 0.999 remembers about a thousand. Utilities
         are largest early on, before the network has learned the samples by heart.
       floor: in [0, 1], the part of every share that stays, so that nothing is lost for good.
+      margin: in [0, 1), of the largest utility, which an alternative must reach.
       strength: >= 0; 0 adjusts nothing and only remembers. May be traced.
       scoring: of utilities. Along the greedy direction they tell operations apart less well
         (docs/generation.md).
@@ -53,24 +54,33 @@ class Options:
 
     decay: float = 0.999
     floor: float = 0.05
+    margin: float = 0.25
     strength: float | jax.Array = 1.0
     scoring: Scoring = Scoring()
 
     def __post_init__(self):
         checks.decay(decay=self.decay)
         checks.fraction(floor=self.floor)
+        checks.decay(margin=self.margin)
         checks.at_least_zero(strength=self.strength)
 
 
 def shares(
-    found: Pooled, start: jax.Array, *, floor: float, strength: float | jax.Array = 1.0
+    found: Pooled,
+    start: jax.Array,
+    *,
+    floor: float,
+    margin: float = 0.0,
+    strength: float | jax.Array = 1.0,
 ) -> jax.Array:
     """How often each alternative is drawn, f32[C], given what is known of its utility.
 
-        p_c = floor p0_c + (1 - floor) p0_c h_c^a / sum_j p0_j h_j^a ,   h_c = min(1, 2 P(u_c > 0))
+        p_c = floor p0_c + (1 - floor) p0_c h_c^a / sum_j p0_j h_j^a
+        h_c = min(1, 2 P(u_c > margin max(0, max_j m_j)))
 
     by the mean's Gaussian. What helps and what helps more are drawn alike, and so is that of which
-    nothing is known: a pipeline without harm stays as it is.
+    nothing is known: a pipeline without harm stays as it is. Draws are a budget: with a margin,
+    what helps much less than the best does counts as harm, too.
 
     >>> found = Pooled(jnp.array([9.0, 9.0]), jnp.array([0.3, -0.3]), jnp.array([0.1, 0.1]))
     >>> shares(found, jnp.array([0.5, 0.5]), floor=0.1).round(3).tolist()
@@ -80,9 +90,12 @@ def shares(
       found: each f32[C].
       start: p0, f32[C], the shares at the start; they sum to one.
       floor: in [0, 1].
+      margin: in [0, 1).
       strength: a >= 0.
     """
-    helps = jnp.minimum(2 * ndtr(found.mean / found.error), 1.0)
+    known = jnp.isfinite(found.error)
+    largest = jnp.max(jnp.where(known & (start > 0), found.mean, 0.0), initial=0.0)
+    helps = jnp.minimum(2 * ndtr((found.mean - margin * largest) / found.error), 1.0)
     kept = start * jnp.maximum(helps, 1e-6) ** strength
     return floor * start + (1 - floor) * kept / jnp.sum(kept)
 
@@ -130,8 +143,9 @@ def adjusted(
 
     def now(state):
         return shares(
-            _overall(state.extra.pools), start, floor=options.floor, strength=options.strength
-        )
+            _overall(state.extra.pools), start,
+            floor=options.floor, margin=options.margin, strength=options.strength,
+        )  # fmt: skip
 
     def augmented(state, streams):
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)

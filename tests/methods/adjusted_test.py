@@ -32,6 +32,8 @@ def test_shares_are_a_distribution_that_harm_alone_moves():
     assert harmed == sorted(harmed, reverse=True) and harmed[0] == pytest.approx(0.5)
     assert harmed[-1] == pytest.approx(0.1 * 0.5, rel=1e-3)
     np.testing.assert_allclose(shares(found([0.3, -9, -9]), START, floor=0.0).sum(), 1, rtol=1e-6)
+    lazy = shares(found([0.4, 0.1, 0.8], 0.01), START, floor=0.0, margin=0.25)
+    np.testing.assert_allclose(lazy, START / 0.9 * np.array([1, 0, 1]), atol=1e-3)  # .1 < .2 < .4
     off = shares(found([0.3, -9.0, -9.0]), START, floor=0.0, strength=0.0)
     np.testing.assert_allclose(off, START, rtol=1e-6)
 

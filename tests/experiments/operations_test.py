@@ -1,0 +1,72 @@
+"""The parts of `experiments.operations` and `experiments.population` to be checked by hand."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import operations, pool_figure, pool_files, population
+from experiments.generating import as_png
+
+
+@pytest.mark.parametrize(
+    "strength, probability", [(0.0, 1.0), (6.0, 0.5), (20.0, 1.0), (13.0, 0.3)]
+)
+def test_shares_of_strengths_have_the_mean_asked_for(strength, probability):
+    found = np.asarray(population.shares(jnp.float32(strength), jnp.float32(probability)))
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(found @ population.STRENGTHS, probability * strength, atol=1e-5)
+
+
+def test_every_view_has_the_strength_that_it_was_made_with():
+    assert population.group_of_views().tolist() == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]
+
+
+def test_pipelines_are_distributions_and_leave_out_what_they_say():
+    by_name = {m.name: m for m in operations.members()}
+    for member in by_name.values():
+        np.testing.assert_allclose(member.start.sum(), 1, rtol=1e-6)
+    for place, name in enumerate(operations.NAMES):
+        assert by_name[f"without {name}"].start[place] == 0 < by_name["all"].start[place]
+    for name in operations.DESTROYING:
+        start = by_name[f"{name}, adjusted"].start
+        assert start[operations.NAMES.index(name)] == pytest.approx(operations.SHARE)
+
+
+def test_effects_pair_utility_with_what_an_operation_adds():
+    names = operations.NAMES
+    utility = [[0.1 * k, -0.1 * k] for k in range(len(names))]
+    runs = [{"member": "all", "accuracy": 0.8, "by_class": [0.5], "utility": utility,
+             "error": utility}]  # fmt: skip
+    runs += [{"member": f"without {name}", "accuracy": 0.8 - 0.01 * k, "by_class": [0.5 + 0.01 * k]}
+             for k, name in enumerate(names)]  # fmt: skip
+    runs = [r | {"rule": "as_given"} for r in runs]
+    pooled, adds = operations.effects(runs)
+    np.testing.assert_allclose(pooled, 0.1 * np.arange(len(names)))
+    np.testing.assert_allclose(adds, 0.01 * np.arange(len(names)), atol=1e-12)
+    pooled, adds = operations.effects(runs, place=0)
+    np.testing.assert_allclose(pooled, -0.1 * np.arange(len(names)))
+    np.testing.assert_allclose(adds, -0.01 * np.arange(len(names)), atol=1e-12)
+
+
+def test_a_figure_takes_any_prompt(tmp_path, monkeypatch):
+    folder, prompts = tmp_path / "pool", ('<b>$x_{</b>\n"quoted"', "plain " * 20)
+    rows = [{"file_name": f"{n}/{d}.png", "source": n, "label": n % 2, "prompt": prompts[d],
+             "strength": 0.5} for n in range(3) for d in range(2)]  # fmt: skip
+    about = {"shape": [8, 8, 1], "class_names": ["no", "yes"],
+             "data": {"name": "digits", "dir": "data", "size": 0, "task": ""}}  # fmt: skip
+    pool_files.write_plan(folder, about, rows)
+    log = pool_files.ShardFile(folder / "shards" / "0-of-1.jsonl")
+    for row in rows:
+        (folder / str(row["source"])).mkdir(exist_ok=True)
+        pool_files.write_bytes(folder / row["file_name"], as_png(np.zeros((8, 8, 1), np.uint8)))
+        log.append(row)
+    pool_files.join(folder)
+    flagged = [{"file_name": "0/1.png", "score": 0.0, "flagged": True}]
+    pool_files.write_flags(folder, "x", flagged)
+    assert json.loads((folder / "metadata.jsonl").read_text().splitlines()[1])["flags"] == ["x"]
+    figure = pool_figure.draw(folder)
+    figure.savefig(tmp_path / "x.png")
+    assert len(figure.axes) == 2 * 3  # two classes, the source and two prompts
