@@ -54,7 +54,7 @@ class Options:
 
     decay: float = 0.999
     floor: float = 0.05
-    margin: float = 0.25
+    margin: float = 0.5
     strength: float | jax.Array = 1.0
     scoring: Scoring = Scoring()
 
