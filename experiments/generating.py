@@ -18,9 +18,7 @@ from experiments import generators, pool_files, task
 from experiments.generators import LABEL, Options, Originals, Request
 from experiments.locking import locked
 from saflex_jax import checks, data
-from saflex_jax.batches import floats
 from saflex_jax.data.seeds import generator
-from saflex_jax.types import PyTree
 
 FORMAT = 1
 
@@ -259,8 +257,3 @@ def as_png(image: np.ndarray) -> bytes:
     grey = image.shape[-1] == 1
     Image.fromarray(image.squeeze(-1) if grey else image).save(packed, "PNG")
     return packed.getvalue()
-
-
-def as_floats(images: np.ndarray) -> PyTree:
-    """Images as networks take them, f32 in [0, 1]."""
-    return floats(np.stack([pixels(image) for image in images]))

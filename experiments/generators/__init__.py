@@ -23,8 +23,7 @@ GENERATORS = {
     "text_to_image": "text_to_image",
     "instruct_pix2pix": "instruct_pix2pix",
 }
-# What a generator that needs a model makes of "{label}" in a prompt, and a plan of class 3.
-LABEL = "{label}"
+LABEL = "{label}"  # in a prompt: the name of the source's class
 
 
 class Options(NamedTuple):
