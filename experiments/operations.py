@@ -6,7 +6,8 @@ For each task and seed one vmapped program trains a small network under: all ope
 one, for each of them; the harmless ones alone; the harmless ones and one that destroys, half of the
 draws, each fixed and adjusted (`methods.adjusted`); and, beside these, the first-order rule alone.
 Views are made once. Prints, for each task, the rank correlation over operations of pooled utility
-with what the operation adds to test accuracy, and the adjusted pipelines beside the fixed ones.
+with what the operation adds to test accuracy (figure: operations.png), and the adjusted pipelines
+beside the fixed ones.
 Finished seeds are kept; the same command goes on.
 """
 
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
@@ -293,10 +295,21 @@ def report(records: list[dict]) -> str:
             high = max(intervals(seed, op)[1] for seed in by_seed)
             lines.append(f"  {op:14} {mean[0][place]:8.3f} {f'{low:+.3f} {high:+.3f}':>18} "
                          f"{100 * mean[1][place]:8.2f}")  # fmt: skip
+        lines += [_by_class(by_seed, "half_turn"), _by_class(by_seed, "mirror")]
         lines += _adjusting(by_seed)
     lines.append(f"mean rank correlation: {np.mean(all_correlations):.3f} of "
                  f"{len(all_correlations)} tasks and seeds")  # fmt: skip
     return "\n".join(lines)
+
+
+def _by_class(by_seed: list[list[dict]], name: str) -> str:
+    """An operation's utility in each class, and the rank correlation with what it adds there."""
+    place, classes = NAMES.index(name), len(by_seed[0][0]["by_class"])
+    pairs = [[effects(seed, place=k) for seed in by_seed] for k in range(classes)]
+    utility, adds = (np.array([np.mean([p[c][place] for p in of]) for of in pairs]) for c in (0, 1))
+    said = " ".join(f"{k}:{u:+.2f}" for k, u in enumerate(utility))
+    correlation = stats.spearmanr(utility, adds).statistic
+    return f"  {name} by class {said}; rank correlation {correlation:.2f}"
 
 
 def _adjusting(by_seed: list[list[dict]]) -> list[str]:
@@ -320,6 +333,28 @@ def _adjusting(by_seed: list[list[dict]]) -> list[str]:
     return lines
 
 
+def draw(records: list[dict]) -> Figure:
+    """Pooled utility against what an operation adds to test accuracy; a panel for each task."""
+    names = list(dict.fromkeys(r["task"] for r in records))
+    figure = Figure(figsize=(4.2 * len(names), 3.9), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        own = [r for r in records if r["task"] == name]
+        pairs = [effects([r for r in own if r["seed"] == s]) for s in {r["seed"] for r in own}]
+        utility, adds = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
+        colours = ["#1b6ca8" if op in HARMLESS else "#d1495b" for op in NAMES]
+        axis.axhline(0, color="#bbbbbb", linewidth=0.8)
+        axis.axvline(0, color="#bbbbbb", linewidth=0.8)
+        axis.scatter(utility.mean(0), 100 * adds.mean(0), c=colours, s=18)
+        for place, op in enumerate(NAMES):
+            at = utility[:, place].mean(), 100 * adds[:, place].mean()
+            axis.annotate(op.replace("_", " "), at, fontsize=6.5, xytext=(3, 3),
+                          textcoords="offset points")  # fmt: skip
+        axis.set_title(f"{name}, {len(pairs)} seeds", fontsize=9)
+        axis.set_xlabel("pooled utility (root mean square of scores = 1)", fontsize=8)
+        axis.set_ylabel("what it adds to test accuracy, points", fontsize=8)
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is left, and prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -334,8 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = pool_files.ShardFile(given.workdir / "runs.jsonl")
     records = arms.read_records(given.workdir / "runs.jsonl")
     seeds = range(given.first_seed, given.first_seed + given.seeds)
-    for name in given.tasks.split(","):
-        for seed in seeds:
+    for seed in seeds:
+        for name in given.tasks.split(","):
             if any((r["task"], r["seed"]) == (name, seed) for r in records):
                 continue
             made = make_task(name, given.data, seed)
@@ -349,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records += own
     wanted = [r for r in records if r["seed"] in seeds and r["task"] in given.tasks.split(",")]
     print(report(wanted))
+    draw(wanted).savefig(given.workdir / "operations.png", dpi=130)
     return 0
 
 

@@ -97,9 +97,7 @@ def test_the_trace_of_a_candidate_travels_into_its_batch(tmp_path):
         made = place >= 0
         np.testing.assert_array_equal(made, np.isin(batch.index, [0, 3]))
         level = np.array([level for *_, level in ROWS])[place]
-        np.testing.assert_allclose(
-            batch.inputs[made, 0, 0, 0], 50 / 255 * level[made], rtol=1e-5
-        )
+        np.testing.assert_allclose(batch.inputs[made, 0, 0, 0], 50 / 255 * level[made], rtol=1e-5)
         prompt = np.asarray(augment.groups(batch, "prompt"))
         np.testing.assert_array_equal(prompt[made], place[made] % 2)
         np.testing.assert_array_equal(np.asarray(augment.groups(batch, "flagged")) == 1, place == 1)
