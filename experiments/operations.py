@@ -112,6 +112,13 @@ class Member(NamedTuple):
     looked_at: bool = False
 
 
+def settings() -> dict[str, Any]:
+    """What fixes a record beside its task and seed; records of other settings are made again."""
+    constants = (SIDE, PER_CLASS, TRUSTED, DRAWS, REPEATS, STEPS, BATCH, WIDTH, SHARE)
+    return {"constants": list(constants), "operations": list(NAMES),
+            "options": repr(adjusted.Options())}  # fmt: skip
+
+
 def members() -> list[Member]:
     """All pipelines of a task."""
 
@@ -367,7 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.workdir.mkdir(parents=True, exist_ok=True)
     log = pool_files.ShardFile(given.workdir / "runs.jsonl")
-    records = arms.read_records(given.workdir / "runs.jsonl")
+    known = arms.read_records(given.workdir / "runs.jsonl")
+    records = [r for r in known if r["settings"] == settings()]
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     for seed in seeds:
         for name in given.tasks.split(","):
@@ -378,7 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             planted = [m for m in blind if m.name.endswith("fixed")]
             found = train_members(made, looked_at, seed) + train_members(made, blind, seed)
             found += train_members(made, planted, seed, rule="saflex")
-            own = [{"task": name, "seed": seed} | record for record in found]
+            about = {"task": name, "seed": seed, "settings": settings()}
+            own = [about | record for record in found]
             for record in own:
                 log.append(record)
             records += own

@@ -14,6 +14,7 @@ also on all, and the pipeline that adjusts itself by utilities. The test split d
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,11 @@ SETTINGS = [(0.0, 1.0), *((m, p) for m in STRENGTHS[1:] for p in (0.5, 1.0))]
 PER_CLASS, FOLDS = 30, 5
 STEPS, BATCH, WIDTH = 400, 64, 64
 TAG = "crop"  # feature set whose test rows are read
+
+
+def settings() -> list:
+    """What fixes a record beside its task and seed; records of other settings are made again."""
+    return [STRENGTHS, DRAWS, SETTINGS, PER_CLASS, FOLDS, STEPS, BATCH, WIDTH, TAG]
 
 
 class Few(NamedTuple):
@@ -229,12 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.workdir.mkdir(parents=True, exist_ok=True)
     log = pool_files.ShardFile(given.workdir / f"{given.task}.jsonl")
-    records = {r["seed"]: r for r in arms.read_records(given.workdir / f"{given.task}.jsonl")}
+    now = json.loads(json.dumps(settings()))
+    known = arms.read_records(given.workdir / f"{given.task}.jsonl")
+    records = {r["seed"]: r for r in known if r["settings"] == now}
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     for seed in seeds:
         if seed not in records:
             few = make_few(given.task, given.data, seed, given.workdir)
-            records[seed] = {"seed": seed, **run_seed(few, seed)}
+            records[seed] = {"seed": seed, "settings": now, **run_seed(few, seed)}
             log.append(records[seed])
     print(report([records[seed] for seed in seeds]))
     return 0
