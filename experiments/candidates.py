@@ -46,9 +46,10 @@ def opened(section: ConfigDict, source: data.Source, rows: np.ndarray) -> data.P
     """
     if not section.pool:
         return None
-    if source.task == "multilabel":
+    if section.pool_rows and source.task == "multilabel":
         raise ValueError(
-            f"config.data.pool must be '' for {section.name}, which has several labels at once"
+            f"config.data.pool_rows must be False for {section.name}, which has several labels at "
+            "once; given True"
         )
     known = {"num_classes": source.num_classes, "num_sources": len(source.labels)}
     if pathlib.Path(section.pool).is_file():
