@@ -18,13 +18,13 @@ FLAGGED = ("keep", "drop")
 def check(section: ConfigDict) -> None:
     """Raises ValueError on fields of `config.data` that name no pool, or do not go with one."""
     checks.choice(FLAGGED, **{"config.data.pool_flagged": section.pool_flagged})
-    if section.pool and not pathlib.Path(section.pool).exists():
-        raise ValueError(f"config.data.pool must be a folder or a file; given {section.pool!r}")
     if section.pool and section.on_device and not section.pool_rows:
         raise ValueError(
-            "config.data.on_device must be False with a pool whose candidates stand in for "
-            "samples (pool_rows=False); given True"
+            "config.data.on_device must be False with a pool; given True. With pool_rows=True it "
+            "may be on the device"
         )
+    if section.pool and not pathlib.Path(section.pool).exists():
+        raise ValueError(f"config.data.pool must be a folder or a file; given {section.pool!r}")
     for name, otherwise in (("pool_rows", False), ("pool_flagged", "keep")):
         if section[name] != otherwise and not section.pool:
             raise ValueError(

@@ -345,7 +345,7 @@ def test_the_planted_prompt_is_the_lowest_of_its_pool(pool):
     [
         ({"pool_flagged": "no"}, "config.data.pool_flagged must be one of"),
         ({"pool": "", "pool_rows": True}, "pool_rows must be False without a pool"),
-        ({"pool_rows": False}, "on_device must be False with a pool whose candidates stand in"),
+        ({"pool_rows": False}, "on_device must be False with a pool; given True"),
         ({"pool_rows": True, "train_on_val": False, "val_from": "train"}, "val_from must be ''"),
     ],
 )
