@@ -116,7 +116,7 @@ class Pool:
         for start in range(0, len(inputs), CHUNK):  # it may be larger than memory
             part = inputs[start : start + CHUNK]
             checks.finite(inputs=part)
-            if inputs.ndim == 4:
+            if floating and inputs.ndim == 4:
                 checks.pixels(inputs=part)
         return cls(
             inputs,
