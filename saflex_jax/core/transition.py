@@ -142,6 +142,53 @@ def likelihood(
     return jnp.kron(ratio[:, None] * transition, jnp.eye(blocks))
 
 
+def most_likely(
+    beliefs: jax.Array, given: jax.Array, rows: jax.Array | None = None, *, steps: int = 50
+) -> jax.Array:
+    """The matrix under which the given labels are most likely, f32[K, K], rows sum to one.
+
+        C = argmax sum_i log sum_k b_ik C_k,g(i)
+
+    by expectation and maximisation: r_ik = b_ik C_k,g(i) / sum_l b_il C_l,g(i) and
+    C_kj = (sum_i 1[g(i) = j] r_ik + K U_kj) / (sum_i r_ik + K), U the matrix of one share, that of
+    all r that are wrong: of a class with few samples C is close to U. Beliefs must be fair: of a
+    network that did not see the labels they are compared with.
+
+    >>> beliefs = jnp.array([[0.95, 0.05]] * 20 + [[0.05, 0.95]] * 20)
+    >>> given = jnp.array([0] * 10 + [1] * 30)  # half of the first are given as the second
+    >>> most_likely(beliefs, given).round(1).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
+
+    Args:
+      beliefs: b, f32[N, K], rows in the simplex.
+      given: g, i32[N] in [0, K).
+      rows: bool[N], the rows that count; None = all.
+      steps: of expectation and maximisation.
+
+    Source: Dawid and Skene, "Maximum Likelihood Estimation of Observer Error-Rates Using the EM
+    Algorithm", 1979, with one observer and beliefs in the place of the class shares.
+    """
+    number, size = beliefs.shape
+    checks.whole(2, num_classes=size)
+    checks.whole(1, steps=steps)
+    checks.rows(number, given=given, rows=rows)
+    counts = jnp.ones(number) if rows is None else rows.astype(jnp.float32)
+    eye = jnp.eye(size)
+
+    def one_share(rate):
+        return (1 - rate) * eye + rate / (size - 1) * (1 - eye)
+
+    def step(_, found):
+        odds = beliefs * found[:, given].T
+        right = counts[:, None] * odds / jnp.maximum(jnp.sum(odds, 1, keepdims=True), 1e-30)
+        joint = jax.ops.segment_sum(right, given, size).T
+        total = jnp.maximum(jnp.sum(joint), 1e-30)
+        uniform = one_share(1 - jnp.trace(joint) / total)
+        return (joint + size * uniform) / (jnp.sum(joint, 1, keepdims=True) + size)
+
+    return jax.lax.fori_loop(0, steps, step, one_share(jnp.float32(0.2)))
+
+
 def _shares(sums: jax.Array) -> jax.Array:
     """f32[K] divided by their sum; all alike where there is nothing yet."""
     total = jnp.sum(sums)

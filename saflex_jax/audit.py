@@ -1,0 +1,428 @@
+"""Which labels are wrong, and which samples are of no class? A table from plain arrays in one call.
+
+For people whose network lives elsewhere: features (or logits) and labels in, NumPy arrays out.
+
+    heads on all folds but one -> what they believe of the fold that they did not see
+    -> how classes are confused, by maximum likelihood -> posterior of every label -> once more
+
+Heads train by this package's loop, all folds in one program: first by SAFLEX's rule, or plainly
+where no sample is trusted; then plainly on the posterior labels that the first ones give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from saflex_jax import checks, models, parallel, train
+from saflex_jax.core import pooled, transition
+from saflex_jax.core.posterior import posterior_targets, sharpened
+from saflex_jax.data import IndexStream, StackedStream, fit_scale
+from saflex_jax.data.seeds import generator
+from saflex_jax.methods import supervised
+from saflex_jax.rules import Refinement, Scoring
+from saflex_jax.rules.posterior import Posterior
+from saflex_jax.types import Batch, Method, RunInfo, Streams
+
+# Powers of beliefs that are tried. Without trusted samples the rule's own: the likelihood cannot
+# tell a belief that is too flat from labels that are confused.
+SHARPNESS = 2.0 ** np.arange(-1, 2.01, 0.25)
+UNTOLD = np.array([Posterior().sharpness])
+RIDGES = np.array([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # tried for typicality
+FALSE = 0.1  # share of the samples flagged as outside that may be inside
+VAL = 32  # trusted samples of a step, which say how frequent classes are
+ROWS = 1024  # that a head is asked about at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How the heads are trained: standardised features -> MLP -> classes, by AdamW.
+
+    Attributes:
+      widths: of hidden layers; () = a linear head.
+      weight_decay: of AdamW. Strong: a head that can learn wrong labels by heart does.
+      learning_rate: at the first step; it falls to 0 by a cosine.
+      steps: of each head.
+      batch_size: samples of a step.
+      folds: heads; each sees all folds but its own.
+    """
+
+    widths: Sequence[int] = (256,)
+    weight_decay: float = 3.0
+    learning_rate: float = 3e-3
+    steps: int = 500
+    batch_size: int = 256
+    folds: int = 5
+
+    def __post_init__(self):
+        checks.whole(1, steps=self.steps, batch_size=self.batch_size)
+        checks.whole(2, folds=self.folds)
+        checks.amount(weight_decay=self.weight_decay)
+        checks.positive(learning_rate=self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Audit:
+    """What was found of N samples of K classes; a table by `columns`.
+
+    Attributes:
+      given: i[N], labels as given.
+      learned: i[N], the label that is most likely right.
+      probability: f32[N], that it is.
+      quality: f32[N], probability that the given label is right; small = look at it first.
+      weight: f32[N], what training should weigh it with, of mean one over those not outside.
+      utility: f32[N] in [-1, 1], 2 quality - 1, and -1 outside; drop what is below zero.
+      typicality: f32[N] in (0, 1], share of trusted samples that look as little like the others of
+        them, a conformal p-value; 1 without features or enough trusted samples.
+      wrong: bool[N], flagged: the given label is more likely wrong than right.
+      outside: bool[N], flagged: unlike all trusted samples, so probably of no class.
+      trusted: bool[N].
+      labels: f32[N, K], the learned labels whole.
+      transition: f32[K, K], C_kj: how often a sample of class k is given as j.
+      noise_rate: share of the labels that are wrong, trusted ones left out.
+      groups: name -> utility pooled over its rows, f32[] each (`core.pooled.Pooled`).
+    """
+
+    given: np.ndarray
+    learned: np.ndarray
+    probability: np.ndarray
+    quality: np.ndarray
+    weight: np.ndarray
+    utility: np.ndarray
+    typicality: np.ndarray
+    wrong: np.ndarray
+    outside: np.ndarray
+    trusted: np.ndarray
+    labels: np.ndarray
+    transition: np.ndarray
+    noise_rate: float
+    groups: Mapping[str, pooled.Pooled]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Name -> array [N]: `pandas.DataFrame(audit.columns())` is the table."""
+        names = ("given", "learned", "probability", "quality", "weight", "utility", "typicality")
+        names += ("wrong", "outside", "trusted")
+        return {"row": np.arange(len(self.given))} | {name: getattr(self, name) for name in names}
+
+
+def audit(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    trusted: np.ndarray | None = None,
+    source: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    num_classes: int | None = None,
+    head: Head = Head(),
+    seed: int = 0,
+) -> Audit:
+    """Audits labels by features of any network, with or without trusted samples.
+
+    >>> rng = np.random.default_rng(0)
+    >>> labels = rng.integers(2, size=200)
+    >>> features = rng.normal(size=(200, 4)) + 6 * labels[:, None]
+    >>> labels[7] = 1 - labels[7]  # a wrong one
+    >>> found = audit(features, labels, head=Head(widths=(), steps=60, batch_size=32))
+    >>> np.flatnonzero(found.wrong).tolist(), int(found.learned[7]) == 1 - int(labels[7])
+    ([7], True)
+
+    Args:
+      features: f[N, D], finite; of a frozen network, or columns of numbers. They are standardised.
+      labels: i[N] in [0, K).
+      trusted: bool[N], samples whose label is right; None = there are none.
+      source: i[N]; samples of one source (draws of a generator, crops of one image) stay in one
+        fold. None = each has its own.
+      groups: [N], any values: utility is pooled over the rows of each. None = not.
+      num_classes: K; None = the largest label plus one.
+      head: how heads are trained.
+      seed: of folds, heads and batches.
+
+    Raises:
+      ValueError: arrays that disagree in N, features not finite, labels out of range, fewer than
+        two classes or than two samples a fold.
+
+    Source: this project's (docs/audit.md). Beliefs of models that did not see the sample:
+    Northcutt et al., "Confident Learning", JAIR 2021.
+    """
+    x, y, known, size = _checked(features, labels, trusted, source, groups, num_classes)
+    fold = _folds(known, source, head.folds, seed)
+    typical = typicality(x, known, fold)
+    prior = np.eye(size, dtype=np.float32)[y]
+    first = _found(_held_out(x, prior, known, fold, head, seed), y, known, typical, None)
+    probs = _held_out(x, first.labels, known, fold, head, seed, given=False)
+    return _found(probs, y, known, typical, groups)
+
+
+def from_logits(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    *,
+    trusted: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> Audit:
+    """Audits labels by what a network of yours says of samples that it was not trained on.
+
+    >>> logits = np.array([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]] * 40, "float32")
+    >>> found = from_logits(logits, np.array([0, 1, 0] * 39 + [0, 1, 1]))
+    >>> np.flatnonzero(found.wrong).tolist()
+    [119]
+
+    Args:
+      logits: f[N, K], finite; of cross-validation, or log probabilities.
+      labels, trusted, groups: as for `audit`.
+
+    Raises:
+      ValueError: as `audit`.
+    """
+    classes = np.shape(logits)[1] if np.ndim(logits) == 2 else None
+    x, y, known, _ = _checked(logits, labels, trusted, None, groups, classes, name="logits")
+    probs = np.asarray(jax.nn.softmax(jnp.asarray(x)))
+    return _found(probs, y, known, np.ones(len(y), np.float32), groups)
+
+
+# --- beliefs -------------------------------------------------------------------------------------
+
+
+class _Part:
+    """The batches of an `IndexStream` over some rows of the candidates and the trusted samples."""
+
+    def __init__(self, rows: np.ndarray, val: np.ndarray | None, head: Head, seed: int):
+        sizes = Streams(len(rows), None if val is None else len(val))
+        self._rows, self._val = rows, val
+        number = None if val is None else VAL
+        self._stream = IndexStream(
+            sizes, batch_size=head.batch_size, val_batch_size=number, seed=seed
+        )
+
+    def batch(self, step: int) -> Streams:
+        """The rows of batch `step`."""
+        places = self._stream.batch(step)
+        val = None if self._val is None else self._val[places.val]
+        return Streams(self._rows[places.candidates], val)
+
+
+def _folds(trusted: np.ndarray, source: np.ndarray | None, folds: int, seed: int) -> np.ndarray:
+    """The fold of each sample, i[N]; trusted samples too few to spare are in none, -1."""
+    size = len(trusted)
+    owner = np.arange(size) if source is None else np.unique(source, return_inverse=True)[1]
+    fold = np.empty(size, np.int64)
+    for number, rows in enumerate((np.flatnonzero(~trusted), np.flatnonzero(trusted))):
+        owners = np.unique(owner[rows])
+        of_owner = np.full(size, -1)
+        if len(owners) >= 2 * folds:
+            order = generator("audit folds", seed, number).permutation(len(owners))
+            of_owner[owners[order]] = np.arange(len(owners)) % folds
+        elif number == 0:
+            raise ValueError(
+                f"there must be at least {2 * folds} samples that are not trusted, of different "
+                f"sources, for {folds} folds; given {len(owners)}"
+            )
+        fold[rows] = of_owner[owner[rows]]
+    return fold
+
+
+def _held_out(
+    x: np.ndarray, labels: np.ndarray, trusted: np.ndarray, fold: np.ndarray, head: Head,
+    seed: int, *, given: bool = True,
+) -> np.ndarray:  # fmt: skip
+    """What the head that did not see a sample believes of it, f32[N, K].
+
+    Of trusted samples that are in no fold, what all heads believe on average.
+
+    Args:
+      x, labels, trusted, fold, head, seed: of the samples; labels f32[N, K].
+      given: whether these are the given labels, for a rule to doubt.
+    """
+    order = np.argsort(trusted, kind="stable")  # a run's last samples are its trusted ones
+    x, labels, fold, others = x[order], labels[order], fold[order], int((~trusted).sum())
+    number, size = labels.shape
+    told = given and others < number
+
+    def pool(rows):
+        index = np.arange(len(labels[rows]), dtype=np.int32)
+        return Batch(x[rows], labels[rows], index >= 0, index)
+
+    pools = Streams(pool(slice(None)), pool(slice(others, None)) if told else None)
+    streams, states = [], []
+    method = _method(RunInfo(number, size, num_trusted=number - others if told else 0), head)
+    for k in range(head.folds):
+        own = int(generator("audit head", seed, k).integers(2**31))
+        val = np.flatnonzero(fold[others:] != k) if told else None
+        streams.append(_Part(np.flatnonzero(fold != k), val, head, own))
+        states.append(method.init(jax.random.key(own), x[:1]))
+    devices = jax.devices()[: 1 if head.folds % len(jax.devices()) else None]
+    result = train.fit(
+        parallel.sweep_runner(method.step, devices=devices).hold(pools),
+        parallel.stack_states(states),
+        StackedStream(streams),
+        num_steps=head.steps,
+        log_every=head.steps,
+        progress=False,
+    )
+    probs = np.zeros((number, size), np.float32)
+    for k in range(head.folds):
+        rows = np.flatnonzero((fold == k) | (fold == -1))
+        state = parallel.member(result.state, k)
+        probs[rows] += train.probabilities(method, state, x[rows], batch_size=ROWS)
+    probs /= probs.sum(1, keepdims=True)
+    return probs[np.argsort(order)]
+
+
+def _method(run: RunInfo, head: Head) -> Method:
+    """SAFLEX where samples are trusted. It looks no step ahead, as other samples are judged."""
+    network = models.Classifier(models.MLP(tuple(head.widths)), run.num_classes)
+    schedule = optax.cosine_decay_schedule(head.learning_rate, head.steps)
+    tx = optax.adamw(schedule, weight_decay=head.weight_decay)
+    rule = Refinement(Scoring("identity"), Posterior(run, lookahead=0.0))
+    return supervised.make(models.from_linen(network), tx, rule if run.num_trusted else None)
+
+
+# --- what follows of beliefs ---------------------------------------------------------------------
+
+
+def _found(
+    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, typical: np.ndarray, groups
+) -> Audit:
+    size = probs.shape[1]
+    sharpness, confused = _confusion(probs, y, trusted)
+    prior = jnp.asarray(np.eye(size, dtype=np.float32)[y])
+    outside = (typical <= _threshold(typical[~trusted])) & ~trusted
+    targets = posterior_targets(
+        prior,
+        jnp.asarray(probs),
+        confused,
+        sharpness=sharpness,
+        trusted=jnp.asarray(trusted),
+        mask=jnp.asarray(~outside),
+    )
+    believed = sharpened(jnp.asarray(probs), sharpness)
+    odds = believed * confused[:, y].T
+    labels = np.asarray(odds / jnp.maximum(odds.sum(1, keepdims=True), 1e-30))
+    labels = np.where(trusted[:, None], prior, labels)
+    quality = labels[np.arange(len(y)), y]
+    learned = labels.argmax(1)
+    utility = np.where(outside, -1.0, 2 * quality - 1).astype(np.float32)
+    wrong = (quality < 0.5) & ~trusted
+    return Audit(
+        given=y,
+        learned=learned,
+        probability=labels[np.arange(len(y)), learned],
+        quality=quality,
+        weight=np.asarray(targets.weights),
+        utility=utility,
+        typicality=typical,
+        wrong=wrong,
+        outside=outside,
+        trusted=trusted,
+        labels=labels,
+        transition=np.asarray(confused),
+        noise_rate=float(1 - quality[~trusted].mean()),
+        groups={} if groups is None else _by_group(utility, np.asarray(groups)),
+    )
+
+
+def _confusion(probs: np.ndarray, y: np.ndarray, trusted: np.ndarray) -> tuple[float, jax.Array]:
+    """(a, C): the power of beliefs and the matrix under which the labels are most likely.
+
+    A trusted label is as likely as it is believed.
+    """
+    given, known = jnp.asarray(y), jnp.asarray(trusted)
+
+    @jax.jit
+    def tried(a):
+        beliefs = sharpened(jnp.asarray(probs), a)
+        found = transition.most_likely(beliefs, given, ~known)
+        chance = jnp.sum(beliefs * found[:, given].T, 1)
+        right = jnp.take_along_axis(beliefs, given[:, None], 1)[:, 0]
+        return jnp.mean(jnp.log(jnp.maximum(jnp.where(known, right, chance), 1e-6))), found
+
+    powers = SHARPNESS if trusted.any() else UNTOLD
+    likely, found = zip(*(tried(float(a)) for a in powers))
+    best = int(np.argmax(likely))
+    return float(powers[best]), found[best]
+
+
+def typicality(x: np.ndarray, trusted: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Share of trusted samples that look as little like the others of them, f32[N] in (0, 1].
+
+        p_i = (1 + #{trusted j: s_j <= s_i}) / (M + 1) ,   s_i = <w, x_i>
+        w = argmin mean_trusted (1 - <w, x>)^2 + mean_others (1 + <w, x>)^2 + r |w|^2
+
+    w is of the folds that sample i is not in, r the one of RIDGES with the least such error there.
+    What is unlike all trusted samples is told from them easily; what is like them cannot be, and
+    has a uniform p. All 1 where too few samples are trusted to be in folds.
+
+    Args:
+      x: f[N, D], standardised.
+      trusted: bool[N], M of them.
+      fold: i[N]; -1 = in none.
+
+    Source: p as in Bates et al., "Testing for outliers with conformal p-values", Annals of
+    Statistics 2023, of a score that separates the two: Lee and Liu, "Learning with Positive and
+    Unlabeled Examples Using Weighted Logistic Regression", ICML 2003, with squares.
+    """
+    if not trusted.any() or (fold[trusted] < 0).any():
+        return np.ones(len(x), np.float32)
+    sign = np.where(trusted, 1.0, -1.0).astype(np.float32)
+    weight = np.where(trusted, 1 / trusted.sum(), 1 / (~trusted).sum()).astype(np.float32)
+    places = [np.flatnonzero(fold == k) for k in range(fold.max() + 1)]
+    parts = [((x[rows] * weight[rows, None]).T @ x[rows], (weight * sign)[rows] @ x[rows])
+             for rows in places]  # fmt: skip
+    square, moment = (sum(part) for part in zip(*parts))
+    scores = np.zeros((len(RIDGES), len(x)), np.float32)
+    for rows, (own_square, own_moment) in zip(places, parts):
+        values, vectors = np.linalg.eigh(square - own_square)
+        along = vectors.T @ (moment - own_moment)
+        solved = vectors @ (along[:, None] / (np.maximum(values, 0)[:, None] + RIDGES))
+        scores[:, rows] = (x[rows] @ solved).T
+    s = scores[np.argmin((weight * (scores - sign) ** 2).sum(1))]
+    below = np.searchsorted(np.sort(s[trusted]), s, side="right")
+    return ((1 + below) / (trusted.sum() + 1)).astype(np.float32)
+
+
+def _threshold(p: np.ndarray) -> float:
+    """The largest p at which at most a share FALSE of those below come by chance; 0 = none.
+
+    Source: Benjamini and Hochberg, "Controlling the False Discovery Rate", JRSS B 1995.
+    """
+    p = np.sort(p)
+    below = p <= FALSE * np.arange(1, len(p) + 1) / len(p)
+    return float(p[below][-1]) if below.any() else 0.0
+
+
+def _by_group(utility: np.ndarray, groups: np.ndarray) -> dict[str, pooled.Pooled]:
+    names, places = np.unique(groups, return_inverse=True)
+    sums = pooled.add_utilities(
+        pooled.no_pools(len(names)), jnp.asarray(utility), jnp.asarray(places)
+    )
+    found = jax.tree.map(np.asarray, pooled.pooled(sums))
+    return {
+        str(name): pooled.Pooled(*(float(x[place, 0]) for x in found))
+        for place, name in enumerate(names)
+    }
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _checked(features, labels, trusted, source, groups, num_classes, *, name="features"):
+    """(features f32[N, D] standardised, labels, trusted bool[N], K)."""
+    x, y = np.asarray(features), np.asarray(labels)
+    if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating) or x.size == 0:
+        raise ValueError(f"{name} must be floats [N, D]; given {x.dtype}{list(x.shape)}")
+    checks.finite(**{name: x})
+    size = int(y.max(initial=0)) + 1 if num_classes is None else num_classes
+    checks.whole(2, num_classes=size)
+    checks.rows(len(x), labels=y, trusted=trusted, source=source, groups=groups)
+    checks.integers(size, labels=y)
+    known = np.zeros(len(y), bool) if trusted is None else np.asarray(trusted)
+    if known.dtype != bool:
+        raise ValueError(f"trusted must be bool [{len(y)}]; given {known.dtype}")
+    if name == "features":
+        x = fit_scale(x)(x)[:]
+    return x, y.astype(np.int64), known, size
