@@ -21,6 +21,7 @@ import optax
 
 from saflex_jax import checks, models, parallel, train
 from saflex_jax.core import pooled, transition
+from saflex_jax.core.losses import masked_mean
 from saflex_jax.core.posterior import posterior_targets, sharpened
 from saflex_jax.data import IndexStream, StackedStream, fit_scale
 from saflex_jax.data.seeds import generator
@@ -152,10 +153,13 @@ def audit(
     x, y, known, size = _checked(features, labels, trusted, source, groups, num_classes)
     fold = _folds(known, source, head.folds, seed)
     typical = typicality(x, known, fold)
+    inside = _inside(typical, known)
+    x = fit_scale(x[inside])(x)[:]
     prior = np.eye(size, dtype=np.float32)[y]
-    first = _found(_held_out(x, prior, known, fold, head, seed), y, known, typical, None)
-    probs = _held_out(x, first.labels, known, fold, head, seed, given=False)
-    return _found(probs, y, known, typical, groups)
+    probs = _held_out(x, prior, known, inside, fold, head, seed)
+    labels = _posterior(probs, y, known, inside)[0]
+    probs = _held_out(x, labels, known, inside, fold, head, seed, given=False)
+    return _found(probs, y, known, inside, typical, groups)
 
 
 def from_logits(
@@ -182,7 +186,8 @@ def from_logits(
     classes = np.shape(logits)[1] if np.ndim(logits) == 2 else None
     x, y, known, _ = _checked(logits, labels, trusted, None, groups, classes, name="logits")
     probs = np.asarray(jax.nn.softmax(jnp.asarray(x)))
-    return _found(probs, y, known, np.ones(len(y), np.float32), groups)
+    everywhere = np.ones(len(y), np.float32)
+    return _found(probs, y, known, everywhere > 0, everywhere, groups)
 
 
 # --- beliefs -------------------------------------------------------------------------------------
@@ -227,8 +232,8 @@ def _folds(trusted: np.ndarray, source: np.ndarray | None, folds: int, seed: int
 
 
 def _held_out(
-    x: np.ndarray, labels: np.ndarray, trusted: np.ndarray, fold: np.ndarray, head: Head,
-    seed: int, *, given: bool = True,
+    x: np.ndarray, labels: np.ndarray, trusted: np.ndarray, inside: np.ndarray, fold: np.ndarray,
+    head: Head, seed: int, *, given: bool = True,
 ) -> np.ndarray:  # fmt: skip
     """What the head that did not see a sample believes of it, f32[N, K].
 
@@ -236,10 +241,12 @@ def _held_out(
 
     Args:
       x, labels, trusted, fold, head, seed: of the samples; labels f32[N, K].
+      inside: bool[N], those that train.
       given: whether these are the given labels, for a rule to doubt.
     """
     order = np.argsort(trusted, kind="stable")  # a run's last samples are its trusted ones
-    x, labels, fold, others = x[order], labels[order], fold[order], int((~trusted).sum())
+    x, labels, fold, inside = x[order], labels[order], fold[order], inside[order]
+    others = int((~trusted).sum())
     number, size = labels.shape
     told = given and others < number
 
@@ -250,11 +257,12 @@ def _held_out(
     pools = Streams(pool(slice(None)), pool(slice(others, None)) if told else None)
     streams, states = [], []
     method = _method(RunInfo(number, size, num_trusted=number - others if told else 0), head)
+    init = jax.jit(method.init)
     for k in range(head.folds):
         own = int(generator("audit head", seed, k).integers(2**31))
         val = np.flatnonzero(fold[others:] != k) if told else None
-        streams.append(_Part(np.flatnonzero(fold != k), val, head, own))
-        states.append(method.init(jax.random.key(own), x[:1]))
+        streams.append(_Part(np.flatnonzero((fold != k) & inside), val, head, own))
+        states.append(init(jax.random.key(own), x[:1]))
     devices = jax.devices()[: 1 if head.folds % len(jax.devices()) else None]
     result = train.fit(
         parallel.sweep_runner(method.step, devices=devices).hold(pools),
@@ -285,66 +293,73 @@ def _method(run: RunInfo, head: Head) -> Method:
 # --- what follows of beliefs ---------------------------------------------------------------------
 
 
-def _found(
-    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, typical: np.ndarray, groups
-) -> Audit:
-    size = probs.shape[1]
-    sharpness, confused = _confusion(probs, y, trusted)
-    prior = jnp.asarray(np.eye(size, dtype=np.float32)[y])
-    outside = (typical <= _threshold(typical[~trusted])) & ~trusted
-    targets = posterior_targets(
-        prior,
-        jnp.asarray(probs),
-        confused,
-        sharpness=sharpness,
-        trusted=jnp.asarray(trusted),
-        mask=jnp.asarray(~outside),
-    )
-    believed = sharpened(jnp.asarray(probs), sharpness)
-    odds = believed * confused[:, y].T
-    labels = np.asarray(odds / jnp.maximum(odds.sum(1, keepdims=True), 1e-30))
-    labels = np.where(trusted[:, None], prior, labels)
-    quality = labels[np.arange(len(y)), y]
-    learned = labels.argmax(1)
-    utility = np.where(outside, -1.0, 2 * quality - 1).astype(np.float32)
-    wrong = (quality < 0.5) & ~trusted
+def _found(probs, y, trusted, inside, typical, groups) -> Audit:
+    labels, weights, confused = _posterior(probs, y, trusted, inside)
+    rows = np.arange(len(y))
+    quality, learned = labels[rows, y], labels.argmax(1)
+    utility = np.where(inside, 2 * quality - 1, -1.0).astype(np.float32)
     return Audit(
         given=y,
         learned=learned,
-        probability=labels[np.arange(len(y)), learned],
+        probability=labels[rows, learned],
         quality=quality,
-        weight=np.asarray(targets.weights),
+        weight=weights,
         utility=utility,
         typicality=typical,
-        wrong=wrong,
-        outside=outside,
+        wrong=(quality < 0.5) & ~trusted,
+        outside=~inside,
         trusted=trusted,
         labels=labels,
-        transition=np.asarray(confused),
-        noise_rate=float(1 - quality[~trusted].mean()),
+        transition=confused,
+        noise_rate=float(1 - quality[~trusted & inside].mean()),
         groups={} if groups is None else _by_group(utility, np.asarray(groups)),
     )
 
 
-def _confusion(probs: np.ndarray, y: np.ndarray, trusted: np.ndarray) -> tuple[float, jax.Array]:
-    """(a, C): the power of beliefs and the matrix under which the labels are most likely.
+def _posterior(
+    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, inside: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(learned labels f32[N, K], weights f32[N], C f32[K, K]) of what is believed.
 
-    A trusted label is as likely as it is believed.
+    Beliefs are sharpened by the power under which the labels inside are most likely; a trusted
+    label is as likely as it is believed.
     """
-    given, known = jnp.asarray(y), jnp.asarray(trusted)
 
     @jax.jit
-    def tried(a):
-        beliefs = sharpened(jnp.asarray(probs), a)
-        found = transition.most_likely(beliefs, given, ~known)
-        chance = jnp.sum(beliefs * found[:, given].T, 1)
+    def tried(power):
+        beliefs = sharpened(jnp.asarray(probs), power)
+        found = transition.most_likely(beliefs, given, counted)
         right = jnp.take_along_axis(beliefs, given[:, None], 1)[:, 0]
-        return jnp.mean(jnp.log(jnp.maximum(jnp.where(known, right, chance), 1e-6))), found
+        chance = jnp.where(known, right, jnp.sum(beliefs * found[:, given].T, 1))
+        return masked_mean(jnp.log(jnp.maximum(chance, 1e-6)), counted | known), found
 
+    @jax.jit
+    def learned(power, found):
+        odds = sharpened(jnp.asarray(probs), power) * found[:, given].T
+        labels = odds / jnp.maximum(jnp.sum(odds, 1, keepdims=True), 1e-30)
+        targets = posterior_targets(
+            prior, jnp.asarray(probs), found, sharpness=1.0, trusted=known, mask=counted | known
+        )
+        return jnp.where(known[:, None], prior, labels), targets.weights
+
+    given, known, counted = jnp.asarray(y), jnp.asarray(trusted), jnp.asarray(inside & ~trusted)
+    prior = jax.nn.one_hot(given, probs.shape[1])
     powers = SHARPNESS if trusted.any() else UNTOLD
-    likely, found = zip(*(tried(float(a)) for a in powers))
+    likely, found = zip(*map(tried, powers))
     best = int(np.argmax(likely))
-    return float(powers[best]), found[best]
+    return *map(np.asarray, learned(powers[best], found[best])), np.asarray(found[best])
+
+
+def _inside(typical: np.ndarray, trusted: np.ndarray) -> np.ndarray:
+    """Samples that may be like the trusted ones, bool[N].
+
+    At most a share FALSE of the others, on average, is like them after all.
+
+    Source: Benjamini and Hochberg, "Controlling the False Discovery Rate", JRSS B 1995.
+    """
+    p = np.sort(typical[~trusted])
+    below = p <= FALSE * np.arange(1, len(p) + 1) / len(p)
+    return trusted | (typical > (p[below][-1] if below.any() else 0.0))
 
 
 def typicality(x: np.ndarray, trusted: np.ndarray, fold: np.ndarray) -> np.ndarray:
@@ -385,22 +400,11 @@ def typicality(x: np.ndarray, trusted: np.ndarray, fold: np.ndarray) -> np.ndarr
     return ((1 + below) / (trusted.sum() + 1)).astype(np.float32)
 
 
-def _threshold(p: np.ndarray) -> float:
-    """The largest p at which at most a share FALSE of those below come by chance; 0 = none.
-
-    Source: Benjamini and Hochberg, "Controlling the False Discovery Rate", JRSS B 1995.
-    """
-    p = np.sort(p)
-    below = p <= FALSE * np.arange(1, len(p) + 1) / len(p)
-    return float(p[below][-1]) if below.any() else 0.0
-
-
 def _by_group(utility: np.ndarray, groups: np.ndarray) -> dict[str, pooled.Pooled]:
     names, places = np.unique(groups, return_inverse=True)
-    sums = pooled.add_utilities(
-        pooled.no_pools(len(names)), jnp.asarray(utility), jnp.asarray(places)
-    )
-    found = jax.tree.map(np.asarray, pooled.pooled(sums))
+    add = jax.jit(pooled.add_utilities)
+    sums = add(pooled.no_pools(len(names)), jnp.asarray(utility), jnp.asarray(places))
+    found = jax.tree.map(np.asarray, jax.jit(pooled.pooled)(sums))
     return {
         str(name): pooled.Pooled(*(float(x[place, 0]) for x in found))
         for place, name in enumerate(names)

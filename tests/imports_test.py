@@ -28,6 +28,10 @@ ROOMS = {
     "_compat": (set(), {"jax", "numpy"}),
     "core": ({"core", "types", "checks"}, BASE),
     "rules": ({"rules", "core", "types", "checks", "calls"}, BASE),
+    "audit": (
+        {"methods", "rules", "models", "data", "parallel", "train", "core", "types", "checks"},
+        BASE,
+    ),
     "augment": ({"augment", "types", "checks"}, {"jax", "numpy"}),
     "augment/show.py": ({"augment", "types"}, {"jax", "matplotlib", "numpy", "PIL", "sklearn"}),
     "models": ({"models", "types", "checks"}, BASE | {"flax"}),

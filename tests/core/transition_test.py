@@ -157,3 +157,27 @@ def test_eight_devices_keep_the_sums_of_one():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def _given_by(belief, matrix):
+    return np.array([_rng.choice(CLASSES, p=matrix[k]) for k in belief])
+
+
+def test_the_most_likely_matrix_is_the_true_one():
+    right = _rng.choice(CLASSES, 20_000, p=FREQUENT)
+    belief = 0.9 * np.eye(CLASSES)[right] + 0.1 / CLASSES
+    # Of rows that do not count any label may be given.
+    given, counted = _given_by(right, TRUE), _rng.random(len(right)) < 0.8
+    given[~counted] = 0
+    found = transition.most_likely(*map(jnp.asarray, (belief.astype("f4"), given, counted)))
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found, TRUE, atol=0.05)
+
+
+def test_of_a_class_that_is_never_seen_the_matrix_is_that_of_one_share():
+    right = _rng.integers(2, size=400)
+    belief = np.eye(CLASSES, dtype=np.float32)[right]
+    given = _given_by(right, uniform(0.3))
+    found = transition.most_likely(jnp.asarray(belief), jnp.asarray(given))
+    np.testing.assert_allclose(found[2], uniform(float(1 - found[2, 2]))[2], atol=1e-6)
+    assert 1 - found[2, 2] == pytest.approx((given != right).mean(), abs=0.02)

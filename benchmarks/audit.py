@@ -1,0 +1,206 @@
+"""How well wrong labels and samples of no class are found, beside cleanlab.
+
+    python -m benchmarks.audit [--json] [--out FILE] [--seeds=3] [--data_dir=data]
+
+"labels": human labels of CIFAR-10N on ResNet-18 features, by `saflex_jax.audit` with 500 trusted
+samples and without any, and by cleanlab as its documents say: logistic regression (C = .01, 5-fold
+cross-validated), `get_label_quality_scores`, `find_label_issues`. cleanlab has no trusted samples
+to read. "fair" is cleanlab with the trusted labels put right and left out of the count. Measured on
+the samples that are not trusted. "at .74" is the precision where .74 of the wrong labels are found.
+
+"pools": a generator's pool of which 40 % is bad: images of another data set, wrong labels, or both.
+Dropped is what has a utility below zero. The right labels are read to measure alone.
+
+Needs features: `python -m experiments.features NAME --tag=TAG`, of SETS; and
+`pip install -e ".[bench]"` for cleanlab, which is left out where it is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_predict
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks import reporting
+from experiments.feature_sets import feature_set
+from saflex_jax.audit import audit
+from saflex_jax.data.seeds import generator
+
+SIZE, TRUSTED, RECALL = 12_000, 500, 0.74
+LABELS = ("worst", "random1")
+# data set -> where what is outside comes from
+POOLS = {
+    "cifar10n@crop": "fashion_mnist@crop",
+    "fashion_mnist@crop": "mnist@plain",
+    "mnist@plain": "usps@crop",
+}
+BAD = {"outside": (0.4, 0.0), "mislabelled": (0.0, 0.4), "both": (0.2, 0.2)}
+SETS = sorted({*POOLS, *POOLS.values()})
+
+
+def opened(name: str, folder: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """(features f32[N, D] of the first rows as they are, right labels, other label sets)."""
+    source = feature_set(name, folder, "").source
+    size = min(SIZE, len(source.views))
+    extra = {key: values[:size] for key, values in source.extra.items()}
+    return np.array(source.views[:size, 0], np.float32), source.labels[:size], extra
+
+
+def trusted_rows(labels: np.ndarray, seed: int) -> np.ndarray:
+    """bool[N]: TRUSTED samples, as many of each class."""
+    rng, known = generator("audit trusted", seed), np.zeros(len(labels), bool)
+    classes = np.unique(labels)
+    for k in classes:
+        known[rng.permutation(np.flatnonzero(labels == k))[: TRUSTED // len(classes)]] = True
+    return known
+
+
+def measured(bad: np.ndarray, quality: np.ndarray, flagged: np.ndarray) -> dict[str, float]:
+    """How well a quality, and flags, find what is bad."""
+    found = np.sort(quality[bad])[int(np.ceil(RECALL * bad.sum())) - 1]
+    return {
+        "AUC": roc_auc_score(bad, -quality),
+        "precision": bad[flagged].mean(),
+        "recall": flagged[bad].mean(),
+        "at .74": bad[quality <= found].mean(),
+    }
+
+
+def with_cleanlab(x: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(quality, flagged)."""
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    model = LogisticRegression(C=0.01, max_iter=1000)
+    x = StandardScaler().fit_transform(x)
+    probs = cross_val_predict(model, x, given, cv=5, method="predict_proba")
+    return get_label_quality_scores(given, probs), find_label_issues(given, probs)
+
+
+def with_audit(x, given, known) -> tuple[np.ndarray, np.ndarray]:
+    """(quality, flagged)."""
+    found = audit(x, given, trusted=known)
+    return found.quality, found.wrong
+
+
+def of_labels(name: str, seed: int, folder: str) -> dict[str, dict[str, float]]:
+    """Who -> what was measured, of one label set."""
+    x, right, extra = opened("cifar10n@crop", folder)
+    known = trusted_rows(right, seed)
+    corrected = np.where(known, right, extra[name])
+    nobody = np.zeros(len(right), bool)
+    jobs: dict[str, tuple[Callable, np.ndarray, np.ndarray]] = {
+        "audit, 500 trusted": (partial(with_audit, known=known), corrected, ~known),
+        "audit": (partial(with_audit, known=nobody), extra[name], ~nobody),
+        "cleanlab": (with_cleanlab, extra[name], ~nobody),
+        "cleanlab, fair": (with_cleanlab, corrected, ~known),
+    }
+    rows = {}
+    for who, (job, given, counted) in jobs.items():
+        start = time.perf_counter()
+        try:
+            quality, flagged = job(x, given)
+        except ImportError:
+            continue
+        seconds = time.perf_counter() - start
+        bad = (given != right)[counted]
+        rows[who] = measured(bad, quality[counted], flagged[counted]) | {"seconds": seconds}
+    return rows
+
+
+def of_pool(name: str, kind: str, seed: int, folder: str) -> dict[str, float]:
+    """What dropping by utility finds in a pool of which 40 % is bad."""
+    (x, right, _), other = opened(name, folder), opened(POOLS[name], folder)[0]
+    known, rng = trusted_rows(right, seed), generator("audit pool", seed)
+    places = rng.permutation(np.flatnonzero(~known))
+    outside, wrong = (int(share * len(places)) for share in BAD[kind])
+    replaced, mislabelled = places[:outside], places[outside : outside + wrong]
+    x[replaced] = other[rng.permutation(len(other))[np.arange(outside) % len(other)]]
+    given, classes = right.copy(), right.max() + 1
+    given[mislabelled] = (right[mislabelled] + rng.integers(1, classes, wrong)) % classes
+    found = audit(x, given, trusted=known)
+    dropped = (found.utility < 0) & ~known
+    row = {}
+    for what, flagged, bad in (
+        ("outside", dropped & found.outside, replaced),
+        ("mislabelled", dropped & ~found.outside, mislabelled),
+        ("all", dropped, places[: outside + wrong]),
+    ):
+        if len(bad):
+            row[f"{what} precision"] = np.isin(np.flatnonzero(flagged), bad).mean()
+            # Whatever the reason for which it is dropped.
+            row[f"{what} recall"] = dropped[bad].mean()
+    return row
+
+
+class Audit(reporting.Benchmark):
+    """Accuracy of audits, over seeds."""
+
+    packages = ("jax", "flax", "numpy", "scikit-learn", "cleanlab")
+    series = ()
+    rounds = None
+
+    def __init__(self, options):
+        self.seeds, self.folder = options.seeds, options.data_dir
+        self.labels: dict[str, list] = {name: [] for name in LABELS}
+        self.pools: dict[str, list] = {f"{n}, {kind}": [] for n in POOLS for kind in BAD}
+        for name in SETS:  # a missing one is said before anything runs
+            feature_set(name, self.folder, "")
+
+    @staticmethod
+    def add_options(parser):
+        """Seeds and the folder of the features."""
+        parser.add_argument("--seeds", type=int, default=3, help="of trusted samples and pools")
+        parser.add_argument("--data_dir", default="data", help="where feature sets are")
+
+    @property
+    def length(self):
+        """One audit a unit, all label sets of one kind together."""
+        return self.seeds * (len(self.labels) + len(self.pools))
+
+    def measure(self, bar):
+        """Seed by seed."""
+        for seed in range(self.seeds):
+            for name, runs in self.labels.items():
+                runs.append(of_labels(name, seed, self.folder))
+                bar.update()
+            for name in POOLS:
+                for kind in BAD:
+                    self.pools[f"{name}, {kind}"].append(of_pool(name, kind, seed, self.folder))
+                    bar.update()
+
+    def report(self):
+        """Means over seeds, and the largest standard deviation of each column."""
+        labels, spread = {}, {}
+        for name, runs in self.labels.items():
+            labels[name] = {}
+            for who in runs[0] if runs else ():
+                labels[name][who], spread[f"{name}, {who}"] = _over([run[who] for run in runs])
+        pools = {}
+        for name, runs in self.pools.items():
+            if runs:
+                pools[name], spread[name] = _over(runs)
+        return {"seeds": self.seeds, "labels": labels, "pools": pools,
+                "standard_deviation": spread}  # fmt: skip
+
+
+def _over(runs: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean and standard deviation of each column."""
+    columns = {key: [run[key] for run in runs] for key in runs[0]}
+    deviation = {
+        key: float(np.std(v, ddof=1)) if len(v) > 1 else None for key, v in columns.items()
+    }
+    return {key: float(np.mean(v)) for key, v in columns.items()}, deviation
+
+
+main = partial(reporting.command, Audit)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The audit of plain arrays: it finds what was planted, leaves what is right, refuses bad input."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from saflex_jax.audit import Head, _folds, audit, from_logits
+
+SIZE, CLASSES, TRUSTED, FEATURES = 600, 3, 60, 8
+HEAD = Head(widths=(), steps=80, batch_size=64, weight_decay=0.1, folds=2)
+_rng = np.random.default_rng(0)
+RIGHT = np.arange(SIZE) % CLASSES
+CENTRES = 2.5 * _rng.normal(size=(CLASSES, FEATURES))
+KNOWN = np.arange(SIZE) % (SIZE // TRUSTED) == 0
+KINDS = _rng.choice(["wrong", "outside", "good"], SIZE, p=[0.3, 0.2, 0.5])
+KINDS[KNOWN] = "good"
+OUTSIDE = KINDS == "outside"
+# The third class is never confused.
+WRONG = (KINDS == "wrong") & (RIGHT < 2)
+GIVEN = np.where(WRONG, 1 - RIGHT, RIGHT)
+X = (CENTRES[RIGHT] + _rng.normal(size=(SIZE, FEATURES))).astype(np.float32)
+X[OUTSIDE] = _rng.normal(size=(OUTSIDE.sum(), FEATURES)) - 9
+
+
+@pytest.fixture(scope="module")
+def found():
+    return audit(X, GIVEN, trusted=KNOWN, groups=KINDS, head=HEAD)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return audit(X[~OUTSIDE], GIVEN[~OUTSIDE], head=HEAD)
+
+
+def rates(flagged, bad):
+    return bad[flagged].mean(), flagged[bad].mean()
+
+
+def test_it_finds_wrong_labels_and_the_right_ones(found, alone):
+    inside = ~OUTSIDE
+    for audited, wrong, right in (
+        (dataclasses.replace(found, wrong=found.wrong[inside], learned=found.learned[inside]),
+         WRONG[inside], RIGHT[inside]),
+        (alone, WRONG[inside], RIGHT[inside]),
+    ):  # fmt: skip
+        assert min(rates(audited.wrong, wrong)) > 0.85
+        assert np.mean(audited.learned == right) > 0.95
+
+
+def test_it_finds_what_is_of_no_class(found):
+    assert min(rates(found.outside, OUTSIDE)) > 0.85
+    assert (found.weight[found.outside] == 0).all() and (found.utility[found.outside] == -1).all()
+
+
+def test_without_trusted_samples_nothing_is_outside(alone):
+    assert not alone.outside.any() and (alone.typicality == 1).all()
+
+
+def test_the_matrix_says_which_classes_are_confused(alone):
+    share = WRONG[RIGHT < 2].sum() / ((RIGHT < 2) & ~OUTSIDE).sum()
+    assert alone.transition[0, 1] == pytest.approx(share, abs=0.1)
+    assert alone.transition[2, 2] > 0.95
+    assert alone.noise_rate == pytest.approx(WRONG[~OUTSIDE].mean(), abs=0.05)
+
+
+def test_trusted_samples_stay_as_they_are(found):
+    assert not (found.wrong | found.outside)[KNOWN].any()
+    np.testing.assert_array_equal(found.learned[KNOWN], GIVEN[KNOWN])
+    np.testing.assert_array_equal(found.quality[KNOWN], 1)
+
+
+def test_the_table_has_a_row_for_each_sample_and_the_groups_are_its_means(found):
+    table = found.columns()
+    assert {len(column) for column in table.values()} == {SIZE}
+    np.testing.assert_allclose(found.labels.sum(1), 1, atol=1e-5)
+    for name, group in found.groups.items():
+        rows = KINDS == name
+        assert group.count == rows.sum()
+        assert group.mean == pytest.approx(table["utility"][rows].mean(), abs=1e-4)
+    low, high = found.groups["outside"].interval()
+    assert high < 0 < found.groups["good"].interval()[0] and low > -1.5
+
+
+def test_samples_of_one_source_share_a_fold_and_folds_are_even():
+    source = np.repeat(np.arange(50), 4)[_rng.permutation(200)]
+    for trusted in (np.zeros(200, bool), source < 10):
+        fold = _folds(trusted, source, 5, seed=0)
+        assert all(len(set(fold[source == s])) == 1 for s in range(50))
+        assert set(np.bincount(fold)) == {40}
+    few = _folds(np.arange(200) < 9, None, 5, seed=0)  # too few trusted ones to leave any out
+    assert (few[:9] == -1).all() and (few[9:] >= 0).all()
+
+
+def test_logits_of_another_network_give_the_same_kind_of_table():
+    belief = np.where(np.eye(CLASSES)[RIGHT] > 0, 5.0, 0.0).astype(np.float32)
+    found = from_logits(belief, GIVEN)
+    assert min(rates(found.wrong, WRONG)) > 0.99
+    assert set(found.columns()) >= {"row", "given", "learned", "quality", "weight", "utility"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(features=X.astype(int)), "features must be floats"),
+        (dict(features=np.where(X == X[3, 2], np.nan, X)), "features must be finite; given nan at"),
+        (dict(labels=GIVEN[1:]), "labels must have shape"),
+        (dict(labels=GIVEN - 1), "labels must lie in"),
+        (dict(num_classes=2), "labels must lie in"),
+        (dict(trusted=KNOWN.astype(int)), "trusted must be bool"),
+        (dict(trusted=KNOWN[1:]), "trusted must have shape"),
+        (dict(trusted=np.ones(SIZE, bool)), "samples that are not trusted"),
+        (dict(source=np.zeros(SIZE, int)), "of different sources"),
+        (dict(groups=KINDS[1:]), "groups must have shape"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_compiled(change, message, monkeypatch):
+    def compiled(*_, **__):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(jax, "jit", compiled)
+    with pytest.raises(ValueError, match=message):
+        audit(**{"features": X, "labels": GIVEN, "head": HEAD} | change)
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "folds", "learning_rate"])
+def test_a_bad_head_is_named(field):
+    with pytest.raises(ValueError, match=field):
+        Head(**{field: 0})
