@@ -14,7 +14,12 @@ DATA = [
     "tensorflow-datasets>=4.9.10,<5",
 ]
 CLIP = ["tokenizers>=0.22,<0.24"]  # captions; towers and weights need nothing more
-EXPERIMENTS = ["matplotlib>=3.9,<4", "ml_collections>=1.0,<2", "tensorboardX>=2.6.2.2,<3"]
+EXPERIMENTS = [
+    "jinja2>=3.1.4,<4",
+    "matplotlib>=3.9,<4",
+    "ml_collections>=1.0,<2",
+    "tensorboardX>=2.6.2.2,<3",
+]
 # What the benchmarks compare with; a missing one is reported. On a CPU machine first install the
 # CPU build of exactly this torch, or pip fetches gigabytes of CUDA:
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu

@@ -145,7 +145,7 @@ def audit(
 
     Raises:
       ValueError: arrays that disagree in N, features not finite, labels out of range, fewer than
-        two classes or than two samples a fold.
+        two classes or than two samples a fold; features that say nothing of the labels.
 
     Source: this project's (docs/audit.md). Beliefs of models that did not see the sample:
     Northcutt et al., "Confident Learning", JAIR 2021.
@@ -342,6 +342,13 @@ def _posterior(
         )
         return jnp.where(known[:, None], prior, labels), targets.weights
 
+    agrees = probs[np.arange(len(y)), y][inside].mean()
+    chance = float(np.sum((np.bincount(y[inside]) / inside.sum()) ** 2))
+    if agrees <= chance:
+        raise ValueError(
+            "labels must be told from features; what did not see a label gives it a probability of "
+            f"{agrees:.3f}, no better than chance, {chance:.3f}"
+        )
     given, known, counted = jnp.asarray(y), jnp.asarray(trusted), jnp.asarray(inside & ~trusted)
     prior = jax.nn.one_hot(given, probs.shape[1])
     powers = SHARPNESS if trusted.any() else UNTOLD

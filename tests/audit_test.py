@@ -124,6 +124,11 @@ def test_bad_input_is_named_before_anything_is_compiled(change, message, monkeyp
         audit(**{"features": X, "labels": GIVEN, "head": HEAD} | change)
 
 
+def test_beliefs_that_know_nothing_are_refused():
+    with pytest.raises(ValueError, match="no better than chance"):
+        from_logits(np.where(np.eye(CLASSES)[RIGHT] > 0, -3.0, 0.0), RIGHT)
+
+
 @pytest.mark.parametrize("field", ["steps", "batch_size", "folds", "learning_rate"])
 def test_a_bad_head_is_named(field):
     with pytest.raises(ValueError, match=field):

@@ -1,0 +1,246 @@
+"""What was learned about every candidate: a table, and a page that says what helps and what harms.
+
+    python -m experiments.audit --workdir=runs/digits
+    python -m experiments.audit --features=cifar10n@crop --labels=worst --trusted=500
+    python -m experiments.audit --features=mine.npz --pool=pools/mine
+
+Of a finished run (`experiments.main`) a row is a candidate under one draw of its pipeline, utility
+says how far training on it lowers the loss on the validation samples, in units of the scores' RMS.
+Of features it is 2 P(the given label is right) - 1, by `saflex_jax.audit`. --features is a set of
+`experiments.features`, NAME@TAG, or an .npz file of arrays: features f[N, D], labels i[N]; where
+they are known trusted bool[N], source, group, file_name [N], clean i[N], class_names [K] and images
+[N, H, W, C]. --pool adds prompt, strength, model and flags of its metadata.jsonl by file_name.
+
+Writes audit.csv (or .parquet) and audit.html to --out. The test split is not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from experiments import audit_page, finished, tables, task
+from experiments.feature_sets import feature_set
+from experiments.inspect import class_names
+from saflex_jax import checks
+from saflex_jax.audit import audit
+from saflex_jax.data.seeds import generator
+from saflex_jax.train import CheckpointError
+
+
+class Found(NamedTuple):
+    """A table and what the page shows with it.
+
+    Attributes:
+      table: of candidates.
+      title: of the page.
+      class_names: K.
+      transition: f[K, K] or None.
+      inputs: of the rows, images if they are [N, H, W, C]; None = unknown.
+      notes: for the page.
+    """
+
+    table: dict[str, np.ndarray]
+    title: str
+    class_names: tuple[str, ...]
+    transition: np.ndarray | None
+    inputs: Any
+    notes: list[str]
+
+
+def of_run(workdir: pathlib.Path, draws: int) -> Found:
+    """What a finished run learned.
+
+    Raises:
+      ValueError: as `finished.opened` and `finished.columns`.
+    """
+    run = finished.opened(workdir)
+    table = finished.columns(run, draws)
+    names = class_names(run.data.source)
+    kept = table["draw"] == 0
+    confused = np.zeros((len(names), len(names)))
+    rows = kept & ~table["trusted"]
+    np.add.at(confused, (table["learned"][rows], table["given"][rows]), 1.0)
+    confused /= np.maximum(confused.sum(1, keepdims=True), 1.0)
+    notes = [
+        f"{run.config.method.name}, rule {run.config.method.rule}, seed {run.config.seed}, step "
+        f"{int(run.state.step)}; {draws} draws of {run.config.augment!r}.",
+        "Utility: how far training on the row lowers the loss on the validation samples, in units "
+        "of the scores' root mean square. One look is noisy; the groups are what to trust.",
+    ]
+    inputs = run.data.pools.candidates.inputs
+    return Found(table, f"Audit: {task.title(run.config.data)}", names, confused, inputs, notes)
+
+
+def of_features(name: str, labels: str, trusted: int, pool: str, folder: str, seed: int) -> Found:
+    """What features say of labels.
+
+    Raises:
+      ValueError: no such set or file, arrays that do not fit; names them.
+    """
+    load = _of_file if pathlib.Path(name).suffix == ".npz" else _of_set
+    given = load(name, labels, trusted, folder, seed)
+    known = given.get("trusted")
+    found = audit(
+        given["features"], given["labels"], trusted=known, source=given.get("source"), seed=seed
+    )
+    size = len(found.transition)
+    names = tuple(map(str, given.get("class_names", np.arange(size))))
+    checks.rows(size, class_names=np.array(names))
+    table = found.columns()
+    table["flags"] = np.where(found.wrong, "wrong", np.where(found.outside, "outside", ""))
+    for column, source in (("file", "file_name"), ("source", "source"), ("group", "group")):
+        if source in given:
+            checks.rows(len(given["labels"]), **{source: given[source]})
+            table[column] = given[source]
+    if pool:
+        table |= of_metadata(pathlib.Path(pool) / "metadata.jsonl", table.get("file"))
+    if "clean" in given:
+        table["clean"] = given["clean"]
+        table["bad"] = given["clean"] != given["labels"]
+    share = f"{found.noise_rate:.1%} of the labels are judged wrong; {int(found.outside.sum())} "
+    notes = [
+        share + "samples are unlike all trusted ones.",
+        "Utility: 2 P(the given label is right) - 1; -1 for samples unlike the trusted ones.",
+    ]
+    title = f"Audit: {name} {labels}".strip()
+    return Found(table, title, names, found.transition, given.get("images"), notes)
+
+
+def _of_file(name: str, labels: str, trusted: int, folder: str, seed: int) -> dict[str, Any]:
+    del folder, seed
+    if labels or trusted:
+        raise ValueError("--labels and --trusted are of feature sets; an .npz file has arrays")
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            given = {key: file[key] for key in file.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--features must be an .npz file of arrays; {name}: {error}") from error
+    for key in ("features", "labels"):
+        if key not in given:
+            raise ValueError(f"{name} must have an array {key}; given {sorted(given)}")
+    accepted = ("features", "labels", "trusted", "source", "group", "file_name", "clean", "images")
+    checks.known(name, given, (*accepted, "class_names"))
+    return given
+
+
+def _of_set(name: str, labels: str, trusted: int, folder: str, seed: int) -> dict[str, Any]:
+    features = feature_set(name, folder, "")
+    source, size = features.source, len(features.source.views)
+    if source.labels.ndim > 1:
+        raise ValueError(f"--features must be of classes; {name} has other labels")
+    right = source.labels[:size]
+    given, known = right, generator("audit trusted", seed).permutation(size) < trusted
+    if labels:
+        checks.choice(source.extra, **{"--labels": labels})
+        given = source.extra[labels][:size]
+    arrays = {
+        "features": np.asarray(source.views[:, 0], np.float32),
+        "labels": np.where(known, right, given),
+        "trusted": known,
+        "class_names": np.array(class_names(source)),
+    }
+    if labels:
+        arrays["clean"] = right
+    try:
+        base = task.opened(name.partition("@")[0], folder, features.options["pixels"], "", False)
+        arrays["images"] = base.inputs, features.rows
+    except (OSError, ValueError, KeyError):
+        print("no thumbnails: the images are not there", file=sys.stderr)
+    return arrays
+
+
+def of_metadata(path: pathlib.Path, files: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The columns prompt, strength, generator, seed and flags of files, as far as there are any.
+
+    Raises:
+      ValueError: no such file, a line that is not JSON, a file without a line; names it.
+    """
+    if files is None:
+        raise ValueError("--pool needs the array file_name in the features' file")
+    records = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(f"--pool must be a folder with metadata.jsonl; {error}") from error
+    for number, line in enumerate(lines, 1):
+        if line:
+            try:
+                record = json.loads(line)
+                records[record["file_name"]] = record
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path} line {number} must be a JSON object with file_name: {error!r}"
+                ) from error
+    for file in files.tolist():
+        if file not in records:
+            raise ValueError(f"{path} must have a line for {file}; given none")
+    own = [records[file] for file in files.tolist()]
+    columns = {}
+    for column, name, otherwise in (
+        ("prompt", "prompt", ""), ("strength", "strength", np.nan), ("generator", "model", ""),
+    ):  # fmt: skip
+        if any(name in record for record in own):
+            columns[column] = np.array([record.get(name) or otherwise for record in own])
+    if any(record.get("flags") for record in own):
+        columns["filters"] = np.array([" ".join(record.get("flags") or ()) for record in own])
+    return columns
+
+
+def images_of(found: Found) -> dict[int, np.ndarray]:
+    """Place in the table -> image, of the rows of the gallery."""
+    inputs, rows = found.inputs, None
+    if isinstance(inputs, tuple):
+        inputs, rows = inputs
+    if getattr(inputs, "ndim", 0) != 4 or inputs.shape[-1] not in (1, 3):
+        return {}
+    places = [place for place, _ in audit_page.gallery(found.table)]
+    own = found.table["row"][places] if rows is None else rows[found.table["row"][places]]
+    return {place: np.asarray(inputs[int(row)]) for place, row in zip(places, own)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Audits, writes and says where."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", type=pathlib.Path, help="a finished run of experiments.main")
+    what.add_argument("--features", help="NAME@TAG, or an .npz file")
+    parser.add_argument("--labels", default="", help="label set of a feature set: worst")
+    parser.add_argument("--trusted", type=int, default=0, help="samples whose right label is told")
+    parser.add_argument("--pool", default="", help="folder with metadata.jsonl of the file's files")
+    parser.add_argument("--draws", type=int, default=2, help="of the run's pipeline, a row each")
+    parser.add_argument("--data_dir", default="data", help="of data sets and features")
+    parser.add_argument("--out", type=pathlib.Path, help="default: --workdir, or runs/audit")
+    parser.add_argument("--parquet", action="store_true", help="audit.parquet, not audit.csv")
+    parser.add_argument("--seed", type=int, default=0, help="of an audit by features")
+    given = parser.parse_args(argv)
+    out = given.out or given.workdir or pathlib.Path("runs/audit")
+    try:
+        if given.workdir:
+            found = of_run(given.workdir, given.draws)
+        else:
+            found = of_features(
+                given.features, given.labels, given.trusted, given.pool, given.data_dir, given.seed
+            )
+        page = audit_page.page(
+            found.table, title=found.title, class_names=found.class_names,
+            transition=found.transition, images=images_of(found), notes=found.notes,
+        )  # fmt: skip
+        file = out / ("audit.parquet" if given.parquet else "audit.csv")
+        tables.write(found.table, file)
+        with tables.renamed(out / "audit.html") as part:
+            part.write_text(page, encoding="utf-8")
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        sys.exit(str(error))
+    print(f"{file}\n{out / 'audit.html'}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
+    main()

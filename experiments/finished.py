@@ -1,0 +1,209 @@
+"""A finished run of `experiments.main`, opened again: its config, data, method and last state."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import build, estimators, task
+from saflex_jax import augment, checks, train
+from saflex_jax.batches import take
+from saflex_jax.core import linear_solve, scores
+from saflex_jax.core.targets import prior_targets, score_scale
+from saflex_jax.core.tree import paths, under
+from saflex_jax.methods.upstream import drawn
+from saflex_jax.types import Method, Streams, Targets, TrainState
+
+BATCH = 256  # candidates at once
+
+
+class Run(NamedTuple):
+    """What a finished run was and became; `state` is the best one where the run kept it."""
+
+    config: ConfigDict
+    data: task.Data
+    method: Method
+    state: TrainState
+
+
+def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
+    """The run of a folder.
+
+    Args:
+      workdir: as of `experiments.main`.
+      step: of the checkpoint; None = the last.
+
+    Raises:
+      ValueError: no finished run there, or one without steps.
+      CheckpointError: no such checkpoint, or a damaged one.
+    """
+    try:
+        config = ConfigDict(json.loads((workdir / "result.json").read_text())["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--workdir must be of a finished run of experiments.main; {workdir}: {error}"
+        ) from error
+    if "keep_best" not in config.train:
+        config.train.keep_best = False
+    if estimators.fits(config):
+        raise ValueError(f"--workdir must be of a network; given one of {config.model.name}")
+    data = task.make_data(config)
+    method = build.make_method(config, data.pools, data.source.columns)
+    folder = workdir / ("best" if build.keeps_best(config) and step is None else "checkpoints")
+    kept = train.Checkpoints(folder, config=build.settings(config))
+    with contextlib.closing(kept):
+        state, _ = kept.load(build.init_state(config, method, data.pools), step)
+    return Run(config, data, method, state)
+
+
+class Looked(NamedTuple):
+    """What is known of every candidate under one draw of the pipeline, arrays [N, ...].
+
+    Attributes:
+      targets: by the run's rule; the prior's where it has none.
+      utility: u, how far training on the candidate lowers the loss on trusted samples, f32[N].
+      believed: f32[N, K], what the network says of it.
+      operation, magnitude: of the trace, [N, L].
+    """
+
+    targets: Targets
+    utility: np.ndarray
+    believed: np.ndarray
+    operation: np.ndarray
+    magnitude: np.ndarray
+
+
+def look(run: Run, draw: int = 0) -> Looked:
+    """Looks at all candidates as a step of the run would see them, without taking one.
+
+        u_i = <q_i, S_i> / RMS(S)
+
+    S are the label scores along the implicit direction of the head, where the network has one.
+
+    Args:
+      run: the run.
+      draw: number of the draw of its pipeline.
+
+    Raises:
+      ValueError: no validation samples, a pipeline that changes the number of rows.
+    """
+    config, data, method, state = run
+    if data.pools.val is None or isinstance(data.held_out.inputs, dict):
+        raise ValueError("the run must have validation samples of one array")
+    state = state._replace(step=state.step + draw)
+    pipeline = augment.parse(config.augment)
+    val = jax.tree.map(jnp.asarray, data.held_out._replace(trace=None))
+    head = any(path.startswith("head/") for path in paths(state.params))
+    solve = linear_solve.cg_solve() if head else linear_solve.identity_solve()
+
+    def network(params, inputs):
+        return method.predict(state._replace(params=params), inputs)
+
+    @jax.jit
+    def of_batch(candidates):
+        made = drawn(pipeline, state, augment.record(candidates, "identity", 0.0))
+        if method.targets is None:
+            targets = prior_targets(made.labels, made.mask)
+        else:
+            targets = method.targets(state, Streams(made, val))
+        found = scores.score(
+            network, state.params, made.inputs, val.inputs, val.labels, mask=made.mask,
+            predicate=under("head") if head else None, solve=solve,
+        )  # fmt: skip
+        scale = score_scale(found.scores, made.mask)
+        utility = jnp.sum(made.labels * found.scores, -1) / scale
+        trace = made.trace
+        return Looked(targets, utility, jnp.exp(found.log_probs), trace.operation, trace.magnitude)
+
+    number, parts = len(data.pools.candidates.labels), []
+    for begin in range(0, number, BATCH):
+        rows = np.arange(begin, begin + BATCH)
+        batch = take(Streams(data.pools.candidates), Streams(rows % number)).candidates
+        batch = batch._replace(mask=rows < number)
+        looked = jax.tree.map(np.asarray, of_batch(batch))
+        if len(looked.utility) != BATCH:
+            raise ValueError("config.augment must keep the number of rows")
+        parts.append(jax.tree.map(lambda x, n=min(BATCH, number - begin): x[:n], looked))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
+    """The table of a run's candidates, a row for each candidate and draw of its pipeline.
+
+    Columns of operations are texts: "shift 2.0 | flip 1.0".
+
+    Raises:
+      ValueError: as `look`; no draw.
+    """
+    checks.whole(1, draws=draws)
+    data, tables = run.data, []
+    given = data.pools.candidates.labels.argmax(1)
+    number = len(given)
+    for draw in range(draws):
+        found = look(run, draw)
+        labels, weights = found.targets.labels, found.targets.weights
+        learned = labels.argmax(1)
+        tables.append({
+            "row": np.arange(number),
+            "draw": np.full(number, draw),
+            "given": given,
+            "learned": learned,
+            "probability": labels.max(1),
+            "weight": weights,
+            "utility": found.utility,
+            "right": (1 + found.targets.utility) / 2,
+            "believed": found.believed.argmax(1),
+            "trusted": np.arange(number) >= number - build.run_info(
+                run.config, data.pools).num_trusted,
+            "clean": data.clean_labels,
+            "bad": data.wrong,
+            "operations": _operations(found),
+            **_made(run, found),
+        })  # fmt: skip
+    return {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
+
+
+MADE = ("candidate", "prompt", "strength", "generator", "flagged")  # of pools, no operations
+
+
+def _operations(found: Looked) -> np.ndarray:
+    names = np.array(augment.OPERATIONS)[found.operation]
+    skipped = ("identity", *MADE)
+    return np.array([
+        " | ".join(f"{n} {m:.3g}" for n, m in zip(row, magnitudes) if n not in skipped)
+        for row, magnitudes in zip(names.tolist(), found.magnitude.tolist())
+    ])  # fmt: skip
+
+
+def _made(run: Run, found: Looked) -> dict[str, np.ndarray]:
+    """What a pool's metadata say of its candidates; only the columns that there are."""
+    pool = getattr(run.data, "pool", None)
+    about = getattr(pool, "provenance", None)
+    if about is None:
+        return {}
+    names = np.array(augment.OPERATIONS)[found.operation]
+
+    def place(name):  # -1 where a row is no candidate
+        here = names == name
+        return np.where(here, found.magnitude, -1.0).max(1).astype(int)
+
+    candidate = place("candidate")
+
+    def told(values, of=candidate):
+        return np.array([str(values[i]) if i >= 0 and len(values) else "" for i in of])
+
+    flags = [" ".join(np.array(about.flags)[failed]) for failed in about.flagged]
+    return {
+        "file": told(about.files),
+        "prompt": told(about.prompts, place("prompt")),
+        "strength": np.where(candidate >= 0, about.strength[candidate], np.nan),
+        "generator": told(about.generators, place("generator")),
+        "flags": told(flags),
+    }
