@@ -166,19 +166,21 @@ class Audit(reporting.Benchmark):
         return self.seeds * (len(self.labels) + len(self.pools))
 
     def measure(self, bar):
-        """Seed by seed."""
+        """Labels first; seed by seed."""
         for seed in range(self.seeds):
             for name, runs in self.labels.items():
                 runs.append(of_labels(name, seed, self.folder))
                 bar.update()
+        for seed in range(self.seeds):
             for name in POOLS:
                 for kind in BAD:
                     self.pools[f"{name}, {kind}"].append(of_pool(name, kind, seed, self.folder))
                     bar.update()
 
     def report(self):
-        """Means over seeds, and the largest standard deviation of each column."""
+        """Means over seeds and standard deviations; "measured": of how many seeds."""
         labels, spread = {}, {}
+        measured_seeds = {name: len(runs) for name, runs in (self.labels | self.pools).items()}
         for name, runs in self.labels.items():
             labels[name] = {}
             for who in runs[0] if runs else ():
@@ -187,7 +189,7 @@ class Audit(reporting.Benchmark):
         for name, runs in self.pools.items():
             if runs:
                 pools[name], spread[name] = _over(runs)
-        return {"seeds": self.seeds, "labels": labels, "pools": pools,
+        return {"measured": measured_seeds, "labels": labels, "pools": pools,
                 "standard_deviation": spread}  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -80,8 +81,8 @@ class Looked(NamedTuple):
     magnitude: np.ndarray
 
 
-def look(run: Run, draw: int = 0) -> Looked:
-    """Looks at all candidates as a step of the run would see them, without taking one.
+def look(run: Run, draws: int = 1) -> Iterator[Looked]:
+    """Looks at all candidates as steps of the run would see them, without taking one.
 
         u_i = <q_i, S_i> / RMS(S)
 
@@ -89,7 +90,7 @@ def look(run: Run, draw: int = 0) -> Looked:
 
     Args:
       run: the run.
-      draw: number of the draw of its pipeline.
+      draws: of its pipeline; each gives one `Looked`.
 
     Raises:
       ValueError: no validation samples, a pipeline that changes the number of rows.
@@ -97,17 +98,16 @@ def look(run: Run, draw: int = 0) -> Looked:
     config, data, method, state = run
     if data.pools.val is None or isinstance(data.held_out.inputs, dict):
         raise ValueError("the run must have validation samples of one array")
-    state = state._replace(step=state.step + draw)
     pipeline = augment.parse(config.augment)
     val = jax.tree.map(jnp.asarray, data.held_out._replace(trace=None))
     head = any(path.startswith("head/") for path in paths(state.params))
     solve = linear_solve.cg_solve() if head else linear_solve.identity_solve()
 
-    def network(params, inputs):
-        return method.predict(state._replace(params=params), inputs)
-
     @jax.jit
-    def of_batch(candidates):
+    def of_batch(state, candidates):
+        def network(params, inputs):
+            return method.predict(state._replace(params=params), inputs)
+
         made = drawn(pipeline, state, augment.record(candidates, "identity", 0.0))
         if method.targets is None:
             targets = prior_targets(made.labels, made.mask)
@@ -122,16 +122,17 @@ def look(run: Run, draw: int = 0) -> Looked:
         trace = made.trace
         return Looked(targets, utility, jnp.exp(found.log_probs), trace.operation, trace.magnitude)
 
-    number, parts = len(data.pools.candidates.labels), []
-    for begin in range(0, number, BATCH):
-        rows = np.arange(begin, begin + BATCH)
-        batch = take(Streams(data.pools.candidates), Streams(rows % number)).candidates
-        batch = batch._replace(mask=rows < number)
-        looked = jax.tree.map(np.asarray, of_batch(batch))
-        if len(looked.utility) != BATCH:
-            raise ValueError("config.augment must keep the number of rows")
-        parts.append(jax.tree.map(lambda x, n=min(BATCH, number - begin): x[:n], looked))
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    number = len(data.pools.candidates.labels)
+    for draw in range(draws):
+        at, parts = state._replace(step=state.step + draw), []
+        for begin in range(0, number, BATCH):
+            rows = np.arange(begin, begin + BATCH)
+            batch = take(Streams(data.pools.candidates), Streams(rows % number)).candidates
+            looked = jax.tree.map(np.asarray, of_batch(at, batch._replace(mask=rows < number)))
+            if len(looked.utility) != BATCH:
+                raise ValueError("config.augment must keep the number of rows")
+            parts.append(jax.tree.map(lambda x, n=min(BATCH, number - begin): x[:n], looked))
+        yield jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
@@ -146,8 +147,8 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     data, tables = run.data, []
     given = data.pools.candidates.labels.argmax(1)
     number = len(given)
-    for draw in range(draws):
-        found = look(run, draw)
+    trusted = np.arange(number) >= number - build.run_info(run.config, data.pools).num_trusted
+    for draw, found in enumerate(look(run, draws)):
         labels, weights = found.targets.labels, found.targets.weights
         learned = labels.argmax(1)
         tables.append({
@@ -160,8 +161,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
             "utility": found.utility,
             "right": (1 + found.targets.utility) / 2,
             "believed": found.believed.argmax(1),
-            "trusted": np.arange(number) >= number - build.run_info(
-                run.config, data.pools).num_trusted,
+            "trusted": trusted,
             "clean": data.clean_labels,
             "bad": data.wrong,
             "operations": _operations(found),

@@ -26,7 +26,7 @@ from saflex_jax.core.posterior import posterior_targets, sharpened
 from saflex_jax.data import IndexStream, StackedStream, fit_scale
 from saflex_jax.data.seeds import generator
 from saflex_jax.methods import supervised
-from saflex_jax.rules import Refinement, Scoring
+from saflex_jax.rules import Refinement, Schedule, Scoring
 from saflex_jax.rules.posterior import Posterior
 from saflex_jax.types import Batch, Method, RunInfo, Streams
 
@@ -282,11 +282,15 @@ def _held_out(
 
 
 def _method(run: RunInfo, head: Head) -> Method:
-    """SAFLEX where samples are trusted. It looks no step ahead, as other samples are judged."""
+    """SAFLEX where samples are trusted, after plain steps: it must not start from no belief.
+
+    It looks no step ahead, as other samples are judged.
+    """
     network = models.Classifier(models.MLP(tuple(head.widths)), run.num_classes)
     schedule = optax.cosine_decay_schedule(head.learning_rate, head.steps)
     tx = optax.adamw(schedule, weight_decay=head.weight_decay)
-    rule = Refinement(Scoring("identity"), Posterior(run, lookahead=0.0))
+    posterior = Posterior(run, lookahead=0.0)
+    rule = Refinement(Scoring("identity"), posterior, Schedule(start=head.steps // 4))
     return supervised.make(models.from_linen(network), tx, rule if run.num_trusted else None)
 
 
