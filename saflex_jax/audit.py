@@ -199,7 +199,8 @@ class _Part:
     def __init__(self, rows: np.ndarray, val: np.ndarray | None, head: Head, seed: int):
         sizes = Streams(len(rows), None if val is None else len(val))
         self._rows, self._val = rows, val
-        number = None if val is None else VAL
+        # Folds differ in size by one, and the members of a sweep have one shape.
+        number = None if val is None else min(VAL, len(val) - 1)
         self._stream = IndexStream(
             sizes, batch_size=head.batch_size, val_batch_size=number, seed=seed
         )

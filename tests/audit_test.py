@@ -9,7 +9,7 @@ import pytest
 from saflex_jax.audit import Head, _folds, audit, from_logits
 
 SIZE, CLASSES, TRUSTED, FEATURES = 600, 3, 60, 8
-HEAD = Head(widths=(), steps=80, batch_size=64, weight_decay=0.1, folds=2)
+HEAD = Head(widths=(), steps=80, batch_size=64, weight_decay=0.1, folds=2, learning_rate=0.05)
 _rng = np.random.default_rng(0)
 RIGHT = np.arange(SIZE) % CLASSES
 CENTRES = 2.5 * _rng.normal(size=(CLASSES, FEATURES))
