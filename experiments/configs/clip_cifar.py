@@ -54,10 +54,7 @@ def get_config(captions: str = "worst") -> ConfigDict:
     config.optimizer.learning_rate = LEARNING_RATE
     # 1e-2 is 1.4 points worse for FLYP with worst captions, the same for SAFLEX (seeds 100, 101).
     config.optimizer.weight_decay = 1.0
-    # The default's M / (M + D) with D = 512, the inputs of the projection: its 384 outputs are no
-    # freedom beyond the classes', whose captions are fixed, and the default would count them.
-    lookahead = {"rule": {"lookahead": 0.5}}
-    config.method = methods.all_methods("flyp", "saflex", flyp=FLYP["flyp"], saflex=lookahead)
+    config.method = methods.all_methods("flyp", "saflex", flyp=FLYP["flyp"])
     config.train = {
         "steps": STEPS, "batch_size": 256, "val_batch_size": 256, "log_every": STEPS // 10,
         "checkpoint_every": STEPS, "keep_best": False,
