@@ -18,7 +18,9 @@ from saflex_jax.types import RunInfo
 from tests import design_test
 
 LABELS = np.eye(3, dtype=np.float32)[np.arange(12) % 3]
-RUN = RunInfo(12, 3, 4, 5, 60, 3.0, counts=LABELS.sum(0), labels=lambda: LABELS)
+RUN = RunInfo(
+    12, 3, 4, 5, 60, 3.0, counts=LABELS.sum(0), labels=lambda: LABELS, captions=np.ones((3, 1, 2))
+)
 PARTS = {name: spec.options for name, spec in METHODS.items()}
 PARTS |= {name: spec.make(RUN) for name, spec in RULES.items()}
 PARTS = {name: part for name, part in PARTS.items() if configure.options(part)}

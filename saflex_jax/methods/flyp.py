@@ -41,7 +41,11 @@ class Text:
       depth: blocks of a transformer over tokens (`models.TextTower`); 0 = captions are embeddings
         that a locked encoder made before, f32[E].
       projected: whether its features are projected, by a linear map that trains.
-      vocab_size, context, width, heads, dtype, remat: of the transformer.
+      vocab_size, context, width, heads, remat: of the transformer.
+      dtype: of its computation, "float32" or "bfloat16".
+
+    Raises:
+      ValueError: another dtype, or a number out of range.
     """
 
     depth: int = 0
@@ -52,6 +56,12 @@ class Text:
     heads: int = 2
     dtype: str = "float32"
     remat: bool = False
+
+    def __post_init__(self):
+        checks.choice(("float32", "bfloat16"), dtype=self.dtype)
+        checks.whole(depth=self.depth)
+        sizes = ("vocab_size", "context", "width", "heads")
+        checks.whole(1, **{name: getattr(self, name) for name in sizes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +89,6 @@ class Options:
     def __post_init__(self):
         checks.choice(LOSSES, loss=self.loss)
         checks.whole(1, parts=self.parts, embed_dim=self.embed_dim)
-        checks.whole(depth=self.text.depth)
 
 
 def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
