@@ -237,21 +237,13 @@ def test_a_baseline_is_every_arm_without_the_rule():
     assert report.at_or_above_best(report.by_task(level), "saflex") == 1.0
 
 
-def test_calibration_and_cost():
+def test_calibration():
     records = [
-        *(line("a", "upstream", s, 50, seconds_per_step=t) for s, t in enumerate((1, 2, 9))),
-        *(line("a", "x", s, 50, seconds_per_step=t) for s, t in enumerate((3, 4, 100))),
-        *(line("b", "upstream", s, 50, seconds_per_step=10) for s in range(2)),
-        *(line("b", "x", s, 50, seconds_per_step=10, test_ece=0.3) for s in range(2)),
+        *(line("a", "x", s, 50) for s in range(3)),
+        *(line("b", "x", s, 50, test_ece=0.3) for s in range(2)),
         line("c", "x", 0, 50, test_ece=0.2),
     ]
     runs = report.by_task(records)
-    assert report.step_cost(runs, "x") == pytest.approx((4 / 2 + 1) / 2)
-    assert report.step_cost(runs, "upstream") == 1
-    assert report.step_cost(report.by_task(records[-1:]), "x") is None
-    # An estimator takes no steps.
-    more = report.by_task([*records, line("a", "trees", 0, 50, seconds_per_step=None)])
-    assert report.step_cost(more, "trees") is None and report.step_cost(more, "x") == 1.5
     assert report.mean_of(runs, "x", "test_ece") == pytest.approx((0.05 + 0.3 + 0.2) / 3)
     assert report.mean_of(runs, "nobody", "test_ece") is None
 
@@ -277,7 +269,7 @@ def test_the_tables_say_the_numbers(monkeypatch):
     assert list(overview) == report.all_arms(runs)
     row = overview["saflex"]
     half = 4.302652729911275 * math.sqrt(21) / math.sqrt(3)
-    assert row["tasks"] == "3" and row["ECE"] == "5.00" and row["step cost"] == "1.00"
+    assert row["tasks"] == "3" and row["ECE"] == "5.00"
     assert row["- upstream (95 % interval)"] == f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})"
     apart, third = 4.302652729911275 / 3, 1 / 3
     assert row["- fair partner (95 % interval)"] == (
