@@ -443,8 +443,9 @@ what a user would do without it: training on all samples (`upstream_train_val`),
 samples alone (`trusted_only`), stopping early on these (`early_stopping`), on features a logistic
 regression (`linear_probe`), on tables one (`logistic`) and boosted trees (`boosted_trees`). Which
 one is best is taken from the same test runs, which favours the partner.
-`share_of_noisy_tasks_at_or_above_best_baseline` counts a task where no arm without the rule has a higher mean, those that are told the share of
-wrong labels (`small_loss`, `co_teaching`), too. "Very noisy": 40 % and more are wrong.
+`share_of_noisy_tasks_at_or_above_best_baseline` counts a task where no arm without the rule has a
+higher mean, those that are told the share of wrong labels (`small_loss`, `co_teaching`), too. "Very
+noisy": 40 % and more are wrong.
 
 Differences are paired seed by seed. An interval over tasks is Student's t over the tasks' means: of
 the mean over such tasks, not of what one more task would gain, which scatters far more widely. "Of
