@@ -355,7 +355,7 @@ class AutoMix(Part):
 
     def looker(self, images: Images, pools: Streams, number: int, save: Callable) -> Callable:
         """Keeps how far masks of 256 training images are from 1/2 and from the share."""
-        shown = take(pools, Streams(images.rows[:256])).candidates
+        shown = take(Streams(pools.candidates), Streams(images.rows[:256])).candidates
         pair = mixtures.draw(jax.random.key(0), shown, 1.0)
         pair = pair._replace(shares=jnp.array([self.share, 1 - self.share]))
 

@@ -83,8 +83,8 @@ def shares(
     what helps much less than the best does counts as harm, too.
 
     >>> found = Pooled(jnp.array([9.0, 9.0]), jnp.array([0.3, -0.3]), jnp.array([0.1, 0.1]))
-    >>> shares(found, jnp.array([0.5, 0.5]), floor=0.1).round(3).tolist()
-    [0.949, 0.051]
+    >>> [round(float(p), 3) for p in shares(found, jnp.array([0.5, 0.5]), floor=0.1)]
+    [0.948, 0.052]
 
     Args:
       found: each f32[C].

@@ -64,7 +64,8 @@ def test_every_config_says_how_to_run_it_and_on_what(path):
         assert "Command:" in module.__doc__ and "Hardware:" in module.__doc__
 
 
-TAKES_RULE = {name: "rule" in spec.takes for name, spec in METHODS.items()}
+# Captions are files: of flyp tests/experiments/clip_test.py.
+TAKES_RULE = {name: "rule" in spec.takes for name, spec in METHODS.items() if name != "flyp"}
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         exact = not np.issubdtype(value.dtype, np.floating)
-        scale = max(np.abs(value).max(initial=0), 1e-3)
+        # A residual is a difference of numbers near one, and rounds as they do.
+        least = 0.05 if name.startswith("solve_residual") else 1e-3
+        scale = max(np.abs(value).max(initial=0), least)
         np.testing.assert_allclose(
             found[name], value, rtol=0, atol=0 if exact else 2e-5 * scale, err_msg=name
         )

@@ -74,8 +74,9 @@ def test_a_run_compiles_once_and_moves_nothing_implicitly(name, rule, options, c
         pools = pools._replace(clean=pools.val)
     labels = pools.candidates.labels
     run = RunInfo(
-        SAMPLES, CLASSES, 0, VAL, STEPS, SAMPLES / 8, labels.sum(0), labels=lambda: labels
-    )
+        SAMPLES, CLASSES, 0, VAL, STEPS, SAMPLES / 8, labels.sum(0), labels=lambda: labels,
+        captions=np.ones((CLASSES, 1, 2), np.float32),
+    )  # fmt: skip
     section = {"name": name, "rule": rule, "loss": "cross_entropy", rule: options}
     section[name] = METHOD_OPTIONS.get(name, {})
     model = from_linen(configure.make_network(section, backbone, CLASSES))
