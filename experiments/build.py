@@ -14,7 +14,6 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import estimators, task
-from experiments.configs import sources
 from experiments.task import Data
 from saflex_jax import augment, checks, configure, methods, models, parallel, train
 from saflex_jax.batches import floats, take
@@ -147,15 +146,11 @@ def _check_episodes(config: ConfigDict, episode: methods.Episode) -> None:
 def settings(config: ConfigDict) -> dict:
     """What fixes a run, as JSON keeps it: the config without the arms of a comparison.
 
-    `train.keep_best` and the pool's newer fields are there only where they are on, so that runs
-    from before they were there go on.
+    `train.keep_best` is there only where it is on, so that runs from before it was there go on.
     """
     fixed = {name: value for name, value in json.loads(config.to_json()).items() if name != "arms"}
     if not keeps_best(config):
         fixed["train"].pop("keep_best", None)
-    for name in ("pool_rows", "pool_flagged"):
-        if fixed["data"].get(name) == sources.DEFAULTS[name]:
-            del fixed["data"][name]
     return fixed
 
 
