@@ -41,11 +41,11 @@ def get_config(captions: str = "wrong 30 %") -> ConfigDict:
     """
     config = digits.get_config()
     config.data = sources.section(
-        "emoji_groups", size=16, captions="emoji", val=200, noise=CAPTIONS[captions]
+        "emoji_groups", size=24, captions="emoji", val=200, noise=CAPTIONS[captions]
     )
-    config.augment = "shift(1) | flip"
+    config.augment = "shift(2) | flip"
     config.model = {"name": "small_cnn", "widths": (16, 32, 64), "norm": "group"}
-    config.optimizer.learning_rate = 1e-2
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 1e-2
     config.method = methods.all_methods("flyp", "saflex", flyp=FLYP)
     config.train = {
