@@ -67,8 +67,8 @@ def started(method):
     return state._replace(params=state.params | small)
 
 
-def trained(method, runner, given, state=None):
-    state = runner.put_state(started(method) if state is None else state)
+def trained(method, runner, given):
+    state = runner.put_state(started(method))
     for batch in given:
         state, _ = runner.step(state, runner.put_batch(batch))
     return flatten(state)
@@ -114,7 +114,7 @@ def test_a_run_that_stops_goes_on_from_disk_bit_for_bit(tmp_path):
     method, runner = single("contrastive", SAFLEX)
     options = {"batch_size": ROWS, "val_batch_size": VAL, "seed": 0}
 
-    def fitted(folder, num_steps):  # a process of its own: nothing but the folder is the same
+    def fitted(folder, num_steps):  # of an earlier call it has the folder alone
         stream = ArrayStream(Streams(POOL, POOL), **options)
         checkpoints = train.Checkpoints(tmp_path / folder, every=100)
         result = train.fit(
