@@ -5,8 +5,9 @@
 
 Writes DIR/captions/NAME.npy, [K, T, ...], by one rename; `config.data.captions=NAME` trains with
 it. "cifar10n": the class's name in the templates of `data.captions.PHOTO`, as embeddings f32[384]
-of a sentence encoder. "emoji": the names of the class's emoji, as tokens of the words in them; the
-classes are the groups of LEAST emoji or more, which are a data set of their own, DIR/emoji_groups.
+of a sentence encoder. "emoji": the names of the class's emoji, MOST at most, as tokens of the words
+in them; the classes are the groups of LEAST emoji or more, a data set of their own,
+DIR/emoji_groups.
 Needs the extra "clip"; training does not.
 """
 
@@ -25,7 +26,8 @@ from saflex_jax.data.captions import PHOTO, caption_table, filled
 from saflex_jax.data.prepared import read_description, write_prepared
 
 _out = flags.DEFINE_string("out", "data", "Folder of the prepared data sets.", allow_override=True)
-LEAST = 8  # emoji of a group: fewer cannot be in every split
+LEAST = 24  # emoji of a group: fewer are too few to learn from
+MOST = 32  # captions of a group, of which one has 259
 EMOJI_CONTEXT = 16  # tokens of the longest name, and the two at its ends
 
 
@@ -47,8 +49,13 @@ def emoji(root: pathlib.Path) -> np.ndarray:
     _write_groups(root, source, rows, labels, [source.class_names[c] for c in large])
     words = models.word_vocabulary(names.tolist())
     tower = models.TextTower(words.get_vocab_size(), EMOJI_CONTEXT)
-    each = [sorted(set(names[labels == c].tolist())) for c in range(len(large))]
+    each = [_spread(sorted(set(names[labels == c].tolist()))) for c in range(len(large))]
     return caption_table(each, models.Tokenizer(words, tower))
+
+
+def _spread(names: list[str]) -> list[str]:
+    """MOST of them, evenly."""
+    return names[:: -(-len(names) // MOST)]
 
 
 def _write_groups(root, source, rows, labels, class_names):

@@ -2,12 +2,12 @@
 
     python -m experiments.prepare emoji
     python -m experiments.captions emoji
-    python -m experiments.clip_emoji [--seeds=3]
+    python -m experiments.clip_emoji --seeds=3
 
-Prints the accuracy in % of every arm among 70 groups, on the drawings of the other vendor, once
+Prints the accuracy in % of every arm among 24 groups, on the drawings of the other vendor, once
 with right captions and once with 30 % of a wrong group. The test set is read once an arm and seed.
-Options were chosen on seeds 100 and 101, on right-captioned images of the first vendor in its place
-(--select).
+Options were chosen on seed 100, on right-captioned images of the first vendor in its place
+(--select=200 --first=100).
 """
 
 from __future__ import annotations

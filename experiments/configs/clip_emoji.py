@@ -4,8 +4,8 @@ Command:   python -m experiments.clip_emoji
 Hardware:  2 CPU cores, under 10 minutes.
 Expected:  see docs/clip.md, which that command printed.
 
-A class is one of the groups of the Unicode list that have 8 emoji or more, 70 of them, and its
-captions are the names of its emoji, 1,760 in all, of which an image gets one of its class at random
+A class is one of the groups of the Unicode list that have 24 emoji or more, 24 of them, and its
+captions are the names of its emoji, 32 at most, of which an image gets one of its class at random
 at each visit.
 """
 
@@ -15,7 +15,7 @@ from experiments.arms import STANDING
 from experiments.configs import digits, methods, sources
 
 CAPTIONS = {"right": 0.0, "wrong 30 %": 0.3}  # where captions come from -> share of wrong classes
-TEXT = {"depth": 1, "vocab_size": 1673, "context": 16, "width": 64, "heads": 2}
+TEXT = {"depth": 1, "vocab_size": 1054, "context": 16, "width": 32, "heads": 2}
 FLYP = {"embed_dim": 64, "text": TEXT}
 
 
@@ -41,16 +41,16 @@ def get_config(captions: str = "wrong 30 %") -> ConfigDict:
     """
     config = digits.get_config()
     config.data = sources.section(
-        "emoji_groups", size=32, captions="emoji", val=400, noise=CAPTIONS[captions]
+        "emoji_groups", size=24, captions="emoji", val=200, noise=CAPTIONS[captions]
     )
-    config.augment = "shift(3) | flip | affine(degrees=10, scale=0.1)"
+    config.augment = "shift(2) | flip"
     config.model = {"name": "small_cnn", "widths": (16, 32, 64), "norm": "group"}
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 1e-2
     config.method = methods.all_methods("flyp", "saflex", flyp=FLYP)
     config.train = {
-        "steps": 600, "batch_size": 128, "val_batch_size": 128, "log_every": 100,
-        "checkpoint_every": 600, "keep_best": False,
+        "steps": 400, "batch_size": 64, "val_batch_size": 64, "log_every": 100,
+        "checkpoint_every": 400, "keep_best": False,
     }  # fmt: skip
     config.arms = ARMS
     return config

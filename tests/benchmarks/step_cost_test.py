@@ -14,6 +14,7 @@ from benchmarks import step_cost, timing
 from saflex_jax import models
 from saflex_jax.core.steps import init_state
 from saflex_jax.core.tree import identity
+from saflex_jax.methods import flyp
 from saflex_jax.types import Batch, Method, Streams
 
 ROWS, WIDTH = 32, 64
@@ -21,6 +22,7 @@ PRODUCT = 2 * ROWS * WIDTH * WIDTH  # x @ w
 X, W = np.ones((ROWS, WIDTH), np.float32), np.ones((WIDTH, WIDTH), np.float32)
 TINY = step_cost.Model(partial(models.MLP, (8,)), (5,), batch=8, classes=3)
 IMAGES = TINY._replace(backbone=partial(models.SmallCNN, (4, 8)), shape=(8, 8, 3))
+PAIRS = IMAGES._replace(text=flyp.Text(depth=1, vocab_size=9, context=4, width=8))
 COMMITTED = pathlib.Path(__file__).parents[2] / "docs" / "step_cost.json"
 MEASURED = [name for name in json.loads(COMMITTED.read_text())["mlp"] if name in step_cost.VARIANTS]
 
@@ -152,7 +154,7 @@ def test_floors_are_the_sums_of_their_parts():
 def test_every_variant_is_a_step(monkeypatch, name):
     monkeypatch.setattr(step_cost, "POOL", 16)
     variant = step_cost.VARIANTS[name]
-    model = IMAGES if variant.images else TINY
+    model = PAIRS if variant.method == "flyp" else IMAGES if variant.images else TINY
     method, streams = step_cost.make_method(model, variant), step_cost.data(model)
     state = jax.eval_shape(method.init, jax.random.key(0), streams.candidates.inputs)
     new, _ = jax.eval_shape(partial(method.step, reduce=identity), state, streams)
@@ -206,9 +208,12 @@ def test_slow_models_count_the_dear_variants_only_and_have_fewer_rounds():
     assert counted.timed == [] and "saflex_full" not in counted.why_null()
 
 
-def test_what_needs_images_is_left_out_where_there_are_none():
-    variants = [step_cost.Point("", model, 1).variants.keys() for model in (IMAGES, TINY)]
-    assert variants[0] - variants[1] == {"sla_rotation", "automix", "adautomix"}
+def test_a_model_has_the_variants_that_its_data_can_have():
+    images, rows, pairs = (
+        step_cost.Point("", model, 1).variants.keys() for model in (IMAGES, TINY, PAIRS)
+    )
+    assert images - rows == {"sla_rotation", "automix", "adautomix"}
+    assert pairs == {"flyp", "saflex_flyp_head", "saflex_flyp_full"} and not pairs & images
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from saflex_jax import Batch, RunInfo, Streams, configure
+from saflex_jax import Batch, RunInfo, Streams, configure, train
 from saflex_jax.core import contrastive
+from saflex_jax.data import ArrayStream
 from saflex_jax.methods import METHODS, flyp, supervised
 from saflex_jax.methods.upstream import upstream
 from saflex_jax.models import CLIP, MLP, SmallCNN, TwoTowers, from_function, from_linen, unit
@@ -66,8 +67,8 @@ def started(method):
     return state._replace(params=state.params | small)
 
 
-def trained(method, runner, given, state=None):
-    state = runner.put_state(started(method) if state is None else state)
+def trained(method, runner, given):
+    state = runner.put_state(started(method))
     for batch in given:
         state, _ = runner.step(state, runner.put_batch(batch))
     return flatten(state)
@@ -109,14 +110,24 @@ def test_the_comparison_is_hard():
     assert visited.sum() > ROWS and (beliefs.max(1) < 0.9).any()  # of several steps, and undecided
 
 
-def test_a_run_that_stops_goes_on_bit_for_bit():
+def test_a_run_that_stops_goes_on_from_disk_bit_for_bit(tmp_path):
     method, runner = single("contrastive", SAFLEX)
-    first = runner.put_state(started(method))
-    for batch in batches()[:2]:
-        first, _ = runner.step(first, runner.put_batch(batch))
-    kept = jax.tree.map(jnp.copy, first)  # as a checkpoint has it: arrays alone, nothing beside
-    found = trained(method, runner, batches()[2:], kept)
-    for name, value in reference("contrastive", SAFLEX).items():
+    options = {"batch_size": ROWS, "val_batch_size": VAL, "seed": 0}
+
+    def fitted(folder, num_steps):  # of an earlier call it has the folder alone
+        stream = ArrayStream(Streams(POOL, POOL), **options)
+        checkpoints = train.Checkpoints(tmp_path / folder, every=100)
+        result = train.fit(
+            runner, started(method), stream, num_steps=num_steps, checkpoints=checkpoints,
+            progress=False,
+        )  # fmt: skip
+        checkpoints.close()
+        return flatten(result.state)
+
+    assert fitted("parts", 2)["step"] == 2
+    found, expected = fitted("parts", 4), fitted("whole", 4)
+    assert found.keys() == expected.keys() and found["step"] == 4
+    for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
