@@ -128,7 +128,8 @@ def audit(
     >>> labels = rng.integers(2, size=200)
     >>> features = rng.normal(size=(200, 4)) + 6 * labels[:, None]
     >>> labels[7] = 1 - labels[7]  # a wrong one
-    >>> found = audit(features, labels, head=Head(widths=(), steps=60, batch_size=32))
+    >>> quick = Head(widths=(), steps=60, batch_size=32, learning_rate=0.1, weight_decay=0.1)
+    >>> found = audit(features, labels, head=quick)
     >>> np.flatnonzero(found.wrong).tolist(), int(found.learned[7]) == 1 - int(labels[7])
     ([7], True)
 
