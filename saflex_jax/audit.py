@@ -12,6 +12,7 @@ where no sample is trusted; then plainly on the posterior labels that the first 
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -274,6 +275,8 @@ def _held_out(
         log_every=head.steps,
         progress=False,
     )
+    if result.stopped_by is not None:  # heads half trained are no audit
+        signal.raise_signal(result.stopped_by)
     probs = np.zeros((number, size), np.float32)
     for k in range(head.folds):
         rows = np.flatnonzero((fold == k) | (fold == -1))
