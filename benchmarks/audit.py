@@ -1,6 +1,6 @@
 """How well wrong labels and samples of no class are found, beside cleanlab.
 
-    python -m benchmarks.audit [--json] [--out FILE] [--seeds=3] [--data_dir=data]
+    python -m benchmarks.audit [--json] [--out FILE] [--seeds=3] [--data_dir=data] [--parts=pools]
 
 "labels": human labels of CIFAR-10N on ResNet-18 features, by `saflex_jax.audit` with 500 trusted
 samples and without any, and by cleanlab as its documents say: logistic regression (C = .01, 5-fold
@@ -10,6 +10,9 @@ the samples that are not trusted. "at .74" is the precision where .74 of the wro
 
 "pools": a generator's pool of which 40 % is bad: images of another data set, wrong labels, or both.
 Dropped is what has a utility below zero. The right labels are read to measure alone.
+
+"size": 50,000 random samples of 512 features. Seconds are of the clock, compilation included;
+"CPU s" those of all cores together, which a busy machine changes little.
 
 Needs features: `python -m experiments.features NAME --tag=TAG`, of SETS; and
 `pip install -e ".[bench]"` for cleanlab, which is left out where it is missing.
@@ -21,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -30,6 +34,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks import reporting
 from experiments.feature_sets import feature_set
+from saflex_jax import checks
 from saflex_jax.audit import audit
 from saflex_jax.data.seeds import generator
 
@@ -43,6 +48,8 @@ POOLS = {
 }
 BAD = {"outside": (0.4, 0.0), "mislabelled": (0.0, 0.4), "both": (0.2, 0.2)}
 SETS = sorted({*POOLS, *POOLS.values()})
+PARTS = ("labels", "pools", "size")
+LARGE, WIDE = 50_000, 512
 
 
 def opened(name: str, folder: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -81,13 +88,20 @@ def with_cleanlab(x: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndar
     model = LogisticRegression(C=0.01, max_iter=1000)
     x = StandardScaler().fit_transform(x)
     probs = cross_val_predict(model, x, given, cv=5, method="predict_proba")
-    return get_label_quality_scores(given, probs), find_label_issues(given, probs)
+    return get_label_quality_scores(given, probs), find_label_issues(given, probs, n_jobs=1)
 
 
-def with_audit(x, given, known) -> tuple[np.ndarray, np.ndarray]:
+def with_audit(x, given, known, seed=0) -> tuple[np.ndarray, np.ndarray]:
     """(quality, flagged)."""
-    found = audit(x, given, trusted=known)
+    found = audit(x, given, trusted=known, seed=seed)
     return found.quality, found.wrong
+
+
+def timed(job: Callable, *arrays: np.ndarray) -> tuple[Any, dict[str, float]]:
+    """What a job returns, and how long it took."""
+    start, used = time.perf_counter(), time.process_time()
+    found = job(*arrays)
+    return found, {"seconds": time.perf_counter() - start, "CPU s": time.process_time() - used}
 
 
 def of_labels(name: str, seed: int, folder: str) -> dict[str, dict[str, float]]:
@@ -97,21 +111,20 @@ def of_labels(name: str, seed: int, folder: str) -> dict[str, dict[str, float]]:
     corrected = np.where(known, right, extra[name])
     nobody = np.zeros(len(right), bool)
     jobs: dict[str, tuple[Callable, np.ndarray, np.ndarray]] = {
-        "audit, 500 trusted": (partial(with_audit, known=known), corrected, ~known),
-        "audit": (partial(with_audit, known=nobody), extra[name], ~nobody),
-        "cleanlab": (with_cleanlab, extra[name], ~nobody),
+        "audit, 500 trusted": (partial(with_audit, known=known, seed=seed), corrected, ~known),
+        "audit": (partial(with_audit, known=nobody, seed=seed), extra[name], ~nobody),
         "cleanlab, fair": (with_cleanlab, corrected, ~known),
     }
+    if seed == 0:  # it draws nothing
+        jobs["cleanlab"] = (with_cleanlab, extra[name], ~nobody)
     rows = {}
     for who, (job, given, counted) in jobs.items():
-        start = time.perf_counter()
         try:
-            quality, flagged = job(x, given)
+            (quality, flagged), times = timed(job, x, given)
         except ImportError:
             continue
-        seconds = time.perf_counter() - start
         bad = (given != right)[counted]
-        rows[who] = measured(bad, quality[counted], flagged[counted]) | {"seconds": seconds}
+        rows[who] = measured(bad, quality[counted], flagged[counted]) | times
     return rows
 
 
@@ -140,6 +153,17 @@ def of_pool(name: str, kind: str, seed: int, folder: str) -> dict[str, float]:
     return row
 
 
+def of_size(trusted: int) -> dict[str, float]:
+    """Seconds of a large audit, a tenth of whose labels are wrong."""
+    rng = generator("audit size", 0)
+    right = rng.integers(10, size=LARGE)
+    x = rng.normal(size=(10, WIDE))[right] + 2 * rng.normal(size=(LARGE, WIDE))
+    known = np.arange(LARGE) < trusted
+    wrong = ~known & (rng.random(LARGE) < 0.1)
+    given = np.where(wrong, (right + 1) % 10, right)
+    return timed(with_audit, x.astype(np.float32), given, known)[1]
+
+
 class Audit(reporting.Benchmark):
     """Accuracy of audits, over seeds."""
 
@@ -149,9 +173,14 @@ class Audit(reporting.Benchmark):
 
     def __init__(self, options):
         self.seeds, self.folder = options.seeds, options.data_dir
+        checks.whole(1, **{"--seeds": self.seeds})
+        self.parts = options.parts.split(",")
+        for part in self.parts:
+            checks.choice(PARTS, **{"--parts": part})
         self.labels: dict[str, list] = {name: [] for name in LABELS}
         self.pools: dict[str, list] = {f"{n}, {kind}": [] for n in POOLS for kind in BAD}
-        for name in SETS:  # a missing one is said before anything runs
+        self.sizes: dict[str, dict] = {}
+        for name in SETS if self.parts != ["size"] else ():  # a missing one is said first
             feature_set(name, self.folder, "")
 
     @staticmethod
@@ -159,19 +188,29 @@ class Audit(reporting.Benchmark):
         """Seeds and the folder of the features."""
         parser.add_argument("--seeds", type=int, default=3, help="of trusted samples and pools")
         parser.add_argument("--data_dir", default="data", help="where feature sets are")
+        parser.add_argument("--parts", default=",".join(PARTS), help="those to measure")
 
     @property
     def length(self):
-        """One audit a unit, all label sets of one kind together."""
-        return self.seeds * (len(self.labels) + len(self.pools))
+        """One unit: all audits of a label set, of a pool, or of a size."""
+        units = {
+            "labels": self.seeds * len(LABELS),
+            "pools": self.seeds * len(self.pools),
+            "size": 2,
+        }
+        return sum(units[part] for part in self.parts)
 
     def measure(self, bar):
-        """Labels first; seed by seed."""
-        for seed in range(self.seeds):
+        """Part by part, seed by seed."""
+        if "size" in self.parts:
+            for trusted in (TRUSTED, 0):
+                self.sizes[f"{trusted} trusted"] = of_size(trusted)
+                bar.update()
+        for seed in range(self.seeds if "labels" in self.parts else 0):
             for name, runs in self.labels.items():
                 runs.append(of_labels(name, seed, self.folder))
                 bar.update()
-        for seed in range(self.seeds):
+        for seed in range(self.seeds if "pools" in self.parts else 0):
             for name in POOLS:
                 for kind in BAD:
                     self.pools[f"{name}, {kind}"].append(of_pool(name, kind, seed, self.folder))
@@ -180,17 +219,20 @@ class Audit(reporting.Benchmark):
     def report(self):
         """Means over seeds and standard deviations; "measured": of how many seeds."""
         labels, spread = {}, {}
-        measured_seeds = {name: len(runs) for name, runs in (self.labels | self.pools).items()}
+        measured_seeds = {
+            name: len(runs) for name, runs in (self.labels | self.pools).items() if runs
+        }
         for name, runs in self.labels.items():
             labels[name] = {}
             for who in runs[0] if runs else ():
-                labels[name][who], spread[f"{name}, {who}"] = _over([run[who] for run in runs])
+                own = [run[who] for run in runs if who in run]
+                labels[name][who], spread[f"{name}, {who}"] = _over(own)
         pools = {}
         for name, runs in self.pools.items():
             if runs:
                 pools[name], spread[name] = _over(runs)
         return {"measured": measured_seeds, "labels": labels, "pools": pools,
-                "standard_deviation": spread}  # fmt: skip
+                "size": self.sizes, "standard_deviation": spread}  # fmt: skip
 
 
 def _over(runs: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -17,7 +17,6 @@ Writes audit.csv (or .parquet) and audit.html to --out. The test split is not re
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -28,10 +27,14 @@ from absl import logging
 from experiments import audit_page, finished, tables, task
 from experiments.feature_sets import feature_set
 from experiments.inspect import class_names
-from saflex_jax import checks
+from saflex_jax import checks, data
 from saflex_jax.audit import audit
+from saflex_jax.data.provenance import METADATA
 from saflex_jax.data.seeds import generator
 from saflex_jax.train import CheckpointError
+
+# array of a file -> column
+TOLD = {"file_name": "file", "source": "source", "group": "group", "clean": "clean"}
 
 
 class Found(NamedTuple):
@@ -74,6 +77,11 @@ def of_run(workdir: pathlib.Path, draws: int) -> Found:
         "Utility: how far training on the row lowers the loss on the validation samples, in units "
         "of the scores' root mean square. One look is noisy; the groups are what to trust.",
     ]
+    if run.data.generated is not None:
+        notes.append(
+            "The pool's candidates stood in for these samples and have no rows of their own; with "
+            "config.data.pool_rows=True they do."
+        )
     inputs = run.data.pools.candidates.inputs
     return Found(table, f"Audit: {task.title(run.config.data)}", names, confused, inputs, notes)
 
@@ -82,31 +90,28 @@ def of_features(name: str, labels: str, trusted: int, pool: str, folder: str, se
     """What features say of labels.
 
     Raises:
-      ValueError: no such set or file, arrays that do not fit; names them.
+      ValueError: no such set or file, arrays that do not fit; names them. As `of_metadata`.
     """
     load = _of_file if pathlib.Path(name).suffix == ".npz" else _of_set
     given = load(name, labels, trusted, folder, seed)
-    known = given.get("trusted")
+    columns = {to: given[key] for key, to in TOLD.items() if key in given}
+    checks.rows(len(given["labels"]), **columns)
+    if pool:
+        columns |= of_metadata(pathlib.Path(pool) / METADATA, columns.get("file"))
     found = audit(
-        given["features"], given["labels"], trusted=known, source=given.get("source"), seed=seed
-    )
+        given["features"], given["labels"], trusted=given.get("trusted"),
+        source=given.get("source"), seed=seed,
+    )  # fmt: skip
     size = len(found.transition)
     names = tuple(map(str, given.get("class_names", np.arange(size))))
     checks.rows(size, class_names=np.array(names))
-    table = found.columns()
-    table["flags"] = np.where(found.wrong, "wrong", np.where(found.outside, "outside", ""))
-    for column, source in (("file", "file_name"), ("source", "source"), ("group", "group")):
-        if source in given:
-            checks.rows(len(given["labels"]), **{source: given[source]})
-            table[column] = given[source]
-    if pool:
-        table |= of_metadata(pathlib.Path(pool) / "metadata.jsonl", table.get("file"))
+    table = found.columns() | columns
+    table["judged"] = np.where(found.wrong, "wrong", np.where(found.outside, "outside", ""))
     if "clean" in given:
-        table["clean"] = given["clean"]
         table["bad"] = given["clean"] != given["labels"]
-    share = f"{found.noise_rate:.1%} of the labels are judged wrong; {int(found.outside.sum())} "
     notes = [
-        share + "samples are unlike all trusted ones.",
+        f"{found.noise_rate:.1%} of the labels are judged wrong; {int(found.outside.sum())} "
+        "samples are unlike all trusted ones.",
         "Utility: 2 P(the given label is right) - 1; -1 for samples unlike the trusted ones.",
     ]
     title = f"Audit: {name} {labels}".strip()
@@ -125,8 +130,7 @@ def _of_file(name: str, labels: str, trusted: int, folder: str, seed: int) -> di
     for key in ("features", "labels"):
         if key not in given:
             raise ValueError(f"{name} must have an array {key}; given {sorted(given)}")
-    accepted = ("features", "labels", "trusted", "source", "group", "file_name", "clean", "images")
-    checks.known(name, given, (*accepted, "class_names"))
+    checks.known(name, given, ("features", "labels", "trusted", "images", "class_names", *TOLD))
     return given
 
 
@@ -157,40 +161,18 @@ def _of_set(name: str, labels: str, trusted: int, folder: str, seed: int) -> dic
 
 
 def of_metadata(path: pathlib.Path, files: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The columns prompt, strength, generator, seed and flags of files, as far as there are any.
+    """The columns prompt, strength, generator and flags of files, as far as there are any.
 
     Raises:
-      ValueError: no such file, a line that is not JSON, a file without a line; names it.
+      ValueError: no such file, a line that is not as it must be, a file without a line; names it.
     """
     if files is None:
         raise ValueError("--pool needs the array file_name in the features' file")
-    records = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        about = data.read_provenance(path, files.tolist())
     except OSError as error:
-        raise ValueError(f"--pool must be a folder with metadata.jsonl; {error}") from error
-    for number, line in enumerate(lines, 1):
-        if line:
-            try:
-                record = json.loads(line)
-                records[record["file_name"]] = record
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path} line {number} must be a JSON object with file_name: {error!r}"
-                ) from error
-    for file in files.tolist():
-        if file not in records:
-            raise ValueError(f"{path} must have a line for {file}; given none")
-    own = [records[file] for file in files.tolist()]
-    columns = {}
-    for column, name, otherwise in (
-        ("prompt", "prompt", ""), ("strength", "strength", np.nan), ("generator", "model", ""),
-    ):  # fmt: skip
-        if any(name in record for record in own):
-            columns[column] = np.array([record.get(name) or otherwise for record in own])
-    if any(record.get("flags") for record in own):
-        columns["filters"] = np.array([" ".join(record.get("flags") or ()) for record in own])
-    return columns
+        raise ValueError(f"--pool must be a folder with {path.name}; {error}") from error
+    return finished.of_provenance(about, np.arange(len(files)))
 
 
 def images_of(found: Found) -> dict[int, np.ndarray]:
@@ -205,6 +187,15 @@ def images_of(found: Found) -> dict[int, np.ndarray]:
     return {place: np.asarray(inputs[int(row)]) for place, row in zip(places, own)}
 
 
+def _check_options(given: argparse.Namespace) -> None:
+    """Raises ValueError on an option that what is audited has no use for."""
+    of_features = ("labels", "trusted", "pool", "seed")
+    what, others = ("--workdir", of_features) if given.workdir else ("--features", ("draws",))
+    for name in others:
+        if getattr(given, name):
+            raise ValueError(f"--{name} does not go with {what}; given {getattr(given, name)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Audits, writes and says where."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -214,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--labels", default="", help="label set of a feature set: worst")
     parser.add_argument("--trusted", type=int, default=0, help="samples whose right label is told")
     parser.add_argument("--pool", default="", help="folder with metadata.jsonl of the file's files")
-    parser.add_argument("--draws", type=int, default=2, help="of the run's pipeline, a row each")
+    parser.add_argument("--draws", type=int, help="of the run's pipeline, a row each; default: 2")
     parser.add_argument("--data_dir", default="data", help="of data sets and features")
     parser.add_argument("--out", type=pathlib.Path, help="default: --workdir, or runs/audit")
     parser.add_argument("--parquet", action="store_true", help="audit.parquet, not audit.csv")
@@ -222,8 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     out = given.out or given.workdir or pathlib.Path("runs/audit")
     try:
+        _check_options(given)
         if given.workdir:
-            found = of_run(given.workdir, given.draws)
+            found = of_run(given.workdir, 2 if given.draws is None else given.draws)
         else:
             found = of_features(
                 given.features, given.labels, given.trusted, given.pool, given.data_dir, given.seed

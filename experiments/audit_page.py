@@ -22,6 +22,18 @@ SHOWN = 120  # cards of the most harmful, and of the surest relabelled candidate
 GROUPS = 60  # rows of a chart: the lowest; the rest is counted
 THRESHOLDS = 101
 PIXELS = 96  # of a thumbnail, at most
+# columns that a card shows
+TOLD = (
+    "file",
+    "source",
+    "draw",
+    "operations",
+    "prompt",
+    "strength",
+    "generator",
+    "flags",
+    "judged",
+)
 LABELS = 30  # classes up to which the matrix is shown whole
 
 
@@ -85,7 +97,8 @@ def groups(table: tables.Table, class_names: Sequence[str]):
     if "prompt" in table:
         found.append(("By prompt and strength", None, _joined(table, "prompt", "strength")))
     if "flags" in table:
-        found.append(("By flag of a filter", None, table["flags"]))
+        flags = np.where(table["flags"] == "", "none", table["flags"])
+        found.append(("By flag of a filter", None, flags))
     for title, names, values in found:
         keys = [key for key in np.unique(values) if key != ""]
         if len(keys) > 1:
@@ -189,16 +202,7 @@ def gallery(table: tables.Table) -> list[tuple[int, str]]:
 def _card(table, place: int, why: str, names: Sequence[str], images) -> dict:
     row = int(table["row"][place])
     told = {}
-    for name in (
-        "file",
-        "source",
-        "draw",
-        "operations",
-        "prompt",
-        "strength",
-        "generator",
-        "flags",
-    ):
+    for name in TOLD:
         if name in table and str(table[name][place]) not in ("", "nan"):
             value = table[name][place]
             told[name] = f"{value:.3g}" if isinstance(value, np.floating) else str(value)

@@ -14,11 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, estimators, task
+from experiments.configs import sources
 from saflex_jax import augment, checks, train
 from saflex_jax.batches import take
 from saflex_jax.core import linear_solve, scores
 from saflex_jax.core.targets import prior_targets, score_scale
 from saflex_jax.core.tree import paths, under
+from saflex_jax.data import Provenance
 from saflex_jax.methods.upstream import drawn
 from saflex_jax.types import Method, Streams, Targets, TrainState
 
@@ -46,7 +48,10 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
       CheckpointError: no such checkpoint, or a damaged one.
     """
     try:
-        config = ConfigDict(json.loads((workdir / "result.json").read_text())["config"])
+        settings = json.loads((workdir / "result.json").read_text())["config"]
+        # `build.settings` leaves out what is off.
+        settings["data"] = {**sources.DEFAULTS, **settings["data"]}
+        config = ConfigDict(settings)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"--workdir must be of a finished run of experiments.main; {workdir}: {error}"
@@ -151,6 +156,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     for draw, found in enumerate(look(run, draws)):
         labels, weights = found.targets.labels, found.targets.weights
         learned = labels.argmax(1)
+        candidate = _candidate(found)
         tables.append({
             "row": np.arange(number),
             "draw": np.full(number, draw),
@@ -165,7 +171,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
             "clean": data.clean_labels,
             "bad": data.wrong,
             "operations": _operations(found),
-            **_made(run, found),
+            **_made(run.data, candidate),
         })  # fmt: skip
     return {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
 
@@ -182,28 +188,43 @@ def _operations(found: Looked) -> np.ndarray:
     ])  # fmt: skip
 
 
-def _made(run: Run, found: Looked) -> dict[str, np.ndarray]:
-    """What a pool's metadata say of its candidates; only the columns that there are."""
-    pool = getattr(run.data, "pool", None)
-    about = getattr(pool, "provenance", None)
-    if about is None:
+def _candidate(found: Looked) -> np.ndarray:
+    """The place in the pool of each row, i[N]; -1 where it is no candidate."""
+    here = found.operation == augment.OPERATIONS.index("candidate")
+    return np.where(here, found.magnitude, -1.0).max(1).astype(int)
+
+
+def _made(made: task.Data, candidate: np.ndarray) -> dict[str, np.ndarray]:
+    """What is known of a pool's candidates that are rows; no columns where there are none."""
+    if made.pool is None or not (candidate >= 0).any():
         return {}
-    names = np.array(augment.OPERATIONS)[found.operation]
+    _, _, owner, places = made.pool.samples()
+    # Candidates come behind what they are made of, and trusted samples behind those.
+    made_of = np.arange(len(candidate))
+    real = np.flatnonzero(candidate < 0)
+    source = np.zeros(places.max() + 1, int)
+    source[places] = owner
+    made_of[candidate >= 0] = real[source[candidate[candidate >= 0]]]
+    about = made.pool.provenance
+    return {"source": made_of} | ({} if about is None else of_provenance(about, candidate))
 
-    def place(name):  # -1 where a row is no candidate
-        here = names == name
-        return np.where(here, found.magnitude, -1.0).max(1).astype(int)
 
-    candidate = place("candidate")
+def of_provenance(about: Provenance, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns file, prompt, strength, generator and flags, those of which anything is known.
 
-    def told(values, of=candidate):
-        return np.array([str(values[i]) if i >= 0 and len(values) else "" for i in of])
-
-    flags = [" ".join(np.array(about.flags)[failed]) for failed in about.flagged]
+    Args:
+      about: of a pool.
+      places: i[N] in it; -1 = no candidate, whose texts are empty and whose strength is NaN.
+    """
+    columns = {
+        "file": np.array(about.files),
+        "prompt": np.array(about.prompts)[about.prompt],
+        "strength": about.strength,
+        "generator": np.array(about.generators)[about.generator],
+        "flags": np.array([" ".join(np.array(about.flags)[row]) for row in about.flagged]),
+    }
     return {
-        "file": told(about.files),
-        "prompt": told(about.prompts, place("prompt")),
-        "strength": np.where(candidate >= 0, about.strength[candidate], np.nan),
-        "generator": told(about.generators, place("generator")),
-        "flags": told(flags),
+        name: np.where(places >= 0, values[places], np.nan if name == "strength" else "")
+        for name, values in columns.items()
+        if any(values.tolist())
     }

@@ -14,6 +14,7 @@ import numpy as np
 from saflex_jax import checks
 from saflex_jax._compat import optional
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # name -> values [N], numbers, truth values or texts
 Table = Mapping[str, np.ndarray]
 
@@ -63,5 +64,5 @@ def _texts(values: np.ndarray) -> list[str]:
     if values.dtype == bool:
         return [str(int(x)) for x in values]
     # A spreadsheet takes a text that starts so for a formula.
-    return [f"'{x}" if x[:1] in "=+-@\t\r" and not x.lstrip("-").isdigit() else x
+    return [f"'{x}" if x.startswith(FORMULA) and not x.lstrip("-").isdigit() else x
             for x in map(str, values.tolist())]  # fmt: skip

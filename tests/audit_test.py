@@ -1,11 +1,13 @@
 """The audit of plain arrays: it finds what was planted, leaves what is right, refuses bad input."""
 
 import dataclasses
+import signal
 
 import jax
 import numpy as np
 import pytest
 
+from saflex_jax import train
 from saflex_jax.audit import Head, _folds, audit, from_logits
 
 SIZE, CLASSES, TRUSTED, FEATURES = 600, 3, 60, 8
@@ -122,6 +124,18 @@ def test_bad_input_is_named_before_anything_is_compiled(change, message, monkeyp
     monkeypatch.setattr(jax, "jit", compiled)
     with pytest.raises(ValueError, match=message):
         audit(**{"features": X, "labels": GIVEN, "head": HEAD} | change)
+
+
+def test_an_interrupted_audit_gives_no_table(monkeypatch):
+    real = train.fit
+
+    def interrupted(*arguments, **options):
+        result = real(*arguments, **{**options, "num_steps": 1, "log_every": 1})
+        return result._replace(stopped_by=signal.SIGINT)
+
+    monkeypatch.setattr(train, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        audit(X, GIVEN, head=HEAD)
 
 
 def test_beliefs_that_know_nothing_are_refused():

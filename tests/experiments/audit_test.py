@@ -127,12 +127,13 @@ def test_tables_are_whole_and_no_formula_reaches_a_spreadsheet(tmp_path):
     table = {
         "row": np.arange(2),
         "text": np.array(["=1+1", 'a,"b"\nc']),
+        "none": np.array(["", "-2"]),
         "x": np.array([0.5, np.nan]),
     }
     tables.write(table, tmp_path / "t.csv")
     with open(tmp_path / "t.csv", newline="") as file:
         assert list(csv.reader(file)) == [
-            ["row", "text", "x"], ["0", "'=1+1", "0.5"], ["1", 'a,"b"\nc', "nan"]
+            ["row", "text", "none", "x"], ["0", "'=1+1", "", "0.5"], ["1", 'a,"b"\nc', "-2", "nan"]
         ]  # fmt: skip
     with pytest.raises(ValueError, match="one length"):
         tables.write({**table, "row": np.arange(3)}, tmp_path / "t.csv")
@@ -182,25 +183,30 @@ def test_an_audit_of_arrays_and_a_pool(arrays):
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows if row["wrong"] == "1"] == list("012345")
     assert rows[3]["file"] == "3/0.png" and rows[3]["prompt"] == EVIL
+    assert {row["flags"] for row in rows} == {"clip"} and rows[3]["judged"] == "wrong"
     assert (arrays / "out" / "audit.html").read_text().count("data:image/png") >= SIZE // 2
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 2 must be a JSON object"), ('["x"]', "line 2 must be a JSON object"),
+    [("{", "line 2 must be JSON"), ('["x"]', "line 2 must be a JSON object"),
      ('{"file_name": "elsewhere"}', "must have a line for 1/0.png")],
 )  # fmt: skip
 def test_a_damaged_line_of_metadata_is_named_and_nothing_is_written(arrays, line, message):
     lines = (arrays / "metadata.jsonl").read_text().split("\n")
     (arrays / "metadata.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]))
-    with pytest.raises(ValueError, match=message):
-        audit.of_metadata(arrays / "metadata.jsonl", np.array([f"{i}/0.png" for i in range(SIZE)]))
+    out = arrays / "out"
+    with pytest.raises(SystemExit, match=message):
+        audit.main([f"--features={arrays / 'mine.npz'}", f"--pool={arrays}", f"--out={out}"])
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--workdir=nowhere"], "finished run"), (["--features=no.npz"], "npz file of arrays"),
-     (["--features=nothing@crop"], "feature set")],
+     (["--features=nothing@crop"], "feature set"),
+     (["--workdir=nowhere", "--trusted=5"], "--trusted does not go with --workdir"),
+     (["--features=no.npz", "--draws=3"], "--draws does not go with --features")],
 )  # fmt: skip
 def test_bad_input_is_said_and_nothing_is_written(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):

@@ -1,0 +1,135 @@
+"""What is read off a finished run: tables of candidates and their provenance, predictions."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from experiments import audit, build, export, finished, generating, pool_files, predict, task
+from experiments.configs import digits
+from experiments.generators import Options
+from saflex_jax import parallel, train
+
+PROMPTS = ("color", "wrong class")
+PER_CLASS, VAL, DRAWS = 4, 20, 2
+REAL, MADE = 10 * PER_CLASS, DRAWS * (10 * PER_CLASS + VAL)
+SIZE = REAL + MADE + VAL
+
+
+def changed(pool="", **fields):
+    config = digits.get_config()
+    config.data.update({"per_class": PER_CLASS, "val": VAL, "test": 50, "noise": 0.0})
+    config.data.update({"train_on_val": True, "pool": str(pool), "pool_rows": bool(pool)})
+    config.train.update({"steps": 40, "batch_size": 32, "log_every": 20, "checkpoint_every": 20})
+    config.augment = "shift(1)"
+    config.unlock()
+    config.model = {"name": "mlp", "widths": (16,)}
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run on digits and a pool of edits, as `experiments.main` leaves it."""
+    folder = tmp_path_factory.mktemp("finished")
+    pool, run = folder / "pool", folder / "run"
+    plan = generating.Plan("edits", Options(), PROMPTS, (0.3, 0.7), DRAWS, 7.5, 50, 0)
+    generating.make_plan(plan, changed(), [0], pool)
+    generating.run(pool, progress=False)
+    config = changed(pool)
+    data = task.make_data(config)
+    method = build.with_upstream(config, build.make_method(config, data.pools))
+    runner = parallel.RUNNERS["jit"](method.step)
+    kept = train.Checkpoints(run / "checkpoints", config=build.settings(config), every=20)
+    build.fit(config, data, method, runner, checkpoints=kept, progress=False)
+    kept.close()
+    (run / "result.json").write_text(json.dumps({"config": build.settings(config)}))
+    return run
+
+
+def read(file):
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_an_exported_table_has_every_candidate_with_where_it_comes_from(workdir, tmp_path, capsys):
+    file = tmp_path / "all.csv"
+    export.main([f"--workdir={workdir}", "--step=20", f"--out={file}"])
+    assert capsys.readouterr().out.strip() == str(file)
+    rows = read(file)
+    assert len(rows) == SIZE and [row["row"] for row in rows] == list(map(str, range(SIZE)))
+    assert [row["trusted"] for row in rows] == ["0"] * (REAL + MADE) + ["1"] * VAL
+    planned = {row["file_name"]: row for row in pool_files.read_plan(workdir.parent / "pool")[1]}
+    made = rows[REAL : REAL + MADE]
+    assert len({row["file"] for row in made}) == MADE
+    for row in made:
+        record = planned[row["file"]]
+        assert row["prompt"] == record["prompt"] and row["given"] == str(record["label"])
+        assert float(row["strength"]) == pytest.approx(record["strength"])
+        assert row["bad"] == str(int(record["prompt"] == "wrong class"))
+    # A candidate's source is a row of the table; the pool knows rows of the data set.
+    trained = task.trained_rows(changed().data, task.make_split_source(changed())[2])
+    rows_of_set = np.full(SIZE, -1)
+    rows_of_set[:REAL], rows_of_set[REAL + MADE :] = trained[:REAL], trained[REAL:]
+    for row in made:
+        assert rows_of_set[int(row["source"])] == planned[row["file"]]["source"]
+    assert [row["source"] for row in rows[:REAL]] == list(map(str, range(REAL)))
+
+
+def test_an_audit_of_a_run_groups_by_prompt_and_draws_its_images(workdir, tmp_path):
+    pytest.importorskip("jinja2")
+    audit.main([f"--workdir={workdir}", f"--out={tmp_path}"])
+    rows = read(tmp_path / "audit.csv")
+    assert len(rows) == 2 * SIZE and {row["draw"] for row in rows} == {"0", "1"}
+    assert {row["prompt"] for row in rows} == {"", *PROMPTS}
+    assert all(row["operations"].startswith("shift") for row in rows)
+    page = (tmp_path / "audit.html").read_text()
+    for text in ("wrong class @ 0.7", "By operation and magnitude", "data:image/png", "bad"):
+        assert text in page
+
+
+def test_predictions_score_as_the_run_did(workdir, tmp_path):
+    predict.main([f"--workdir={workdir}", "--source=digits", f"--out={tmp_path / 'p.csv'}"])
+    rows = read(tmp_path / "p.csv")
+    probs = np.array([[float(row[f"p{k}"]) for k in range(10)] for row in rows])
+    np.testing.assert_allclose(probs.sum(1), 1, atol=1e-4)
+    predicted, label = (np.array([int(row[name]) for row in rows])
+                        for name in ("predicted", "label"))  # fmt: skip
+    np.testing.assert_array_equal(predicted, probs.argmax(1))
+    run = finished.opened(workdir)
+    _, _, split, _ = task.make_split_source(run.config)
+    scored = task.test_scores(run.method, run.state, run.data)["accuracy"]
+    assert np.mean((predicted == label)[split.test]) == pytest.approx(scored, abs=1e-6)
+    assert len(set(predicted)) > 1
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        (export, ["--step=7"], "7"),
+        (export, ["--draws=0"], "draws must be a whole number >= 1; given 0"),
+        (predict, ["--source=digit"], "digit is not prepared|must be"),
+        (predict, ["--source={other}"], r"inputs of shape \[8, 8, 1\], as the run's"),
+        (predict, ["--source=digits", "--step=7"], "7"),
+    ],
+)
+def test_bad_input_is_said_and_nothing_is_written(workdir, tmp_path, program, options, message):
+    other = tmp_path / "other.npz"
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = np.zeros((10, 6, 6), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(10)[:, None] % 2
+    np.savez(other, **arrays)
+    options = [option.format(other=other) for option in options]
+    with pytest.raises(SystemExit, match=message):
+        program.main([f"--workdir={workdir}", f"--out={tmp_path / 'out.csv'}", *options])
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    for program, options in ((export, []), (predict, ["--source=digits"])):
+        with pytest.raises(SystemExit, match="--workdir must be of a finished run"):
+            program.main([f"--workdir={tmp_path}", *options])
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
