@@ -351,6 +351,7 @@ def draw(records: list[dict]) -> Figure:
         colours = ["#1b6ca8" if op in HARMLESS else "#d1495b" for op in NAMES]
         axis.axhline(0, color="#bbbbbb", linewidth=0.8)
         axis.axvline(0, color="#bbbbbb", linewidth=0.8)
+        axis.margins(x=0.2)  # room for names
         axis.scatter(utility.mean(0), 100 * adds.mean(0), c=colours, s=18)
         for place, op in enumerate(NAMES):
             at = utility[:, place].mean(), 100 * adds[:, place].mean()
