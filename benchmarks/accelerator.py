@@ -41,6 +41,7 @@ from benchmarks import reporting, step_cost, timing
 from benchmarks.accelerator_training import AutoMix, Clock, NoisyLabels, in_compute_dtype
 from saflex_jax import augment
 from saflex_jax.core.tree import identity
+from saflex_jax.files import write_whole
 
 MAIN = ("plain", "saflex", "saflex_full", "saflex_head")
 ALL = ("plain", *(name for name in step_cost.VARIANTS if name not in MAIN))
@@ -203,8 +204,7 @@ class Accelerator(reporting.Benchmark):
             return
         file, part = self.options.out / f"{name}.json", self.parts[name]
         text = json.dumps(self.reported({name: part}), indent=1)
-        file.with_suffix(".tmp").write_text(text + "\n")
-        file.with_suffix(".tmp").rename(file)
+        write_whole(file, text + "\n")
 
     def report(self):
         return self.reported(self.parts)

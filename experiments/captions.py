@@ -24,6 +24,7 @@ from absl import app, flags
 from saflex_jax import checks, data, models
 from saflex_jax.data.captions import PHOTO, caption_table, filled
 from saflex_jax.data.prepared import read_description, write_prepared
+from saflex_jax.files import renamed
 
 _out = flags.DEFINE_string("out", "data", "Folder of the prepared data sets.", allow_override=True)
 LEAST = 24  # emoji of a group: fewer are too few to learn from
@@ -89,9 +90,8 @@ def main(argv: list[str]) -> None:
         table = CAPTIONS[name](root)
         folder = root / "captions"
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{name}.part.npy"
-        np.save(part, table)
-        os.replace(part, folder / f"{name}.npy")
+        with renamed(folder / f"{name}.npy") as part, open(part, "wb") as file:
+            np.save(file, table)
         what = f"{table.dtype}{list(table.shape)}"
         most = f", tokens below {table.max() + 1}" if table.dtype == np.int32 else ""
         print(f"{folder / name}.npy: {what}{most}")

@@ -16,42 +16,21 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.locking import locked
 from saflex_jax.data.provenance import METADATA, read_lines
+from saflex_jax.files import renamed, write_whole
 
 PLAN, ROWS, LABELS = "plan.json", "plan.jsonl", "labels.csv"
 SHARDS, FLAGS = "shards", "flags"
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a file by one rename; a failure leaves what was there."""
-    write_bytes(path, text.encode(), sync=True)
-
-
-def write_bytes(path: pathlib.Path, content: bytes, *, sync: bool = False) -> None:
-    """`write_whole` of bytes; concurrent writers of one file do not meet.
-
-    Args:
-      path: the file.
-      content: all of it.
-      sync: wait for the disk, so that a power failure does not empty the file.
-    """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        pathlib.Path(name).unlink(missing_ok=True)
-        raise
+    with renamed(path) as part:
+        part.write_bytes(content)
 
 
 def as_lines(records: Iterable[Mapping[str, Any]]) -> str:

@@ -33,6 +33,7 @@ from saflex_jax.augment import of_views
 from saflex_jax.batches import floats
 from saflex_jax.data.prepared import file_digest
 from saflex_jax.data.seeds import generator
+from saflex_jax.files import renamed
 from saflex_jax.methods import adjusted, supervised
 from saflex_jax.methods.upstream import upstream
 from saflex_jax.models import MLP, Classifier
@@ -92,8 +93,9 @@ def make_few(name: str, folder: str, seed: int, cache: pathlib.Path) -> Few:
         weights = f"{folder}/weights/{options['backbone']}.pkl"
         if file_digest(weights) != options["weights"]:
             raise ValueError(f"{weights} must be the weights of the set {TAG}; it has others")
-        np.save(file.with_suffix(".part.npy"), _views(name, folder, whole, places, weights))
-        file.with_suffix(".part.npy").rename(file)
+        views = _views(name, folder, whole, places, weights)
+        with renamed(file) as part, open(part, "wb") as opened:
+            np.save(opened, views)
     views = np.load(file)
     scale = data.fit_scale(views[:, 0])
     flat = scale(views.reshape(-1, views.shape[-1]))[:].reshape(views.shape)

@@ -59,6 +59,7 @@ from experiments.datasets import DATASETS
 from experiments.suite_tasks import Task
 from experiments.task import Data
 from saflex_jax import configure, train
+from saflex_jax.files import renamed
 from saflex_jax.types import Method, TrainState
 
 # Suite -> (folder of prepared data) -> its tasks.
@@ -455,9 +456,8 @@ def rehash(path: pathlib.Path, suite: str, configs: dict[str, dict[str, ConfigDi
             lines[number] = lines[number].replace(before, after)
             changed += 1
     if changed:
-        whole = path.with_name(f"{path.name}.new")
-        whole.write_bytes(b"\n".join([*lines, half_a_line]))
-        whole.replace(path)
+        with renamed(path, sync=True) as part:
+            part.write_bytes(b"\n".join([*lines, half_a_line]))
     return changed
 
 

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
 import pathlib
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from saflex_jax import checks
 from saflex_jax._compat import optional
+from saflex_jax.files import renamed
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # name -> values [N], numbers, truth values or texts
 Table = Mapping[str, np.ndarray]
-
-
-@contextlib.contextmanager
-def renamed(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file beside `path` that takes its place when all is written; else nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(number)
-    try:
-        yield pathlib.Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        pathlib.Path(name).unlink(missing_ok=True)
 
 
 def write(table: Table, path: pathlib.Path) -> None:
@@ -44,6 +28,7 @@ def write(table: Table, path: pathlib.Path) -> None:
     sizes = {name: len(values) for name, values in table.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"columns must be of one length; given {sizes}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with renamed(path) as part:
         if path.suffix == ".csv":
             with open(part, "w", newline="", encoding="utf-8") as file:

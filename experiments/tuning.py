@@ -17,6 +17,7 @@ import numpy as np
 from experiments.configs.methods import merged
 from experiments.suite_tasks import Task
 from saflex_jax import checks
+from saflex_jax.files import write_whole
 
 Changes = Mapping[str, Any]
 Choices = dict[str, dict[str, str]]  # task -> arm -> point
@@ -123,6 +124,4 @@ def read(path: pathlib.Path | None = None) -> Choices:
 def write(choices: Choices, path: pathlib.Path | None = None) -> None:
     """Adds to the file, or replaces in it, what was chosen; in one piece, by a rename."""
     path = path or CHOICES
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(merged(read(path), choices), indent=1) + "\n")
-    new.replace(path)
+    write_whole(path, json.dumps(merged(read(path), choices), indent=1) + "\n")

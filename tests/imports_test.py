@@ -26,6 +26,7 @@ ROOMS = {
     "calls": ({"checks"}, set()),
     "batches": ({"types"}, {"jax", "numpy"}),
     "_compat": (set(), {"jax", "numpy"}),
+    "files": (set(), set()),
     "core": ({"core", "types", "checks"}, BASE),
     "rules": ({"rules", "core", "types", "checks", "calls"}, BASE),
     "audit": (
@@ -34,7 +35,7 @@ ROOMS = {
     ),
     "augment": ({"augment", "types", "checks"}, {"jax", "numpy"}),
     "augment/show.py": ({"augment", "types"}, {"jax", "matplotlib", "numpy", "PIL", "sklearn"}),
-    "models": ({"models", "types", "checks"}, BASE | {"flax"}),
+    "models": ({"models", "types", "checks", "files"}, BASE | {"flax"}),
     "models/clip_text.py": ({"models", "_compat"}, {"numpy", "tokenizers"}),
     "methods": (
         {"methods", "rules", "models", "augment", "core", "types", "checks", "calls"},
@@ -44,13 +45,26 @@ ROOMS = {
         {"methods", "rules", "models", "core", "types", "checks", "calls"},
         BASE | {"flax"},
     ),
-    "parallel": ({"parallel", "core", "batches", "types", "checks", "_compat"}, {"jax", "numpy"}),
+    "parallel": (
+        {"parallel", "core", "batches", "types", "checks", "files", "_compat"},
+        {"jax", "numpy"},
+    ),
     "data": (
         {"data", "batches", "types", "checks", "_compat"},
         {"array_record", "grain", "jax", "numpy", "PIL", "sklearn", "tensorflow_datasets"},
     ),
     "train": (
-        {"train", "parallel", "core", "batches", "types", "checks", "_compat", "__version__"},
+        {
+            "train",
+            "parallel",
+            "core",
+            "batches",
+            "types",
+            "checks",
+            "files",
+            "_compat",
+            "__version__",
+        },
         {"etils", "jax", "numpy", "orbax", "tensorboardX", "tqdm"},
     ),
 }

@@ -16,6 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from saflex_jax.files import renamed
+
 _SAFETENSORS = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": jnp.bfloat16, "I64": "i8", "I32": "i4",
     "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?",
@@ -89,13 +91,10 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> N
         header[name] = {"dtype": kinds[x.dtype], "shape": x.shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    path = pathlib.Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "wb") as file:
+    with renamed(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for x in arrays.values():
             file.write(x.tobytes())
-    os.replace(unfinished, path)
 
 
 def check_tensors(

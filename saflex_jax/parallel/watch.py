@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 
 from saflex_jax import checks
+from saflex_jax.files import renamed
 
 
 class Watch:
@@ -130,9 +131,8 @@ class Watch:
         about["host"] = socket.gethostname()
         mine = self._folder / str(self._mine)
         try:
-            partial = mine.with_suffix(".partial")
-            partial.write_text(json.dumps(about))
-            os.replace(partial, mine)
+            with renamed(mine) as part:
+                part.write_text(json.dumps(about))
         except OSError as error:  # a full disk, for instance; the others will miss this process
             if not self._silent:
                 self._say(f"it cannot write {mine}: {error.strerror}")

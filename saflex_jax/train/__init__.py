@@ -1,5 +1,6 @@
 """Everything around the step that does I/O: the loop, evaluation, metrics, checkpoints."""
 
+from saflex_jax.files import write_whole
 from saflex_jax.train.best import Best
 from saflex_jax.train.checkpoint import (
     CheckpointError,
@@ -8,7 +9,7 @@ from saflex_jax.train.checkpoint import (
     NotWritten,
 )
 from saflex_jax.train.evaluate import make_evaluator, probabilities
-from saflex_jax.train.files import FolderInUse, one_run_in, write_whole
+from saflex_jax.train.files import FolderInUse, one_run_in
 from saflex_jax.train.loop import Diverged, FitResult, fit
 from saflex_jax.train.members import evaluate_each, of_members
 from saflex_jax.train.metrics import MetricsWriter

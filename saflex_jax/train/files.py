@@ -1,4 +1,4 @@
-"""Files that are never half-written, and a folder that one run at a time writes into."""
+"""A folder that one run at a time writes into."""
 
 from __future__ import annotations
 
@@ -20,31 +20,6 @@ LOCK = ".lock"  # in the folder of a run
 
 class FolderInUse(RuntimeError):
     """Another process writes into the folder; the message says which."""
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file beside its place and renames it: a reader sees the old one or the new one.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_whole(pathlib.Path(folder) / "result.json", "{}")
-    ...     [path.name for path in pathlib.Path(folder).iterdir()]
-    ['result.json']
-
-    Raises:
-      OSError: it cannot be written; what was there before stays.
-    """
-    path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave the new name without content
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pathlib
 import jax
 
 from saflex_jax._compat import optional
-from saflex_jax.train.files import write_whole
+from saflex_jax.files import write_whole
 
 
 class MetricsWriter:
