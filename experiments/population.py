@@ -123,18 +123,6 @@ def _views(name, folder, whole, places, weights) -> np.ndarray:
     return np.concatenate(parts, 1)
 
 
-class _Within:
-    """A stream of some rows, as rows of the whole."""
-
-    def __init__(self, rows: np.ndarray, seed: int):
-        self._rows = rows
-        self._stream = data.IndexStream(Streams(len(rows)), batch_size=BATCH, seed=seed)
-
-    def batch(self, step: int) -> Streams:
-        """Batch `step`."""
-        return Streams(self._rows[self._stream.batch(step).candidates])
-
-
 def run_seed(few: Few, seed: int) -> dict:
     """Trains all settings on all parts; which was chosen, and the accuracy of each."""
     number, classes = len(few.labels), int(few.labels.max()) + 1
@@ -160,7 +148,8 @@ def run_seed(few: Few, seed: int) -> dict:
     rows = np.arange(number, dtype=np.int32)
     labels = np.eye(classes, dtype=np.float32)[few.labels]
     pools = Streams(Batch(few.views, labels, rows >= 0, rows))
-    streams = [_Within(parts[part], seed * 100 + part) for _, part in whole]
+    streams = [data.PartStream(Streams(parts[part]), batch_size=BATCH, seed=seed * 100 + part)
+               for _, part in whole]  # fmt: skip
     state = _train(step, plain, pools, streams, options, seed)
 
     @jax.jit

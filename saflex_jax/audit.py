@@ -24,7 +24,7 @@ from saflex_jax import checks, models, parallel, train
 from saflex_jax.core import pooled, transition
 from saflex_jax.core.losses import masked_mean
 from saflex_jax.core.posterior import posterior_targets, sharpened
-from saflex_jax.data import IndexStream, StackedStream, fit_scale
+from saflex_jax.data import PartStream, StackedStream, fit_scale
 from saflex_jax.data.seeds import generator
 from saflex_jax.methods import supervised
 from saflex_jax.rules import Refinement, Schedule, Scoring
@@ -195,25 +195,6 @@ def from_logits(
 # --- beliefs -------------------------------------------------------------------------------------
 
 
-class _Part:
-    """The batches of an `IndexStream` over some rows of the candidates and the trusted samples."""
-
-    def __init__(self, rows: np.ndarray, val: np.ndarray | None, head: Head, seed: int):
-        sizes = Streams(len(rows), None if val is None else len(val))
-        self._rows, self._val = rows, val
-        # Folds differ in size by one, and the members of a sweep have one shape.
-        number = None if val is None else min(VAL, len(val) - 1)
-        self._stream = IndexStream(
-            sizes, batch_size=head.batch_size, val_batch_size=number, seed=seed
-        )
-
-    def batch(self, step: int) -> Streams:
-        """The rows of batch `step`."""
-        places = self._stream.batch(step)
-        val = None if self._val is None else self._val[places.val]
-        return Streams(self._rows[places.candidates], val)
-
-
 def _folds(trusted: np.ndarray, source: np.ndarray | None, folds: int, seed: int) -> np.ndarray:
     """The fold of each sample, i[N]; trusted samples too few to spare are in none, -1."""
     size = len(trusted)
@@ -264,7 +245,16 @@ def _held_out(
     for k in range(head.folds):
         own = int(generator("audit head", seed, k).integers(2**31))
         val = np.flatnonzero(fold[others:] != k) if told else None
-        streams.append(_Part(np.flatnonzero((fold != k) & inside), val, head, own))
+        part = Streams(np.flatnonzero((fold != k) & inside), val)
+        streams.append(
+            PartStream(
+                part,
+                batch_size=head.batch_size,
+                # Folds differ in size by one, and the members of a sweep have one shape.
+                val_batch_size=None if val is None else min(VAL, len(val) - 1),
+                seed=own,
+            )
+        )
         states.append(init(jax.random.key(own), x[:1]))
     devices = jax.devices()[: 1 if head.folds % len(jax.devices()) else None]
     result = train.fit(

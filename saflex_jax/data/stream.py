@@ -149,6 +149,39 @@ class IndexStream(_Stream):
         return self.batch(self._step)
 
 
+class PartStream(_Stream):
+    """An `IndexStream` over a part of the data, whose batches are rows of the whole.
+
+    >>> batch = next(PartStream(Streams(np.array([3, 5, 7, 9])), batch_size=2, seed=0))
+    >>> bool(np.isin(batch.candidates, [3, 5, 7, 9]).all())
+    True
+
+    Args:
+      part: rows i[n] of each data set, None where there is none.
+      options: those of `IndexStream`.
+
+    Raises:
+      ValueError: as `IndexStream`.
+    """
+
+    def __init__(self, part: Streams, **options):
+        sizes = Streams(*(None if rows is None else len(rows) for rows in part))
+        self._part, self._stream = part, IndexStream(sizes, **options)
+
+    def rows(self, step: int) -> Streams:
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
+        places = self._stream.rows(step)
+        return Streams(
+            *(None if i is None else np.where(i < 0, -1, rows[i])  # -1 is padding
+              for rows, i in zip(self._part, places))
+        )  # fmt: skip
+
+    batch = rows
+
+    def _next(self) -> Streams:
+        return self.batch(self._step)
+
+
 class FoldStream(_Stream):
     """Cross-fitted rows: a validation sample is never in the batch that it validates.
 
@@ -202,24 +235,22 @@ class FoldStream(_Stream):
         fold[generator("folds", seed).permutation(number)] = np.arange(number) % folds
         val = [np.flatnonzero(fold == k) for k in range(folds)]
         rest = [np.setdiff1d(np.arange(sizes.candidates), trusted[rows]) for rows in val]
-        self._rows = list(zip(rest, val))
         self._streams = [
-            IndexStream(
-                Streams(*map(len, rows)),
+            PartStream(
+                Streams(*rows),
                 seed=int(generator("fold", seed, k).integers(2**31)),
                 # One shape for all folds, whose sizes may differ by one.
                 val_batch_size=val_batch_size or number // folds,
                 repeats=True,  # a fold may be smaller than the batch that the others fill
                 **options,
             )
-            for k, rows in enumerate(self._rows)
+            for k, rows in enumerate(zip(rest, val))
         ]
 
     def rows(self, step: int) -> Streams:
         """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
         turn, fold = divmod(step, len(self._streams))
-        (rest, val), places = self._rows[fold], self._streams[fold].rows(turn)
-        return Streams(*(np.where(i < 0, -1, a[i]) for a, i in zip((rest, val), places)))
+        return self._streams[fold].rows(turn)
 
     batch = rows
 
@@ -292,7 +323,7 @@ class StackedStream(_Stream):
       ValueError: no stream; at a batch, members whose shapes differ.
     """
 
-    def __init__(self, streams: Sequence[IndexStream | FoldStream]):
+    def __init__(self, streams: Sequence[IndexStream | PartStream | FoldStream]):
         checks.whole(1, **{"the number of streams": len(streams)})
         self._streams = streams
 
