@@ -539,12 +539,13 @@ def table(summary: dict[str, dict], measure: str) -> str:
         scores = f"{row['mean']:.4f} +- {sd}  (n = {row['n']})"
         time = "" if row["seconds_per_step"] is None else f"{1e3 * row['seconds_per_step']:7.2f}"
         cost = "" if row["step_cost"] is None else f"{row['step_cost']:10.2f}x"
-        difference = _difference(row["difference"])
+        difference = difference_text(row["difference"])
         lines.append(f"{arm:{width}} {scores:38} {difference:38} {time} {cost}".rstrip())
     return "\n".join(lines)
 
 
-def _difference(interval: dict[str, float | None] | None) -> str:
+def difference_text(interval: dict[str, float | None] | None) -> str:
+    """Of `paired_difference`: "+0.0139 (-0.0164 to +0.0442)"; empty for None."""
     if interval is None:
         return ""
     if interval["low"] is None:

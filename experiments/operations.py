@@ -25,9 +25,8 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 from scipy import stats
-from tqdm import tqdm
 
-from experiments import arms, pool_files, task
+from experiments import arms, pool_files, sweeps, task
 from experiments.configs import digits, sources
 from saflex_jax import augment, data, models, parallel, rules
 from saflex_jax.augment import Alternatives, of_views
@@ -197,10 +196,8 @@ def train_members(
     size = data.sizes(given.pools)
     streams = [data.IndexStream(size, batch_size=BATCH, seed=key) for key in keys]
     runner = parallel.sweep_runner(step, options=options, devices=jax.devices()[:1])
-    runner = runner.hold(given.pools)
-    state, stream = runner.put_state(parallel.stack_states(states)), data.StackedStream(streams)
-    for _ in tqdm(range(STEPS), desc=f"{rule}, {len(whole)} runs at once", leave=False):
-        state, _ = runner.step(state, runner.put_batch(next(stream)))
+    title = f"{rule}, {len(whole)} runs at once"
+    state = sweeps.trained(runner.hold(given.pools), states, streams, steps=STEPS, title=title)
     records = []
     for place, (member, repeat) in enumerate(whole):
         own = parallel.member(state, place)
@@ -336,7 +333,7 @@ def _adjusting(by_seed: list[list[dict]]) -> list[str]:
         apart = arms.paired_difference(values, base)
         said = "first-order rule alone" if rule == "saflex" else how
         spread = f"{np.mean(values):6.2f} +- {np.std(values, ddof=min(1, len(values) - 1)):.2f}"
-        lines.append(f"  {op:14} {said:24} {spread}   {arms._difference(apart)}")
+        lines.append(f"  {op:14} {said:24} {spread}   {arms.difference_text(apart)}")
     return lines
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import arms, features, pool_files, task
+from experiments import arms, features, pool_files, sweeps, task
 from experiments.feature_sets import feature_set
 from saflex_jax import data, models, parallel
 from saflex_jax.augment import of_views
@@ -187,11 +187,8 @@ def _train(step, method, pools, streams, options, seed):
     example = np.zeros((1, pools.candidates.inputs.shape[-1]), np.float32)
     first = method.init(jax.random.key(seed), example)
     runner = parallel.sweep_runner(step, options=options, devices=jax.devices()[:1]).hold(pools)
-    state = runner.put_state(parallel.stack_states([first] * len(streams)))
-    stream = data.StackedStream(streams)
-    for _ in tqdm(range(STEPS), desc=f"{len(streams)} runs at once", leave=False):
-        state, _ = runner.step(state, runner.put_batch(next(stream)))
-    return state
+    title = f"{len(streams)} runs at once"
+    return sweeps.trained(runner, [first] * len(streams), streams, steps=STEPS, title=title)
 
 
 def report(records: Sequence[dict]) -> str:
