@@ -8,30 +8,20 @@ The columns are those of `experiments.audit`. --out ends in .csv or .parquet.
 from __future__ import annotations
 
 import argparse
-import pathlib
-import sys
+import functools
 
 from absl import logging
 
-from experiments import finished, tables
-from saflex_jax.train import CheckpointError
+from experiments import finished
 
 
 def main(argv: list[str] | None = None) -> None:
     """Looks at every candidate and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a finished run")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: what was tested")
+    finished.add_options(parser, "candidates.csv")
     parser.add_argument("--draws", type=int, default=1, help="of the pipeline, a row each")
-    parser.add_argument("--out", type=pathlib.Path, help="default: WORKDIR/candidates.csv")
     given = parser.parse_args(argv)
-    file = given.out or given.workdir / "candidates.csv"
-    try:
-        run = finished.opened(given.workdir, given.step)
-        tables.write(finished.columns(run, given.draws), file)
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        sys.exit(str(error))
-    print(file)
+    finished.write(given, functools.partial(finished.columns, draws=given.draws))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, estimators, task
+from experiments import build, estimators, tables, task
 from experiments.configs import sources
 from saflex_jax import augment, checks, train
+from saflex_jax.augment.made import MADE
 from saflex_jax.batches import take
 from saflex_jax.core import linear_solve, scores
 from saflex_jax.core.targets import prior_targets, score_scale
@@ -49,7 +52,7 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
     """
     try:
         settings = json.loads((workdir / "result.json").read_text())["config"]
-        # `build.settings` leaves out what is off.
+        # Of a run from before a field was there; its checkpoint then names what differs.
         settings["data"] = {**sources.DEFAULTS, **settings["data"]}
         config = ConfigDict(settings)
     except (OSError, ValueError, KeyError) as error:
@@ -69,6 +72,24 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
     return Run(config, data, method, state)
 
 
+def add_options(parser: argparse.ArgumentParser, file: str) -> None:
+    """--workdir, --step and --out of a command that writes a table of a run, by default `file`."""
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a finished run")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: what was tested")
+    parser.set_defaults(file=file)
+    parser.add_argument("--out", type=pathlib.Path, help=f"default: WORKDIR/{file}")
+
+
+def write(given: argparse.Namespace, make: Callable[[Run], Mapping[str, np.ndarray]]) -> None:
+    """Writes the table that is made of the run, and says where; an error ends the program."""
+    file = given.out or given.workdir / given.file
+    try:
+        tables.write(make(opened(given.workdir, given.step)), file)
+    except (ValueError, OSError, ImportError, train.CheckpointError) as error:
+        sys.exit(str(error))
+    print(file)
+
+
 class Looked(NamedTuple):
     """What is known of every candidate under one draw of the pipeline, arrays [N, ...].
 
@@ -76,12 +97,14 @@ class Looked(NamedTuple):
       targets: by the run's rule; the prior's where it has none.
       utility: u, how far training on the candidate lowers the loss on trusted samples, f32[N].
       believed: f32[N, K], what the network says of it.
+      candidate: place in the pool, i32[N]; -1 where it is no candidate of one.
       operation, magnitude: of the trace, [N, L].
     """
 
     targets: Targets
     utility: np.ndarray
     believed: np.ndarray
+    candidate: np.ndarray
     operation: np.ndarray
     magnitude: np.ndarray
 
@@ -124,8 +147,10 @@ def look(run: Run, draws: int = 1) -> Iterator[Looked]:
         )  # fmt: skip
         scale = score_scale(found.scores, made.mask)
         utility = jnp.sum(made.labels * found.scores, -1) / scale
-        trace = made.trace
-        return Looked(targets, utility, jnp.exp(found.log_probs), trace.operation, trace.magnitude)
+        believed, candidate = jnp.exp(found.log_probs), augment.groups(made, "candidate")
+        return Looked(
+            targets, utility, believed, candidate, made.trace.operation, made.trace.magnitude
+        )
 
     number = len(data.pools.candidates.labels)
     for draw in range(draws):
@@ -156,7 +181,6 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     for draw, found in enumerate(look(run, draws)):
         labels, weights = found.targets.labels, found.targets.weights
         learned = labels.argmax(1)
-        candidate = _candidate(found)
         tables.append({
             "row": np.arange(number),
             "draw": np.full(number, draw),
@@ -171,27 +195,18 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
             "clean": data.clean_labels,
             "bad": data.wrong,
             "operations": _operations(found),
-            **_made(run.data, candidate),
+            **_made(run.data, found.candidate),
         })  # fmt: skip
     return {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
 
 
-MADE = ("candidate", "prompt", "strength", "generator", "flagged")  # of pools, no operations
-
-
 def _operations(found: Looked) -> np.ndarray:
     names = np.array(augment.OPERATIONS)[found.operation]
-    skipped = ("identity", *MADE)
+    skipped = ("identity", *MADE)  # no operations
     return np.array([
         " | ".join(f"{n} {m:.3g}" for n, m in zip(row, magnitudes) if n not in skipped)
         for row, magnitudes in zip(names.tolist(), found.magnitude.tolist())
     ])  # fmt: skip
-
-
-def _candidate(found: Looked) -> np.ndarray:
-    """The place in the pool of each row, i[N]; -1 where it is no candidate."""
-    here = found.operation == augment.OPERATIONS.index("candidate")
-    return np.where(here, found.magnitude, -1.0).max(1).astype(int)
 
 
 def _made(made: task.Data, candidate: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,15 +9,13 @@ its own. Columns: row, predicted, probability, p0 to pK-1, and the label where c
 from __future__ import annotations
 
 import argparse
-import pathlib
-import sys
+import functools
 
 import numpy as np
 from absl import logging
 
-from experiments import finished, tables, task
+from experiments import finished, task
 from saflex_jax import train
-from saflex_jax.train import CheckpointError
 
 
 def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.ndarray]:
@@ -51,19 +49,12 @@ def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.nda
 def main(argv: list[str] | None = None) -> None:
     """Predicts and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a finished run")
+    finished.add_options(parser, "predictions.csv")
     parser.add_argument("--source", required=True, help="a data set, as config.data.name")
     parser.add_argument("--data_dir", default="", help="of data sets; default: the run's")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: what was tested")
-    parser.add_argument("--out", type=pathlib.Path, help="default: WORKDIR/predictions.csv")
     given = parser.parse_args(argv)
-    file = given.out or given.workdir / "predictions.csv"
-    try:
-        run = finished.opened(given.workdir, given.step)
-        tables.write(predictions(run, given.source, given.data_dir), file)
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        sys.exit(str(error))
-    print(file)
+    own = {"source": given.source, "folder": given.data_dir}
+    finished.write(given, functools.partial(predictions, **own))
 
 
 if __name__ == "__main__":

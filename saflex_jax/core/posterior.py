@@ -273,8 +273,7 @@ def _checked(noise: float | jax.Array, num_classes: int) -> tuple[jax.Array, jax
             f"noise must be one share or a matrix [{num_classes}, {num_classes}]; "
             f"given {np.shape(noise)}"
         )
-    if checks.concrete(noise) and (noise < 0).any():
-        raise ValueError(f"noise must be >= 0; given {noise.min()}")
+    checks.not_negative(noise=noise)
     noise = jnp.asarray(noise)
     return noise, jnp.diag(noise)[None]
 

@@ -71,18 +71,13 @@ def bert(
 
 
 def embed(
-    state: Mapping[str, jax.Array],
-    tokens: jax.Array,
-    mask: jax.Array,
-    *,
-    heads: int,
-    epsilon: float,
+    state: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array, **options: float
 ) -> jax.Array:
     """Normalised means of the tokens of `bert`, f32[B, D]; its arguments.
 
     Source: Reimers and Gurevych, "Sentence-BERT", EMNLP 2019.
     """
-    x = bert(state, tokens, mask, heads=heads, epsilon=epsilon)
+    x = bert(state, tokens, mask, **options)
     return unit(jnp.einsum("btd,bt->bd", x, mask.astype(x.dtype)) / jnp.sum(mask, 1, keepdims=True))
 
 

@@ -223,12 +223,12 @@ def _on_all(
     Returns:
       (arrays, streams, the `reduce` of what is made of them).
     """
+    if not isinstance(reduce, Everywhere):
+        return arrays, streams, reduce
     pair = streams.candidates, streams.val
     known = [batch._replace(inputs=()) for batch in pair]
     numbers = sum(x.size for x in jax.tree.leaves((arrays, known)))
     sizes = [len(batch.mask) for batch in known]
-    if not isinstance(reduce, Everywhere):
-        return arrays, streams, reduce
     if not is_little(numbers, rows=sum(sizes), size=size):
         return arrays, streams, identity
     arrays, known = reduce.gather_rows((arrays, known), set(sizes))
