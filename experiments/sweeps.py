@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 
 from saflex_jax import data, parallel, train
@@ -38,6 +37,4 @@ def trained(
         log_every=steps,
         description=title,
     )
-    if result.stopped_by is not None:
-        signal.raise_signal(result.stopped_by)
-    return result.state
+    return result.completed()

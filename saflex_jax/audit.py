@@ -12,7 +12,6 @@ where no sample is trusted; then plainly on the posterior labels that the first 
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -265,12 +264,11 @@ def _held_out(
         log_every=head.steps,
         progress=False,
     )
-    if result.stopped_by is not None:  # heads half trained are no audit
-        signal.raise_signal(result.stopped_by)
+    trained = result.completed()  # heads trained by half are no audit
     probs = np.zeros((number, size), np.float32)
     for k in range(head.folds):
         rows = np.flatnonzero((fold == k) | (fold == -1))
-        state = parallel.member(result.state, k)
+        state = parallel.member(trained, k)
         probs[rows] += train.probabilities(method, state, x[rows], batch_size=ROWS)
     probs /= probs.sum(1, keepdims=True)
     return probs[np.argsort(order)]

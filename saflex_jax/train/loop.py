@@ -48,6 +48,18 @@ class FitResult(NamedTuple):
     history: list[dict[str, float]]
     stopped_by: signal.Signals | None
 
+    def completed(self) -> TrainState:
+        """The state, of a run that went to its end: a signal that ended it early is raised again.
+
+        Raises:
+          KeyboardInterrupt: after Ctrl-C, and after a signal that this process ignores otherwise,
+            as it does Ctrl-C where a shell started it in the background.
+        """
+        if self.stopped_by is not None:
+            signal.raise_signal(self.stopped_by)
+            raise KeyboardInterrupt
+        return self.state
+
 
 class Diverged(FloatingPointError):
     """A metric was not finite; the message names step, terms and the last good checkpoint.

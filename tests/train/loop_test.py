@@ -9,7 +9,7 @@ import pytest
 
 from saflex_jax.core.steps import gradient_step, init_state
 from saflex_jax.parallel import jit_runner
-from saflex_jax.train import Checkpoints, Diverged, MetricsWriter, fit
+from saflex_jax.train import Checkpoints, Diverged, FitResult, MetricsWriter, fit
 from tests.train.setup_ import (
     CLASSES,
     ROWS,
@@ -374,3 +374,15 @@ def test_a_resume_on_other_devices(tmp_path):
     whole, _ = run(tmp_path / "whole", devices=1)
     for name, expected in arrays(whole.state).items():
         np.testing.assert_allclose(arrays(result.state)[name], expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_run_that_was_stopped_is_not_taken_for_a_whole_one(handler):
+    """Also where Ctrl-C is ignored, as in a job that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            FitResult("half", [], signal.SIGINT).completed()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert FitResult("whole", [], None).completed() == "whole"
