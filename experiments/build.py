@@ -14,6 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import estimators, task
+from experiments.configs import sources
 from experiments.task import Data
 from saflex_jax import augment, checks, configure, methods, models, parallel, train
 from saflex_jax.batches import floats, take
@@ -34,7 +35,7 @@ from saflex_jax.methods.upstream import upstream
 from saflex_jax.types import Batch, Method, Model, RunInfo, Streams, TrainState
 
 SECTIONS = {
-    "data": task.FIELDS,
+    "data": sources.FIELDS,
     "optimizer": ("learning_rate", "weight_decay"),
     "train": (
         *("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),

@@ -23,12 +23,6 @@ from saflex_jax.batches import floats
 from saflex_jax.data.seeds import generator
 from saflex_jax.types import Batch, Method, Streams, TrainState
 
-FIELDS = (
-    *("name", "dir", "size", "task", "test_on", "val", "test", "select", "novel", "per_class"),
-    *("train", "imbalance", "unlabelled", "train_on_val", "trusted_only", "val_from", "folds"),
-    *("labels", "noise", "noise_kind", "outside", "outside_from", "pool", "corrupt", "features"),
-    *("pool_rows", "pool_flagged", "cleaning", "captions", "on_device"),
-)
 TABLES = (".csv", ".arff", ".dat", ".data")
 NOISE = {
     "symmetric": lambda inputs, *given, **options: data.symmetric_noise(*given, **options),
@@ -77,7 +71,7 @@ class Data(NamedTuple):
 
 def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
-    checks.known("config.data", section, FIELDS)
+    checks.known("config.data", section, sources.FIELDS)
     known = section.name.startswith(TFDS) or (section.name and pathlib.Path(section.name).exists())
     computed = feature_folder(section.dir, section.name, section.features)
     if not known and not (section.features and computed.exists()):

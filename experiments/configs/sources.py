@@ -4,37 +4,58 @@ from __future__ import annotations
 
 from typing import Any
 
-DEFAULTS = {
-    "dir": "data",  # where `python -m experiments.prepare` put data sets
-    "size": 0,  # pixels that images are resized to; 0 = as they are
-    "task": "",  # "ordinal" says so of an .npz file given by its path
-    "test_on": "",  # another data set, or the rows of a group: "cell=1"
-    "val": 0,  # samples held out of training; 0 = the official split
-    "test": 0,
-    "select": 0,  # > 0: so many training samples stand in for the test split, to choose options on
-    "novel": 0,  # the last so many classes are what is tested on, and nothing else sees them
-    "per_class": 0,  # few-shot: training samples of each class; 0 = all
-    "train": 0,  # training samples at random; 0 = all. One number for seeds that lose other copies
-    "imbalance": 1.0,  # of the training classes: the first over the last, between exponentially
-    "unlabelled": False,  # no training label is seen; the validation samples train beside
-    "train_on_val": False,
-    "trusted_only": False,  # the candidates are the validation samples and nothing else
-    "val_from": "",  # "train": the training samples, as given, direct the learning themselves
-    "folds": 0,  # > 0: no sample directs a batch that it is in; with the two above
-    "labels": "",  # another label set to train on: "worst" of cifar10n
-    "noise": 0.0,  # share of wrong training labels
-    "noise_kind": "symmetric",  # or "pairwise", "instance"
-    "cleaning": "",  # before training: "confident", "neighbours" (`experiments.cleaning`)
-    "outside": 0.0,  # share of training inputs replaced by those of the data set `outside_from`
-    "outside_from": "",
-    "pool": "",  # a folder or ArrayRecord file of generated candidates
-    "pool_rows": False,  # they train beside their sources, as samples; False = in their place
-    "pool_flagged": "keep",  # "drop": without those that a filter flagged
-    "corrupt": "",  # of the test inputs: "fog:3"
-    "features": "",  # a set that `experiments.features` made: inputs are its features, not images
-    "captions": "",  # of the classes: a set that `experiments.captions` made, for flyp
-    "on_device": True,  # the whole set on every device; False = read ahead from the host
+# Field -> default and meaning. The name has no default.
+FIELDS = {
+    "name": (
+        "",
+        'a set that `saflex prepare` made, "digits" or "wdbc", which need no files, "tfds:NAME", '
+        "or the path of a file or a folder",
+    ),
+    "dir": ("data", "folder in which `saflex prepare` put data sets"),
+    "size": (0, "resize images to size x size pixels; 0 = leave them as they are"),
+    "task": ("", '"ordinal" says that the classes of an .npz file are ordered'),
+    "test_on": ("", 'test on another data set, or on the rows of a group, as in "cell=1"'),
+    "val": (0, "trusted samples held out of training; 0 = the official validation split"),
+    "test": (0, "test samples held out of training; 0 = the official test split"),
+    "select": (
+        0,
+        "> 0: this many training samples with right labels stand in for the test split, to choose "
+        "options on",
+    ),
+    "novel": (0, "few-shot: test on the last `novel` classes, which no training sample is of"),
+    "per_class": (0, "training samples of each class; 0 = all"),
+    "train": (0, "training samples, drawn at random; 0 = all"),
+    "imbalance": (
+        1.0,
+        "size of the first training class over that of the last, exponential between them",
+    ),
+    "unlabelled": (False, "hide all training labels; the validation samples train with theirs"),
+    "train_on_val": (False, "the validation samples also train"),
+    "trusted_only": (False, "nothing but the validation samples trains"),
+    "val_from": ("", '"train": there are no trusted samples; training samples take their place'),
+    "folds": (
+        0,
+        "> 0: split validation samples that train into folds, so that none directs a batch that it "
+        "is in",
+    ),
+    "labels": ("", 'train on another label set of the data set, as "worst" of cifar10n'),
+    "noise": (0.0, "share of the training labels to make wrong"),
+    "noise_kind": ("symmetric", 'which labels go wrong: "symmetric", "pairwise" or "instance"'),
+    "cleaning": ("", 'drop suspect samples before training: "confident" or "neighbours"'),
+    "outside": (0.0, "share of the training inputs to replace by those of `outside_from`"),
+    "outside_from": ("", "data set whose inputs belong to no class"),
+    "pool": ("", "folder or ArrayRecord file of generated candidates"),
+    "pool_rows": (
+        False,
+        "generated candidates train beside their sources, as samples; False = in their place",
+    ),
+    "pool_flagged": ("keep", '"drop": leave out candidates that a filter flagged'),
+    "corrupt": ("", 'corrupt the test images: KIND:1 to KIND:5, as "fog:3"'),
+    "features": ("", "a set that `saflex features` made; its features are the inputs"),
+    "captions": ("", "captions of the classes, made by `python -m experiments.captions`; for flyp"),
+    "on_device": (True, "keep the whole set on every device; False = read ahead from the host"),
 }
+DEFAULTS = {field: default for field, (default, _) in FIELDS.items() if field != "name"}
 
 
 def section(name: str, **changes: Any) -> dict[str, Any]:
