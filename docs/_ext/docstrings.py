@@ -1,0 +1,96 @@
+"""The package's docstrings as reStructuredText, which autodoc reads.
+
+They are Google's style with three habits: an indented block is an equation, text in single
+backticks is code, and one entry may explain several names. What is a public name of the package
+becomes a link.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+
+import public_names
+
+SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
+ENTRY = re.compile(r"^  (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*)$")
+PATHS = {id(value): path for path, value in public_names.names().items()}
+
+
+def as_rest(lines: list[str], module: str) -> list[str]:
+    """A docstring for napoleon.
+
+    Args:
+      lines: of the docstring, without its indentation.
+      module: where it stands; names in backticks are looked up there first.
+    """
+    return _inline("\n".join(_blocks(_one_name_each(lines))), module).split("\n")
+
+
+def _one_name_each(lines: list[str]) -> Iterator[str]:
+    """Entries of several names as one entry a name."""
+    place = 0
+    while place < len(lines):
+        end = place + 1
+        if shared := ENTRY.match(lines[place]):
+            while end < len(lines) and lines[end].startswith("    "):
+                end += 1
+            for name in shared[1].split(", "):
+                yield f"  {name}: {shared[2]}"
+                yield from lines[place + 1 : end]
+        else:
+            yield lines[place].replace("Attributes:", "Args:")
+        place = end
+
+
+def _blocks(lines: Iterator[str]) -> Iterator[str]:
+    """Indented blocks outside of sections as literal ones."""
+    in_section, in_block, before = False, False, ""
+    for line in lines:
+        if line and not line.startswith(" "):
+            in_section, in_block = bool(SECTION.match(line)), False
+        elif line.startswith("    ") and not in_section and not in_block and not before:
+            in_block = True
+            yield from ("::", "")
+        yield line
+        before = line
+
+
+def _inline(text: str, module: str) -> str:
+    """Code in single backticks as links or literals; the rest with its marks escaped."""
+    parts = re.split(
+        r"(`[^`]+`|^ *>>> (?:.|\n(?!\n))*|^::\n\n(?:(?:    .*)?\n)+)", text, flags=re.M
+    )
+    return "".join(_part(part, module) for part in parts)
+
+
+def _part(part: str, module: str) -> str:
+    if part.startswith("`"):
+        code = " ".join(part.strip("`").split())
+        path = PATHS.get(id(_found(code, module)))
+        return f":py:obj:`{code} <{path}>`" if path else f"``{code}``"
+    if part.lstrip().startswith(">>> ") or part.startswith("::\n"):
+        return part
+    return re.sub(r"(?<!\w)\*{1,2}(?=\w)|[*|\\]|(?<=\w)_(?!\w)", lambda m: _escaped(m[0]), part)
+
+
+def _escaped(mark: str) -> str:
+    return "".join(f"\\{character}" for character in mark)
+
+
+def _found(code: str, module: str) -> object:
+    """What a name says in a module or in the package; None where it says nothing."""
+    if not re.fullmatch(r"\w+(\.\w+)*", code):
+        return None
+    for start in (module, "saflex_jax", ""):
+        path = f"{start}.{code}".strip(".").split(".")
+        for length in range(len(path), 0, -1):
+            try:
+                value = importlib.import_module(".".join(path[:length]))
+                for name in path[length:]:
+                    value = getattr(value, name)
+                return value
+            except (ImportError, AttributeError):
+                continue
+    return None

@@ -1,0 +1,70 @@
+"""The documentation site; the command stands in CONTRIBUTING.md.
+
+The theme is the Sphinx book theme, and pages are MyST Markdown: what JAX, Flax and optax have, so
+that a reader of theirs knows the way, and the same pages read well on GitHub.
+"""
+
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+
+import saflex_jax  # noqa: E402
+from saflex_jax import types  # noqa: E402
+
+project = "saflex_jax"
+author = copyright = "The saflex_jax authors"
+release = version = saflex_jax.__version__
+repository = re.search(r"https://github.com/[\w./-]+", (ROOT / "CITATION.cff").read_text())
+repository = repository[0] if repository else "https://github.com/OWNER/saflex_jax"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "saflex_pages",
+]
+exclude_patterns = ["_build", "colabs/.ipynb_checkpoints"]
+html_theme = "sphinx_book_theme"
+html_title = "saflex_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {
+    "repository_url": repository,
+    "path_to_docs": "docs",
+    "use_repository_button": True,
+    "use_issues_button": True,
+    "show_toc_level": 2,
+}
+html_show_sourcelink = False
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+highlight_language = "text"  # fences without a language are commands and diagrams
+nb_execution_mode = "off"  # CI runs the notebooks; the site shows the outputs that they hold
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Signatures stay short; types stand beside the meaning of each argument.
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {
+    name: f"saflex_jax.types.{name}"
+    for name, value in vars(types).items()
+    if name[0].isupper() and not hasattr(value, "__mro__")
+}
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+autosummary_generate = False
+toc_object_entries_show_parents = "hide"
+
+# There is no network where the site is built, so names of other packages are no links.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(jax|jaxlib|numpy|np|optax|flax|nn|orbax|etils|epath|collections|typing)\..*"),
+]
