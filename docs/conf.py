@@ -6,6 +6,7 @@ that a reader of theirs knows the way, and the same pages read well on GitHub.
 
 import pathlib
 import re
+import shutil
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,6 +21,13 @@ release = version = saflex_jax.__version__
 repository = re.search(r"https://github.com/[\w./-]+", (ROOT / "CITATION.cff").read_text())
 repository = repository[0] if repository else "https://github.com/OWNER/saflex_jax"
 
+# Notebooks are pages too, and Sphinx reads nothing outside of its folder. Their dates stay, so that
+# a second build skips them.
+shutil.rmtree(ROOT / "docs" / "colabs", ignore_errors=True)
+(ROOT / "docs" / "colabs").mkdir()
+for notebook in (ROOT / "colabs").glob("*.ipynb"):
+    shutil.copy2(notebook, ROOT / "docs" / "colabs")
+
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
@@ -29,7 +37,6 @@ extensions = [
     "sphinx_copybutton",
     "saflex_pages",
 ]
-exclude_patterns = ["_build", "colabs/.ipynb_checkpoints"]
 html_theme = "sphinx_book_theme"
 html_title = "saflex_jax"
 html_static_path = ["_static"]
@@ -41,12 +48,13 @@ html_theme_options = {
     "use_issues_button": True,
     "show_toc_level": 2,
 }
-html_show_sourcelink = False
+html_show_sourcelink = html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "text"  # fences without a language are commands and diagrams
 nb_execution_mode = "off"  # CI runs the notebooks; the site shows the outputs that they hold
+smartquotes = False  # "jit" is what one types
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Signatures stay short; types stand beside the meaning of each argument.
@@ -63,8 +71,13 @@ napoleon_use_rtype = False
 autosummary_generate = False
 toc_object_entries_show_parents = "hide"
 
-# There is no network where the site is built, so names of other packages are no links.
+# Nothing is fetched while the site is built, so names of other packages are no links.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|jaxlib|numpy|np|optax|flax|nn|orbax|etils|epath|collections|typing)\..*"),
+    ("py:.*", r"(jax|jaxlib|numpy|np|optax|flax|nn|nnx|orbax|etils|epath|tokenizers)\..*"),
+    ("py:.*", r"(collections|os|signal|typing)\..*"),
+]
+nitpick_ignore = [  # shared by the project's own modules; without a page, see public_names.py
+    ("py:class", "saflex_jax.rules.scoring.Result"),
+    ("py:class", "saflex_jax.train.loop.Stream"),
 ]

@@ -20,7 +20,8 @@ from sphinx.util.docutils import SphinxDirective
 
 from experiments import fields
 
-SUMMARY = 60  # characters of a value that is shown
+GROUPS = {"networks": "model: ", "methods": "method."}  # of sections, by how they begin
+SHOWN = 400  # characters of a value
 
 
 class PublicNames(SphinxDirective):
@@ -30,53 +31,61 @@ class PublicNames(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """See Directive."""
-        sections = public_names.pages()[self.arguments[0]]
-        paths = [f"{module}.{name}" for module, own in sections.items() for name in own]
-        text = ["```{eval-rst}", *_summary(paths), "```", ""]
-        for module, own in sections.items():
-            if len(sections) > 1:
-                text += [f"## {module.removeprefix('saflex_jax.')}", "", *_doc(module), ""]
+        text = []
+        for module, own in public_names.pages()[self.arguments[0]].items():
+            if module.count(".") > 1:  # not the page's own package
+                text += [f"## {module.removeprefix('saflex_jax.')}", ""]
+            lines = [*_doc(module), "", *_summary(module, own)]
             for name in own:
-                text += ["```{eval-rst}", *_entry(module, name), "```", ""]
+                lines += _entry(module, name)
+            text += ["```{eval-rst}", *lines, "```", ""]
         return self.parse_text_to_nodes("\n".join(text), allow_section_headings=True)
 
 
 class ConfigFields(SphinxDirective):
-    """A table of the fields of a config's section: name, default, meaning."""
+    """A table of the fields of a config's section, or a table each of a group of sections."""
 
-    optional_arguments = 2
-    final_argument_whitespace = True
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """See Directive."""
-        section = " ".join(self.arguments)
-        prefix = section.partition(":")[0]
-        rows = [
-            (f"`{field.path.removeprefix(f'{prefix}.')}`", _value(field.default), field.meaning)
-            for field in fields.tables()[section]
-        ]
-        text = [":::{list-table}", ":header-rows: 1", ":class: fields", ":widths: 22 18 60", ""]
-        for row in (("field", "default", "meaning"), *rows):
-            text += [f"{'*' if first else ' '} - {cell}" for first, cell in _cells(row)]
-        return self.parse_text_to_nodes("\n".join([*text, ":::"]))
+        [section] = self.arguments or [""]
+        tables = fields.tables()
+        if section in GROUPS:
+            prefix = GROUPS[section]
+            own = [name for name in tables if name.startswith(prefix)]
+            parts = [[f"### `{n.removeprefix(prefix)}`", "", *_table(n, tables[n])] for n in own]
+        else:
+            parts = [_table(section, tables[section])]
+        text = "\n".join(line for part in parts for line in part)
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
-def _cells(row: tuple[str, ...]) -> list[tuple[bool, str]]:
-    return [(place == 0, cell) for place, cell in enumerate(row)]
+def _table(section: str, own: list[fields.Field]) -> list[str]:
+    """A table of fields as MyST."""
+    prefix = section.partition(":")[0] + "."
+    text = [":::{list-table}", ":header-rows: 1", ":class: fields", ":widths: 22 18 60", ""]
+    rows = [
+        (f"`{field.path.removeprefix(prefix)}`", _value(field.default), field.meaning)
+        for field in own
+    ]
+    for name, default, meaning in (("field", "default", "meaning"), *rows):
+        text += [f"* - {name}", f"  - {default}", f"  - {meaning}"]
+    return [*text, ":::", ""]
 
 
 def _value(default: Any) -> str:
     return "" if default is None else f"`{default!r}`"
 
 
-def _summary(paths: list[str]) -> list[str]:
-    return [".. autosummary::", "   :nosignatures:", "", *(f"   {path}" for path in paths), ""]
+def _summary(module: str, own: list[str]) -> list[str]:
+    names = [f"   ~{module}.{name}" for name in own]
+    return [".. autosummary::", "   :nosignatures:", "", *names, ""]
 
 
 def _doc(module: str) -> list[str]:
-    """A module's docstring, up to what is for its readers alone."""
     text = inspect.getdoc(importlib.import_module(module)) or ""
-    return ["```{eval-rst}", *as_rest(text.split("\n"), module), "```"]
+    return as_rest(text.split("\n"), module)
 
 
 def _entry(module: str, name: str) -> list[str]:
@@ -93,11 +102,11 @@ def _entry(module: str, name: str) -> list[str]:
             and not own.__doc__.startswith("See ")
         ]
         options = [f"   :members: {', '.join(members)}"] if members else []
-        return [f".. autoclass:: {path}", *options]
+        return [f".. autoclass:: {path}", *options, ""]
     if inspect.isfunction(value):
-        return [f".. autofunction:: {path}"]
+        return [f".. autofunction:: {path}", ""]
     shown = ", ".join(map(str, value)) if isinstance(value, dict | tuple) else f"{value}"
-    return [f".. py:data:: {path}", "", f"   {textwrap.shorten(shown, 400)}"]
+    return [f".. py:data:: {path}", "", f"   {textwrap.shorten(shown, SHOWN)}", ""]
 
 
 def _docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list) -> None:
@@ -112,10 +121,16 @@ def _signature(app, what, name, value, options, signature, returns):
     return signature, returns
 
 
+def _links(app: Sphinx, page: str, source: list[str]) -> None:
+    """Pages link to notebooks where these lie in the repository; here they are pages beside."""
+    source[0] = source[0].replace("](../colabs/", "](colabs/")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """See Sphinx."""
     app.add_directive("public-names", PublicNames)
     app.add_directive("config-fields", ConfigFields)
+    app.connect("source-read", _links)
     app.connect("autodoc-process-docstring", _docstring, priority=400)  # napoleon's is 500
     app.connect("autodoc-process-signature", _signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
