@@ -20,6 +20,13 @@ EXPERIMENTS = [
     "ml_collections>=1.0,<2",
     "tensorboardX>=2.6.2.2,<3",
 ]
+# The site (docs/conf.py), whose tables and reference are made from the code.
+DOCS = [
+    "myst-nb>=1.4,<2",
+    "sphinx>=9.0.4,<10",
+    "sphinx-book-theme>=1.4,<2",
+    "sphinx-copybutton>=0.5.2,<0.6",
+]
 # What the benchmarks compare with; a missing one is reported. On a CPU machine first install the
 # CPU build of exactly this torch, or pip fetches gigabytes of CUDA:
 # pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
@@ -61,6 +68,7 @@ setup(
     extras_require={
         "clip": CLIP,
         "data": DATA,
+        "docs": DATA + EXPERIMENTS + DOCS,
         "experiments": DATA + EXPERIMENTS,
         "generate": GENERATE,
         "bench": DATA + EXPERIMENTS + BENCH,

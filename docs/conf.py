@@ -13,7 +13,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
 import saflex_jax  # noqa: E402
-from saflex_jax import types  # noqa: E402
 
 project = "saflex_jax"
 author = copyright = "The saflex_jax authors"
@@ -54,18 +53,15 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "text"  # fences without a language are commands and diagrams
 nb_execution_mode = "off"  # CI runs the notebooks; the site shows the outputs that they hold
-smartquotes = False  # "jit" is what one types
+smartquotes_action = "D"  # dashes; "jit" is what one types
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Signatures stay short; types stand beside the meaning of each argument.
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {
-    name: f"saflex_jax.types.{name}"
-    for name, value in vars(types).items()
-    if name[0].isupper() and not hasattr(value, "__mro__")
-}
+add_module_names = False
+python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 autosummary_generate = False

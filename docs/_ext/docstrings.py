@@ -72,11 +72,8 @@ def _part(part: str, module: str) -> str:
         return f":py:obj:`{code} <{path}>`" if path else f"``{code}``"
     if part.lstrip().startswith(">>> ") or part.startswith("::\n"):
         return part
-    return re.sub(r"(?<!\w)\*{1,2}(?=\w)|[*|\\]|(?<=\w)_(?!\w)", lambda m: _escaped(m[0]), part)
-
-
-def _escaped(mark: str) -> str:
-    return "".join(f"\\{character}" for character in mark)
+    part = re.sub(r"(?<=: )(\w+)\.$", r"\1\\.", part, flags=re.M)  # "K." would begin a list
+    return re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", part)
 
 
 def _found(code: str, module: str) -> object:

@@ -32,8 +32,9 @@ class PublicNames(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """See Directive."""
         text = []
-        for module, own in public_names.pages()[self.arguments[0]].items():
-            if module.count(".") > 1:  # not the page's own package
+        sections = public_names.pages()[self.arguments[0]]
+        for module, own in sections.items():
+            if len(sections) > 1:
                 text += [f"## {module.removeprefix('saflex_jax.')}", ""]
             lines = [*_doc(module), "", *_summary(module, own)]
             for name in own:
@@ -70,8 +71,13 @@ def _table(section: str, own: list[fields.Field]) -> list[str]:
         for field in own
     ]
     for name, default, meaning in (("field", "default", "meaning"), *rows):
-        text += [f"* - {name}", f"  - {default}", f"  - {meaning}"]
+        text += [f"* - {name}", f"  - {default}", f"  - {_plain(meaning)}"]
     return [*text, ":::", ""]
+
+
+def _plain(meaning: str) -> str:
+    """Text that begins with a mark of MyST's, such as "> 0: ...", as text."""
+    return re.sub(r"^[>#*+-]", r"\\\g<0>", meaning)
 
 
 def _value(default: Any) -> str:
