@@ -52,6 +52,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url="https://github.com/OWNER/saflex_jax",  # .ci/address writes it
     python_requires=">=3.11",
     packages=find_packages(include=["saflex_jax", "saflex_jax.*"]),
     install_requires=[
