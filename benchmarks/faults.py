@@ -329,6 +329,7 @@ class Faults(reporting.Benchmark):
                 print(*job.said(), sep="\n", file=sys.stderr)
                 return
             if count > 1:
+                time.sleep(LOST_AFTER + 1)  # witnesses may take as long
                 self.note_who(fault, job, victim)
             done += 1
         survived, equal = self.finish(workdir, count, site)
@@ -336,11 +337,10 @@ class Faults(reporting.Benchmark):
         self.tally.add(fault, done, done * survived, done * equal, **more)
 
     def note_who(self, fault: str, job: Job, victim: int) -> None:
-        """Counts the processes left that named the one that was lost; keeps an example."""
+        """Counts the times that one that was left named the one that was lost; keeps an example."""
         others = [text for i, text in enumerate(job.said()) if i != victim]
         named = [line for text in others for line in text.splitlines()
-                 if f"process {victim} (" in line or f"task:{victim}" in line
-                 or f"task/{victim}" in line]  # fmt: skip
+                 if f"process {victim} (pid" in line]  # fmt: skip
         if named:
             self.examples[fault] = named[0][:300]
         row = self.tally.rows.setdefault(fault, {"tried": 0, "survived": 0, "bits equal": 0})

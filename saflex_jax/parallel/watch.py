@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ import jax
 
 from saflex_jax import checks
 from saflex_jax.files import renamed
+from saflex_jax.parallel import witness
 
 
 class Watch:
@@ -31,7 +33,8 @@ class Watch:
     behind another one's step and has taken none for `hung_after` seconds. Whoever sees that says
     so on stderr and ends itself with exit status 1, and so do all others. An error that leaves the
     context ends the process at once, where JAX would first wait for the others; but after an error
-    of JAX it waits to see who is lost, which is the reason of a collective that breaks.
+    of JAX it waits to see who is lost, which is the reason of a collective that breaks. JAX itself
+    ends all others at once when process 0 is lost; then a small process beside each says so.
 
     >>> with Watch("no such folder") as watch:
     ...     watch.step(1)
@@ -70,6 +73,9 @@ class Watch:
             self._moved = {i: (0, now) for i in others}  # process -> its step, and since when
             self._about = {i: {} for i in others}  # process -> what its file says
             self._write()
+            script = [sys.executable, "-ES", witness.__file__]
+            about = [str(self._folder), str(self._mine), str(self._lost_after)]
+            self._witness = subprocess.Popen([*script, *about], stdin=subprocess.PIPE)
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
@@ -84,11 +90,13 @@ class Watch:
         stopped = isinstance(error, SystemExit) and not isinstance(error.code, str)
         if error is None or stopped:  # as all others do
             self._write(done=True)
+            self._dismiss()
             return
         expected = isinstance(error, SystemExit)
         text = error.code if expected else "".join(traceback.format_exception(error))
         print(text, file=sys.stderr, flush=True)
         sys.stdout.flush()
+        self._dismiss()
         self._end(1)
 
     def _watch(self) -> None:
@@ -98,6 +106,7 @@ class Watch:
             if reason := self._who():
                 self._say(f"{reason}; it ends. Start all processes again: they go on from the last "
                           "checkpoint")  # fmt: skip
+                self._dismiss()
                 self._end(1)
                 return
 
@@ -137,6 +146,13 @@ class Watch:
             if not self._silent:
                 self._say(f"it cannot write {mine}: {error.strerror}")
             self._silent = True
+
+    def _dismiss(self) -> None:
+        """Tells the witness that this process has said itself why it ends."""
+        with contextlib.suppress(OSError, ValueError):  # it was killed, or told before
+            self._witness.stdin.write(b".")
+            self._witness.stdin.close()
+        self._witness.wait()
 
     def _say(self, what: str) -> None:
         print(f"process {self._mine} at step {self._step}: {what}", file=sys.stderr, flush=True)

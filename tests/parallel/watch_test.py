@@ -1,10 +1,14 @@
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import jax
 import pytest
 
+from saflex_jax.files import renamed
 from saflex_jax.parallel import Watch
 
 
@@ -80,6 +84,40 @@ def test_an_error_ends_the_process_at_once(watch, capfd, error, said):
         raise error
     assert watch.ended == {0: 1} and threading.active_count() == before
     assert capfd.readouterr().err.strip().endswith(said)
+
+
+def a_process_that_dies(folder, index):
+    code = (f"import jax, os, time; jax.process_index = lambda: {index}; "
+            "jax.process_count = lambda: 2\n"
+            "from saflex_jax.parallel import Watch\n"
+            f"with Watch({str(folder)!r}, lost_after=1.0) as watch:\n"
+            "    watch.step(7); watch._write(); os.abort()")  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "alive, who", [(True, "process 1 (pid "), (False, "process 0 (pid 12 on h)")]
+)
+def test_who_ends_without_a_word_has_a_witness(tmp_path, alive, who):
+    def write(turn):
+        with renamed(tmp_path / "0") as part:
+            part.write_text(json.dumps({"turn": turn, "pid": 12, "host": "h", "step": 6}))
+
+    write(0)
+    over = threading.Event()
+
+    def beat():
+        turn = 0
+        while not over.wait(0.05):
+            write(turn := turn + 1)
+
+    if alive:
+        threading.Thread(target=beat).start()
+    done = a_process_that_dies(tmp_path, 1)
+    over.set()
+    assert done.returncode == -signal.SIGABRT
+    assert f"process 1: {who}" in done.stderr and "Start all processes again" in done.stderr
+    assert ("without a word at step 7" if alive else "is lost") in done.stderr
 
 
 def test_one_process_watches_nobody(tmp_path):
