@@ -9,7 +9,8 @@ one chip computes, moves and keeps, which collectives a step runs and how often,
 estimate of its time. A compilation of ResNet-18 takes minutes of a CPU: what stands in FILE already
 is not compiled again.
 
-Counting. XLA counts a loop's body once; here it is multiplied by its trips, as collectives are.
+Counting. XLA counts a loop's body once; here its operations are multiplied by its trips, as
+collectives are.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def sides_of(chip: Chip, chips: int) -> list[int]:
 # --- collectives
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+_WINDOWS = "windowed_dot_general"  # in the names of loops in which the compiler splits a product
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
@@ -99,7 +101,7 @@ class Collective(NamedTuple):
       kind: "all-reduce", "all-gather", ...
       bytes: of its result, on one chip.
       times: how often a step runs it.
-      in_loop: whether it stands in a loop.
+      in_loop: whether it stands in a loop of the program.
     """
 
     kind: str
@@ -111,43 +113,103 @@ class Collective(NamedTuple):
 def collectives(program: str) -> list[Collective]:
     """All of a compiled program's text, loops multiplied out.
 
-    A collective that is split into a beginning and an end counts once, by its channel.
+    A collective that is split into a beginning and an end counts once, by its channel. Loops in
+    which the compiler splits a product, to gather or to sum its parts meanwhile, are not the
+    program's: `in_loop` is False there.
 
     Raises:
       ValueError: a loop around a collective whose trips the text does not tell.
     """
     bodies = _computations(program)
-    callers = {}  # computation -> (the one that calls it, how often)
+    runs, found = _runs(bodies), {}
     for name, lines in bodies.items():
         for line in lines:
-            body = re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line)
-            if body:
-                trips = _trips(line, bodies[body[1]])
-                callers.setdefault(body[2], (name, trips))
+            match = re.search(rf"= (.*?) ({_KINDS})(-start)?\(", line)
+            if match is None:
+                continue
+            times, in_loop = runs(name)
+            if times is None:
+                raise ValueError(f"the trips of the loop around a {match[2]} must be in the text")
+            results = match[1]
+            if match[2] == "collective-permute" and match[3]:
+                results = results.split(", ")[0]  # what comes stands beside it
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = channel[1] if channel else line
+            found.setdefault(key, Collective(match[2], _size(results), times, in_loop))
+    return list(found.values())
+
+
+def again_in_windows(program: str) -> float:
+    """Operations of products that the compiler splits, beyond the first trip of each loop."""
+    bodies = _computations(program)
+    runs = _runs(bodies, only=_WINDOWS)
+    return sum(
+        (runs(name)[0] - 1) * _products(lines)
+        for name, lines in bodies.items()
+        if runs(name)[0] not in (None, 1)
+    )
+
+
+def _runs(bodies: dict[str, list[str]], only: str = ""):
+    """computation -> (how often a step runs it or None, whether it is in a loop of the program)."""
+    callers = {}  # computation -> (the one that calls it, how often, whether the program says so)
+    for name, lines in bodies.items():
+        for line in lines:
+            loop = re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line)
+            if loop:
+                trips = _trips(line, bodies[loop[1]], bodies[loop[2]]) if only in loop[2] else 1
+                callers.setdefault(loop[2], (name, trips, _WINDOWS not in loop[2]))
             elif "while(" not in line:
                 for called in re.findall(r"(?:calls|to_apply|_computation)=%?([\w.-]+)", line):
-                    callers.setdefault(called, (name, 1))
+                    callers.setdefault(called, (name, 1, False))
 
     def runs(name):
         if name not in callers:
             return 1, False
-        caller, trips = callers[name]
+        caller, trips, of_program = callers[name]
         above, in_loop = runs(caller)
-        return (None if None in (above, trips) else above * trips), in_loop or trips != 1
+        times = None if None in (above, trips) else above * trips
+        return times, in_loop or (of_program and trips != 1)
 
-    found = {}
-    for name, lines in bodies.items():
-        for line in lines:
-            match = re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line)
-            if match is None:
-                continue
-            number, in_loop = runs(name)
-            if number is None:
-                raise ValueError(f"the trips of the loop around a {match[2]} must be in the text")
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else line
-            found.setdefault(key, Collective(match[2], _size(match[1]), number, in_loop))
-    return list(found.values())
+    return runs
+
+
+_CONVOLUTION = re.compile(
+    r" convolution\(%([\w.-]+), %([\w.-]+)\)(?:, window=\{(.*?)\})?"
+    r",.* dim_labels=(\w+)_(\w+)->(\w+)"
+)
+
+
+def _products(lines: list[str]) -> float:
+    """Operations of the products in a computation, which on a TPU are convolutions."""
+    shapes, total = {}, 0.0
+    for line in lines:
+        made = re.match(r"\s*(?:ROOT )?%([\w.-]+) = [a-z]+[0-9]*\[([0-9,]*)\]", line)
+        if made is None:
+            continue
+        shapes[made[1]] = [int(side) for side in made[2].split(",") if side]
+        if found := _CONVOLUTION.search(line):
+            sides = shapes[found[1]], shapes[found[2]], shapes[made[1]]
+            given, kernel, result = (
+                dict(zip(found[4 + i], sides[i], strict=True)) for i in range(3)
+            )
+            number = 2 * result["b"] * result["f"] * kernel["i"]
+            for label in (label for label in result if label.isdigit()):
+                pad = _of_window(found[3], "pad", label, 0)
+                dilate = _of_window(found[3], "rhs_dilate", label, 1)
+                number *= sum(  # pairs of places that meet no padding
+                    0 <= i + dilate * k - pad < given[label]
+                    for i in range(result[label])
+                    for k in range(kernel[label])
+                )
+            total += number
+    return total
+
+
+def _of_window(window: str | None, field: str, label: str, default: int) -> int:
+    """The field's (first) number for a side of "size=2x3 pad=1_1x0_0"."""
+    found = re.search(rf"(?:^| ){field}=(\S+)", window or "")
+    return int(found[1].split("x")[int(label)].split("_")[0]) if found else default
 
 
 def _computations(program: str) -> dict[str, list[str]]:
@@ -160,13 +222,27 @@ def _computations(program: str) -> dict[str, list[str]]:
     return bodies
 
 
-def _trips(line: str, condition: list[str]) -> int | None:
+def _trips(line: str, condition: list[str], body: list[str]) -> int | None:
     """How often a loop runs: as the compiler says, or up to the number that its end compares."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
-    ends = [m[1] for text in condition if (m := re.search(r"s32\[\].* constant\((\d+)\)", text))]
-    return int(ends[0]) if len(ends) == 1 else None
+    ends = [m[1] for text in condition if (m := re.search(r"[su]32\[\].* constant\((\d+)\)", text))]
+    return -(-int(ends[0]) // _stride(condition, body)) if len(ends) == 1 else None
+
+
+def _stride(condition: list[str], body: list[str]) -> int:
+    """What a loop adds to its counter; the compiler may unroll it."""
+    place = re.search(r"get-tuple-element\(.*index=(\d+)", "\n".join(condition))
+    results = re.search(r"ROOT .* tuple\((.*?)\)", "\n".join(body))
+    if place is None or results is None:
+        return 1
+    counter = re.escape(results[1].split(", ")[int(place[1])].split("%")[-1])
+    for line in body:
+        if added := re.search(rf"%{counter} = .* add\(%\S+, %([\w.-]+)\)", line):
+            value = re.search(rf"%{re.escape(added[1])} = .* constant\((\d+)\)", "\n".join(body))
+            return int(value[1]) if value else 1
+    return 1
 
 
 def _size(shapes: str) -> int:
@@ -189,6 +265,7 @@ class Program(NamedTuple):
     temp_bytes: int
     state_bytes: int  # arguments
     collectives: list[Collective]
+    code_bytes: int = 0  # 0 = not asked for
 
 
 def devices_of(name: str) -> list:
@@ -242,11 +319,12 @@ def compiled(method: Method, streams: Streams, devices: list, *, shard_params=Fa
     shares = len(devices) if any(one.in_loop for one in found) else 1
     again = sum(_again(body, trips) for body, trips in step_cost.loops(traced.jaxpr.jaxpr))
     return Program(
-        cost["flops"] + again / shares,
+        cost["flops"] + again / shares + again_in_windows(executable.as_text()),
         cost["bytes accessed"],
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
         found,
+        memory.generated_code_size_in_bytes,
     )
 
 
@@ -271,6 +349,10 @@ def seconds(chip: Chip, sides: list[int], flops, moved, found: list[Collective])
     links = latency = 0.0
     for one in found:
         both_ways = 2 if one.kind == "all-reduce" else 1
+        if one.kind == "collective-permute":  # to one neighbour, by one of the links
+            links += one.times * one.bytes / (chip.link_speed / (2 * chip.axes))
+            latency += one.times * HOP
+            continue
         links += both_ways * one.times * one.bytes * (1 - 1 / chips) / chip.link_speed
         latency += both_ways * one.times * hops * HOP
     terms = {
@@ -287,13 +369,15 @@ def row(name: str, program: Program, plain: Program | None) -> dict:
     """A variant's numbers, for JSON."""
     chip, sides = shape_of(name)
     in_loops = [one for one in program.collectives if one.in_loop]
+    kept = program.temp_bytes + program.state_bytes + program.code_bytes
     found = {
         "flops": program.flops,
         "flops_ratio": plain and program.flops / plain.flops,
         "bytes": program.bytes,
         "temp_bytes": program.temp_bytes,
         "state_bytes": program.state_bytes,
-        "fits": float((program.temp_bytes + program.state_bytes) / chip.memory),
+        "code_bytes": program.code_bytes,
+        "fits": float(kept / chip.memory),
         "collectives": len(program.collectives),
         "above_plain": plain and len(program.collectives) - len(plain.collectives),
         "in_loops": len(in_loops),

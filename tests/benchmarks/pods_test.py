@@ -52,6 +52,41 @@ def test_the_estimate_by_hand():
     np.testing.assert_allclose(found["step"], 5 + found["links"] + found["latency"])
 
 
+# A product of which two of eight parts are made, and travel, in each of four trips.
+WINDOWS = """
+%condition.1 (arg.1: (f32[8,4], u32[])) -> pred[] {
+  %constant.1 = u32[] constant(8)
+  %arg.1 = (f32[8,4]{1,0}, u32[]) parameter(0)
+  %counter.1 = u32[] get-tuple-element(%arg.1), index=1
+  ROOT %compare.1 = pred[] compare(%counter.1, %constant.1), direction=LT
+}
+
+%windowed_dot_general_body.1 (arg.2: (f32[8,4], u32[])) -> (f32[8,4], u32[]) {
+  %constant.2 = u32[] constant(2)
+  %arg.2 = (f32[8,4]{1,0}, u32[]) parameter(0)
+  %part.1 = f32[8,4]{1,0} get-tuple-element(%arg.2), index=0
+  %collective-permute-start.1 = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[]) collective-permute-start(%part.1), channel_id=1
+  %given.1 = f32[8,4,1]{2,1,0} bitcast(%part.1)
+  %kernel.1 = f32[8,2,4]{2,1,0} fusion(%part.1), kind=kLoop
+  %convolution.1 = f32[4,4,2]{2,1,0} convolution(%given.1, %kernel.1), window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=fb0_i0o->bf0
+  %counter.2 = u32[] get-tuple-element(%arg.2), index=1
+  %add.1 = u32[] add(%counter.2, %constant.2)
+  ROOT %tuple.1 = (f32[8,4]{1,0}, u32[]) tuple(%part.1, %add.1)
+}
+
+ENTRY %main.1 (arg.3: (f32[8,4], u32[])) -> (f32[8,4], u32[]) {
+  %arg.3 = (f32[8,4]{1,0}, u32[]) parameter(0)
+  ROOT %while.1 = (f32[8,4]{1,0}, u32[]) while(%arg.3), condition=%condition.1, body=%windowed_dot_general_body.1
+}
+"""  # noqa: E501
+
+
+def test_a_product_that_the_compiler_splits():
+    assert pods.collectives(WINDOWS) == [Collective("collective-permute", 8 * 4 * 4, 4, False)]
+    # [8, 4]^T [8, 2, 4]: of the window's two places one meets the padding.
+    assert pods.again_in_windows(WINDOWS) == (4 - 1) * (2 * 4 * 4 * 8 * 2)
+
+
 def test_large_models_have_shapes_and_no_arrays():
     method, streams = pods.setup("vit_b16_224", "saflex", chips=16)
     assert streams.candidates.inputs.shape == (16 * pods.LARGE["vit_b16_224"][1], 224, 224, 3)
