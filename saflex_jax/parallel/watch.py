@@ -33,8 +33,9 @@ class Watch:
     behind another one's step and has taken none for `hung_after` seconds. Whoever sees that says
     so on stderr and ends itself with exit status 1, and so do all others. An error that leaves the
     context ends the process at once, where JAX would first wait for the others; but after an error
-    of JAX it waits to see who is lost, which is the reason of a collective that breaks. JAX itself
-    ends all others at once when process 0 is lost; then a small process beside each says so.
+    that comes from JAX it waits to see who is lost, which is the reason of a collective that
+    breaks. JAX itself ends all others at once when process 0 is lost; then a small process beside
+    each says so.
 
     >>> with Watch("no such folder") as watch:
     ...     watch.step(1)
@@ -83,7 +84,7 @@ class Watch:
     def __exit__(self, kind, error, _) -> None:
         if self._count == 1:
             return
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _from_jax(error):
             self._done.wait(1.5 * self._lost_after)  # the thread says who is lost, and ends
         self._done.set()
         self._thread.join()
@@ -156,3 +157,10 @@ class Watch:
 
     def _say(self, what: str) -> None:
         print(f"process {self._mine} at step {self._step}: {what}", file=sys.stderr, flush=True)
+
+
+def _from_jax(error: BaseException | None) -> bool:
+    """Whether an error of JAX is among its reasons."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None

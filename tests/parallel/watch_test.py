@@ -25,7 +25,7 @@ def watch(tmp_path, monkeypatch):
             end=lambda status: ended.setdefault(index, status),
         )  # fmt: skip
 
-    make.ended = ended
+    make.ended, make.folder = ended, tmp_path
     return make
 
 
@@ -65,6 +65,20 @@ def test_a_process_that_is_behind_for_too_long_is_named(watch, capfd):
     assert 1 not in watch.ended  # it does not see itself
     assert "process 1 (pid" in (said := capfd.readouterr().err)
     assert "hangs: it has been at step 7 for" in said
+
+
+def test_after_an_error_of_jax_who_is_lost_is_named(watch, capfd):
+    with pytest.raises(SystemExit), watch(1), watch(2), watch(0):
+        try:
+            raise jax.errors.JaxRuntimeError("a collective broke")
+        except RuntimeError as error:
+            (watch.folder / "2").unlink()
+            (watch.folder / "2").mkdir()  # it cannot write any more
+            try:
+                raise ValueError("not written") from error
+            except ValueError:
+                sys.exit("not written")
+    assert "process 0 at step 0: process 2 (pid" in capfd.readouterr().err
 
 
 def test_who_ends_well_is_not_lost(watch):
