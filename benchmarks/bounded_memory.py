@@ -4,16 +4,19 @@
                                         [--seeds=3] [--data=data]
 
 Noisy tasks of the suite "pretrained", half "development": an MLP on features, the trusted samples
-train, weight decay 1. A row is a task and how many classes' beliefs are kept of a sample
-(`VisitMean.top`; "all": the dense memory). Accuracy is of the test split, the AUC says how well
-what is remembered tells wrong given labels from right ones; both are means over seeds. "points" are
-differences to "all" in hundredths, mean and worst seed; bytes are a sample's. `--steps`: fewer than
-the task's, for a try.
+train, weight decay 1. These have ten classes; of 100 and 1,000 there are made ones (`write_made`),
+40 % wrong, evenly or each class for the next. A row is a task and how many classes' beliefs are
+kept of a sample (`VisitMean.top`; "all": the dense memory). Accuracy is of the test split, the AUC
+says how well what is remembered tells wrong given labels from right ones; both are means over
+seeds. "points" are differences to "all" in hundredths, mean and worst seed; bytes are a sample's.
+`--steps`: fewer than the task's, for a try.
 """
 
 from __future__ import annotations
 
+import pathlib
 import sys
+import tempfile
 from functools import partial
 
 import jax.numpy as jnp
@@ -22,18 +25,51 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks import reporting
 from experiments import arms, pretrained_tasks
+from experiments.configs import sources
 from experiments.pretrained_tasks import DEVELOPMENT
 from saflex_jax.core import memory, posterior
 
 NOISY = tuple(  # of ten classes
     name for name, spec in DEVELOPMENT.items() if spec.noise and spec.features[0] == "cifar10n"
 )
+MADE = {  # name -> (classes, kind of noise)
+    f"made_{classes}_{kind}": (classes, kind)
+    for classes in (100, 1000)
+    for kind in ("symmetric", "pairwise")
+}
+TASKS = (*NOISY, *MADE)
+ROWS, SIDE = 20_000, 8
 ARM, ALL = "saflex_train_val", "all"
 
 
-def config_of(task: str, top: int | None, folder: str, steps: int):
-    """The task's config with SAFLEX and this memory."""
-    config = pretrained_tasks.config_of(task, folder)
+def write_made(file: pathlib.Path, classes: int) -> None:
+    """A data set of Gaussian classes; in each ten of them they lie near one another.
+
+    SIDE x SIDE numbers as grey pixels: ROWS that train, 5 of a class (2 of more than 100) that are
+    trusted, a fifth of ROWS to test on.
+    """
+    draw, numbers, arrays = np.random.default_rng(0), (SIDE, SIDE), {}
+    tens = np.repeat(draw.normal(size=(classes // 10, *numbers)), 10, axis=0)
+    centres = tens + 0.5 * draw.normal(size=(classes, *numbers))
+    trusted = (5 if classes <= 100 else 2) * classes
+    for split, size in (("train", ROWS), ("val", trusted), ("test", ROWS // 5)):
+        labels = np.arange(size) % classes
+        values = 128 + 20 * (centres[labels] + 1.5 * draw.normal(size=(size, *numbers)))
+        arrays[f"{split}_images"] = values.clip(0, 255).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels[:, None]
+    np.savez(file, **arrays)
+
+
+def config_of(task: str, top: int | None, folder: str, steps: int, made: pathlib.Path):
+    """The task's config with SAFLEX and this memory; a made data set is written to `made`."""
+    config = pretrained_tasks.config_of("cifar_40" if task in MADE else task, folder)
+    if task in MADE:
+        classes, kind = MADE[task]
+        file = made / f"{classes}.npz"
+        if not file.exists():
+            write_made(file, classes)
+        config.data = sources.section(str(file), noise=0.4, noise_kind=kind)
+        config.augment = "cutout(2)"
     point = pretrained_tasks.grid_of(ARM)["mlp_1"]
     config.arms = {ARM: pretrained_tasks.ARMS[ARM] | point}
     config.train.steps = steps or config.train.steps
@@ -66,7 +102,7 @@ class BoundedMemory(reporting.Benchmark):
     @staticmethod
     def add_options(parser):
         """--task, --top, --seeds, --steps, --data."""
-        parser.add_argument("--task", nargs="+", choices=NOISY, default=NOISY)
+        parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
         parser.add_argument("--top", nargs="+", type=int, default=(8, 4, 2))
         parser.add_argument("--seeds", type=int, default=3)
         parser.add_argument("--steps", type=int, default=0)
@@ -82,22 +118,25 @@ class BoundedMemory(reporting.Benchmark):
 
     def measure(self, bar):
         """All seeds of a task and memory in one program."""
-        for task, top in self.wanted:
-            key = task, ALL if top is None else str(top)
-            bar.set_description(" ".join(key))
-            config = config_of(task, top, self.options.data, self.options.steps)
-            members = [{ARM: arms.of_seed(config, seed)} for seed in range(self.options.seeds)]
-            options = {"progress": False, "look": False, "measure": measured}
-            records = {}
-            for place, found in arms.run_each(members, {}, **options):
-                if isinstance(found, Exception):
-                    raise found
-                records[place] = found[ARM]
-            self.runs[key] = [
-                {name: records[place][name] for name in ("test_accuracy", "auc", "bytes")}
-                for place in sorted(records)
-            ]
-            bar.update()
+        with tempfile.TemporaryDirectory() as made:
+            for task, top in self.wanted:
+                key = task, ALL if top is None else str(top)
+                bar.set_description(" ".join(key))
+                given = self.options.data, self.options.steps, pathlib.Path(made)
+                self.runs[key] = self.runs_of(config_of(task, top, *given))
+                bar.update()
+
+    def runs_of(self, config):
+        """Of each seed: accuracy, AUC and bytes."""
+        members = [{ARM: arms.of_seed(config, seed)} for seed in range(self.options.seeds)]
+        options = {"progress": False, "look": False, "measure": measured}
+        records = {}
+        for place, found in arms.run_each(members, {}, **options):
+            if isinstance(found, Exception):
+                raise found
+            records[place] = found[ARM]
+        names = "test_accuracy", "auc", "bytes"
+        return [{name: records[place][name] for name in names} for place in sorted(records)]
 
     def report(self):
         """Rows of means, and every run."""
