@@ -1,10 +1,10 @@
 """What was learned about every candidate: a table, and a page that says what helps and what harms.
 
-    python -m experiments.audit --workdir=runs/digits
-    python -m experiments.audit --features=cifar10n@crop --labels=worst --trusted=500
-    python -m experiments.audit --features=mine.npz --pool=pools/mine
+    saflex audit --workdir=runs/digits
+    saflex audit --features=cifar10n@crop --labels=worst --trusted=500
+    saflex audit --features=mine.npz --pool=pools/mine
 
-Of a finished run (`experiments.main`) a row is a candidate under one draw of its pipeline, utility
+Of a finished run (`saflex train`) a row is a candidate under one draw of its pipeline, utility
 says how far training on it lowers the loss on the validation samples, in units of the scores' RMS.
 Of features it is 2 P(the given label is right) - 1, by `saflex_jax.audit`. --features is a set of
 `experiments.features`, NAME@TAG, or an .npz file of arrays: features f[N, D], labels i[N]; where
@@ -24,14 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments import audit_page, finished, tables, task
+from experiments import audit_page, command_line, finished, named_rows, tables, task
 from experiments.feature_sets import feature_set
 from experiments.inspect import class_names
 from saflex_jax import checks, data
 from saflex_jax.audit import audit
 from saflex_jax.data.provenance import METADATA
 from saflex_jax.data.seeds import generator
-from saflex_jax.train import CheckpointError
 
 # array of a file -> column
 TOLD = {"file_name": "file", "source": "source", "group": "group", "clean": "clean"}
@@ -57,14 +56,22 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def of_run(workdir: pathlib.Path, draws: int) -> Found:
+def of_run(workdir: pathlib.Path, draws: int, truth: str = "") -> Found:
     """What a finished run learned.
 
+    Args:
+      workdir: of the run.
+      draws: of its pipeline.
+      truth: a file that names samples and their right labels (`named_rows`), for precision and
+        recall; those that it does not name are taken for right.
+
     Raises:
-      ValueError: as `finished.opened` and `finished.columns`.
+      ValueError: as `finished.opened`, `finished.columns` and `named_rows.read`.
     """
     run = finished.opened(workdir)
     table = finished.columns(run, draws)
+    if truth:
+        table |= told(run, truth, table["row"], table["given"])
     names = class_names(run.data.source)
     kept = table["draw"] == 0
     confused = np.zeros((len(names), len(names)))
@@ -84,6 +91,17 @@ def of_run(workdir: pathlib.Path, draws: int) -> Found:
         )
     inputs = run.data.pools.candidates.inputs
     return Found(table, f"Audit: {task.title(run.config.data)}", names, confused, inputs, notes)
+
+
+def told(run: finished.Run, truth: str, rows: np.ndarray, given: np.ndarray) -> dict:
+    """The columns "clean" and "bad" by a file of right labels."""
+    source = run.data.source
+    named, labels = named_rows.read(source, truth, "--truth")
+    right = np.full(len(source.labels), -1)
+    right[named] = labels
+    of_row = np.where(run.data.rows < 0, -1, right[run.data.rows])[rows]
+    clean = np.where(of_row < 0, given, of_row)
+    return {"clean": clean, "bad": clean != given}
 
 
 def of_features(name: str, labels: str, trusted: int, pool: str, folder: str, seed: int) -> Found:
@@ -187,10 +205,40 @@ def images_of(found: Found) -> dict[int, np.ndarray]:
     return {place: np.asarray(inputs[int(row)]) for place, row in zip(places, own)}
 
 
+def verdict(table: tables.Table) -> str:
+    """How many labels are judged wrong, and where it is known which are, precision and recall.
+
+    A row is judged by the posterior of its label where the audit has one: of features by "wrong",
+    of a run by "right" where its rule learned any, else by what the network believes. Trusted
+    samples are left out, and of several draws of a candidate the first counts.
+    """
+    first = np.unique(table["row"], return_index=True)[1]
+    table = {name: values[first] for name, values in table.items()}
+    if "wrong" in table:
+        judged, by = table["wrong"], "more likely wrong than right"
+    elif (table["right"] < 1).any():
+        judged, by = table["right"] < 0.5, "more likely wrong than right, by the rule: right < .5"
+    else:
+        judged, by = table["believed"] != table["given"], "not what the network believes"
+    asked = ~table["trusted"]
+    number = int((judged & asked).sum())
+    text = f"{number:,} of {int(asked.sum()):,} labels are {by}"
+    if "bad" not in table:
+        return text
+    bad = table["bad"] & asked
+    right = int((judged & bad).sum())
+    return (
+        f"{text}; {int(bad.sum()):,} are wrong: precision {right / max(1, number):.3f}, recall "
+        f"{right / max(1, int(bad.sum())):.3f}"
+    )
+
+
 def _check_options(given: argparse.Namespace) -> None:
     """Raises ValueError on an option that what is audited has no use for."""
     of_features = ("labels", "trusted", "pool", "seed")
-    what, others = ("--workdir", of_features) if given.workdir else ("--features", ("draws",))
+    what, others = (
+        ("--workdir", of_features) if given.workdir else ("--features", ("draws", "truth"))
+    )
     for name in others:
         if getattr(given, name):
             raise ValueError(f"--{name} does not go with {what}; given {getattr(given, name)}")
@@ -200,11 +248,12 @@ def main(argv: list[str] | None = None) -> None:
     """Audits, writes and says where."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workdir", type=pathlib.Path, help="a finished run of experiments.main")
+    what.add_argument("--workdir", type=pathlib.Path, help="a finished run of `saflex train`")
     what.add_argument("--features", help="NAME@TAG, or an .npz file")
     parser.add_argument("--labels", default="", help="label set of a feature set: worst")
     parser.add_argument("--trusted", type=int, default=0, help="samples whose right label is told")
     parser.add_argument("--pool", default="", help="folder with metadata.jsonl of the file's files")
+    parser.add_argument("--truth", default="", help="right labels of a run: FILE,CLASS a line")
     parser.add_argument("--draws", type=int, help="of the run's pipeline, a row each; default: 2")
     parser.add_argument("--data_dir", default="data", help="of data sets and features")
     parser.add_argument("--out", type=pathlib.Path, help="default: --workdir, or runs/audit")
@@ -212,27 +261,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of an audit by features")
     given = parser.parse_args(argv)
     out = given.out or given.workdir or pathlib.Path("runs/audit")
-    try:
-        _check_options(given)
-        if given.workdir:
-            found = of_run(given.workdir, 2 if given.draws is None else given.draws)
-        else:
-            found = of_features(
-                given.features, given.labels, given.trusted, given.pool, given.data_dir, given.seed
-            )
-        page = audit_page.page(
-            found.table, title=found.title, class_names=found.class_names,
-            transition=found.transition, images=images_of(found), notes=found.notes,
-        )  # fmt: skip
-        file = out / ("audit.parquet" if given.parquet else "audit.csv")
-        tables.write(found.table, file)
-        with tables.renamed(out / "audit.html") as part:
-            part.write_text(page, encoding="utf-8")
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        sys.exit(str(error))
-    print(f"{file}\n{out / 'audit.html'}")
+    _check_options(given)
+    if given.workdir:
+        found = of_run(given.workdir, 2 if given.draws is None else given.draws, given.truth)
+    else:
+        found = of_features(
+            given.features, given.labels, given.trusted, given.pool, given.data_dir, given.seed
+        )
+    page = audit_page.page(
+        found.table, title=found.title, class_names=found.class_names,
+        transition=found.transition, images=images_of(found), notes=found.notes,
+    )  # fmt: skip
+    file = out / ("audit.parquet" if given.parquet else "audit.csv")
+    tables.write(found.table, file)
+    with tables.renamed(out / "audit.html") as part:
+        part.write_text(page, encoding="utf-8")
+    print(f"{verdict(found.table)}\n{file}\n{out / 'audit.html'}")
+
+
+def command() -> None:
+    """The program, with the arguments of the process."""
+    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
+    command_line.run_plain(main)
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
-    main()
+    command()

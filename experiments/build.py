@@ -42,6 +42,7 @@ SECTIONS = {
         "keep_best",
     ),
 }
+LATER = ("channels", "trusted")  # of `config.data`; runs from before them do not have them
 # Options in which the members of a sweep may differ: one compiled program takes any value.
 SWEPT = (
     *("optimizer.learning_rate", "optimizer.weight_decay"),
@@ -147,11 +148,14 @@ def _check_episodes(config: ConfigDict, episode: methods.Episode) -> None:
 def settings(config: ConfigDict) -> dict:
     """What fixes a run, as JSON keeps it: the config without the arms of a comparison.
 
-    `train.keep_best` is there only where it is on, so that runs from before it was there go on.
+    Fields of LATER are there only where they are set, so that runs from before them go on.
     """
     fixed = {name: value for name, value in json.loads(config.to_json()).items() if name != "arms"}
     if not keeps_best(config):
         fixed["train"].pop("keep_best", None)
+    for name in LATER:
+        if not fixed["data"].get(name):
+            fixed["data"].pop(name, None)
     return fixed
 
 

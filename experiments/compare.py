@@ -1,6 +1,6 @@
 """The arms of a config over seeds: what each reaches, in pairs, and costs; a table and a figure.
 
-    python -m experiments.compare [--json] [--seeds=3] [--config=experiments/configs/wdbc.py]
+    saflex compare [--json] [--seeds=3] [--config=wdbc]
 
 `config.arms` names the arms (`experiments.arms`). Without it there are five: the upstream pipeline
 trained on the training split, on training + validation, and on the validation samples alone; SAFLEX
@@ -21,10 +21,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import arms, figures, task
+from experiments import arms, command_line, figures, task
 from saflex_jax import checks
 
-_CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py")
+_CONFIG = config_flags.DEFINE_config_file("config")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, from config.seed on.", lower_bound=1)
 _BASE = flags.DEFINE_string("base", "", "Arm that the others are compared to; default: the first.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the table.")
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    command_line.check_noise(flags.FLAGS["config"])
     configs = arms.configs(config)
     base = _BASE.value or next(iter(configs))
     checks.choice(configs, **{"--base": base})
@@ -63,6 +64,11 @@ def main(argv: list[str]) -> None:
     print(f"figure: {workdir / 'compare.png'}", file=sys.stderr)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, with the arguments of the process."""
     logging.set_verbosity(logging.WARNING)  # else JAX reports every backend it does not find
-    app.run(main)
+    command_line.run_absl(main, rewrite=command_line.with_config_file)
+
+
+if __name__ == "__main__":
+    command()

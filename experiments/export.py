@@ -1,6 +1,6 @@
 """Weights, labels and utilities of a run's candidates, at its last or any checkpoint, as a table.
 
-    python -m experiments.export --workdir=runs/digits [--step=400] [--draws=1] [--out=FILE.parquet]
+    saflex export --workdir=runs/digits [--step=400] [--draws=1] [--out=FILE.parquet]
 
 The columns are those of `experiments.audit`. --out ends in .csv or .parquet.
 """
@@ -12,7 +12,7 @@ import functools
 
 from absl import logging
 
-from experiments import finished
+from experiments import command_line, finished
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,6 +24,11 @@ def main(argv: list[str] | None = None) -> None:
     finished.write(given, functools.partial(finished.columns, draws=given.draws))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, with the arguments of the process."""
     logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
-    main()
+    command_line.run_plain(main)
+
+
+if __name__ == "__main__":
+    command()

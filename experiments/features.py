@@ -1,7 +1,7 @@
 """Computes the features of a data set by a pretrained network, once, under several views.
 
-    python -m experiments.prepare cifar10n resnet18
-    python -m experiments.features cifar10n --views=4 --augment="shift(4) | flip" --limit=12000
+    saflex prepare cifar10n resnet18
+    saflex features cifar10n --views=4 --augment="shift(4) | flip" --limit=12000
 
 View 0 of a row is the image as it is; the others are draws of the pipeline, made on the device at
 the images' own size and resized after. Rows of the official test split get view 0 alone. The set
@@ -31,7 +31,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments import task
+from experiments import command_line, task
 from experiments.feature_sets import corrupted_tag, feature_folder
 from experiments.locking import locked
 from saflex_jax import augment, checks, configure, data, models
@@ -319,6 +319,11 @@ def main(argv: list[str]) -> None:
         sys.exit(130)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, with the arguments of the process."""
     with contextlib.suppress(BrokenPipeError):
-        app.run(main)
+        command_line.run_absl(main)
+
+
+if __name__ == "__main__":
+    command()

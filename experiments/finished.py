@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -57,7 +56,7 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
         config = ConfigDict(settings)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"--workdir must be of a finished run of experiments.main; {workdir}: {error}"
+            f"--workdir must be of a finished run of `saflex train`; {workdir}: {error}"
         ) from error
     if "keep_best" not in config.train:
         config.train.keep_best = False
@@ -81,12 +80,9 @@ def add_options(parser: argparse.ArgumentParser, file: str) -> None:
 
 
 def write(given: argparse.Namespace, make: Callable[[Run], Mapping[str, np.ndarray]]) -> None:
-    """Writes the table that is made of the run, and says where; an error ends the program."""
+    """Writes the table that is made of the run, and says where."""
     file = given.out or given.workdir / given.file
-    try:
-        tables.write(make(opened(given.workdir, given.step)), file)
-    except (ValueError, OSError, ImportError, train.CheckpointError) as error:
-        sys.exit(str(error))
+    tables.write(make(opened(given.workdir, given.step)), file)
     print(file)
 
 
@@ -168,7 +164,8 @@ def look(run: Run, draws: int = 1) -> Iterator[Looked]:
 def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     """The table of a run's candidates, a row for each candidate and draw of its pipeline.
 
-    Columns of operations are texts: "shift 2.0 | flip 1.0".
+    Columns of operations are texts: "shift 2.0 | flip 1.0". "clean" and "bad" are there where it is
+    known of some labels that they are wrong, "file" where rows are files.
 
     Raises:
       ValueError: as `look`; no draw.
@@ -178,6 +175,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     given = data.pools.candidates.labels.argmax(1)
     number = len(given)
     trusted = np.arange(number) >= number - build.run_info(run.config, data.pools).num_trusted
+    known = {"clean": data.clean_labels, "bad": data.wrong} if data.wrong.any() else {}
     for draw, found in enumerate(look(run, draws)):
         labels, weights = found.targets.labels, found.targets.weights
         learned = labels.argmax(1)
@@ -192,9 +190,9 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
             "right": (1 + found.targets.utility) / 2,
             "believed": found.believed.argmax(1),
             "trusted": trusted,
-            "clean": data.clean_labels,
-            "bad": data.wrong,
+            **known,
             "operations": _operations(found),
+            **_files(run.data),
             **_made(run.data, found.candidate),
         })  # fmt: skip
     return {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
@@ -207,6 +205,13 @@ def _operations(found: Looked) -> np.ndarray:
         " | ".join(f"{n} {m:.3g}" for n, m in zip(row, magnitudes) if n not in skipped)
         for row, magnitudes in zip(names.tolist(), found.magnitude.tolist())
     ])  # fmt: skip
+
+
+def _files(made: task.Data) -> dict[str, np.ndarray]:
+    """The files of candidates of a folder; no column where there are none."""
+    if "file" not in made.source.extra:
+        return {}
+    return {"file": np.where(made.rows < 0, "", made.source.extra["file"][made.rows])}
 
 
 def _made(made: task.Data, candidate: np.ndarray) -> dict[str, np.ndarray]:

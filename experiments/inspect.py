@@ -1,6 +1,6 @@
 """Describes a data set before training: counts, ranges, copies, a contact sheet.
 
-    python -m experiments.inspect NAME... [--data_dir=data] [--size=0] [--sheets=runs/inspect]
+    saflex inspect NAME... [--data_dir=data] [--size=0] [--sheets=runs/inspect]
 
 NAME as in `config.data.name`. The splits are those of a run: the official ones; a missing one is
 held out of training, a fifth by class, seed 0. A copy is an input that equals another one, bit for
@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import task
+from experiments import command_line, task
 from experiments.configs import sources
 from saflex_jax import data
 from saflex_jax.data.splits import chunks
@@ -106,6 +106,8 @@ def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str
         lines += ["columns:", *describe_columns(source)]
     for extra, values in source.extra.items():
         distinct, counts = np.unique(values, return_counts=True)
+        if len(distinct) == len(values):  # names of files
+            continue
         counted = ", ".join(f"{v} {n}" for v, n in zip(distinct[:MOST], counts))
         more = f" and {len(distinct) - MOST} more" if len(distinct) > MOST else ""
         lines.append(f"{extra}: {counted}{more}")
@@ -180,6 +182,11 @@ def main(argv: list[str]) -> None:
     sys.exit(1 if leaks else 0)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, with the arguments of the process."""
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    command_line.run_absl(main)
+
+
+if __name__ == "__main__":
+    command()

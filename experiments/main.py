@@ -1,6 +1,12 @@
 """One run: trains the method of a config, reads the test split once, writes result.json.
 
-    python -m experiments.main --config=experiments/configs/digits.py --workdir=runs/digits
+    saflex train --data=PATH [--trusted=FILE]            your own data: a folder of images with a
+                                                         sub-folder a class, an .npz file, a table
+    saflex train --config=digits --workdir=runs/digits   a config by its name, or a file
+
+--trusted names samples whose labels somebody checked, FILE or FILE,CLASS a line, FILE as it lies in
+the folder (of a table or an .npz file ROW, from 0 on); a folder may hold train/CLASS, val/CLASS and
+test/CLASS instead, of which val is trusted. `python -m experiments.main` is the same command.
 
 Killed or interrupted, the same command resumes from the last checkpoint, bit for bit, on any number
 of devices and processes; with a larger --config.train.steps it goes on from there. With
@@ -14,17 +20,19 @@ import contextlib
 import json
 import logging as standard_logging
 import pathlib
+import re
 import sys
-from collections.abc import Iterator
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, task
+from experiments import build, command_line, opening, task
 from saflex_jax import parallel, train
 
-_CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/digits.py")
+_CONFIG = config_flags.DEFINE_config_file("config")
+flags.DEFINE_string("data", None, "Your own data, a path: short for --config=own:PATH.")
+flags.DEFINE_string("trusted", None, "A file that names trusted samples, which also train.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/digits", "Checkpoints, metrics and the result go here."
 )
@@ -58,24 +66,19 @@ def main(argv: list[str]) -> None:
             _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_seconds=2 * _LOST.value
         )
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    command_line.check_noise(flags.FLAGS["config"])
     build.check(config)
     watch = parallel.Watch(workdir / "processes", lost_after=_LOST.value, hung_after=_HUNG.value)
-    with _in_a_line(), train.one_run_in(workdir), watch, _in_a_line():
+    # The inner one makes of an error the end of the program that the watch knows.
+    with train.one_run_in(workdir), watch, command_line.in_a_line():
         run(config, workdir, watch)
-
-
-@contextlib.contextmanager
-def _in_a_line() -> Iterator[None]:
-    """Errors that say all in a line end the program with that line; a traceback would hide it."""
-    try:
-        yield
-    except (train.CheckpointError, train.FolderInUse, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, watch: parallel.Watch) -> None:
     """The run of a config in a folder that nobody else writes into."""
     data = task.make_data(config)
+    if jax.process_index() == 0:
+        print(opening.lines(config, data), file=sys.stderr)
     method = build.with_upstream(config, build.make_method(config, data.pools, data.source.columns))
     runner = parallel.RUNNERS[config.runner](method.step)
     checkpoints = train.Checkpoints(
@@ -115,14 +118,36 @@ def run(config: ConfigDict, workdir: pathlib.Path, watch: parallel.Watch) -> Non
         print(json.dumps({k: v for k, v in summary.items() if k != "config"}))
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """As absl does, but with a clear word on a --config that is no config."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (SyntaxError, AttributeError, UnicodeDecodeError) as error:
-        if isinstance(error, AttributeError) and "get_config" not in str(error):
-            raise  # an unknown field; names the nearest
-        return sys.exit(f"--config must be a Python file with a function get_config; {error}")
+def arguments(argv: list[str]) -> list[str]:
+    """The arguments with what --data and --trusted stand for.
+
+    Raises:
+      ValueError: --data beside --config; as `command_line.with_config_file`.
+    """
+    given, rest = {}, []
+    left = iter(argv)
+    for argument in left:
+        match = re.fullmatch(r"--?(data|trusted)(=(.*))?", argument, re.DOTALL)
+        if match:
+            given[match[1]] = match[3] if match[2] else next(left, "")
+        else:
+            rest.append(argument)
+    program, *others = rest
+    new = []
+    if "data" in given:
+        path = given["data"]
+        if any(re.match(r"--?config($|=)", argument) for argument in others):
+            raise ValueError(
+                "--data stands for --config=own:PATH and goes with no other --config; with another "
+                f"one say --config.data.name={path}"
+            )
+        new.append(f"--config=own:{path}")
+        if not any(re.match(r"--?workdir", argument) for argument in others):
+            new.append(f"--workdir=runs/{pathlib.Path(path).resolve().stem}")
+    if "trusted" in given:
+        new += [f"--config.data.trusted={given['trusted']}", "--config.data.val=0",
+                "--config.data.train_on_val=True"]  # fmt: skip
+    return command_line.with_config_file([program, *new, *others])
 
 
 def command() -> None:
@@ -131,7 +156,7 @@ def command() -> None:
     standard_logging.getLogger("asyncio").setLevel("CRITICAL")
     # What goes wrong is raised as well; --verbosity=0 shows what Orbax reports of every file.
     logging.set_verbosity(logging.FATAL)
-    app.run(main, flags_parser=parse_flags)
+    command_line.run_absl(main, rewrite=arguments)
 
 
 if __name__ == "__main__":

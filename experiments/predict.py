@@ -1,21 +1,25 @@
 """Predictions of a run on a data set, at its last or any checkpoint, as a table.
 
-    python -m experiments.predict --workdir=runs/digits --source=usps [--out=FILE.csv]
+    saflex predict --workdir=runs/digits --source=usps [--out=FILE.csv]
+    saflex predict --workdir=runs/mine --source=FOLDER
 
---source is a data set as in `config.data.name`: inputs of the run's shape, read as the run reads
-its own. Columns: row, predicted, probability, p0 to pK-1, and the label where classes are known.
+--source is a data set as in `config.data.name`, or a folder with nothing but images: inputs of the
+run's shape, read as the run reads its own. Columns: row, file of a folder, predicted, class where
+classes have names, probability, p0 to pK-1, and label where the source has the same classes.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import pathlib
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
-from experiments import finished, task
-from saflex_jax import train
+from experiments import command_line, finished, task
+from saflex_jax import data, train
 
 
 def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.ndarray]:
@@ -24,10 +28,10 @@ def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.nda
     Raises:
       ValueError: a run on features or tables; inputs of another shape.
     """
-    section = run.config.data
-    if section.features or run.data.source.columns is not None:
+    section, own_source = run.config.data, run.data.source
+    if section.features or own_source.columns is not None:
         raise ValueError("--workdir must be of a run on images, whose inputs need no scale of its")
-    found = task.opened(source, folder or section.dir, section.size, section.task, False)
+    found = _opened(source, section, folder or section.dir)
     own = run.data.pools.candidates.inputs.shape[1:]
     if tuple(found.inputs.shape[1:]) != tuple(own):
         raise ValueError(
@@ -35,15 +39,32 @@ def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.nda
             f"{list(found.inputs.shape[1:])}"
         )
     probs = train.probabilities(run.method, run.state, found.inputs)
+    names = np.array(own_source.class_names)
     table = {
         "row": np.arange(len(probs)),
+        **({"file": found.extra["file"]} if "file" in found.extra else {}),
         "predicted": probs.argmax(1),
+        **({"class": names[probs.argmax(1)]} if len(names) else {}),
         "probability": probs.max(1),
         **{f"p{k}": column for k, column in enumerate(probs.T)},
     }
-    if found.labels.ndim == 1:
+    if found.labels.ndim == 1 and found.class_names == own_source.class_names:
         table["label"] = found.labels
     return table
+
+
+def _opened(source: str, section: ConfigDict, folder: str) -> data.Source:
+    """The data set; images directly in a folder are one without labels."""
+    path = pathlib.Path(source)
+    images = data.images.images_in(path) if path.is_dir() else []
+    if not images:
+        task.check_name(source, "--source")
+        channels = section.channels if path.is_dir() else 0
+        return task.opened(source, folder, section.size, section.task, False, channels)
+    size = (section.size, section.size) if section.size else None
+    rows = data.images.image_rows(images, size=size, channels=section.channels or None)
+    files = np.array([image.name for image in images])
+    return data.Source(rows, np.empty((len(images), 0)), 0, extra={"file": files})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,6 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     finished.write(given, functools.partial(predictions, **own))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The program, with the arguments of the process."""
     logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
-    main()
+    command_line.run_plain(main)
+
+
+if __name__ == "__main__":
+    command()

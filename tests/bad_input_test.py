@@ -170,6 +170,8 @@ def test_a_config_that_is_none(tmp_path):
     (tmp_path / "notes.txt").write_text("It's prose.")
     command = [sys.executable, "-m", "experiments.main", f"--config={tmp_path / 'notes.txt'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    assert done.stderr.startswith("--config must be a Python file with a function get_config;")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: --config must be a Python file with a function get_config;"
+    )
     assert len(done.stderr.splitlines()) == 1

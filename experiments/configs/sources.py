@@ -13,8 +13,14 @@ FIELDS = {
     ),
     "dir": ("data", "folder in which `saflex prepare` put data sets"),
     "size": (0, "resize images to size x size pixels; 0 = leave them as they are"),
+    "channels": (0, "read a folder's images with 1 channel (grey) or 3; 0 = as the files are"),
     "task": ("", '"ordinal" says that the classes of an .npz file are ordered'),
     "test_on": ("", 'test on another data set, or on the rows of a group, as in "cell=1"'),
+    "trusted": (
+        "",
+        "a text file that names the trusted samples, FILE or FILE,CLASS a line (of a table or an "
+        ".npz file ROW, from 0 on); they are the validation split",
+    ),
     "val": (0, "trusted samples held out of training; 0 = the official validation split"),
     "test": (0, "test samples held out of training; 0 = the official test split"),
     "select": (

@@ -149,10 +149,14 @@ SOURCES = {"digits": digits, "wdbc": wdbc}
 
 
 def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
-    """A file in the format of MedMNIST: {train,val,test}_images and {train,val,test}_labels.
+    """A file of arrays: images or features, and labels; or in the format of MedMNIST.
 
-    Images are uint8[n, H, W] or uint8[n, H, W, 3]; labels [n, 1], or 0 and 1 in [n, C] with C > 1
-    for C labels at once.
+    A file of arrays has "labels" [N] (integers or texts) and "images" [N, H, W] or [N, H, W, C] of
+    8 bits or floats in [0, 1], or "features" f[N, D]; and where they are known "trusted" bool[N],
+    whose rows are the validation split.
+
+    A file of MedMNIST has {train,val,test}_images and {train,val,test}_labels: uint8[n, H, W] or
+    uint8[n, H, W, 3]; labels [n, 1], or 0 and 1 in [n, C] with C > 1 for C labels at once.
 
     >>> import tempfile
     >>> arrays = {f"{split}_images": np.zeros((2, 4, 4), np.uint8) for split in SPLITS}
@@ -178,6 +182,8 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
     images, labels = [], []
     try:
         with np.load(path) as file:
+            if "labels" in file:
+                return _from_arrays(path, {name: file[name] for name in file}, task)
             for split in SPLITS:
                 images.append(file[f"{split}_images"])
                 labels.append(file[f"{split}_labels"])
@@ -189,7 +195,8 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
     ) as error:
         reason = error if zipfile.is_zipfile(path) else "it is no zip archive"
         raise ValueError(
-            f"{path} must be an .npz file with {{train,val,test}}_{{images,labels}}: {reason}"
+            f"{path} must be an .npz file with labels and images or features, or with "
+            f"{{train,val,test}}_{{images,labels}}: {reason}"
         ) from error
     pixels, width = images[0].shape[1:], labels[0].shape[1:]
     for split, x, y in zip(SPLITS, images, labels):
@@ -225,12 +232,61 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
     return Source(images, labels, int(labels.max()) + 1, task or "multiclass", splits)
 
 
+def _from_arrays(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], task: str | None
+) -> Source:
+    """The set of a file with "labels", and "images" or "features"."""
+    checks.known(str(path), arrays, ("images", "features", "labels", "trusted"))
+    kinds = [kind for kind in ("images", "features") if kind in arrays]
+    if len(kinds) != 1:
+        raise ValueError(f"{path} must hold images or features beside labels; given {kinds}")
+    inputs, labels = arrays[kinds[0]], arrays["labels"]
+    if kinds == ["images"] and inputs.ndim == 3:
+        inputs = inputs[..., None]
+    ranks = {"images": 4, "features": 2}
+    fits = inputs.ndim == ranks[kinds[0]] and inputs.dtype.kind in "uif" and len(inputs) > 0
+    if not fits or (
+        kinds == ["images"] and not (inputs.dtype == np.uint8 or inputs.dtype.kind == "f")
+    ):
+        raise ValueError(
+            f"{path} must hold images of 8 bits or floats [N, H, W] or [N, H, W, C], or features "
+            f"[N, D]; given {kinds[0]} {inputs.dtype}{list(inputs.shape)}"
+        )
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.shape != (len(inputs),) or labels.dtype.kind not in "biuU":
+        raise ValueError(
+            f"{path} must hold labels of integers or texts [{len(inputs)}], one for each of its "
+            f"{kinds[0]}; given {labels.dtype}{list(labels.shape)}"
+        )
+    if kinds == ["images"]:
+        checks.pixels(**{f"{path}: images": inputs})
+    names, labels = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{path} must hold labels of two or more classes; given {names.tolist()}")
+    columns, splits = None, {}
+    if kinds == ["features"]:
+        columns = tuple(Column(f"feature {d}", None) for d in range(inputs.shape[1]))
+    if "trusted" in arrays:
+        known = arrays["trusted"]
+        if known.dtype != bool or known.shape != labels.shape or known.all() or not known.any():
+            raise ValueError(
+                f"{path} must hold trusted bool[{len(labels)}], True for some rows; given "
+                f"{known.dtype}{list(known.shape)}, {int(np.sum(known))} True"
+            )
+        splits = {"train": np.flatnonzero(~known), "val": np.flatnonzero(known)}
+    texts = tuple(map(str, names.tolist()))
+    return Source(
+        inputs, labels, len(names), task or "multiclass", splits, columns=columns, class_names=texts
+    )
+
+
 def from_folder(
     path: str | os.PathLike, *, size: tuple[int, int] | None = None, channels: int | None = None
 ) -> Source:
     """Image files [SPLIT/]CLASS/FILE, decoded on access; SPLIT is train, val or test.
 
-    Classes are the names of the folders, sorted, over all splits.
+    Classes are the names of the folders, sorted, over all splits. `extra["file"]` has the files'
+    names, from the folder on.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -273,11 +329,13 @@ def from_folder(
     names, labels = np.unique(folders, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{root} must hold at least two classes; given {names.tolist()}")
+    relative = [file.relative_to(root).as_posix() for file in files]
     return Source(
         image_rows(files, size=size, channels=channels),
         labels,
         len(names),
         splits=ranges(sizes) if named else {},
+        extra={"file": np.array(relative)},
         class_names=tuple(names.tolist()),
     )
 

@@ -196,7 +196,7 @@ def test_a_damaged_line_of_metadata_is_named_and_nothing_is_written(arrays, line
     lines = (arrays / "metadata.jsonl").read_text().split("\n")
     (arrays / "metadata.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]))
     out = arrays / "out"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         audit.main([f"--features={arrays / 'mine.npz'}", f"--pool={arrays}", f"--out={out}"])
     assert not out.exists()
 
@@ -209,6 +209,6 @@ def test_a_damaged_line_of_metadata_is_named_and_nothing_is_written(arrays, line
      (["--features=no.npz", "--draws=3"], "--draws does not go with --features")],
 )  # fmt: skip
 def test_bad_input_is_said_and_nothing_is_written(options, message, tmp_path):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         audit.main([*options, f"--out={tmp_path / 'out'}", f"--data_dir={tmp_path}"])
     assert not (tmp_path / "out").exists()

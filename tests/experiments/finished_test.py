@@ -122,7 +122,7 @@ def test_bad_input_is_said_and_nothing_is_written(workdir, tmp_path, program, op
         arrays[f"{split}_labels"] = np.arange(10)[:, None] % 2
     np.savez(other, **arrays)
     options = [option.format(other=other) for option in options]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         program.main([f"--workdir={workdir}", f"--out={tmp_path / 'out.csv'}", *options])
     assert not (tmp_path / "out.csv").exists()
 
@@ -130,6 +130,6 @@ def test_bad_input_is_said_and_nothing_is_written(workdir, tmp_path, program, op
 def test_a_folder_without_a_run_is_refused(tmp_path):
     (tmp_path / "result.json").write_text("{}")
     for program, options in ((export, []), (predict, ["--source=digits"])):
-        with pytest.raises(SystemExit, match="--workdir must be of a finished run"):
+        with pytest.raises(ValueError, match="--workdir must be of a finished run"):
             program.main([f"--workdir={tmp_path}", *options])
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -303,7 +303,7 @@ def test_a_client_that_fails_is_quoted_with_the_command(registry, tmp_path, monk
         ("no-such-client fetch", "no-such-client"),
         ("true", "tiny.zip"),  # content, but without the file
     ]:
-        monkeypatch.setattr(prepare, "command", lambda archive, line=line: line)
+        monkeypatch.setattr(prepare, "client_command", lambda archive, line=line: line)
         with pytest.raises(RuntimeError) as error:
             prepare.fetch(archive(), tmp_path / "archives", tmp_path)
         message = str(error.value)
@@ -319,7 +319,7 @@ from experiments import prepare
 from tests.experiments import prepare_test as t
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 prepare.DATASETS, prepare.ARCHIVES = {"tiny": t.table()}, {"tiny": t.archive()}
-prepare.command = lambda archive: "echo half > tiny.zip; sleep 300 & echo $! > pid; wait"
+prepare.client_command = lambda archive: "echo half > tiny.zip; sleep 300 & echo $! > pid; wait"
 app.run(prepare.main)
 """
 

@@ -1,0 +1,262 @@
+"""What the commands share: errors in a line, --debug, --help, and configs by name."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import pathlib
+import re
+import shutil
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+
+from absl import app, flags
+from ml_collections import config_flags
+
+import saflex_jax
+from experiments import task
+from saflex_jax import checks
+
+PACKAGES = tuple(str(pathlib.Path(file).parent) for file in (__file__, saflex_jax.__file__))
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+COLLECTIONS = str(pathlib.Path(config_flags.__file__).parent.parent)
+NO_CONFIGS = ("__init__", "methods", "sources")  # parts of configs
+DEBUG = "--debug"
+HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
+RAISE = dis.opmap["RAISE_VARARGS"]
+
+_debug = False
+
+
+# --- errors
+
+
+def raised_on_purpose(error: BaseException) -> bool:
+    """Whether a user can mend it: the system refuses a file, or this project raised it.
+
+    Of what this project raises on purpose the innermost frame stands at a `raise` in its own files.
+    Everything else is a bug, and its traceback says where.
+    """
+    if isinstance(error, OSError):
+        return True
+    place = _innermost(error)
+    ours = place.tb_frame.f_code.co_filename.startswith(PACKAGES)
+    raised = place.tb_frame.f_code.co_code[place.tb_lasti] == RAISE
+    return ours and raised and not isinstance(error, AssertionError)
+
+
+def _innermost(error: BaseException) -> types.TracebackType:
+    """Where an error was raised."""
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    return place
+
+
+@contextlib.contextmanager
+def in_a_line() -> Iterator[None]:
+    """Ends the program with status 1 and the message alone where an error is the user's.
+
+    With --debug, and where it is a bug, the traceback is shown.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _debug or not raised_on_purpose(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def take_debug() -> None:
+    """Takes --debug out of the arguments of the process."""
+    global _debug
+    _debug = DEBUG in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != DEBUG]
+
+
+# --- commands
+
+
+def run_plain(main: Callable[[], None]) -> None:
+    """Runs a command that parses its own arguments."""
+    take_debug()
+    with in_a_line():
+        main()
+
+
+def run_absl(
+    main: Callable[[list[str]], None],
+    *,
+    rewrite: Callable[[list[str]], list[str]] = lambda argv: argv,
+) -> None:
+    """Runs a command with absl's flags.
+
+    Args:
+      main: of a module with a docstring and flags.
+      rewrite: the arguments of the process -> those that the flags are parsed of.
+    """
+    take_debug()
+    module = sys.modules[main.__module__]
+    asked = HELP & set(sys.argv)
+
+    def parse(argv):
+        rest = flags.FLAGS(argv)
+        if asked:
+            print(help_of(module, whole="--helpfull" in asked))
+            sys.exit(0)
+        return rest
+
+    def started(argv):
+        with in_a_line():
+            main(argv)
+
+    with _usage_errors():
+        # In place: the flag of a config looks at the arguments of the process.
+        sys.argv = rewrite([argument for argument in sys.argv if argument not in HELP])
+        app.run(started, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Ends with status 2 on arguments that do not parse; says in a line what is accepted."""
+    try:
+        yield
+    except Exception as error:
+        behind = error  # the library of the config's flag wraps what a config raises
+        while not raised_on_purpose(behind) and behind.__context__ is not None:
+            behind = behind.__context__
+        if isinstance(error, SyntaxError | UnicodeDecodeError) or "'get_config'" in str(error):
+            reason = f"--config must be a Python file with a function get_config; {error}"
+        elif _debug or not (raised_on_purpose(behind) or _of_flags(error)):
+            raise
+        else:
+            reason = str(behind) if raised_on_purpose(behind) else _of_field(str(error))
+    else:
+        return
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _of_field(text: str) -> str:
+    """What the config's library says of an unknown field, as we say it."""
+    near = re.search(r'Did you mean "(.+)" instead of "(.+)"', text)
+    return f"the config has no field {near[2]!r}; did you mean {near[1]!r}?" if near else text
+
+
+def _of_flags(error: BaseException) -> bool:
+    """Whether the library of the config's flag refuses what it was given."""
+    file = _innermost(error).tb_frame.f_code.co_filename
+    return isinstance(error, flags.Error | app.UsageError) or file.startswith(COLLECTIONS)
+
+
+# --- configs
+
+
+def names() -> list[str]:
+    """Of the configs that come with the package: what --config takes beside a path."""
+    return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in NO_CONFIGS)
+
+
+def check_noise(config_flag) -> None:
+    """Refuses wrong labels that a config makes of data that only the command line named.
+
+    Args:
+      config_flag: `flags.FLAGS["config"]`.
+
+    Raises:
+      ValueError: names the fields, and what to say instead.
+    """
+    data, changed = config_flag.value.data, config_flags.get_override_values(config_flag)
+    if "data.name" not in changed or not task.is_own(data.name):
+        return
+    for field in ("noise", "outside", "labels"):
+        if data[field] and f"data.{field}" not in changed:
+            off = 0 if field != "labels" else "''"
+            raise ValueError(
+                f"config.data.{field} is {data[field]!r} in this config, which would make labels "
+                f"of {data.name} wrong. --config.data.{field}={off} trains on them as they are, "
+                f"and so does --data={data.name} in the place of --config and "
+                f"--config.data.name; --config.data.{field}={data[field]} makes them wrong"
+            )
+
+
+def with_config_file(argv: list[str]) -> list[str]:
+    """The arguments with a config's file where they have its name, digits' where they have none.
+
+    Raises:
+      ValueError: there is neither such a config nor such a file.
+    """
+    if not any(re.match(r"--?config($|=)", argument) for argument in argv):
+        argv = [argv[0], "--config=digits", *argv[1:]]
+    joined, skip = [], False
+    for place, argument in enumerate(argv):
+        if skip:
+            skip = False
+            continue
+        if argument in ("--config", "-config") and place + 1 < len(argv):
+            argument, skip = f"{argument}={argv[place + 1]}", True
+        match = re.fullmatch(r"(--?config)=([^:]*)(:.*)?", argument, re.DOTALL)
+        joined.append(argument if match is None else _config_argument(*match.groups("")))
+    return joined
+
+
+def _config_argument(flag: str, name: str, rest: str) -> str:
+    if name in names():
+        return f"{flag}={CONFIGS / name}.py{rest}"
+    if not pathlib.Path(name).exists():
+        near = checks.nearest(name, names())
+        raise ValueError(
+            f"--config must be a file, or one of {', '.join(names())}; there is no {name!r}{near}"
+        )
+    return f"{flag}={name}{rest}"
+
+
+# --- help
+
+
+def help_of(module: types.ModuleType, *, whole: bool) -> str:
+    """What a module does, its flags, and the fields of its config.
+
+    Args:
+      module: with a docstring, flags, and a flag "config" where it has a config.
+      whole: all methods' and rules' fields, not the chosen ones' alone.
+    """
+    known = flags.FLAGS.get_flags_for_module(module)
+    shown = [flag for flag in known if flag.name.partition(".")[0] != "config"]
+    lines = [(module.__doc__ or "").strip(), "", "Options:"]
+    lines += [_entry(f"--{flag.name}={_text(flag.default)}", flag.help) for flag in shown]
+    lines.append(_entry(DEBUG, "Show where an error was raised."))
+    if len(shown) < len(known):
+        lines += _config_help(flags.FLAGS.config, whole)
+    return "\n".join(lines)
+
+
+def _config_help(config, whole: bool) -> list[str]:
+    from experiments import fields  # with JAX, which takes a while
+
+    chosen = {config.method.name, config.method.rule}
+    lines = [
+        _entry(
+            "--config=NAME", f"A file with a function get_config, or one of {', '.join(names())}."
+        ),
+        "",
+        "Fields of the config, with the values that they have now (--helpfull: also those of the "
+        "methods and rules that are not chosen):",
+    ]
+    for path, value, meaning in fields.of_config(config):
+        section, _, rest = path.removeprefix("method.").partition(".")
+        if whole or not (path.startswith("method.") and rest) or section in chosen:
+            lines.append(_entry(f"--config.{path}={_text(value)}", meaning))
+    return lines
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _entry(option: str, meaning: str) -> str:
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    body = textwrap.fill(meaning or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"  {option}\n{body}"
