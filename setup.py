@@ -1,6 +1,14 @@
 """Packaging metadata; build system and tools are configured in pyproject.toml."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "saflex_jax" / "__init__.py").read_text("utf-8"), re.M
+)[1]  # the only place that says it; importing would need JAX
 
 # Every lower bound runs the tests, all of them together under Python 3.11, and the newest releases
 # run them under 3.12 and 3.13: .ci/versions. Upper bounds are the next release that is announced to
@@ -47,14 +55,17 @@ GENERATE = DATA + EXPERIMENTS + ["diffusers>=0.42,<0.43", "torch>=2.6", "transfo
 
 setup(
     name="saflex_jax",
-    version="0.1.0",
+    version=VERSION,
     description="SAFLEX and learned data augmentation in JAX, for any upstream pipeline",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     url="https://github.com/OWNER/saflex_jax",  # .ci/address writes it
     python_requires=">=3.11",
-    packages=find_packages(include=["saflex_jax", "saflex_jax.*"]),
+    # The commands of `saflex` are in `experiments`, configs included: CONTRIBUTING.md says why.
+    packages=find_packages(include=["saflex_jax*", "experiments*"]),
+    package_data={"saflex_jax": ["py.typed"], "experiments": ["*.j2", "*.json"]},
+    entry_points={"console_scripts": ["saflex = experiments.commands:main"]},
     install_requires=[
         "absl-py>=1.4",
         "chex>=0.1.90,<0.2",
@@ -78,7 +89,7 @@ setup(
         + EXPERIMENTS
         + CLIP
         + ["equinox>=0.13,<0.14", "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10"]
-        + ["nbformat>=5.10"]
+        + ["mypy>=1.18,<3", "nbformat>=5.10"]
         + ["pytest>=8", "pytest-xdist>=3.6.1", "ruff>=0.6"],
     },
 )  # fmt: skip

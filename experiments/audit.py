@@ -84,6 +84,11 @@ def of_run(workdir: pathlib.Path, draws: int, truth: str = "") -> Found:
         "Utility: how far training on the row lowers the loss on the validation samples, in units "
         "of the scores' root mean square. One look is noisy; the groups are what to trust.",
     ]
+    if (table["right"] < 1).any():
+        notes.append(
+            "Samples are sorted and dropped by 2 P(the given label is right) - 1, which the rule "
+            "learned over all visits."
+        )
     if run.data.generated is not None:
         notes.append(
             "The pool's candidates stood in for these samples and have no rows of their own; with "

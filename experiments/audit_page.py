@@ -78,9 +78,20 @@ def page(
         known="bad" in table,
         matrix=_matrix(transition, class_names),
         cards=[
-            _card(table, place, why, class_names, images or {}) for place, why in gallery(table)
+            _card({**table, "utility": standing(table)}, place, why, class_names, images or {})
+            for place, why in gallery(table)
         ],
     )
+
+
+def standing(table: tables.Table) -> np.ndarray:
+    """What samples are sorted and dropped by: 2 P(the given label is right) - 1, else utility.
+
+    The first is what a run's rule learned over all visits. A utility is one look, which says more
+    of a group than of a sample.
+    """
+    learned = "right" in table and (table["right"] < 1).any()
+    return 2 * table["right"] - 1 if learned else table["utility"]
 
 
 # --- groups --------------------------------------------------------------------------------------
@@ -161,7 +172,7 @@ def _chart(utility: np.ndarray, title: str, names: list[str], members: list[np.n
 
 def _thresholds(table: tables.Table) -> list[dict]:
     """At each threshold what is dropped, and how much of it is bad."""
-    utility = table["utility"]
+    utility = standing(table)
     low, high = np.quantile(utility, [0.0, 0.95])
     bad, trusted = table.get("bad"), table.get("trusted", np.zeros(len(utility), bool))
     rows = []
@@ -192,7 +203,7 @@ def _matrix(transition: np.ndarray | None, names: Sequence[str]) -> dict | None:
 
 def gallery(table: tables.Table) -> list[tuple[int, str]]:
     """(place in the table, why) of the cards: the most harmful, then the surest relabelled."""
-    harmful = np.argsort(table["utility"], kind="stable")[:SHOWN]
+    harmful = np.argsort(standing(table), kind="stable")[:SHOWN]
     changed = np.flatnonzero(table["learned"] != table["given"])
     changed = changed[np.argsort(-table["probability"][changed], kind="stable")]
     changed = changed[~np.isin(changed, harmful)][:SHOWN]

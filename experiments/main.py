@@ -28,10 +28,13 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import build, command_line, opening, task
+from experiments.configs import own
 from saflex_jax import parallel, train
 
 _CONFIG = config_flags.DEFINE_config_file("config")
-flags.DEFINE_string("data", None, "Your own data, a path: short for --config=own:PATH.")
+flags.DEFINE_string(
+    "data", None, "Your own data, a path: short for --config=own:PATH, or own:PATH?trusted=FILE."
+)
 flags.DEFINE_string("trusted", None, "A file that names trusted samples, which also train.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/digits", "Checkpoints, metrics and the result go here."
@@ -141,7 +144,8 @@ def arguments(argv: list[str]) -> list[str]:
                 "--data stands for --config=own:PATH and goes with no other --config; with another "
                 f"one say --config.data.name={path}"
             )
-        new.append(f"--config=own:{path}")
+        trusted = f"{own.TRUSTED}{given.pop('trusted')}" if "trusted" in given else ""
+        new.append(f"--config=own:{path}{trusted}")
         if not any(re.match(r"--?workdir", argument) for argument in others):
             new.append(f"--workdir=runs/{pathlib.Path(path).resolve().stem}")
     if "trusted" in given:

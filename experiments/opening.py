@@ -27,10 +27,20 @@ def lines(config: ConfigDict, data: task.Data) -> str:
     if drawn:
         said.append(
             f"note: nobody named trusted samples. The {val:,} validation samples are drawn from "
-            "the same labels and may be as wrong, so the share of wrong labels cannot be learned. "
-            "Check a few samples of each class and name them: --trusted=FILE, or a folder val/"
+            f"the same labels and may be as wrong{_assumed(config)}. Check a few samples of each "
+            "class and name them: --trusted=FILE, or a folder val/"
         )
     return "\n".join(said)
+
+
+def _assumed(config: ConfigDict) -> str:
+    """The share of wrong labels that the rule is told, since it cannot learn it."""
+    if config.method.rule != "saflex":
+        return ""
+    share = config.method.saflex.rule.noise_rate
+    if share is None:
+        return ", so the share of wrong labels cannot be learned"
+    return f", so {share:.0%} wrong labels are assumed (config.method.saflex.rule.noise_rate)"
 
 
 def _labels(section: ConfigDict, wrong: float) -> str:

@@ -32,7 +32,7 @@ from saflex_jax.core.targets import solve_targets
 from saflex_jax.core.tree import Mean, identity, under
 from saflex_jax.types import Batch, Method, Model, Rule, RunInfo, Streams, Targets, TrainState
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Agreement",

@@ -21,6 +21,8 @@ CORE = [name for name in MODULES if name.startswith("saflex_jax.core")]
 BASE = {"jax", "numpy", "optax"}
 ROOMS = {
     "__init__": ({"core", "types"}, set()),
+    # The one door to the commands: it looks for them when it is called, not when it is imported.
+    "__main__": (set(), {"experiments"}),
     "types": (set(), {"jax", "numpy"}),
     "checks": ({"types"}, {"jax", "numpy"}),
     "calls": ({"checks"}, set()),

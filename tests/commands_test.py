@@ -1,0 +1,170 @@
+"""The command `saflex`: what it hands on and refuses, what its help says, what a wheel holds."""
+
+import ast
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import saflex_jax
+from experiments import command_line, commands
+
+ROOT = pathlib.Path(saflex_jax.__file__).parent.parent
+
+
+def run(*command, cwd=None):
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
+
+
+def test_help_is_fast_because_it_imports_nothing():
+    code = "import sys; from experiments import commands; commands.main(['--help'])\n"
+    done = run("-c", code + "print({'jax', 'numpy', 'absl'} & set(sys.modules))", cwd=ROOT)
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "set()" and done.returncode == 0
+    listed = [line.split()[0] for line in lines if re.match(r"  [a-z]+ ", line)]
+    assert listed == list(commands.COMMANDS)
+
+
+def test_every_command_has_a_module_that_runs_and_says_how():
+    for name, (module, about) in commands.COMMANDS.items():
+        made = importlib.import_module(f"experiments.{module}")
+        assert callable(made.command) and f"saflex {name}" in made.__doc__ and len(about) < 70
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["trian"], "no command 'trian'; did you mean 'train'?"), ([], "usage: saflex COMMAND")],
+)
+def test_what_is_no_command_is_refused(argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        commands.main(argv)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["saflex"])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "experiments.inspect", raising=False)
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: (_ for _ in ()).throw(missing("matplotlib"))
+    )
+    with pytest.raises(SystemExit, match=r'train needs matplotlib: pip install "saflex_jax\[exper'):
+        commands.main(["train"])
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: (_ for _ in ()).throw(missing("saflex_jax.x"))
+    )
+    with pytest.raises(ModuleNotFoundError):  # no extra would help
+        commands.main(["train"])
+
+
+def missing(name):
+    return ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def bug():
+    return [][1]
+
+
+def unpacked():
+    a, _ = (1, 2, 3)
+    return a
+
+
+def refused():
+    saflex_jax.solve_targets([[0.0]], [[0.0, 1.0]])
+
+
+def no_file():
+    open("nowhere/x")
+
+
+@pytest.mark.parametrize(
+    ("call", "is_users"), [(bug, False), (unpacked, False), (refused, True), (no_file, True)]
+)
+def test_only_what_was_raised_on_purpose_loses_its_traceback(call, is_users, monkeypatch):
+    monkeypatch.setattr(command_line, "PACKAGES", (*command_line.PACKAGES, str(ROOT / "tests")))
+    with pytest.raises(Exception) as caught:
+        call()
+    assert command_line.raised_on_purpose(caught.value) == is_users
+    with pytest.raises(SystemExit if is_users else type(caught.value)), command_line.in_a_line():
+        call()
+    monkeypatch.setattr(command_line, "_debug", True)
+    with pytest.raises(type(caught.value)), command_line.in_a_line():
+        call()
+
+
+def test_a_config_is_taken_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wdbc = f"--config={command_line.CONFIGS / 'wdbc.py'}"
+    for given in (["--config=wdbc"], ["--config", "wdbc"], [wdbc]):
+        assert command_line.with_config_file(["x", *given, "y"]) == ["x", wdbc, "y"]
+    assert "digits.py" in command_line.with_config_file(["x", "--config.seed=1"])[1]
+    assert command_line.with_config_file(["x", "--config=own:a:b"])[1].endswith("own.py:a:b")
+    with pytest.raises(ValueError, match="there is no 'digit'; did you mean 'digits'"):
+        command_line.with_config_file(["x", "--config=digit"])
+
+
+CASES = [
+    (["--data=nowhere/x.csv"], "error: --data must be the path of .* no 'nowhere/x.csv'"),
+    (["--config.train.stepz=3"], "error: the config has no field 'stepz'; did you mean 'steps'?"),
+    (["--config=wdbc", "--config.data.name=t.csv"], "error: config.data.noise is 0.3 in this conf"),
+    (["--config.data.test=1790"], "error: config.data.val=50 and config.data.test=1790 must leave"),
+]
+
+
+@pytest.mark.parametrize("given, said", CASES)
+def test_a_users_error_is_one_line(given, said, tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n1,x\n2,y\n")
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    code = path + "from experiments import commands; commands.main()"
+    done = run("-c", code, "train", *given, cwd=tmp_path)
+    *_, last = done.stderr.strip().splitlines()
+    assert done.returncode in (1, 2) and re.match(said, last) and "Traceback" not in done.stderr
+
+
+def test_help_lists_the_fields_of_the_config_with_their_meaning():
+    done = run("-m", "experiments.main", "--config=wdbc", "--help", cwd=ROOT)
+    assert done.returncode == 0 and "  --workdir='runs/digits'\n" in done.stdout
+    for text in (
+        "--config.data.noise=0.3\n      share of",
+        "--config.method.saflex.rule.sharpness=",
+    ):
+        assert text in done.stdout
+    assert "--config.method.l2rw" not in done.stdout
+
+
+# --- the wheel ---------------------------------------------------------------------------------
+
+
+def test_a_wheel_holds_every_file_that_the_commands_read():
+    """Files beside the code are those of package_data; nothing else is looked for beside it."""
+    given = re.search(
+        r'package_data=\{.*"experiments": (\[.*?\])\}', (ROOT / "setup.py").read_text()
+    )
+    shipped = {
+        file
+        for pattern in ast.literal_eval(given[1])
+        for file in (ROOT / "experiments").glob(pattern)
+    }
+    there = {
+        file
+        for folder in ("experiments", "saflex_jax")
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert there == shipped | {ROOT / "saflex_jax" / "py.typed"}
+    for folder in (ROOT / "experiments").rglob("*/"):  # or find_packages leaves it out
+        assert folder.name == "__pycache__" or (folder / "__init__.py").exists()
+
+
+def test_the_version_is_said_once():
+    assert f"version: {saflex_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {saflex_jax.__version__} " in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,277 @@
+"""Own data: a folder, an .npz file, a table; what a run says first, and what it leaves."""
+
+import csv
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import audit, build, export, main, named_rows, opening, predict, task
+from experiments.configs import digits, own, wdbc
+from saflex_jax import data, parallel, train
+
+RNG = np.random.default_rng(0)
+SIZE = 60
+
+
+def picture(row, mode="L", size=(8, 8)):
+    """Dark for class a, light for class b."""
+    pixels = RNG.integers(0, 100, size[::-1]) + 150 * (row % 2)
+    return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+
+
+def folder(path, rows=SIZE, **options):
+    for row in range(rows):
+        file = path / "ab"[row % 2] / f"{row:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(row, **options).save(file)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of two classes; of every tenth image the label is wrong."""
+    path = folder(tmp_path_factory.mktemp("own") / "mine")
+    for row in range(0, SIZE, 10):
+        file = path / "ab"[row % 2] / f"{row:03}.png"
+        file.rename(path / "ba"[row % 2] / file.name)
+    return path
+
+
+def named(path, *lines):
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+# --- what a config is made of -----------------------------------------------------------------
+
+
+def test_a_folder(images):
+    config = own.get_config(str(images))
+    build.check(config)
+    section = config.data
+    assert (section.val, section.test, section.size, section.channels) == (6, 12, 0, 0)
+    assert section.noise == 0 and not section.labels and not section.train_on_val
+    assert config.model.name == "small_cnn" and config.model.widths == (16, 32)
+    assert "flip" not in config.augment
+    made = task.make_data(config)
+    assert made.pools.candidates.inputs.shape == (42, 8, 8, 1) and not made.wrong.any()
+    np.testing.assert_array_equal(made.source.labels[made.rows], made.clean_labels)
+    with pytest.raises(ValueError, match=r"2 classes in each split; .* Try --config.data.val=6 "):
+        task.make_data(changed(config, **{"data.test": 59}))
+
+
+def changed(config, **fields):
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def test_images_of_several_sizes_and_kinds_are_made_alike(tmp_path):
+    folder(tmp_path, size=(80, 100))
+    picture(0, "RGBA", (90, 200)).save(tmp_path / "a" / "x.png")
+    config = own.get_config(str(tmp_path))
+    assert (config.data.size, config.data.channels) == (64, 3)
+    assert task.make_data(config).pools.candidates.inputs.shape[1:] == (64, 64, 3)
+    assert len(config.model.widths) == 5
+    (tmp_path / "b" / "y.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"--data: .*y.png is no image"):
+        own.get_config(str(tmp_path))
+
+
+def test_a_folder_of_trusted_images_is_the_validation_split(tmp_path):
+    folder(tmp_path / "train")
+    folder(tmp_path / "val", rows=8)
+    config = own.get_config(str(tmp_path))
+    assert (config.data.val, config.data.test, config.data.train_on_val) == (0, 12, True)
+    assert len(task.make_data(config).held_out.labels) == 8
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_the_folder(images, tmp_path, monkeypatch):
+    (tmp_path / "digits").symlink_to(images)
+    monkeypatch.chdir(tmp_path)
+    assert own.get_config("digits").data.name == "./digits"
+    monkeypatch.chdir("/")
+    assert own.get_config("digits").data.name == "digits"
+
+
+def test_a_table(tmp_path):
+    rows = [f"{RNG.normal():.3f},{RNG.integers(5)},{'xyz'[i % 3]}" for i in range(30)]
+    file = named(tmp_path / "wine.csv", "alcohol,acid,kind", *rows)
+    config = own.get_config(file)
+    assert (config.data.val, config.data.test) == (3, 6) and config.model.name == "mlp"
+    assert task.make_data(config).source.class_names == ("x", "y", "z")
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_an_npz_file(tmp_path, kind):
+    inputs = {"images": RNG.integers(0, 256, (30, 6, 5), dtype=np.uint8),
+              "features": RNG.normal(size=(30, 7))}[kind]  # fmt: skip
+    trusted, labels = np.arange(30) < 4, np.array(["no", "yes"])[np.arange(30) % 2]
+    arrays = {kind: inputs, "labels": labels, "trusted": trusted}
+    np.savez(tmp_path / "x.npz", **arrays)
+    config = own.get_config(str(tmp_path / "x.npz"))
+    assert (config.data.val, config.data.test, config.data.train_on_val) == (0, 5, True)
+    made = task.make_data(config)
+    assert made.source.class_names == ("no", "yes") and len(made.held_out.labels) == 4
+    assert set(made.rows[-4:]) == set(range(4))
+    for bad, message in (
+        ({"labels": labels[:9]}, r"labels of integers or texts \[30\]"),
+        ({"labels": np.ones(30, int)}, "two or more classes"),
+        ({kind: inputs[..., 0]}, "must hold images of 8 bits"),
+        ({"trusted": trusted.astype(int)}, "trusted bool"),
+        ({"x": labels}, "no field 'x'"),
+        ({"features": inputs, "images": inputs}, "images or features beside labels"),
+    ):
+        np.savez(tmp_path / "y.npz", **{**arrays, **bad})
+        with pytest.raises(ValueError, match=message):
+            data.from_npz(tmp_path / "y.npz")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "nowhere/wine.csv",
+            "--data must be the path of a folder .* there is no 'nowhere/wine.csv'$",
+        ),
+        ("digit", "there is no 'digit'; did you mean 'digits'"),
+        ("", "there is no ''"),
+    ],
+)
+def test_what_is_not_there_is_said_and_nothing_is_listed(path, message):
+    with pytest.raises(ValueError, match=message) as error:
+        own.get_config(path)
+    assert len(str(error.value)) < 250
+
+
+def test_a_class_that_cannot_be_split_is_named(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "rare").mkdir()
+    for row in range(2):
+        picture(row).save(tmp_path / "rare" / f"{row}.png")
+    with pytest.raises(
+        ValueError, match=r"each class of .* 5 samples or more.*'rare' has 2. Leave"
+    ):
+        own.get_config(str(tmp_path))
+
+
+# --- trusted samples ---------------------------------------------------------------------------
+
+
+def test_named_samples_are_trusted_with_the_labels_that_are_given(images, tmp_path):
+    file = named(tmp_path / "trusted.csv", "file,class", "a/002.png,a", "b/003.png", "b/000.png,a")
+    config = own.get_config(f"{images}{own.TRUSTED}{file}")
+    assert config.method.saflex.rule.noise_rate is None and config.data.train_on_val
+    assert own.get_config(str(images)).method.saflex.rule.noise_rate == own.UNKNOWN
+    made = task.make_data(config)
+    files = made.source.extra["file"][made.rows]
+    assert len(files) == 48 and files[-3:].tolist() == ["a/002.png", "b/000.png", "b/003.png"]
+    assert made.held_out.labels.argmax(1).tolist() == [0, 0, 1]
+    assert build.run_info(config, made.pools).num_trusted == 3
+    with pytest.raises(ValueError, match=r"config.data.val must be 0 with trusted="):
+        build.check(changed(config, **{"data.val": 5}))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a/002.pngg"], "line 1 must name a sample, as 'a/002.png'; .*did you mean 'a/002.png'"),
+        (["a/002.png", "a/002.png"], "line 2 names 'a/002.png', which was named before"),
+        (["a/002.png,c"], "line 1 must give one of the classes .'a', 'b'.; given 'c'"),
+        (["file"], "must name at least one sample"),
+    ],
+)
+def test_a_bad_list_is_refused_by_its_line(images, tmp_path, lines, message):
+    file = named(tmp_path / "trusted.csv", *lines)
+    with pytest.raises(ValueError, match=message):
+        named_rows.read(task.opened(str(images), "data", 0, "", False), file, "--trusted")
+
+
+def test_rows_of_a_table_are_named_by_their_number(tmp_path):
+    source = data.wdbc()
+    rows, labels = named_rows.read(source, named(tmp_path / "t", "7", "0,benign"), "--trusted")
+    assert rows.tolist() == [7, 0] and labels.tolist() == [-1, 1]
+    with pytest.raises(ValueError, match=r"--trusted must be a text file; .*nowhere"):
+        named_rows.read(source, "nowhere", "--trusted")
+
+
+# --- what a run says first ---------------------------------------------------------------------
+
+
+def test_wrong_and_unchecked_labels_are_said_first(images, tmp_path):
+    def said(config):
+        return opening.lines(config, task.make_data(config)).split("\n")
+
+    (first, note), config = said(own.get_config(str(images))), own.get_config(str(images))
+    assert first == (
+        "mine: labels as given; 2 classes, inputs of 8x8x1; 42 train, 6 validate, 12 test"
+    )
+    assert "may be as wrong" in note and "--trusted=FILE" in note
+    first, _ = said(changed(config, **{"data.noise": 0.25}))
+    assert "25% OF THE TRAINING LABELS MADE WRONG, symmetric (config.data.noise=0.25)" in first
+    assert len(said(digits.get_config())) == 1 and "40%" in said(digits.get_config())[0]
+    assert "30 columns; 309 train, 60 are trusted, 200 test" in said(wdbc.get_config())[0]
+
+
+def test_data_and_trusted_stand_for_fields():
+    command = main.arguments(["x", "--data=a/wine.csv", "--trusted", "t", "--config.seed=1"])
+    program, config, *rest = command
+    assert program == "x" and config.endswith("configs/own.py:a/wine.csv?trusted=t")
+    assert rest == ["--workdir=runs/wine", "--config.seed=1"]
+    *fields, config = main.arguments(["x", "--trusted=t", "--config=wdbc"])[1:]
+    assert fields == ["--config.data.trusted=t", "--config.data.val=0",
+                      "--config.data.train_on_val=True"]  # fmt: skip
+    assert "--workdir=runs/wine" not in main.arguments(["x", "--data=wine.csv", "--workdir=w"])
+    with pytest.raises(ValueError, match="goes with no other --config"):
+        main.arguments(["x", "--data=a", "--config=wdbc"])
+
+
+# --- after the run -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(images, tmp_path_factory):
+    """A short run on the folder with six trusted images, as `saflex train` leaves it."""
+    path = tmp_path_factory.mktemp("run")
+    trusted = named(path / "t", *(f"{'ab'[row % 2]}/{row:03}.png" for row in range(1, 7)))
+    fields = {"train.steps": 60, "augment": "shift(1)", "model.widths": (4, 8)}
+    config = changed(own.get_config(f"{images}{own.TRUSTED}{trusted}"), **fields)
+    made = task.make_data(config)
+    method = build.with_upstream(config, build.make_method(config, made.pools))
+    kept = train.Checkpoints(path / "checkpoints", config=build.settings(config), every=60)
+    runner = parallel.RUNNERS["jit"](method.step)
+    build.fit(config, made, method, runner, checkpoints=kept, progress=False)
+    kept.close()
+    (path / "result.json").write_text(json.dumps({"config": build.settings(config)}))
+    return path
+
+
+def read(file):
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_audit_and_export_name_files_and_know_no_truth_that_was_not_told(workdir, images, capsys):
+    export.main([f"--workdir={workdir}"])
+    rows = read(workdir / "candidates.csv")
+    assert len({row["file"] for row in rows}) == len(rows) == 48
+    assert all((images / row["file"]).exists() for row in rows) and "bad" not in rows[0]
+    assert sum(row["trusted"] == "1" for row in rows) == 6
+    audit.main([f"--workdir={workdir}", "--draws=1"])
+    assert "of 42 labels are" in capsys.readouterr().out
+    right = [f"{f.relative_to(images)},{'ab'[int(f.stem) % 2]}" for f in images.glob("*/*.png")]
+    audit.main([f"--workdir={workdir}", "--draws=1", f"--truth={named(workdir / 'r', *right)}"])
+    assert "recall" in capsys.readouterr().out
+    bad = {row["file"] for row in read(workdir / "audit.csv") if row["bad"] == "1"}
+    assert bad and all(int(pathlib.Path(file).stem) % 10 == 0 for file in bad)
+
+
+def test_predict_takes_a_folder_of_nothing_but_images(workdir, tmp_path):
+    for row in range(3):
+        picture(row).save(tmp_path / f"{row}.png")
+    predict.main([f"--workdir={workdir}", f"--source={tmp_path}", f"--out={tmp_path / 'p.csv'}"])
+    rows = read(tmp_path / "p.csv")
+    assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png"]
+    assert {row["class"] for row in rows} <= {"a", "b"} and "label" not in rows[0]
