@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from saflex_jax.types import Batch, PyTree, Streams
+from saflex_jax.types import Array, Batch, PyTree, Streams
 
 MOST_LEVEL = 32.0  # of a float image, standardised by whatever mean and sd
 
@@ -98,7 +98,7 @@ def known(section: str, given: Iterable[str], accepted: Iterable[str]) -> None:
 # --- shapes
 
 
-def same_shape(**arrays: jax.Array) -> None:
+def same_shape(**arrays: Array) -> None:
     """Raises unless all arrays have one shape [B, K]."""
     shapes = {name: np.shape(a) for name, a in arrays.items()}
     if len(set(shapes.values())) != 1 or any(len(s) != 2 for s in shapes.values()):
@@ -106,7 +106,7 @@ def same_shape(**arrays: jax.Array) -> None:
         raise ValueError(f"{' and '.join(arrays)} must share one shape [B, K]; given {given}")
 
 
-def rows(num_rows: int, /, **arrays: jax.Array | None) -> None:
+def rows(num_rows: int, /, **arrays: Array | None) -> None:
     """Raises unless every array that is given has shape [num_rows]."""
     for name, a in arrays.items():
         if a is not None and np.shape(a) != (num_rows,):
@@ -163,14 +163,14 @@ def finite(**trees: PyTree) -> None:
                 )
 
 
-def not_negative(**arrays: jax.Array | None) -> None:
+def not_negative(**arrays: Array | None) -> None:
     """Raises if a concrete array holds a number < 0; NaN passes, it surfaces in the loss."""
     for name, given in arrays.items():
         if given is not None and concrete(given) and np.any(np.asarray(given) < 0):
             raise ValueError(f"{name} must be >= 0; given {np.min(np.asarray(given)):.6g}")
 
 
-def keeps_some(**masks: jax.Array | None) -> None:
+def keeps_some(**masks: Array | None) -> None:
     """Raises if a concrete mask bool[B] is False everywhere."""
     for name, mask in masks.items():
         if mask is not None and concrete(mask) and not np.any(np.asarray(mask)):
@@ -189,7 +189,7 @@ def pixels(**images: np.ndarray) -> None:
             )
 
 
-def simplex(mask: jax.Array | None = None, /, **labels: jax.Array) -> None:
+def simplex(mask: Array | None = None, /, **labels: Array) -> None:
     """Raises unless each unmasked row of f32[B, K] is >= 0 and sums to one (to 1e-4)."""
     for name, given in labels.items():
         if np.ndim(given) != 2:

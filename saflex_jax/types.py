@@ -7,11 +7,13 @@ Every bundle is a NamedTuple of arrays, hence a pytree that jit, pmap and Orbax 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 
+Array = jax.Array | np.ndarray  # on a device, or on the host
+T = TypeVar("T")
 PyTree = Any
 Params = PyTree
 ModelState = PyTree  # non-trained variables, e.g. BatchNorm's running statistics; {} when none
@@ -38,9 +40,9 @@ class Trace(NamedTuple):
       partner: i32[B, L], source sample of the second parent; the row's own where there is none.
     """
 
-    operation: jax.Array
-    magnitude: jax.Array
-    partner: jax.Array
+    operation: Array
+    magnitude: Array
+    partner: Array
 
 
 class Batch(NamedTuple):
@@ -55,13 +57,13 @@ class Batch(NamedTuple):
     """
 
     inputs: PyTree
-    labels: jax.Array
-    mask: jax.Array
-    index: jax.Array
+    labels: Any  # jax.Array in a step, numpy.ndarray where batches are made
+    mask: Any
+    index: Any
     trace: Trace | None = None
 
 
-class Streams(NamedTuple):
+class Streams(NamedTuple, Generic[T]):
     """What one step reads: augmented candidates, validation samples, and optionally clean samples.
 
     Attributes:
@@ -70,9 +72,9 @@ class Streams(NamedTuple):
       clean: samples trained on as they are (weight one, prior label) beside the candidates.
     """
 
-    candidates: Batch
-    val: Batch | None = None
-    clean: Batch | None = None
+    candidates: T
+    val: T | None = None
+    clean: T | None = None
 
 
 class Targets(NamedTuple):

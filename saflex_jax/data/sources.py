@@ -179,14 +179,13 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
     Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
     """
     checks.choice(("multiclass", "ordinal"), task=task or "multiclass")
-    images, labels = [], []
     try:
         with np.load(path) as file:
-            if "labels" in file:
-                return _from_arrays(path, {name: file[name] for name in file}, task)
-            for split in SPLITS:
-                images.append(file[f"{split}_images"])
-                labels.append(file[f"{split}_labels"])
+            if plain := "labels" in file:
+                arrays = {name: file[name] for name in file}
+            else:
+                images = [file[f"{split}_images"] for split in SPLITS]
+                labels = [file[f"{split}_labels"] for split in SPLITS]
     except FileNotFoundError:
         raise
     except (
@@ -198,6 +197,8 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
             f"{path} must be an .npz file with labels and images or features, or with "
             f"{{train,val,test}}_{{images,labels}}: {reason}"
         ) from error
+    if plain:
+        return _from_arrays(path, arrays, task)
     pixels, width = images[0].shape[1:], labels[0].shape[1:]
     for split, x, y in zip(SPLITS, images, labels):
         arrays_fit = x.dtype == np.uint8 and y.dtype.kind in "biu" and len(x) == len(y) > 0
@@ -209,27 +210,26 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
                 f"{y.dtype}{list(y.shape)}"
             )
     splits = ranges(dict(zip(SPLITS, map(len, labels))))
-    images, labels = np.concatenate(images), np.concatenate(labels).astype(np.int64)
-    images = images[..., None] if images.ndim == 3 else images
+    x, y = np.concatenate(images), np.concatenate(labels).astype(np.int64)
+    x = x[..., None] if x.ndim == 3 else x
     if width[0] > 1:
-        if task or not np.isin(labels, (0, 1)).all():
+        if task or not np.isin(y, (0, 1)).all():
             raise ValueError(
                 f"{path} has {width[0]} labels at once, which must be 0 or 1, and task None; given "
-                f"{np.unique(labels)[:5].tolist()} and {task!r}"
+                f"{np.unique(y)[:5].tolist()} and {task!r}"
             )
-        return Source(images, labels, width[0] + 1, "multilabel", splits)
-    labels = labels[:, 0]
-    if labels.min() < 0 or labels.max() < 1:
+        return Source(x, y, width[0] + 1, "multilabel", splits)
+    y = y[:, 0]
+    if y.min() < 0 or y.max() < 1:
         raise ValueError(
-            f"{path} must have labels >= 0 of two or more classes; given {labels.min()} to "
-            f"{labels.max()}"
+            f"{path} must have labels >= 0 of two or more classes; given {y.min()} to {y.max()}"
         )
-    if labels.max() >= len(labels):
+    if y.max() >= len(y):
         raise ValueError(
-            f"{path} must have fewer classes than its {len(labels)} samples, from 0 on; given "
-            f"a label of {labels.max()}"
+            f"{path} must have fewer classes than its {len(y)} samples, from 0 on; given a label "
+            f"of {y.max()}"
         )
-    return Source(images, labels, int(labels.max()) + 1, task or "multiclass", splits)
+    return Source(x, y, int(y.max()) + 1, task or "multiclass", splits)
 
 
 def _from_arrays(
@@ -258,7 +258,7 @@ def _from_arrays(
             f"{path} must hold labels of integers or texts [{len(inputs)}], one for each of its "
             f"{kinds[0]}; given {labels.dtype}{list(labels.shape)}"
         )
-    if kinds == ["images"]:
+    if kinds == ["images"] and inputs.dtype.kind == "f":
         checks.pixels(**{f"{path}: images": inputs})
     names, labels = np.unique(labels, return_inverse=True)
     if len(names) < 2:
