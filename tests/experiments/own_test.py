@@ -167,7 +167,7 @@ def test_named_samples_are_trusted_with_the_labels_that_are_given(images, tmp_pa
     assert own.get_config(str(images)).method.saflex.rule.noise_rate == own.UNKNOWN
     made = task.make_data(config)
     files = made.source.extra["file"][made.rows]
-    assert len(files) == 48 and files[-3:].tolist() == ["a/002.png", "b/000.png", "b/003.png"]
+    assert len(files) == 49 and files[-3:].tolist() == ["a/002.png", "b/000.png", "b/003.png"]
     assert made.held_out.labels.argmax(1).tolist() == [0, 0, 1]
     assert build.run_info(config, made.pools).num_trusted == 3
     with pytest.raises(ValueError, match=r"config.data.val must be 0 with trusted="):
@@ -256,11 +256,11 @@ def read(file):
 def test_audit_and_export_name_files_and_know_no_truth_that_was_not_told(workdir, images, capsys):
     export.main([f"--workdir={workdir}"])
     rows = read(workdir / "candidates.csv")
-    assert len({row["file"] for row in rows}) == len(rows) == 48
+    assert len({row["file"] for row in rows}) == len(rows) == 50
     assert all((images / row["file"]).exists() for row in rows) and "bad" not in rows[0]
     assert sum(row["trusted"] == "1" for row in rows) == 6
     audit.main([f"--workdir={workdir}", "--draws=1"])
-    assert "of 42 labels are" in capsys.readouterr().out
+    assert "of 44 labels are" in capsys.readouterr().out
     right = [f"{f.relative_to(images)},{'ab'[int(f.stem) % 2]}" for f in images.glob("*/*.png")]
     audit.main([f"--workdir={workdir}", "--draws=1", f"--truth={named(workdir / 'r', *right)}"])
     assert "recall" in capsys.readouterr().out
