@@ -378,43 +378,83 @@ class Fidelity(reporting.Benchmark):
     @staticmethod
     def draw(report, file):
         """Every direction beside every truth, and some over the course of training."""
+        from experiments import style
+
         agreement = report["agreement"]
-        draw_all(agreement).savefig(file, dpi=110)
-        draw_course(agreement).savefig(file.with_stem(file.stem + "_course"), dpi=110)
+        with style.look():
+            style.save(draw_all(agreement), file)
+            style.save(draw_course(agreement), file.with_stem(file.stem + "_course"))
 
 
 def draw_all(agreement: dict):
     """Rank correlation of every direction with every truth, one panel a problem."""
-    problems = agreement["over_all"]
-    figure, axes = reporting.panels(len(problems), size=(4.6 * len(problems) + 1.6, 9))
-    for axis, (name, by_truth) in zip(axes[0], problems.items()):
-        rows, truths_there = ranks(by_truth), [t for t in TRUTHS if t in by_truth]
-        values = np.array([[row.get(t) for t in truths_there] for row in rows.values()], float)
-        axis.imshow(values, cmap="RdYlBu", vmin=-1, vmax=1, aspect="auto")
+    from experiments import style
+
+    problems = {name: ranks(by_truth) for name, by_truth in agreement["over_all"].items()}
+    names = list(dict.fromkeys(name for rows in problems.values() for name in rows))
+    truths_of = {
+        name: [truth for truth in TRUTHS if truth in agreement["over_all"][name]]
+        for name in problems
+    }
+    figure = style.figure(
+        1.4 + 0.175 * len(names),
+        "How well do scores (rows) rank samples, by what really happens (columns)? Spearman's "
+        "correlation, mean over moments of training",
+    )
+    widths = [len(found) for found in truths_of.values()]
+    axes = figure.subplots(1, len(problems), squeeze=False, sharey=True, width_ratios=widths)[0]
+    for axis, (problem, rows) in zip(axes, problems.items()):
+        columns = truths_of[problem]
+        values = np.array([[rows.get(n, {}).get(t) for t in columns] for n in names], float)
+        axis.imshow(values, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                style = {"fontsize": 8, "color": "white" if abs(value) > 0.75 else "black"}
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", **style)
-        axis.set_title(f"{name}: Spearman's correlation")
-        axis.set_xticks(range(len(truths_there)), truths_there, rotation=45, ha="right", fontsize=9)
-        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+                axis.text(column, row, f"{value:.2f}".replace("0.", "."), ha="center", va="center",
+                          fontsize=style.SMALL,
+                          color="white" if value > 0.7 else style.INK)  # fmt: skip
+        axis.set_title(problem)
+        axis.set_xticks(range(len(columns)), columns, rotation=90)
+        axis.set_yticks(range(len(names)), names)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
     return figure
 
 
 def draw_course(agreement: dict):
-    """Rank correlation over the course of training."""
-    problems, columns = agreement["by_moment"], len(COURSE_TRUTHS)
-    size = (3.2 * columns, 2.7 * len(problems) + 0.6)
-    figure, axes = reporting.panels(columns, rows=len(problems), size=size, sharey=True)
-    for line, (name, by_truth) in zip(axes, problems.items()):
+    """Rank correlation over the course of training; some directions are named."""
+    from experiments import style
+
+    looks = {
+        "head cg .1": {"color": style.OURS, "lw": 2.5},
+        "identity": {"color": style.HELD_OUT, "lw": 2},
+        "cg .1": {"color": style.ALL, "lw": 1.5},
+        "implicit": {"color": style.ALL, "lw": 1.5, "ls": ":"},
+    }
+    problems = agreement["by_moment"]
+    figure = style.figure(
+        0.9 + 1.6 * len(problems),
+        "How long in training do scores rank samples well? Spearman's correlation",
+    )
+    grid = figure.subplots(len(problems), len(COURSE_TRUTHS), squeeze=False, sharey=True)
+    for line, (name, by_truth) in zip(grid, problems.items()):
         for axis, truth in zip(line, COURSE_TRUTHS):
+            ends = []
             for direction in (d for d in COURSE if d in by_truth.get(truth, {})):
                 course = by_truth[truth][direction]
                 course = course.get("rank", course.get("utility_rank"))
-                axis.plot(list(course), list(course.values()), "o-", ms=4, label=direction)
-            axis.set(title=f"{name}: {truth}", xlabel="step of training", ylim=(-0.6, 1.05))
-            axis.axhline(0, color="k", lw=0.5)
-    axes[0, 0].legend(fontsize=7)
+                look = looks.get(direction, {"color": style.LINE, "lw": 1, "zorder": 1})
+                steps = ["opt." if step == "optimum" else step for step in course]
+                axis.plot(steps, list(course.values()), marker="o", ms=3, **look)
+                if direction in looks:
+                    ends.append((list(course.values())[-1], direction, look["color"]))
+            axis.set(ylim=(-0.1, 1.05))
+            axis.axhline(0, color=style.INK, lw=0.8)
+            axis.set_title(f"{name}: {truth}", fontsize=style.SMALL)
+        style.ends(axis, ends, least=0.14)
+        line[0].set_ylabel("rank correlation")
+    for axis in line:
+        axis.set_xlabel("step of training")
+    style.key(figure, {"other directions (the named: at the right)": {"color": style.LINE}})
     return figure
 
 

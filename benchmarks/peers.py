@@ -40,6 +40,7 @@ from saflex_jax.types import Model, PyTree, Rule, Streams, Targets
 RATE, MOMENTUM, SEED = 0.01, 0.9, 0
 HIDDEN, META_RATE = 100, 1e-3  # of Meta-Weight-Net
 SECONDS = 1.0  # of one job in one round
+LONGEST = 5  # plain steps that the figure has room for
 NETWORKS = {
     "small_cnn": step_cost.Model(partial(models.SmallCNN, (32, 64)), (32, 32, 3)),
     "resnet": step_cost.Model(partial(models.ResNet18, width=32), (32, 32, 3), slow=True),
@@ -409,17 +410,37 @@ class Peers(reporting.Benchmark):
 
     @staticmethod
     def draw(report, file):
-        """The ratios, this project and peers in two colours."""
+        """The ratios, least first, this project and peers in two colours."""
+        from experiments import style
+
         networks = report["ratios"]
-        figure, axes = reporting.panels(len(networks), size=(5.5 * len(networks), 5))
-        for axis, (network, entries) in zip(axes[0], networks.items()):
-            ours, theirs = (
-                {name: e["ratio"] if e["own"] == own else None for name, e in entries.items()}
-                for own in (True, False)
-            )
-            reporting.bars(axis, {"this project": ours, "peers": theirs}, longest=5.0)
-            axis.set_title(network)
-        reporting.save(figure, axes[0, 0], file, columns=2)
+        with style.look():
+            figure = style.figure(3.6, "What does a step that learns cost, in plain steps?")
+            axes = figure.subplots(1, len(networks), squeeze=False)[0]
+            for axis, (network, entries) in zip(axes, networks.items()):
+                measured = {n: e for n, e in entries.items() if e["ratio"] is not None}
+                order = sorted(measured, key=lambda n: measured[n]["ratio"])
+                shades = [style.OURS if entries[n]["own"] else style.OTHER for n in order]
+                axis.barh(order, [min(measured[n]["ratio"], LONGEST) for n in order], color=shades)
+                for row, name in enumerate(order):
+                    ratio = measured[name]["ratio"]
+                    text = f"{ratio:.2f}" if ratio <= LONGEST else f"{ratio:.0f} →"
+                    axis.text(min(max(ratio, 1), LONGEST) + 0.1, row, text, va="center",
+                              fontsize=style.SMALL)  # fmt: skip
+                for label, shade in zip(axis.get_yticklabels(), shades):
+                    label.set_color(style.OURS if shade == style.OURS else style.INK)
+                axis.axvline(1, color=style.INK, lw=0.8)
+                axis.set(xlim=(0, 1.15 * LONGEST), ylim=(len(order) - 0.4, -0.6))
+                axis.set_xticks(range(LONGEST + 1))
+                axis.tick_params(axis="y", length=0)
+                axis.set_xlabel("time, in plain steps of the same framework")
+                axis.set_title(network)
+            square = {"marker": "s", "ls": ""}
+            style.key(figure, {
+                "this project": square | {"color": style.OURS},
+                "peers (jax_*: what a JAX user would write)": square | {"color": style.OTHER},
+            })  # fmt: skip
+            style.save(figure, file)
 
 
 main = partial(reporting.command, Peers)

@@ -14,8 +14,6 @@ import tqdm
 from benchmarks import timing
 from saflex_jax import checks
 
-BLUE, ORANGE = "#0072B2", "#E69F00"  # told apart by the colour-blind
-
 
 class Benchmark:
     """A benchmark as a command; `__init__(options)` refuses bad options before anything runs.
@@ -161,36 +159,3 @@ def nested(flat: Mapping[tuple[str, ...], object]) -> dict:
 def ratio(above: float | None, below: float | None) -> float | None:
     """above / below; None unless both were measured."""
     return None if above is None or below is None else above / below
-
-
-# --- figures
-
-
-def panels(columns: int, *, size: tuple[float, float], rows: int = 1, **options):
-    """(figure, its axes as an array [rows, columns]); `options` as for `Figure.subplots`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def bars(axis, values: Mapping[str, Mapping[str, float | None]], *, longest: float) -> None:
-    """Bars to the right, label -> row -> length, side by side; longer ones are cut."""
-    height = 0.8 / len(values)
-    for number, (label, lengths) in enumerate(values.items()):
-        places = [place + number * height for place in range(len(lengths))]
-        cut = [min(length or 0.0, longest) for length in lengths.values()]
-        drawn = axis.barh(places, cut, height=height, color=(BLUE, ORANGE)[number], label=label)
-        texts = [f"{length:.2f}" if length else "" for length in lengths.values()]
-        axis.bar_label(drawn, texts, padding=3, fontsize=7)
-        axis.set_yticks(range(len(lengths)), list(lengths), fontsize=8)
-    axis.axvline(1, color="grey", linewidth=0.8, zorder=0)
-    axis.set(xlim=(0, 1.15 * longest), xlabel="plain steps")
-    axis.invert_yaxis()
-
-
-def save(figure, axis, file: pathlib.Path, *, columns: int) -> None:
-    """Writes it, with the legend of one axis below."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
-    figure.savefig(file, dpi=110)

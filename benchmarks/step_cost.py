@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -461,20 +462,49 @@ class StepCost(reporting.Benchmark):
 
     @staticmethod
     def draw(report, file):
-        """Ratios to the plain step, of operations and of time, with the floors as ticks."""
-        names = list(report["shared_forward"])
-        figure, axes = reporting.panels(len(names), size=(2.2 + 3.2 * len(names), 6), sharey=True)
-        for axis, name in zip(axes[0], names):
-            rows, keys = report[name], {"operations": "flops_ratio", "time": "seconds_ratio"}
-            lengths = {
-                label: {v: row[key] for v, row in rows.items()} for label, key in keys.items()
-            }
-            reporting.bars(axis, lengths, longest=3.2)
-            floors = [row["floor"] or np.nan for row in rows.values()]
-            ticks = dict(marker="|", s=130, color="black", zorder=3, label="floor")
-            axis.scatter(floors, np.arange(len(rows)) + 0.2, **ticks)
-            axis.set_title(name)
-        reporting.save(figure, axes[0, 0], file, columns=3)
+        """Ratios to the plain step: bars of operations, dots of time, floors as ticks."""
+        from experiments import style
+
+        names, longest = list(report["shared_forward"]), 3.2
+        dot = {"color": style.ALL, "marker": "o", "ms": 5, "mec": style.PAPER, "ls": ""}
+        tick = {"color": style.INK, "marker": "|", "ms": 10, "mew": 1.5, "ls": ""}
+        with style.look():
+            figure = style.figure(4.2, "What does a step cost, in plain steps of the same network?")
+            axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+            for axis, name in zip(axes, names):
+                rows = report[name]
+                lengths, seconds, floors = (
+                    {variant: row[key] for variant, row in rows.items()}
+                    for key in ("flops_ratio", "seconds_ratio", "floor")
+                )
+                places = range(len(rows))
+                cut = [min(length or np.nan, longest) for length in lengths.values()]
+                axis.barh(places, cut, color=style.HELD_OUT, height=0.7)
+                axis.plot([floor or np.nan for floor in floors.values()], places, **tick)
+                axis.plot([min(s or np.nan, longest) for s in seconds.values()], places, **dot)
+                for place, length in enumerate(lengths.values()):
+                    text = (
+                        ""
+                        if length is None
+                        else f"{length:.2f}"
+                        if length < 10
+                        else f"{length:.1f}"
+                    )
+                    axis.text(1.25, place, text, va="center", ha="right", fontsize=style.SMALL,
+                              transform=axis.get_yaxis_transform())  # fmt: skip
+                axis.axvline(1, color=style.INK, lw=0.8, zorder=0)
+                axis.set_title(textwrap.fill(name.replace("_", " "), 10))
+                axis.set(xlim=(0, 1.05 * longest), ylim=(len(rows) - 0.4, -0.6))
+                axis.set_xlabel("plain steps")
+                axis.tick_params(axis="y", length=0)
+            axes[0].set_yticks(places, list(rows))
+            bar = {"color": style.HELD_OUT, "marker": "s", "ls": ""}
+            style.key(figure, {
+                "operations (bar and number; cut at the edge)": bar,
+                "the floor, counted by hand": tick,
+                "time (cut at the edge)": dot,
+            })  # fmt: skip
+            style.save(figure, file)
 
 
 main = partial(reporting.command, StepCost)

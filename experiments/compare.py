@@ -21,7 +21,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import arms, command_line, figures, task
+from experiments import arms, command_line, figures, style, task
 from saflex_jax import checks
 
 _CONFIG = config_flags.DEFINE_config_file("config")
@@ -54,12 +54,13 @@ def main(argv: list[str]) -> None:
     runs = {arm: [records[arm, seed] for seed in seeds] for arm in {base: None, **configs}}
     summary = arms.summary(runs)
     differences = {arm: numbers["difference"] for arm, numbers in summary.items()}
+    trusted = f", {config.data.val} trusted samples" if config.data.val else ""
     figure = figures.compare(
         runs,
-        title=task.title(config.data),
+        title=task.title(config.data) + trusted,
         differences=differences if config.get("arms") else None,
     )
-    figure.savefig(workdir / "compare.png", dpi=150)
+    style.save(figure, workdir / "compare.png")
     print(json.dumps(summary) if _JSON.value else arms.table(summary, figures.measure(runs)))
     print(f"figure: {workdir / 'compare.png'}", file=sys.stderr)
 

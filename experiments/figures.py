@@ -6,12 +6,10 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments import style
 from saflex_jax.types import Targets
 
-COLOURS = {"upstream": "#8a8a8a", "upstream_train_val": "#4d4d4d", "trusted_only": "#c17c1a",
-           "saflex": "#1b6ca8", "saflex_train_val": "#0a3d62"}  # fmt: skip
-RIGHT, WRONG = "#2a9d5c", "#d1495b"
-ROWS, COLUMNS = 2, 8
+ROWS, COLUMNS = 2, 6
 
 
 def pick(data, learned: Targets) -> list[dict]:
@@ -40,6 +38,7 @@ def measure(runs: dict[str, list[dict]]) -> str:
     return "test_auc" if "test_auc" in first else "test_accuracy"
 
 
+@style.look()
 def compare(
     runs: dict[str, list[dict]], *, title: str, differences: dict[str, dict] | None = None
 ) -> Figure:
@@ -47,7 +46,7 @@ def compare(
 
     Args:
       runs: arm -> one record a seed, as `experiments.arms.run` returns them.
-      title: of the figure.
+      title: the task, in a few words.
       differences: arm -> `experiments.arms.paired_difference` to the first arm; None leaves their
         panel out.
     """
@@ -55,15 +54,13 @@ def compare(
     samples = saflex[0].get("samples", [])
     images = bool(samples) and np.ndim(samples[0]["input"]) == 3
     panels = 1 + (differences is not None) + bool(samples)
-    width = max(5.5, 0.9 * len(runs))  # room for the arms' names
-    size = max(width * panels, 8), 7.2 if images else 4
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title)
-    top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.05]) if images else [figure]
-    accuracy, *others = top.subplots(1, panels, squeeze=False)[0]
-    _draw_accuracy(accuracy, runs)
+    heights = [1.0 + 0.36 * len(runs), 3.3 if images else 0.0]
+    figure = style.figure(sum(heights), f"Which way of training does best? {title}")
+    top, *bottom = figure.subfigures(2, 1, height_ratios=heights) if images else [figure]
+    scores, *others = top.subplots(1, panels, squeeze=False)[0]
+    _draw_scores(scores, runs)
     if differences is not None:
-        _draw_differences(others.pop(0), differences, measure(runs))
+        _draw_differences(others.pop(0), differences)
     if samples:
         _draw_weights(others.pop(), saflex)
     if images:
@@ -71,75 +68,110 @@ def compare(
     return figure
 
 
-def colour(arm: str, place: int) -> str:
-    """The arm's colour; by its place if it has none of its own."""
-    return COLOURS.get(arm, f"C{place}")
-
-
-def _name_arms(axis, arms) -> None:
-    lines = [arm.replace("_", "\n", 1) for arm in arms]
-    axis.set_xticks(range(len(lines)), lines, fontsize=9)
-
-
-def _draw_accuracy(axis, runs: dict[str, list[dict]]) -> None:
-    name = measure(runs)
-    for place, (arm, records) in enumerate(runs.items()):
-        values, shade = [r[name] for r in records], colour(arm, place)
+def _draw_scores(axis, runs: dict[str, list[dict]]) -> None:
+    """A row for each arm: a dot for each seed, a bar at their mean, which is written at the end."""
+    measured = measure(runs)
+    for row, (arm, records) in enumerate(runs.items()):
+        values, shade = [100 * r[measured] for r in records], style.colour(arm)
         mean = np.mean(values)
-        axis.hlines(mean, place - 0.3, place + 0.3, color=shade, lw=3)
-        axis.plot(np.full(len(values), place), values, "o", color=shade, ms=5, alpha=0.7)
-        axis.annotate(f"{mean:.3f}", (place, max(values)), xytext=(0, 5),
-                      textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
-    axis.margins(x=0.1, y=0.15)
-    _name_arms(axis, runs)
-    axis.set_ylabel(f"{name.replace('_', ' ')} (line: mean, dot: seed)")
+        axis.plot(values, np.full(len(values), row), "o", color=shade, ms=5, alpha=0.55, mew=0)
+        axis.vlines(mean, row - 0.3, row + 0.3, color=shade, lw=3)
+        axis.text(1.02, row, f"{mean:.1f}", color=_written(arm), weight="bold", va="center",
+                  transform=axis.get_yaxis_transform())  # fmt: skip
+    _name_rows(axis, runs)
+    axis.set_title("dot: a seed, bar: mean", weight="normal")
+    axis.set_xlabel(f"{measured.replace('_', ' ')}, %")
 
 
-def _draw_differences(axis, differences: dict[str, dict], name: str) -> None:
+def _name_rows(axis, arms) -> None:
+    """The first arm on top."""
+    axis.set_yticks(range(len(arms)), map(style.name, arms))
+    for label, arm in zip(axis.get_yticklabels(), arms):
+        label.set_color(_written(arm))
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x")
+
+
+def _written(arm: str) -> str:
+    """The colour of what is written of an arm, dark enough to read: SAFLEX stands out."""
+    return style.OURS if arm.startswith("saflex") else style.INK
+
+
+def _draw_differences(axis, differences: dict[str, dict]) -> None:
     base, *_ = differences
-    axis.axhline(0, color=COLOURS["upstream"], lw=1)
-    for place, (arm, difference) in enumerate(differences.items()):
+    axis.axvline(0, color=style.INK, lw=1)
+    for row, (arm, difference) in enumerate(differences.items()):
         if difference is None:
             continue
-        shade = colour(arm, place)
-        axis.plot(place, difference["mean"], "o", color=shade)
+        shade = style.colour(arm)
+        axis.plot(100 * difference["mean"], row, "o", color=shade)
         if difference["low"] is not None:
-            axis.vlines(place, difference["low"], difference["high"], color=shade, lw=2)
-    _name_arms(axis, differences)
-    axis.set_xlim(-0.5, len(differences) - 0.5)
-    axis.set_ylabel(f"{name.replace('_', ' ')} minus that of {base},\nseed by seed (95 % interval)")
+            axis.hlines(row, 100 * difference["low"], 100 * difference["high"], color=shade, lw=2)
+    _name_rows(axis, differences)
+    axis.set_yticks([])
+    axis.set_title(f"minus {style.name(base)}".replace("\n", " "), weight="normal")
+    axis.set_xlabel("points, seed by seed (95 % interval)")
 
 
 def _draw_weights(axis, records: list[dict]) -> None:
-    for name, colour in (("right", RIGHT), ("wrong", WRONG)):
+    ends = []
+    for name, shade in (("right", style.RIGHT), ("wrong", style.WRONG)):
         key = f"eval/weight_{name}"
         histories = [r["history"] for r in records if key in r["history"][0]]
         if not histories:
             continue  # no seed has such a label among the probed samples
         curves = np.array([[h[key] for h in history] for history in histories])
         steps = [h["step"] for h in histories[0]]
-        axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
-        axis.plot(steps, curves.mean(0), color=colour, label=f"{name} prior label")
-    axis.set_xlabel("step")
-    axis.set_ylabel("mean learned weight (band: seeds)")
+        axis.fill_between(steps, curves.min(0), curves.max(0), color=shade, alpha=0.15, lw=0)
+        axis.plot(steps, curves.mean(0), color=shade, lw=2)
+        ends.append((curves.mean(0)[-1], f"{name}\nlabels", shade))
+    axis.axhline(1, color=style.MUTED, lw=1, ls=":", zorder=0)
     axis.set_ylim(bottom=0)
-    axis.legend(title="SAFLEX, training samples with a", fontsize=9)
+    style.ends(axis, ends, least=0.2)
+    axis.set_title("The weights SAFLEX learns", weight="normal")
+    axis.set_xlabel("training step (band: seeds)")
+    axis.set_ylabel("mean weight in the loss")
 
 
 def _draw_samples(figure, samples: list[dict], seed: int) -> None:
+    """Of each kind of given label the first samples, with what SAFLEX made of them."""
     figure.suptitle(
-        "prior label → learned label (its probability), weight; green: learned label right.\n"
-        f"Above: right priors, below: wrong priors; seed {seed}.",
-        fontsize=10,
-    )
-    lines = [[s for s in samples if s["wrong"] == wrong] for wrong in (False, True)]
-    axes = figure.subplots(ROWS, COLUMNS)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, s in ((axis, s) for row, line in zip(axes, lines) for axis, s in zip(row, line)):
-        axis.imshow(np.squeeze(s["input"]), cmap="gray_r")
-        axis.set_title(
-            f"{s['prior']} → {s['label']} ({s['confidence']:.2f})\nw = {s['weight']:.2f}",
-            fontsize=9,
-            color=RIGHT if s["label"] == s["clean"] else WRONG,
-        )
+        "What SAFLEX makes of single samples: the label, and the weight "
+        f"(bar; mark: 1, as without SAFLEX). Seed {seed}, the first of each kind",
+        x=0.012, ha="left", fontsize=style.TEXT, weight="normal",
+    )  # fmt: skip
+    kinds = [("right", False, style.RIGHT), ("wrong", True, style.WRONG)]
+    most = max(1.0, *(s["weight"] for s in samples))
+    for line, (kind, wrong, shade) in zip(figure.subplots(ROWS, COLUMNS), kinds):
+        for axis in line:
+            axis.set_axis_off()
+        line[0].text(-0.25, 0.5, f"given label\nis {kind}", color=shade, weight="bold",
+                     ha="right", va="center", transform=line[0].transAxes)  # fmt: skip
+        for axis, sample in zip(line, (s for s in samples if s["wrong"] == wrong)):
+            _draw_sample(axis, sample, most)
+
+
+def _draw_sample(axis, sample: dict, most: float) -> None:
+    """The image; below it the given label, the learned one, and a bar as long as its weight."""
+
+    def said(height, text, right):
+        axis.text(0.5, height, f"{text} {'✓' if right else '✗'}", ha="center", va="top",
+                  fontsize=style.SMALL, color=style.RIGHT if right else style.WRONG,
+                  transform=axis.transAxes)  # fmt: skip
+
+    def bar(start, end, **options):
+        axis.plot([start / most, end / most], [-0.52, -0.52], transform=axis.transAxes,
+                  clip_on=False, solid_capstyle="butt", **options)  # fmt: skip
+
+    # No label is right of a sample that is of no class; its given label is its clean one.
+    outside = sample["wrong"] and sample["prior"] == sample["clean"]
+    axis.imshow(np.squeeze(sample["input"]), cmap=style.PRINTED)
+    said(-0.04, f"given {sample['prior']}", not sample["wrong"])
+    learned = f"learned {sample['label']} ({sample['confidence']:.0%})"
+    said(-0.22, learned, sample["label"] == sample["clean"] and not outside)
+    bar(0, most, color=style.LINE, lw=6)
+    bar(0, sample["weight"], color=style.OURS, lw=6)
+    bar(0.985, 1.015, color=style.INK, lw=10)
+    axis.text(1.05, -0.52, f"{sample['weight']:.2f}", va="center", fontsize=style.SMALL,
+              transform=axis.transAxes)  # fmt: skip

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from experiments import arms, build, task
+from experiments import arms, build, style, task
 from saflex_jax import checks, configure, parallel
 from saflex_jax.augment.transformations import transformed
 from saflex_jax.batches import take
@@ -33,9 +33,9 @@ _ARM = flags.DEFINE_string("arm", "", "Arm of the config; default: the config as
 _WORKDIR = flags.DEFINE_string("workdir", "runs/gallery", "The figure goes here.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar on stderr.")
 
-ROWS, MOMENTS = 4, 4  # pairs or samples shown; looks after each quarter of the run
+ROWS, MOMENTS = 4, 3  # pairs or samples shown; looks after each third of the run
+LIKELIEST = 3  # classes of the aggregate that are shown
 SHARE = 0.6  # lambda of the pairs that are shown
-RIGHT, WRONG = "#2a9d5c", "#d1495b"
 
 
 def samples(data: task.Data, *, of_val: bool) -> Batch:
@@ -47,6 +47,7 @@ def samples(data: task.Data, *, of_val: bool) -> Batch:
     return jax.tree.map(jnp.asarray, chosen)
 
 
+@style.look()
 def masks_through(
     config: ConfigDict,
     data: task.Data,
@@ -63,30 +64,35 @@ def masks_through(
     mixture = mixtures.Mixture(jnp.stack(partners), shares)
     look = jax.jit(lambda state: mixtures.look(model, block, state, shown, mixture))
 
-    figure = Figure(figsize=(1.5 * (2 + 2 * len(states)), 1.75 * ROWS), layout="constrained")
+    figure = style.figure(
+        1.25 * ROWS,
+        f"What does {_ARM.value or config.method.name} mix, at lambda = {SHARE}? "
+        f"{task.title(config.data)}, seed {config.seed}",
+    )
     axes = figure.subplots(ROWS, 2 + 2 * len(states), squeeze=False)
+    plain = {"weight": "normal", "loc": "center"}
     for column in range(2):
         for row in range(ROWS):
             _image(axes[row, column], shown.inputs[partners[column][row]])
-        axes[0, column].set_title(("first", "second")[column], fontsize=9)
+        axes[0, column].set_title(("first", "second")[column], **plain)
     for place, (step, state) in enumerate(states.items()):
         masks, mixed = jax.device_get(look(state))
         mask_column, mixture_column = 2 + 2 * place, 3 + 2 * place
         for row in range(ROWS):
             drawn = axes[row, mask_column].imshow(masks[0, row], cmap="viridis", vmin=0, vmax=1)
-            axes[row, mask_column].set_xlabel(f"mean {masks[0, row].mean():.2f}", fontsize=8)
+            axes[row, mask_column].set_xlabel(f"mean {masks[0, row].mean():.2f}")
             _image(axes[row, mixture_column], mixed.inputs[row])
-        axes[0, mask_column].set_title(f"mask, step {step}", fontsize=9)
-        axes[0, mixture_column].set_title("mixture", fontsize=9)
+        axes[0, mask_column].set_title(f"mask,\nstep {step}", **plain)
+        axes[0, mixture_column].set_title("mixture", **plain)
     _bare(axes)
-    figure.colorbar(drawn, ax=axes, shrink=0.6, label="share of the first image in a pixel")
-    figure.suptitle(
-        f"{_ARM.value or config.method.name} on {task.title(config.data)}: lambda = {SHARE}, "
-        f"seed {config.seed}"
-    )
+    figure.colorbar(
+        drawn, ax=axes, location="bottom", shrink=0.4, aspect=40,
+        label="mask: share of the first image in a pixel",
+    )  # fmt: skip
     return figure
 
 
+@style.look()
 def views_of(
     config: ConfigDict, data: task.Data, model: Model, options: sla.Options, state: TrainState
 ) -> Figure:
@@ -99,11 +105,15 @@ def views_of(
     # Of each view, given its transformation.
     of_view = joint.reshape(ROWS, views, -1, views)[:, np.arange(views), :, np.arange(views)]
     each = jax.nn.softmax(jnp.swapaxes(of_view, 0, 1))
-    together = jax.nn.softmax(sla.aggregate(joint, views))
+    together = np.asarray(jax.nn.softmax(sla.aggregate(joint, views)))
     names = data.source.class_names or tuple(map(str, range(data.source.num_classes)))
     truth = np.argmax(shown.labels, -1)
 
-    figure = Figure(figsize=(1.7 * (views + 1.6), 1.9 * ROWS), layout="constrained")
+    figure = style.figure(
+        1.65 * ROWS,
+        f"What does SLA say of each view, and of all together? {task.title(config.data)}, "
+        f"validation samples, seed {config.seed}",
+    )
     ratios = [*[1] * views, 1.6]
     axes = figure.subplots(ROWS, views + 1, squeeze=False, width_ratios=ratios)
     for row in range(ROWS):
@@ -111,29 +121,31 @@ def views_of(
             best = int(each[row, view].argmax())
             _image(axes[row, view], seen[row * views + view])
             axes[row, view].set_title(
-                f"{names[best]} {each[row, view, best]:.2f}",
-                fontsize=8,
-                color=RIGHT if best == truth[row] else WRONG,
-            )
-        bars = axes[row, views]
-        colours = [RIGHT if k == truth[row] else "#8a8a8a" for k in range(len(names))]
-        bars.barh(range(len(names)), together[row], color=colours)
-        bars.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
-        bars.set_yticks(range(len(names)), names, fontsize=6)
-        bars.set_title("aggregated" if row == 0 else "", fontsize=9)
+                f"{names[best]} {each[row, view, best]:.0%} {'✓' if best == truth[row] else '✗'}",
+                fontsize=style.SMALL, weight="normal", loc="center",
+                color=style.RIGHT if best == truth[row] else style.WRONG,
+            )  # fmt: skip
+        bars, best = axes[row, views], np.argsort(together[row])[::-1][:LIKELIEST]
+        colours = [style.RIGHT if k == truth[row] else style.OTHER for k in best]
+        bars.barh(range(len(best)), 100 * together[row, best], color=colours)
+        bars.set(xlim=(0, 100), ylim=(len(best) - 0.4, -1.2))
+        bars.set_yticks(range(len(best)), [names[k] for k in best])
+        bars.tick_params(axis="y", length=0)
+        bars.set_xlabel("probability, %" if row == ROWS - 1 else "")
+    axes[0, views].set_title("all views together (green: right)", weight="normal")
     _bare(axes[:, :views])
-    figure.suptitle(f"SLA on {task.title(config.data)}: validation samples, seed {config.seed}")
     return figure
 
 
 def _image(axis, image) -> None:
     image = np.clip(np.squeeze(np.asarray(image)), 0, 1)
-    axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+    axis.imshow(image, cmap=style.PRINTED, vmin=0, vmax=1)
 
 
 def _bare(axes) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
 
 
 def is_drawn(options: Any) -> bool:
@@ -188,7 +200,7 @@ def main(argv: list[str]) -> None:
         figure = views_of(config, data, model, options, result.state)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / f"{_ARM.value or config.method.name}.png"
-    figure.savefig(path, dpi=130)
+    style.save(figure, path)
     print(path)
 
 

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import command_line, task
+from experiments import command_line, style, task
 from experiments.configs import sources
 from saflex_jax import data
 from saflex_jax.data.splits import chunks
@@ -118,35 +118,36 @@ def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str
     return lines, leak
 
 
+@style.look()
 def sheet(name: str, source: data.Source, rows: np.ndarray) -> Figure:
     """Of training rows: samples of each class, or a histogram of each column by class."""
     has_class = by_class(source)[rows]
     names = tuple(name.replace("$", r"\$") for name in class_names(source))  # not mathematics
+    title = f"{name}: training samples by class"
     if source.columns is None:
-        figure = _samples(source.inputs, [rows[mask] for mask in has_class.T[:ROWS]], names)
+        figure = _samples(title, source.inputs, [rows[mask] for mask in has_class.T[:ROWS]], names)
     else:
         values = np.asarray(source.inputs)[rows].T
-        figure = _histograms(source.columns[:ROWS], values, has_class, names)
-    figure.suptitle(f"{name}: training samples by class", fontsize=10, parse_math=False)
+        figure = _histograms(title, source.columns[:ROWS], values, has_class, names)
     return figure
 
 
-def _samples(inputs: Any, places: list[np.ndarray], names: tuple[str, ...]) -> Figure:
+def _samples(title: str, inputs: Any, places: list[np.ndarray], names) -> Figure:
     rng = np.random.default_rng(0)
-    figure = Figure(figsize=(COLUMNS * 1.1, len(places) * 1.2), layout="constrained")
+    figure = style.figure(0.5 + 1.2 * len(places), title)
     lines = figure.subplots(len(places), COLUMNS, squeeze=False)
     for name, rows, axes in zip(names, places, lines):
         for axis in axes:
             axis.set_axis_off()
         for axis, place in zip(axes, rng.permutation(rows)):
             axis.imshow(np.squeeze(inputs[place]), cmap="gray")
-        axes[0].set_title(name, loc="left", fontsize=8)
+        axes[0].set_title(name, fontsize=style.SMALL)
     return figure
 
 
-def _histograms(columns, values: np.ndarray, has_class: np.ndarray, names) -> Figure:
+def _histograms(title: str, columns, values: np.ndarray, has_class: np.ndarray, names) -> Figure:
     lines = -(-len(columns) // 4)
-    figure = Figure(figsize=(12, 2 * lines), layout="constrained")
+    figure = style.figure(0.5 + 1.6 * lines, title)
     axes = figure.subplots(lines, 4, squeeze=False).flatten()
     for axis in axes[len(columns) :]:
         axis.set_axis_off()
@@ -155,11 +156,10 @@ def _histograms(columns, values: np.ndarray, has_class: np.ndarray, names) -> Fi
         codes = None if column.categories is None else np.arange(len(column.categories))
         bins = 20 if codes is None else np.append(codes, len(codes)) - 0.5
         axis.hist(groups, bins=bins, stacked=True, label=names)
-        axis.set_title(column.name, fontsize=8, parse_math=False)
-        axis.tick_params(labelsize=6)
+        axis.set_title(column.name, fontsize=style.SMALL, parse_math=False)
         if codes is not None and len(codes) <= 8:
             axis.set_xticks(codes, [c[:10] for c in column.categories])
-    axes[0].legend(fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=6)
     return figure
 
 
@@ -177,7 +177,7 @@ def main(argv: list[str]) -> None:
         leaks += leak
         print("\n".join(lines))
         path = out / f"{pathlib.Path(name).stem}.png"
-        sheet(name, source, default_split(source, name).train).savefig(path, dpi=110)
+        style.save(sheet(name, source, default_split(source, name).train), path)
         print(f"contact sheet: {path}\n", file=sys.stderr)
     sys.exit(1 if leaks else 0)
 

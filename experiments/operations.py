@@ -26,7 +26,7 @@ import optax
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments import arms, pool_files, sweeps, task
+from experiments import arms, pool_files, style, sweeps, task
 from experiments.configs import digits, sources
 from saflex_jax import augment, data, models, parallel, rules
 from saflex_jax.augment import Alternatives, of_views
@@ -337,26 +337,30 @@ def _adjusting(by_seed: list[list[dict]]) -> list[str]:
     return lines
 
 
+@style.look()
 def draw(records: list[dict]) -> Figure:
     """Pooled utility against what an operation adds to test accuracy; a panel for each task."""
     names = list(dict.fromkeys(r["task"] for r in records))
-    figure = Figure(figsize=(4.2 * len(names), 3.9), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+    figure = style.figure(3.6, "Does the learned utility say what an operation is worth?")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names):
         own = [r for r in records if r["task"] == name]
         pairs = [effects([r for r in own if r["seed"] == s]) for s in {r["seed"] for r in own}]
         utility, adds = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
-        colours = ["#1b6ca8" if op in HARMLESS else "#d1495b" for op in NAMES]
-        axis.axhline(0, color="#bbbbbb", linewidth=0.8)
-        axis.axvline(0, color="#bbbbbb", linewidth=0.8)
-        axis.margins(x=0.2)  # room for names
-        axis.scatter(utility.mean(0), 100 * adds.mean(0), c=colours, s=18)
-        for place, op in enumerate(NAMES):
-            at = utility[:, place].mean(), 100 * adds[:, place].mean()
-            axis.annotate(op.replace("_", " "), at, fontsize=6.5, xytext=(3, 3),
-                          textcoords="offset points")  # fmt: skip
-        axis.set_title(f"{name}, {len(pairs)} seeds", fontsize=9)
-        axis.set_xlabel("pooled utility (root mean square of scores = 1)", fontsize=8)
-        axis.set_ylabel("what it adds to test accuracy, points", fontsize=8)
+        x, y = utility.mean(0), 100 * adds.mean(0)
+        shades = [style.OURS if op in HARMLESS else style.WRONG for op in NAMES]
+        axis.axhline(0, color=style.LINE, lw=1, zorder=0)
+        axis.axvline(0, color=style.LINE, lw=1, zorder=0)
+        axis.scatter(x, y, c=shades, s=18)
+        style.ends(axis, [(y[n], op.replace("_", " "), shades[n]) for n, op in enumerate(NAMES)],
+                   points=x, least=0.07)  # fmt: skip
+        axis.set_title(f"{name}, {len(pairs)} seeds")
+        axis.set_xlabel("pooled utility\n(root mean square of scores = 1)")
+    axes[0].set_ylabel("points of test accuracy that it adds")
+    style.key(figure, {
+        "harmless": {"color": style.OURS, "marker": "o", "ls": ""},
+        "destroys what the label says": {"color": style.WRONG, "marker": "o", "ls": ""},
+    })  # fmt: skip
     return figure
 
 
@@ -391,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records += own
     wanted = [r for r in records if r["seed"] in seeds and r["task"] in given.tasks.split(",")]
     print(report(wanted))
-    draw(wanted).savefig(given.workdir / "operations.png", dpi=130)
+    style.save(draw(wanted), given.workdir / "operations.png")
     return 0
 
 

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import generating, pool_files
+from experiments import generating, pool_files, style
 from saflex_jax.data.images import image_rows
 from saflex_jax.data.provenance import METADATA, read_lines
 
-ROWS, COLUMNS = 6, 8
-FLAGGED = "#d1495b"
+ROWS, COLUMNS = 6, 7
 
 
+@style.look()
 def draw(folder: pathlib.Path) -> Figure:
     """The first sources of different classes, a column for each prompt; flagged ones are framed.
 
@@ -40,12 +40,16 @@ def draw(folder: pathlib.Path) -> Figure:
     classes = {next(iter(by_source[s].values()))["label"]: s for s in reversed(order)}
     sources = [classes[label] for label in sorted(classes)][:ROWS]
     originals = generating.originals(about, rows)
-    figure = Figure(figsize=(1.5 * (1 + len(prompts)), 1.35 * len(sources)), layout="constrained")
+    cell = style.WIDTH / (1.5 + len(prompts))
+    figure = style.figure(
+        0.6 + (cell + 0.2) * len(sources),
+        "What does each prompt make of a source? Framed: flagged by a filter",
+    )
     axes = figure.subplots(len(sources), 1 + len(prompts), squeeze=False)
     for line, source in zip(axes, sources):
         _show(line[0], originals.read(source))
         label = next(iter(by_source[source].values()))["label"]
-        line[0].set_ylabel(about["class_names"][label], fontsize=8)
+        line[0].set_ylabel(about["class_names"][label])
         for axis, prompt in zip(line[1:], prompts):
             record = by_source[source].get(prompt)
             if record is None:
@@ -53,12 +57,12 @@ def draw(folder: pathlib.Path) -> Figure:
                 continue
             channels = about["shape"][-1]
             _show(axis, image_rows([folder / record["file_name"]], channels=channels)[0])
-            axis.set_xlabel(f"strength {record['strength']:g}", fontsize=7)
+            axis.set_xlabel(f"strength {record['strength']:g}")
             if record["flags"]:
-                axis.spines[:].set(color=FLAGGED, linewidth=3)
+                axis.spines[:].set(visible=True, color=style.WRONG, linewidth=3)
     for axis, title in zip(axes[0], ["source", *prompts]):
-        text = "\n".join(textwrap.wrap(title, 18)[:3]).replace("$", r"\$")
-        axis.set_title(text, fontsize=8)
+        text = "\n".join(textwrap.wrap(title, 16)[:3]).replace("$", r"\$")
+        axis.set_title(text, fontsize=style.SMALL, weight="normal", loc="center")
     return figure
 
 
@@ -66,6 +70,7 @@ def _show(axis, image: np.ndarray) -> None:
     axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
     axis.set_xticks([])
     axis.set_yticks([])
+    axis.spines[:].set_visible(False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", type=pathlib.Path, default=pathlib.Path("runs/pool.png"))
     given = parser.parse_args(arguments)
     try:
-        draw(given.out).savefig(given.figure, dpi=110)
+        style.save(draw(given.out), given.figure)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

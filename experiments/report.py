@@ -30,7 +30,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy import stats
 
-from experiments import arms, report_figures
+from experiments import arms, report_figures, style
 from experiments.suite_tasks import HALVES
 from saflex_jax import checks
 
@@ -539,7 +539,7 @@ def draw(regimes: dict[str, Runs], out: pathlib.Path) -> dict[str, str]:
 
     def save(figure, name, title):
         path = out.with_name(f"{out.stem}_{name}.png")
-        figure.savefig(path, dpi=150)
+        style.save(figure, path)
         names[title] = path.name
 
     own = {regime: found for regime, runs in regimes.items() if (found := points(runs, ARM))}

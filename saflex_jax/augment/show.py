@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import textwrap
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,7 +17,9 @@ import numpy as np
 from saflex_jax.augment import OPERATIONS, corruptions, parse, policies
 from saflex_jax.types import Batch
 
-SIDE, COLUMNS = 96, 6
+SIDE, COLUMNS = 96, 3
+WIDTH, PAPER = 8.6, "#F8F6F1"  # inches, and what figures lie on, as in experiments/style.py
+LINE = 0.14  # inches, of text in 8 points
 # The operations of the policies, from one end of their values to the other.
 VALUES = {
     "identity": [0.0],
@@ -29,7 +32,7 @@ VALUES = {
     "translate_x": np.linspace(-32, 32, COLUMNS),
     "translate_y": np.linspace(-32, 32, COLUMNS),
     "solarize": np.linspace(1, 0, COLUMNS),
-    "posterize": [8, 5, 4, 3, 2, 1],
+    "posterize": [8, 3, 1],
     "brightness": np.linspace(0.1, 1.9, COLUMNS),
     "color": np.linspace(0.0, 1.9, COLUMNS),
     "contrast": np.linspace(0.1, 1.9, COLUMNS),
@@ -48,13 +51,13 @@ PIPELINES = (
 
 
 def photographs(paths: Sequence[str] = ()) -> np.ndarray:
-    """f32[COLUMNS, SIDE, SIDE, 3] in [0, 1]: centre squares of the files, or six bundled views."""
+    """f32[COLUMNS, SIDE, SIDE, 3] in [0, 1]: centre squares of the files, or bundled views."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     if paths:
         images = [Image.open(path).convert("RGB") for path in paths]
-    else:  # scikit-learn's two photographs, three square views of each
+    else:  # scikit-learn's two photographs, square views of both in turn
         whole = [Image.fromarray(photo) for photo in load_sample_images().images]
         lefts = (0, 106, 213)
         images = [photo.crop((x, 0, x + 427, 427)) for x in lefts for photo in whole]
@@ -108,38 +111,52 @@ def rows_of_corruptions(images: np.ndarray, seed: int) -> dict[str, tuple[np.nda
 def _caption(augmented: Batch, row: int) -> str:
     """Operations with their magnitudes, and the label's own share where it is mixed."""
     columns = zip(*(np.asarray(x[row]) for x in augmented.trace))
-    steps = [f"{OPERATIONS[number]} {magnitude:.2g}" for number, magnitude, _ in columns]
+    names = [(OPERATIONS[number], magnitude) for number, magnitude, _ in columns]
+    steps = [f"{_narrow(name)} {magnitude:.2g}" for name, magnitude in names]
     own = float(augmented.labels[row, row])
     return "\n".join([*steps, f"prior {own:.2f}"] if own < 0.995 else steps)
 
 
+def _narrow(name: str) -> str:
+    """On two lines where one would be wider than an image."""
+    return name.replace("_", "\n") if len(name) > 11 else name
+
+
+def _lines(entry: tuple[str, np.ndarray, list[str]]) -> int:
+    """How many lines its name and its longest caption have."""
+    name, _, captions = entry
+    return 2 + name.count("\n") + max(caption.count("\n") for caption in captions)
+
+
 def draw(sheet: dict[str, tuple[np.ndarray, list[str]]], out: pathlib.Path) -> None:
-    """Writes the sheet, a row for each entry, in two columns of rows."""
-    import matplotlib
+    """Writes the sheet, a row for each entry, as many rows beside each other as have room."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    entries = list(sheet.items())
-    height = -(-len(entries) // 2)
-    figure = plt.figure(figsize=(2 * COLUMNS * 1.1 + 3.2, height * 1.25))
-    for half, part in zip((entries[:height], entries[height:]), figure.subfigures(1, 2)):
-        axes = part.subplots(height, COLUMNS)
-        part.subplots_adjust(
-            left=0.17, right=0.99, top=0.985, bottom=0.005, hspace=0.3, wspace=0.04
-        )
+    entries = [(textwrap.fill(name, 42), *row) for name, row in sheet.items()]
+    columns = len(entries[0][2])
+    across = 3 if columns <= 3 else 2
+    height, cell = -(-len(entries) // across), WIDTH / across / (columns + 0.3)
+    blocks = [entries[place * height :][:height] for place in range(across)]
+    lines = [
+        max(_lines(block[row]) for block in blocks if row < len(block)) for row in range(height)
+    ]
+    heights = [cell + LINE * (number + 1) for number in lines]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 3 * LINE), facecolor=PAPER)
+    for block, part in zip(blocks, figure.subfigures(1, across)):
+        part.set_facecolor(PAPER)
+        axes = part.subplots(height, columns, squeeze=False, height_ratios=heights)
+        top = 1 - 2 * LINE / figure.get_figheight()
+        part.subplots_adjust(left=0.03, right=0.97, top=top, bottom=0, hspace=0, wspace=0.06)
         for axis in axes.ravel():
             axis.set_axis_off()
-        for row, (name, (images, captions)) in zip(axes, half):
+        for row, (name, images, captions) in zip(axes, block):
+            row[0].set_title(name, fontsize=8, weight="bold", loc="left", pad=3)
             for axis, image, caption in zip(row, images, captions):
                 axis.imshow(np.clip(image, 0, 1))
-                axis.set_title(caption, fontsize=5.5, pad=2)
-            wrapped = name.replace(", ", ",\n").replace(" | ", " |\n").replace("(wide", "\n(wide")
-            row[0].text(-0.06, 0.5, wrapped, transform=row[0].transAxes, ha="right", va="center",
-                        fontsize=8)  # fmt: skip
+                axis.set_anchor("N")
+                axis.text(0, -0.03, caption, fontsize=8, va="top", transform=axis.transAxes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
+    figure.savefig(out, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None, *, log: Callable[[str], None] = print) -> None:

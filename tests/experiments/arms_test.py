@@ -332,27 +332,29 @@ def test_summary_and_table():
 
 
 def panels(figure):
-    """Label of the vertical axis -> axis."""
-    return {axis.get_ylabel().split(" (")[0].split(",")[0]: axis for axis in figure.axes}
+    """Label of the horizontal axis -> axis."""
+    return {axis.get_xlabel().split(" (")[0]: axis for axis in figure.axes}
 
 
 def test_the_figure_of_general_arms():
     differences = {arm: found["difference"] for arm, found in arms.summary(RUNS).items()}
     found = panels(figures.compare(RUNS, title="x", differences=differences))
-    assert list(found) == ["test accuracy", "test accuracy minus that of z"]
+    assert list(found) == ["test accuracy, %", "points, seed by seed"]
     scores, apart = found.values()
-    ticks = [label.get_text() for label in scores.get_xticklabels()]
-    assert ticks == ["z", "a\nlong_name_of_an_arm"]
-    assert [list(line.get_ydata()) for line in scores.lines] == [
-        [r["test_accuracy"] for r in runs] for runs in RUNS.values()
+    rows = [label.get_text() for label in scores.get_yticklabels()]
+    assert rows == ["z", "a long name of an arm"] and apart.get_title(loc="left") == "minus z"
+    assert [list(line.get_xdata()) for line in scores.lines] == [
+        [100 * r["test_accuracy"] for r in runs] for runs in RUNS.values()
     ]
-    means = [c.get_segments()[0][:, 1].tolist() for c in scores.collections]
-    assert means == [pytest.approx([0.6, 0.6]), pytest.approx([0.75, 0.75])]
+    means = [c.get_segments()[0][:, 0].tolist() for c in scores.collections]
+    assert means == [pytest.approx([60, 60]), pytest.approx([75, 75])]
+    assert [text.get_text() for text in scores.texts] == ["60.0", "75.0"]
     (interval,) = apart.collections  # none of the base
     other = differences["a_long_name_of_an_arm"]
     ends = interval.get_segments()[0]
-    assert ends[:, 1].tolist() == [other["low"], other["high"]] and ends[0, 0] == 1
-    assert apart.lines[1].get_ydata().tolist() == [other["mean"]]
+    assert ends[:, 0].tolist() == [100 * other["low"], 100 * other["high"]] and ends[0, 1] == 1
+    assert apart.lines[1].get_xdata().tolist() == [100 * other["mean"]]
+    assert scores.get_ylim() == apart.get_ylim()  # one row an arm
 
 
 def test_panels_on_what_was_learned_are_those_of_the_arm_saflex():
@@ -367,18 +369,18 @@ def test_panels_on_what_was_learned_are_those_of_the_arm_saflex():
     def draw(runs, **options):
         return figures.compare(runs, title="x", **options)
 
-    weights = "mean learned weight"
+    weights = "training step"
 
     found = panels(draw({"upstream": learned(sample), "saflex": learned(sample)}))
-    assert list(found) == ["test accuracy", weights]
-    right, wrong = found[weights].lines
+    assert list(found) == ["test accuracy, %", weights]
+    right, wrong, _ = found[weights].lines
     assert list(right.get_ydata()) == [1.0, 1.0] and list(wrong.get_ydata()) == [0.5, 0.5]
     with_images = draw({"upstream": learned(image), "saflex": learned(image)})
     assert len(with_images.axes) == 2 + figures.ROWS * figures.COLUMNS
     assert len(panels(draw({"upstream": learned(image), "mine": learned(image)}))) == 1
     difference = {"base": None, "saflex": {"mean": 0.1, "low": None, "high": None}}
     runs = {"base": records([0.5], [1]), "saflex": learned(sample)[:1]}
-    names = ["test accuracy", "test accuracy minus that of base", weights]
+    names = ["test accuracy, %", "points, seed by seed", weights]
     assert list(panels(draw(runs, differences=difference))) == names
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import arms, report, report_figures
+from experiments import arms, report, report_figures, style
 
 
 def line(task, arm, seed, accuracy, **more):
@@ -378,11 +378,12 @@ def test_figures_draw_the_points():
     tasks = [task(2.0, noise=0.4), task(1.0), task(4.0, noise=0.4021)]
     figure = report_figures.gain_against_noise({"pretrained": {"saflex": tasks}, "other": {}})
     left, right = figure.axes
-    assert [a.get_title() for a in figure.axes] == ["pretrained", "other"]
+    assert [a.get_title(loc="left") for a in figure.axes] == ["pretrained", "other"]
     assert not right.lines[1:]  # the zero alone
     dots, line = left.lines[1:3]
     assert dots.get_ydata().tolist() == [2, 1, 4]
-    assert line.get_xydata().tolist() == [[0, 1], [0.4, 3]]  # one level
+    assert line.get_xydata().tolist() == [[0, 1], [40, 3]]  # one level
+    assert [text.get_text() for text in left.texts] == ["saflex"]
 
     tasks = [task(3.0, val=200, family="g"), task(1.0, family="g"), task(9.0, val=100, family="h")]
     figure = report_figures.gain_against_validation({"pretrained": {"saflex": tasks}})
@@ -394,15 +395,21 @@ def test_figures_draw_the_points():
     assert axis.get_xscale() == "log"
 
     figure = report_figures.gain_by_task({
-        "pretrained": [task(3.0, task="a"), task(1.0, task="b", half="development", low=None)],
+        "pretrained": [task(1.0, task="b", half="development", low=None), task(3.0, task="a"),
+                       task(-2.0, task="d", noise=0.4)],
         "scratch": [task(0.0, task="c")],
     })  # fmt: skip
-    left, right = figure.axes
-    assert [label.get_text() for label in left.get_yticklabels()] == ["b - p", "a - p"]
-    dots = [found.get_xydata().tolist() for found in left.lines[1:3]]
-    assert dots == [[[1, 0]], [[3, 1]]] and left.lines[1].get_markerfacecolor() == "white"
-    assert [c.get_segments()[0].tolist() for c in left.collections] == [[[2, 1], [4, 1]]]
-    assert left.get_ylim() == right.get_ylim()
+    upper, lower = figure.axes
+    rows = [label.get_text() for label in upper.get_yticklabels()]
+    assert rows == ["40% are wrong", "d", "0% are wrong", "a", "b"]
+    dots = [found.get_xydata().tolist() for found in upper.lines[1:]]
+    assert dots == [[[-2, 1]], [[3, 3]], [[1, 4]]]
+    assert upper.lines[3].get_markerfacecolor() == style.PAPER  # of the half "development"
+    intervals = [c.get_segments()[0].tolist() for c in upper.collections]
+    assert intervals == [[[-3, 1], [-1, 1]], [[2, 3], [4, 3]]]
+    assert [line.get_color() for line in upper.lines[1:]] == [style.ALL, style.OURS, style.OTHER]
+    assert [text.get_text() for text in upper.texts] == ["- p"] * 3
+    assert [label.get_text() for label in lower.get_yticklabels()] == ["0% are wrong", "c"]
 
 
 def test_the_course_of_a_run_is_that_of_the_seeds_that_learned():
@@ -415,9 +422,11 @@ def test_the_course_of_a_run_is_that_of_the_seeds_that_learned():
     records += [line("b", "saflex", 0, 50, history=[{"step": 50, "kept": 1.0}])]
     found = report.courses(report.by_task(records), "saflex")
     assert list(found) == ["a"] and found["a"]["noise"] == 0.4
-    left, right = report_figures.course(found).axes
-    assert left.lines[0].get_xydata().tolist() == [[0.5, pytest.approx(0.2)], [1, 0.4]]
-    assert right.lines[0].get_ydata().tolist() == [pytest.approx(0.1), 0.2]
+    upper, lower = report_figures.course(found).axes  # one share of wrong labels
+    truth, task = upper.lines
+    assert truth.get_ydata() == [40, 40]
+    assert task.get_xydata().tolist() == [[50, pytest.approx(20)], [100, 40]]
+    assert lower.lines[1].get_ydata().tolist() == [pytest.approx(10), 20]
 
 
 def test_without_results_the_kept_ones_are_read(tmp_path, monkeypatch, capsys):
