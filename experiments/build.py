@@ -36,7 +36,7 @@ from saflex_jax.types import Batch, Method, Model, RunInfo, Streams, TrainState
 
 SECTIONS = {
     "data": sources.FIELDS,
-    "optimizer": ("learning_rate", "weight_decay"),
+    "optimizer": ("learning_rate", "weight_decay", "warmup"),
     "train": (
         *("steps", "batch_size", "val_batch_size", "log_every", "checkpoint_every"),
         "keep_best",
@@ -77,8 +77,16 @@ def check(config: ConfigDict) -> None:
     checks.whole(**{"config.train.val_batch_size": config.train.val_batch_size})
     for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
         checks.positive(**{f"config.train.{name}": config.train[name]})
+    checks.whole(**{"config.optimizer.warmup": _warmup(config)})
+    if _warmup(config) >= config.train.steps:
+        raise ValueError(
+            f"config.optimizer.warmup must be less than config.train.steps = {config.train.steps}; "
+            f"given {_warmup(config)}"
+        )
     if keeps_best(config):
         _check_keep_best(config)
+    if config.model.name == configure.CLIP:
+        _check_clip(config)
     name = config.method.name
     if "clean" in METHODS[name].needs and not config.data.unlabelled:
         raise ValueError(f"config.data.unlabelled must be True with {name}; given False")
@@ -89,6 +97,28 @@ def check(config: ConfigDict) -> None:
             f"config.data.novel must be 0 with {name}, which knows the training classes alone; "
             f"given {config.data.novel}"
         )
+
+
+def _warmup(config: ConfigDict) -> int:
+    """Steps in which the learning rate rises; most configs do not have the field."""
+    return config.optimizer.get("warmup", 0)
+
+
+def _check_clip(config: ConfigDict) -> None:
+    """Refuses what trains no two towers, and options of towers, which their folder decides."""
+    if config.method.name != "flyp":
+        raise ValueError(
+            f"config.method.name must be flyp with model.name={config.model.name!r}; given "
+            f"{config.method.name!r}"
+        )
+    chosen, default = configure.method_options(config.method.to_dict()), METHODS["flyp"].options
+    for name in ("embed_dim", "text"):
+        if getattr(chosen, name) != getattr(default, name):
+            raise ValueError(
+                f"config.method.flyp.{name} must be left as it is with model.name="
+                f"{config.model.name!r}, of which the folder of weights decides; given "
+                f"{getattr(chosen, name)}"
+            )
 
 
 def keeps_best(config: ConfigDict) -> bool:
@@ -258,6 +288,8 @@ def make_model(
             f"such as mlp, for {config.data.name}, whose inputs are {given}; given "
             f"{config.model.name!r}"
         )
+    if config.model.name == configure.CLIP:
+        return configure.make_clip(config.model.to_dict())
     has_categories = isinstance(pools.candidates.inputs, dict)
     backbone = configure.make_backbone(
         config.model.to_dict(),
@@ -295,6 +327,8 @@ def make_method(
     chosen = _with_options(config.to_dict(), options or {})
     rate, decay = (chosen["optimizer"][name] for name in ("learning_rate", "weight_decay"))
     schedule = optax.cosine_decay_schedule(rate, config.train.steps)
+    if warmup := _warmup(config):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.train.steps)
     tx = optax.adamw(schedule, weight_decay=decay)
     if (what := config.model.get("tune", "all")) != "all":
         backbone = configure.make_backbone(config.model.to_dict())

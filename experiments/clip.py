@@ -72,13 +72,31 @@ def measured(tests: Tests, config: ConfigDict) -> Callable[..., dict[str, float]
 def table(
     title: str, records: Mapping, names: Sequence[str], seeds: Sequence[int], tests: Sequence[str]
 ) -> str:
-    """Mean +- standard deviation over seeds in %, a row an arm, a column a test set."""
-    lines = [f"{title:24}" + "".join(f"{test:>22}" for test in tests)]
+    """Mean +- standard deviation over seeds in %, a row an arm, a column a test set.
+
+    The last column is what an arm has more than the first one on the first test set, in points.
+    """
+    lines = [f"{title:24}" + "".join(f"{test:>22}" for test in tests) + f"   {tests[0]}: more"]
+
+    def scores(arm, test):
+        return 100 * np.array([records[arm, s][f"{test}_accuracy"] for s in seeds])
+
+    base = scores(names[0], tests[0])
     for arm in names:
         line = f"{arm:24}"
         for test in tests:
-            scores = 100 * np.array([records[arm, s][f"{test}_accuracy"] for s in seeds])
-            spread = f" +- {scores.std(ddof=1):.2f}" if len(scores) > 1 else ""
-            line += f"{scores.mean():.2f}{spread}".rjust(22)
-        lines.append(line)
+            own = scores(arm, test)
+            spread = f" +- {own.std(ddof=1):.2f}" if len(own) > 1 else ""
+            line += f"{own.mean():.2f}{spread}".rjust(22)
+        apart = arms.paired_difference(scores(arm, tests[0]), base) if arm != names[0] else None
+        lines.append(f"{line}   {_points(apart)}".rstrip())
     return "\n".join(lines)
+
+
+def _points(interval: Mapping[str, float | None] | None) -> str:
+    """Of `arms.paired_difference`: "+1.90 (-0.10 to +3.90)", points and their interval of 95 %."""
+    if interval is None:
+        return ""
+    if interval["low"] is None:
+        return f"{interval['mean']:+.2f}"
+    return f"{interval['mean']:+.2f} ({interval['low']:+.2f} to {interval['high']:+.2f})"

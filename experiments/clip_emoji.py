@@ -6,7 +6,7 @@
 
 Prints the accuracy in % of every arm among 24 groups, on the drawings of the other vendor, once
 with right captions and once with 30 % of a wrong group. The test set is read once an arm and seed.
-Options were chosen on seed 100, on right-captioned images of the first vendor in its place
+Options were chosen on seeds 100 to 102, on right-captioned images of the first vendor in its place
 (--select=200 --first=100).
 """
 

@@ -270,11 +270,17 @@ def effects(records: list[dict], *, place: int | None = None) -> tuple[np.ndarra
     return utility, np.array([mean("all") - mean(f"without {name}") for name in NAMES])
 
 
-def intervals(records: list[dict], name: str) -> tuple[float, float]:
-    """The widest interval of 95 % of an operation's utility, over the repeats under "all"."""
+def intervals(records: list[dict], name: str, *, column: int = 0) -> tuple[float, float]:
+    """The widest interval of 95 % of an operation's utility, over the repeats under "all".
+
+    Args:
+      records: of one task and seed.
+      name: of the operation.
+      column: 0 = all classes, 1 + k = class k.
+    """
     place = NAMES.index(name)
     whole = [r for r in records if r["member"] == "all" and r["rule"] == "as_given"]
-    ends = [(r["utility"][place][0], 1.96 * r["error"][place][0]) for r in whole]
+    ends = [(r["utility"][place][column], 1.96 * r["error"][place][column]) for r in whole]
     return min(u - e for u, e in ends), max(u + e for u, e in ends)
 
 
@@ -299,7 +305,7 @@ def report(records: list[dict]) -> str:
             high = max(intervals(seed, op)[1] for seed in by_seed)
             lines.append(f"  {op:14} {mean[0][place]:8.3f} {f'{low:+.3f} {high:+.3f}':>18} "
                          f"{100 * mean[1][place]:8.2f}")  # fmt: skip
-        lines += [_by_class(by_seed, "half_turn"), _by_class(by_seed, "mirror")]
+        lines += [_by_class(by_seed, op) for op in (*DESTROYING, "mirror")]
         lines += _adjusting(by_seed)
     lines.append(f"mean rank correlation: {np.mean(all_correlations):.3f} of "
                  f"{len(all_correlations)} tasks and seeds")  # fmt: skip
@@ -307,11 +313,15 @@ def report(records: list[dict]) -> str:
 
 
 def _by_class(by_seed: list[list[dict]], name: str) -> str:
-    """An operation's utility in each class, and the rank correlation with what it adds there."""
-    place, classes = NAMES.index(name), len(by_seed[0][0]["by_class"])
-    pairs = [[effects(seed, place=k) for seed in by_seed] for k in range(classes)]
+    """An operation's utility in each class, and the rank correlation with what it adds there.
+
+    * marks classes of which the interval lies below zero in every run.
+    """
+    place, classes = NAMES.index(name), range(len(by_seed[0][0]["by_class"]))
+    pairs = [[effects(seed, place=k) for seed in by_seed] for k in classes]
     utility, adds = (np.array([np.mean([p[c][place] for p in of]) for of in pairs]) for c in (0, 1))
-    said = " ".join(f"{k}:{u:+.2f}" for k, u in enumerate(utility))
+    harms = [all(intervals(seed, name, column=1 + k)[1] < 0 for seed in by_seed) for k in classes]
+    said = " ".join(f"{k}:{utility[k]:+.2f}{'*' if harms[k] else ''}" for k in classes)
     correlation = stats.spearmanr(utility, adds).statistic
     return f"  {name} by class {said}; rank correlation {correlation:.2f}"
 

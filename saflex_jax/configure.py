@@ -57,6 +57,8 @@ _ANY_RUN = RunInfo(num_samples=1, num_classes=2)  # to check options, of which s
 OF_IMAGES = ("small_cnn", "resnet18", "resnet50", "vit")  # backbones that take nothing else
 BY_RUN = {"parent", "name", "axis_name", "categories"}  # of a backbone, and never in a config
 BESIDE = ("name", "cosine", "weights", "tune")  # of a model's section, and no fields of a backbone
+CLIP = "clip"  # no backbone, but both towers of a folder; of the method FLYP
+OF_CLIP = ("name", "weights", "dtype", "remat")
 PRETRAINED = {"stem": "imagenet", "norm": "frozen"}  # of a backbone with weights
 
 
@@ -143,8 +145,14 @@ def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
     Beside them "cosine" makes the logits of every head cosines (`models.Classifier`), "weights"
     names a file of a pretrained ResNet (`models.read_weights`), and "tune" says what of that
     network trains: `models.tuned`.
+
+    "clip" is no backbone but both towers of the folder "weights" (`models.pretrained_towers`), with
+    "dtype" and "remat".
     """
-    checks.choice(BACKBONES, **{f"{name}.name": section["name"]})
+    checks.choice({*BACKBONES, CLIP}, **{f"{name}.name": section["name"]})
+    if section["name"] == CLIP:
+        _check_clip(section, name)
+        return
     backbone = BACKBONES[section["name"]]
     fields = {field.name for field in dataclasses.fields(backbone)} - BY_RUN
     checks.known(name, section, {*BESIDE, *fields})
@@ -162,6 +170,25 @@ def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
     checks.choice(models.TUNED, **{f"{name}.tune": section.get("tune", "all")})
     for field, only in PRETRAINED.items():
         checks.choice((only,), **{f"{name}.{field} with weights": section.get(field, only)})
+
+
+def _check_clip(section: Mapping[str, Any], name: str) -> None:
+    """Refuses fields that the folder decides, and no folder."""
+    checks.known(name, section, OF_CLIP)
+    checks.choice(("float32", "bfloat16"), **{f"{name}.dtype": section.get("dtype", "float32")})
+    if not section.get("weights"):
+        raise ValueError(f"{name}.weights must be a folder as models.load_clip reads it; given ''")
+
+
+def make_clip(section: Mapping[str, Any]) -> Model:
+    """The two towers of a section "clip", from the weights in its folder.
+
+    Raises:
+      ValueError: see `check_model`; as `models.load_clip`.
+    """
+    check_model(section)
+    options = {"dtype": section.get("dtype"), "remat": section.get("remat", False)}
+    return models.pretrained_towers(section["weights"], **options)
 
 
 def make_backbone(

@@ -49,8 +49,8 @@ def get_config(captions: str = "wrong 30 %") -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     config.method = methods.all_methods("flyp", "saflex", flyp=FLYP)
     config.train = {
-        "steps": 400, "batch_size": 64, "val_batch_size": 64, "log_every": 100,
-        "checkpoint_every": 400, "keep_best": False,
+        "steps": 800, "batch_size": 64, "val_batch_size": 64, "log_every": 200,
+        "checkpoint_every": 800, "keep_best": False,
     }  # fmt: skip
     config.arms = ARMS
     return config

@@ -1,82 +1,59 @@
-"""FLYP's own recipes, for whoever has the data and CLIP's weights: ViT-B/16 of OpenAI.
+"""What the recipes of FLYP share: OpenAI's ViT-B/16, fine-tuned on folders of images.
 
-    from experiments.configs import flyp
+`flyp_imagenet`, `flyp_iwildcam` and `flyp_fmow` are the configs. They wait for what is not here:
 
-    method = flyp.make_method("open_clip_folder", "imagenet", run, rule=saflex.posterior(run))
+    data/NAME/{train,val,test}/CLASS/FILE    images; val is trusted and does not train
+    data/weights/clip_b16                    a folder as `models.load_clip` reads it, with its
+                                             tokenizer.json
+    data/captions/NAME.npy                   of the class names, one a line, as folders are sorted:
+        python -m experiments.captions NAME=names.txt --templates=NAME \\
+            --weights=data/weights/clip_b16
 
-`run.captions` are the tokens of the class names in the recipe's templates
-(`data.captions.caption_table`, with `models.Tokenizer` as its encoder); candidates are images of
-224 pixels in [0, 1] after `resized_crop` with a scale of .9 to 1. None was run here, for want of
-the weights. Published are (ViT-B/16, %; iWildCam is macro-F1, FMoW out of distribution the worst
-region), in distribution / out of it:
+`--config.method.rule=saflex` weighs pairs. None was run here, for want of the weights.
 
-                 FLYP          zero-shot       full fine-tuning
-    iWildCam     52.2 / 35.6
-    FMoW         68.6 / 41.3
-    ImageNet     82.2 / 59.5   68.3 / 58.7     81.3 / 54.9   (five shifts, their mean)
+It differs from FLYP: rows of one class are no negatives of each other, where its code takes them
+for such; images are resized to 224 x 224 whole, not cropped in the centre; what is reported is
+accuracy.
 
-Source: Goyal et al., CVPR 2023, its repository locuslab/FLYP for the recipes, and for the numbers a
-later paper's table of re-runs; the paper itself says 82.6 for ImageNet.
-
-It differs: rows of one class are no negatives of each other, where FLYP's code takes them for such.
+Source: Goyal et al., "Finetune Like You Pretrain", CVPR 2023; its repository locuslab/FLYP for the
+recipes. Published numbers are those of a later paper's table of re-runs (ViT-B/16).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from ml_collections import ConfigDict
 
-import optax
+from experiments.configs import methods, sources
 
-from saflex_jax import checks, models
-from saflex_jax.methods import flyp
-from saflex_jax.types import Method, Rule, RunInfo
+WARMUP = 500  # steps
 
 
-class Recipe(NamedTuple):
-    """Epochs, rows of a batch, and AdamW's options; it decays all parameters."""
-
-    epochs: int
-    batch_size: int
-    weight_decay: float
-    learning_rate: float = 1e-5
-    warmup: int = 500  # steps
-
-
-RECIPES = {
-    "imagenet": Recipe(10, 512, 0.1),
-    "iwildcam": Recipe(20, 256, 0.2),
-    "fmow": Recipe(20, 256, 0.2),
-}
-
-
-def make_method(
-    folder: str,
-    recipe: str,
-    run: RunInfo,
-    *,
-    rule: Rule | None = None,
-    options: flyp.Options = flyp.Options(),
-    dtype: str | None = None,
-    remat: bool = False,
-) -> Method:
-    """FLYP from the weights in a folder.
+def make(name: str, *, samples: int, epochs: int, batch_size: int, decay: float) -> ConfigDict:
+    """A recipe.
 
     Args:
-      folder: as `models.load_clip` reads it.
-      recipe: of RECIPES.
-      run: of which captions, classes and number of samples are read.
-      rule: what pairs count; None = all alike.
-      options: of the loss; the towers are the folder's.
-      dtype, remat: see `models.load_clip`: half precision, and activations made again.
-
-    Raises:
-      ValueError: an unknown recipe, or what `load_clip` refuses.
+      name: of the folder of images, and of the captions.
+      samples: of the training split, which make an epoch.
+      epochs: of the run.
+      batch_size: pairs of a step.
+      decay: AdamW's, of all parameters.
     """
-    checks.choice(RECIPES, recipe=recipe)
-    epochs, batch_size, decay, rate, warmup = RECIPES[recipe]
-    clip, params = models.load_clip(folder, dtype=dtype, remat=remat)
-    steps = epochs * -(-run.num_samples // batch_size)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(warmup, steps // 2), steps)
-    model = models.from_linen(models.TwoTowers.of(clip))
-    model = model._replace(init=lambda key, inputs: (params, {}))
-    return flyp.make(model, optax.adamw(schedule, weight_decay=decay), options, rule=rule, run=run)
+    steps = epochs * -(-samples // batch_size)
+    return ConfigDict(
+        {
+            "seed": 0,
+            "runner": "jit",
+            "data": sources.section(f"data/{name}", size=224, captions=name, on_device=False),
+            "augment": "resized_crop(scale=(0.9, 1.0))",
+            "model": {
+                "name": "clip", "weights": "data/weights/clip_b16", "dtype": "bfloat16",
+                "remat": True,
+            },
+            "optimizer": {"learning_rate": 1e-5, "weight_decay": decay, "warmup": WARMUP},
+            "method": methods.all_methods("flyp", flyp={"parts": 8}),
+            "train": {
+                "steps": steps, "batch_size": batch_size, "val_batch_size": batch_size // 4,
+                "log_every": 100, "checkpoint_every": 1000, "keep_best": False,
+            },
+        }
+    )  # fmt: skip

@@ -14,10 +14,24 @@ PHOTO = (
     "a close-up photo of the {}.",
     "a photo of a small {}.",
 )
-# Of the sets that FLYP was measured on (locuslab/FLYP).
+_WHERE = (
+    "",
+    *(f" in {where}" for where in ("asia", "africa", "the americas", "europe", "oceania")),
+)
+# Of the sets that FLYP was measured on (locuslab/FLYP). It has 80 of ImageNet, and two more of FMoW
+# with the right article.
 FLYP_TEMPLATES = {
-    "iwildcam": ("a photo of {}.", "{} in the wild."),
     "imagenet": ("a photo of a {}.",),
+    "iwildcam": ("a photo of {}.", "{} in the wild."),
+    "fmow": (
+        *(
+            f"{kind} photo of a {{}}{where}."
+            for where in _WHERE
+            for kind in ("satellite", "aerial")
+        ),
+        "a photo of a {}.",
+        "{}.",
+    ),
 }
 
 

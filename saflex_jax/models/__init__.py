@@ -36,7 +36,7 @@ from saflex_jax.models.resnet import ResNet, ResNet18, ResNet50
 from saflex_jax.models.sentence_encoder import load_sentence_encoder
 from saflex_jax.models.small_cnn import SmallCNN
 from saflex_jax.models.tensor_files import read_weights, write_weights
-from saflex_jax.models.two_towers import TwoTowers
+from saflex_jax.models.two_towers import TwoTowers, pretrained_towers
 from saflex_jax.models.vit import ViT
 
 __all__ = [
@@ -75,6 +75,7 @@ __all__ = [
     "make_clip",
     "mix_hidden",
     "only",
+    "pretrained_towers",
     "read_tokenizer",
     "read_weights",
     "to_clip",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from saflex_jax.models.adapters import from_linen
 from saflex_jax.models.clip import CLIP, unit
-from saflex_jax.types import PyTree
+from saflex_jax.models.clip_weights import load_clip
+from saflex_jax.types import Model, PyTree
 
 
 class TwoTowers(CLIP):
@@ -35,3 +40,18 @@ class TwoTowers(CLIP):
         outputs = {name: unit(encode[name](inputs[name], train=train)) for name in inputs}
         bias = self.logit_bias if self.sigmoid else jnp.zeros(())
         return outputs | {"scale": jnp.exp(self.logit_scale), "bias": bias}
+
+
+def pretrained_towers(
+    folder: str | os.PathLike, *, dtype: DTypeLike | None = None, remat: bool = False
+) -> Model:
+    """Both towers of a downloaded folder as a model that starts from its weights.
+
+    Args:
+      folder, dtype, remat: as of `load_clip`.
+
+    Raises:
+      ValueError: as `load_clip`.
+    """
+    clip, params = load_clip(folder, dtype=dtype, remat=remat)
+    return from_linen(TwoTowers.of(clip))._replace(init=lambda key, inputs: (params, {}))

@@ -1,16 +1,26 @@
 """Comparisons of contrastive fine-tuning: captions by config, several test sets, one loop."""
 
+import copy
 import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import arms, build, captions, clip, task
-from experiments.configs import clip_cifar, clip_emoji, digits, methods, sources
-from experiments.configs import flyp as recipes
-from saflex_jax import RunInfo, models
-from saflex_jax.types import TrainState
+from experiments.configs import (
+    clip_cifar,
+    clip_emoji,
+    digits,
+    flyp_fmow,
+    flyp_imagenet,
+    flyp_iwildcam,
+    methods,
+    sources,
+)
+from saflex_jax import models, parallel
+from saflex_jax.data.captions import FLYP_TEMPLATES, filled
 
 TEXT = {"depth": 0, "projected": False}
 
@@ -46,7 +56,8 @@ def test_a_config_trains_both_arms_and_reads_every_test_set(folder, tmp_path, ca
         monkeypatch.setattr(clip, name, flag)
     clip.run({"some": config(folder)}, {"test": {}, "fog:3": {"corrupt": "fog:3"}})
     title, *rows = capsys.readouterr().out.strip().splitlines()
-    assert title.split() == ["some", "test", "fog:3"]
+    assert title.split() == ["some", "test", "fog:3", "test:", "more"]
+    assert " to " not in rows[0] and " to " in rows[1]
     assert [row.split()[0] for row in rows] == ["flyp", "saflex"]
     record, *others = map(json.loads, (tmp_path / "some.jsonl").read_text().splitlines())
     assert {r["seed"] for r in (record, *others)} == {3, 4}
@@ -99,17 +110,94 @@ def test_captions_of_emoji_are_the_names_of_their_groups(tmp_path):
     np.testing.assert_array_equal(kept.inputs[:, 0, 0, 0], np.flatnonzero(labels != 1))
 
 
-def test_a_recipe_trains_the_clip_of_a_folder(monkeypatch):
-    clip_network = models.make_clip("tiny")
-    tokens = np.full((3, 1, 16), 2047)
-    image = np.zeros((1, 64, 64, 3), np.float32)
-    shapes = jax.eval_shape(clip_network.init, jax.random.key(0), image, tokens[:1, 0])
-    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes["params"])
-    monkeypatch.setattr(models, "load_clip", lambda folder, **options: (clip_network, params))
-    run = RunInfo(1000, 3, captions=tokens)
-    method = recipes.make_method("folder", "iwildcam", run)
-    state = jax.eval_shape(method.init, jax.random.key(0), image)
-    assert isinstance(state, TrainState)
-    assert jax.tree.structure(state.params) == jax.tree.structure(params)
-    with pytest.raises(ValueError, match=r"recipe must be one of .*did you mean 'imagenet'"):
-        recipes.make_method("folder", "imagenets", run)
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """The weights of a small network, as a hub has them, with a tokenizer of its captions."""
+    pytest.importorskip("tokenizers", reason="the extra clip is not installed")
+    root = tmp_path_factory.mktemp("clip")
+    texts = filled(["cat", "dog"], FLYP_TEMPLATES["iwildcam"])
+    words = models.word_vocabulary([text for own in texts for text in own])
+    sizes = {"width": 64, "layers": 1}
+    text = {"context_length": 12, "vocab_size": words.get_vocab_size(), "heads": 1, **sizes}
+    told = {"embed_dim": 8, "vision_cfg": {"image_size": 16, "patch_size": 8, **sizes},
+            "text_cfg": text}  # fmt: skip
+    (root / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}))
+    words.save(str(root / "tokenizer.json"))
+    network = models.clip_of({"model_cfg": told})
+    example = np.zeros((1, 16, 16, 3), np.float32), np.full((1, 12), text["vocab_size"] - 1)
+    params = jax.jit(network.init)(jax.random.key(0), *example)["params"]
+    state = models.to_clip(params, network, "open_clip")
+    models.write_weights(root / "open_clip_model.safetensors", state)
+    return root
+
+
+@pytest.mark.parametrize("module", [flyp_imagenet, flyp_iwildcam, flyp_fmow])
+def test_recipes_are_configs_that_wait_for_their_data(module):
+    config = module.get_config()
+    with pytest.raises(
+        ValueError, match=r"data\.name must be .* a file or folder that exists; giv"
+    ):
+        build.check(config)
+    config.data.name = "digits"
+    build.check(config)
+    for name, value, message in (
+        ("optimizer.warmup", config.train.steps, r"warmup must be less than config.train.steps"),
+        ("model.weights", "", r"model.weights must be a folder as models.load_clip reads it"),
+        ("model.widths", (3,), r"config.model has no field 'widths'"),
+        ("method.name", "supervised", r"method.name must be flyp with model.name='clip'"),
+        ("method.flyp.embed_dim", 64, r"flyp.embed_dim must be left as it is .*given 64"),
+    ):
+        wrong = copy.deepcopy(config)
+        with wrong.unlocked():
+            wrong.update_from_flattened_dict({name: value})
+        with pytest.raises(ValueError, match=message):
+            build.check(wrong)
+
+
+def test_a_recipe_trains_the_towers_of_a_folder(clip_folder, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, number in {"train": 4, "val": 2, "test": 2}.items():
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for k in range(number):
+                noise = rng.integers(256, size=(20, 24, 3)).astype(np.uint8)
+                Image.fromarray(noise).save(folder / f"{k}.png")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "captions").mkdir()
+    table = captions.of_names(tmp_path / "names.txt", clip_folder, "iwildcam")
+    np.save(tmp_path / "captions" / "iwildcam.npy", table)
+    assert table.shape == (2, 2, 12)
+
+    config = flyp_iwildcam.get_config()
+    config.data.update({"name": str(tmp_path / "images"), "dir": str(tmp_path), "size": 16})
+    config.model.weights = str(clip_folder)
+    config.method.update({"rule": "saflex", "flyp": {"parts": 1}})
+    config.optimizer.warmup = 1
+    config.train.update({"steps": 2, "batch_size": 4, "val_batch_size": 4, "log_every": 1})
+    data = task.make_data(config)
+    method = build.make_method(config, data.pools)
+    start = build.init_state(config, method, data.pools)
+    _, params = models.load_clip(clip_folder)
+    jax.tree.map(np.testing.assert_array_equal, start.params, params)
+    runner = parallel.jit_runner(method.step, devices=jax.devices()[:1])
+    result = build.fit(config, data, method, runner, progress=False)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), result.state.params, params)
+    assert moved["head"]["image"]["kernel"] and np.isfinite(result.history[-1]["loss"])
+
+
+@pytest.mark.parametrize(
+    "names, templates, message",
+    [
+        ("cat\n", "imagenet", "must hold two names or more, one a line; given 1"),
+        ("cat\n\n", "imagenet", "names must not be empty; class 1 is ''"),
+        ("cat\ndog", "imagenets", "did you mean 'imagenet'"),
+        (None, "imagenet", "NAME=FILE must be a text file that exists; given"),
+    ],
+)
+def test_names_of_classes_that_are_none_are_refused(names, templates, message, tmp_path):
+    file = tmp_path / "names.txt"
+    if names is not None:
+        file.write_text(names)
+    with pytest.raises(ValueError, match=message):
+        captions.of_names(file, tmp_path, templates)
