@@ -80,7 +80,9 @@ def _found(code: str, module: str) -> object:
     """What a name says in a module or in the package; None where it says nothing."""
     if not re.fullmatch(r"\w+(\.\w+)*", code):
         return None
-    for start in (module, "saflex_jax", ""):
+    parts = module.split(".")
+    starts = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+    for start in starts:
         path = f"{start}.{code}".strip(".").split(".")
         for length in range(len(path), 0, -1):
             try:

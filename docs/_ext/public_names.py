@@ -55,6 +55,11 @@ def names() -> dict[str, Any]:
     }
 
 
+def is_function(value: Any) -> bool:
+    """Whether it is a function, or a compiled one."""
+    return inspect.isfunction(inspect.unwrap(value))
+
+
 def _modules(package: ModuleType) -> list[ModuleType]:
     prefix = f"{package.__name__}."
     found = pkgutil.iter_modules(package.__path__, prefix)

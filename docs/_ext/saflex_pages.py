@@ -22,6 +22,16 @@ from experiments import fields
 
 GROUPS = {"networks": "model: ", "methods": "method."}  # of sections, by how they begin
 SHOWN = 400  # characters of a value
+DATA = {  # what is neither a function nor a class, and has no docstring
+    "saflex_jax.rules.RULES": "Name in a config -> :py:obj:`~saflex_jax.rules.RuleSpec`.",
+    "saflex_jax.methods.METHODS": "Name in a config -> :py:obj:`~saflex_jax.methods.MethodSpec`.",
+    "saflex_jax.augment.OPERATIONS": "Names of operations; a trace holds places in this list.",
+    "saflex_jax.augment.Augment": "An augmentation, (key, Batch) -> Batch.",
+    "saflex_jax.data.SOURCES": "Name -> function that makes a data set which needs no files.",
+    "saflex_jax.models.CLIPS": "Name of a published CLIP -> its configuration.",
+    "saflex_jax.models.TUNED": "What of a pretrained network may train, for `tuned`.",
+    "saflex_jax.parallel.RUNNERS": "Name in a config -> the function that makes a runner.",
+}
 
 
 class PublicNames(SphinxDirective):
@@ -85,7 +95,7 @@ def _value(default: Any) -> str:
 
 
 def _summary(module: str, own: list[str]) -> list[str]:
-    names = [f"   ~{module}.{name}" for name in own]
+    names = [f"   ~{module}.{name}" for name in own if f"{module}.{name}" not in DATA]
     return [".. autosummary::", "   :nosignatures:", "", *names, ""]
 
 
@@ -109,10 +119,12 @@ def _entry(module: str, name: str) -> list[str]:
         ]
         options = [f"   :members: {', '.join(members)}"] if members else []
         return [f".. autoclass:: {path}", *options, ""]
-    if inspect.isfunction(value):
+    if public_names.is_function(value):
         return [f".. autofunction:: {path}", ""]
-    shown = ", ".join(map(str, value)) if isinstance(value, dict | tuple) else f"{value}"
-    return [f".. py:data:: {path}", "", f"   {textwrap.shorten(shown, SHOWN)}", ""]
+    shown = ", ".join(map(str, value)) if isinstance(value, dict | tuple | list) else f"{value}"
+    [meaning] = as_rest([DATA[path]], module) if ":py:" not in DATA[path] else [DATA[path]]
+    value = textwrap.shorten(shown, SHOWN)
+    return [f".. py:data:: {path}", "", f"   {meaning} ``{value}``", ""]
 
 
 def _docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list) -> None:

@@ -62,9 +62,22 @@ def test_every_section_of_fields_is_on_the_page():
 def test_every_page_is_in_the_contents():
     """A page in no toctree is an error of the build, too."""
     index = (DOCS / "index.md").read_text()
-    listed = set(re.findall(r"^[\w/]+$", index, flags=re.M))
+    listed = set(re.findall(r"^(?:[\w ]+ <)?([\w/]+)>?$", index, flags=re.M))
     assert {file.stem for file in DOCS.glob("*.md")} - {"index"} == {
         name for name in listed if "/" not in name
+    }
+
+
+def test_data_has_a_meaning():
+    """What has no docstring has its meaning in the extension."""
+    data = re.findall(
+        r'^    "(saflex_jax[\w.]+)": "', (DOCS / "_ext/saflex_pages.py").read_text(), re.M
+    )
+    values = public_names.names()
+    assert set(data) == {
+        name
+        for name, v in values.items()
+        if not (public_names.is_function(v) or inspect.isclass(v))
     }
 
 
