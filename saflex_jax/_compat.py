@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 try:
     from jax import enable_x64 as enable_x64
 except ImportError:  # until JAX 0.8
-    from jax.experimental import enable_x64 as enable_x64
+    from jax.experimental import enable_x64 as enable_x64  # type: ignore
 
 
 def auto_mesh(devices: Sequence[jax.Device], axis_name: str) -> Mesh:

@@ -351,7 +351,8 @@ def _posterior(
     powers = SHARPNESS if trusted.any() else UNTOLD
     likely, found = zip(*map(tried, powers))
     best = int(np.argmax(likely))
-    return *map(np.asarray, learned(powers[best], found[best])), np.asarray(found[best])
+    of_best, weights = learned(powers[best], found[best])
+    return np.asarray(of_best), np.asarray(weights), np.asarray(found[best])
 
 
 def _inside(typical: np.ndarray, trusted: np.ndarray) -> np.ndarray:
@@ -410,8 +411,7 @@ def _by_group(utility: np.ndarray, groups: np.ndarray) -> dict[str, pooled.Poole
     sums = add(pooled.no_pools(len(names)), jnp.asarray(utility), jnp.asarray(places))
     found = jax.tree.map(np.asarray, jax.jit(pooled.pooled)(sums))
     return {
-        str(name): pooled.Pooled(*(float(x[place, 0]) for x in found))
-        for place, name in enumerate(names)
+        str(name): pooled.Pooled(*(x[place, 0] for x in found)) for place, name in enumerate(names)
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def padded(streams: Streams, multiple: int) -> Streams:
       multiple: of which all sizes shall be one.
     """
 
-    def pad(part: np.ndarray | Batch | None):
+    def pad(part: Any):
         if part is None:
             return None
         is_batch = isinstance(part, Batch)

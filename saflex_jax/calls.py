@@ -24,8 +24,8 @@ def parse(accepted: Mapping[str, Callable], /, **option: str) -> Any:
     """
     ((option_name, text),) = option.items()
     try:
-        call = ast.parse(text, mode="eval").body
-        name = call.func.id if isinstance(call, ast.Call) else call.id
+        call: Any = ast.parse(text, mode="eval").body
+        name = getattr(call, "func", call).id
         arguments = [ast.literal_eval(a) for a in getattr(call, "args", ())]
         keywords = {k.arg: ast.literal_eval(k.value) for k in getattr(call, "keywords", ())}
     except (AttributeError, SyntaxError, TypeError, ValueError) as error:

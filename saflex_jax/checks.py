@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from saflex_jax.types import Array, Batch, PyTree, Streams
+from saflex_jax.types import Array, Batch, PyTree, Streams, T
 
 MOST_LEVEL = 32.0  # of a float image, standardised by whatever mean and sd
 
@@ -29,7 +29,7 @@ def _each(values: dict[str, Any], holds: Callable[[Any], bool], accepted: str) -
     for name, value in values.items():
         if isinstance(value, jax.core.Tracer):
             continue
-        number = isinstance(value, numbers.Real | np.ndarray | jax.Array) and np.ndim(value) == 0
+        number = isinstance(value, numbers.Real | np.ndarray | jax.Array) and np.ndim(value) == 0  # type: ignore[arg-type]
         if not number or not holds(value):
             raise ValueError(f"{name} must {accepted}; given {value!r}")
 
@@ -54,7 +54,7 @@ def decay(**values: float) -> None:
     _each(values, lambda x: 0 <= x < 1, "lie in [0, 1)")
 
 
-def fraction(**values: float) -> None:
+def fraction(**values: float | Array) -> None:
     """Raises unless 0 <= value <= 1."""
     _each(values, lambda x: 0 <= x <= 1, "lie in [0, 1]")
 
@@ -163,7 +163,15 @@ def finite(**trees: PyTree) -> None:
                 )
 
 
-def not_negative(**arrays: Array | None) -> None:
+def given(**values: T | None) -> T:
+    """The one value; raises where it is None."""
+    ((name, value),) = values.items()
+    if value is None:
+        raise ValueError(f"{name} must be given; this reads it")
+    return value
+
+
+def not_negative(**arrays: float | Array | None) -> None:
     """Raises if a concrete array holds a number < 0; NaN passes, it surfaces in the loss."""
     for name, given in arrays.items():
         if given is not None and concrete(given) and np.any(np.asarray(given) < 0):

@@ -42,7 +42,7 @@ LOSSES = {
     "cross_entropy": LossSpec(lambda run: losses.weighted_soft_cross_entropy),
     "augmix": LossSpec(lambda run: losses.augmix_loss()),
     "decoupled_mixup": LossSpec(lambda run: losses.decoupled_mixup_loss()),
-    "ldam": LossSpec(lambda run: losses.ldam_loss(run.counts), of_labels=True),
+    "ldam": LossSpec(lambda run: losses.ldam_loss(checks.given(counts=run.counts)), of_labels=True),
 }
 BACKBONES = {
     "mlp": models.MLP,
@@ -81,7 +81,7 @@ def options(part: Any) -> dict[str, Any]:
     if part is None:
         return {}
     hints = typing.get_type_hints(type(part))
-    fields = {}
+    fields: dict[str, Any] = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
@@ -238,8 +238,8 @@ def check(section: Mapping[str, Any], name: str = "config.method") -> None:
             )
     for method, spec in METHODS.items():
         changed(spec.options, section.get(method, {}), f"{name}.{method}")
-    for rule, spec in RULES.items():
-        changed(spec.make(_ANY_RUN), section.get(rule, {}), f"{name}.{rule}")
+    for rule, rule_spec in RULES.items():
+        changed(rule_spec.make(_ANY_RUN), section.get(rule, {}), f"{name}.{rule}")
 
 
 def of_labels(section: Mapping[str, Any]) -> bool:

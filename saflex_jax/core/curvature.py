@@ -22,7 +22,7 @@ def dot(x: PyTree, y: PyTree) -> jax.Array:
     3.0
     """
     products = jax.tree.map(lambda a, b: jnp.vdot(a, b), x, y)
-    return sum(jax.tree.leaves(products))
+    return jnp.asarray(sum(jax.tree.leaves(products)))
 
 
 def hessian(

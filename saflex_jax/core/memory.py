@@ -28,10 +28,13 @@ class Memory(NamedTuple):
       visits: i32[N].
     """
 
-    by_rows = True  # see `types.TrainState`
-
     mean: jax.Array
     visits: jax.Array
+
+    @property
+    def by_rows(self) -> bool:
+        """See `types.TrainState`; a property, for a NamedTuple's constants look like fields."""
+        return True
 
 
 class TopMemory(NamedTuple):
@@ -47,12 +50,15 @@ class TopMemory(NamedTuple):
       visits: i32[N].
     """
 
-    by_rows = True
-
     classes: jax.Array
     values: jax.Array
     rest: jax.Array
     visits: jax.Array
+
+    @property
+    def by_rows(self) -> bool:
+        """As of `Memory`."""
+        return True
 
 
 def check(num_samples: int, num_classes: int, dtype: str, top: int | None = None) -> None:

@@ -8,11 +8,12 @@ a pipeline mixes more than once, a partner's own partner is not in the trace and
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from saflex_jax.types import Batch
+from saflex_jax.types import Batch, Trace
 
 WHOLE = 0.9
 
@@ -28,7 +29,7 @@ def own_share(batch: Batch) -> jax.Array:
     """
     if batch.trace is None:
         return jnp.max(batch.labels, axis=-1)
-    return jnp.prod(_shares(batch), axis=-1)
+    return jnp.prod(_shares(batch.index, batch.trace), axis=-1)
 
 
 def is_whole(batch: Batch) -> jax.Array:
@@ -43,7 +44,9 @@ def of_all(batch: Batch, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
       batch: B rows; those that are whole have one parent.
       holds: index i32[...] of source samples -> bool[...].
     """
-    partners = False if batch.trace is None else jnp.all(holds(batch.trace.partner), axis=-1)
+    partners: Any = False
+    if batch.trace is not None:
+        partners = jnp.all(holds(jnp.asarray(batch.trace.partner)), axis=-1)
     return holds(batch.index) & (is_whole(batch) | partners)
 
 
@@ -72,14 +75,13 @@ def mixture(
         recall(jnp.concatenate([batch.index[:, None], batch.trace.partner], axis=1)), 1, 0
     )
     mixed, complete = own, known(own)
-    for share, other in zip(_shares(batch).T, others):
+    for share, other in zip(_shares(batch.index, batch.trace).T, others):
         mixed = share[:, None] * mixed + (1 - share[:, None]) * other
         complete &= known(other)
     value, complete = jnp.where(whole, own, mixed), jnp.where(whole, known(own), complete)
     return jnp.where(complete, value, otherwise)
 
 
-def _shares(batch: Batch) -> jax.Array:
+def _shares(index: jax.Array, trace: Trace) -> jax.Array:
     """Own share in every operation of the trace, f32[B, L]; 1 where it did not mix."""
-    other = batch.trace.partner != batch.index[:, None]
-    return jnp.where(other, batch.trace.magnitude, 1.0)
+    return jnp.where(trace.partner != index[:, None], trace.magnitude, 1.0)

@@ -42,7 +42,7 @@ class Pooled(NamedTuple):
       error: standard error of the mean; infinite where n < 2.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple has a method of this name
     mean: jax.Array
     error: jax.Array
 

@@ -37,6 +37,8 @@ from saflex_jax.types import (
 
 # params -> (loss f32[], (new model_state, metrics))
 StepLoss = Callable[[Params], tuple[jax.Array, tuple[ModelState, Metrics]]]
+# (params, part, model_state) -> the same, of a part of a batch
+PartLoss = Callable[[Params, PyTree, ModelState], tuple[jax.Array, tuple[ModelState, Metrics]]]
 
 
 def init_state(
@@ -73,7 +75,7 @@ def total(
 
 def gradient_step(
     state: TrainState,
-    loss_fn: StepLoss,
+    loss_fn: StepLoss | PartLoss,
     *,
     tx: optax.GradientTransformation,
     parts: PyTree = None,

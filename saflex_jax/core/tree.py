@@ -79,9 +79,9 @@ class Everywhere:
         travels = [x.ndim > 0 and len(x) in sizes and len(x) % self.devices == 0 for x in leaves]
         bits = [_bits(x).reshape(self.devices, -1) for x, own in zip(leaves, travels) if own]
         ends = list(itertools.accumulate(x.shape[1] for x in bits))
-        bits = iter(jnp.split(self.gather(jnp.concatenate(bits, axis=1)), ends[:-1], axis=1))
-        everywhere = [_of_bits(next(bits), x) if own else x for x, own in zip(leaves, travels)]
-        return self.gather(structure.unflatten(everywhere))
+        parts = iter(jnp.split(self.gather(jnp.concatenate(bits, axis=1)), ends[:-1], axis=1))
+        everywhere = [_of_bits(next(parts), x) if own else x for x, own in zip(leaves, travels)]
+        return self.gather(jax.tree.unflatten(structure, everywhere))
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -110,11 +110,12 @@ def gather(tree: PyTree, reduce: Reduce = identity) -> PyTree:
     """
     if reduce is identity:
         return tree
-    if not hasattr(reduce, "gather"):
+    own = getattr(reduce, "gather", None)
+    if own is None:
         raise ValueError(
             f"reduce must be `saflex_jax.identity` or have `gather`, as `Mean` has; given {reduce}"
         )
-    return reduce.gather(tree)
+    return own(tree)
 
 
 def on_all(tree: PyTree, reduce: Reduce) -> PyTree:

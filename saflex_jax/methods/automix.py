@@ -222,7 +222,9 @@ def make(
     steps_of_run = mixtures.num_steps(run)
     mask_loss = options.make_mask_loss()
     networks = Networks(
-        model, options.make_block(run.axis_name), AsGiven() if rule is None else rule
+        model,
+        options.make_block(checks.given(run=run).axis_name),
+        AsGiven() if rule is None else rule,
     )
 
     def step(state, streams, *, reduce=identity):

@@ -21,7 +21,7 @@ from saflex_jax import checks
 from saflex_jax.augment.mixing import mixup
 from saflex_jax.core import memory, parents, steps
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
-from saflex_jax.core.memory import Memory
+from saflex_jax.core.memory import Memory, TopMemory
 from saflex_jax.core.posterior import sharpened
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import identity
@@ -94,7 +94,7 @@ class Division(NamedTuple):
       mixtures: of them, one for each network.
     """
 
-    losses: Memory
+    losses: Memory | TopMemory
     mixtures: Mixture
 
     def right(self, index: jax.Array) -> jax.Array:

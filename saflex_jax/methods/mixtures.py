@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -144,7 +144,8 @@ def make_masks(
     block: nn.Module, phi: Params, maps: jax.Array, mixture: Mixture, *, size: Sequence[int]
 ) -> jax.Array:
     """Masks f32[n, B, H, W] of one mixture, from feature maps f32[B, h, w, C] of the images."""
-    return block.apply({"params": phi}, maps[mixture.rows], mixture.shares, size=size)
+    masks = block.apply({"params": phi}, maps[mixture.rows], mixture.shares, size=size)
+    return cast(jax.Array, masks)  # and no variables, of which none is mutable
 
 
 def look(

@@ -123,7 +123,7 @@ def on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
 
 def _is_by_rows(part: PyTree) -> bool:
     """Whether a part of a state says that its leaves have a row for each source sample."""
-    return getattr(type(part), "by_rows", False)
+    return bool(getattr(type(part), "by_rows", False))
 
 
 def _state_shardings(state: TrainState, replicated, split, *, shard_params: bool) -> PyTree:

@@ -146,7 +146,12 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
     steps = {int(state.step) for state in states}
     if len(steps) > 1:
         raise ValueError(f"states must be at one step; given {sorted(steps)}")
-    return stack([s._replace(step=()) for s in states])._replace(step=jnp.asarray(states[0].step))
+    return stack([_stepless(s) for s in states])._replace(step=jnp.asarray(states[0].step))
+
+
+def _stepless(state: Any) -> Any:
+    """The state without its counter, which has no members."""
+    return state._replace(step=())
 
 
 @jax.jit
@@ -157,5 +162,5 @@ def member(state: TrainState, number: int | jax.Array) -> TrainState:
     >>> member(stack_states([new, new]), 1).params["w"].shape
     (2,)
     """
-    parts = jax.tree.map(lambda x: x[number], state._replace(step=()))
+    parts = jax.tree.map(lambda x: x[number], _stepless(state))
     return parts._replace(step=state.step)

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -70,9 +71,10 @@ class Watch:
             self._folder.mkdir(parents=True, exist_ok=True)
             now = time.monotonic()
             others = set(range(self._count)) - {self._mine}
-            self._seen = {i: (None, now) for i in others}  # process -> its file, and since when
-            self._moved = {i: (0, now) for i in others}  # process -> its step, and since when
-            self._about = {i: {} for i in others}  # process -> what its file says
+            # process -> its file, and since when; its step, and since when; what its file says
+            self._seen: dict[int, tuple[str | None, float]] = {i: (None, now) for i in others}
+            self._moved = {i: (0, now) for i in others}
+            self._about: dict[int, dict[str, Any]] = {i: {} for i in others}
             self._write()
             script = [sys.executable, "-ES", witness.__file__]
             about = [str(self._folder), str(self._mine), str(self._lost_after)]
@@ -137,7 +139,12 @@ class Watch:
 
     def _write(self, done: bool = False) -> None:
         self._turn += 1
-        about = {"turn": self._turn, "step": self._step, "done": done, "pid": os.getpid()}
+        about: dict[str, Any] = {
+            "turn": self._turn,
+            "step": self._step,
+            "done": done,
+            "pid": os.getpid(),
+        }
         about["host"] = socket.gethostname()
         mine = self._folder / str(self._mine)
         try:

@@ -138,7 +138,7 @@ def meta_gradient(
     Returns:
       (gradient like net, u f32[B], L_val(theta^) f32[] in nats).
     """
-    mask, val = streams.candidates.mask, streams.val
+    mask, val = streams.candidates.mask, checks.given(val=streams.val)
     selected = select(params, predicate)
 
     def weighted_mean(net, losses, values):

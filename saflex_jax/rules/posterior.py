@@ -155,6 +155,7 @@ class Posterior:
         return self.by_class and self.run is not None
 
     def _is_trusted(self, index: jax.Array) -> jax.Array:
+        assert self.run is not None  # or none is trusted
         return index >= self.run.num_samples - self.run.num_trusted
 
     def _visit(self, scored) -> jax.Array:
@@ -179,6 +180,7 @@ class Posterior:
     def _noise_rate(self, arrays: Beliefs, candidates: Batch) -> float | jax.Array:
         if self.noise_rate is not None:
             return self.noise_rate
+        assert arrays.agreement is not None  # `init` made it
         return posterior.estimate_noise_rate(
             arrays.agreement, candidates.labels.shape[1], num_trusted=self._num_known
         )

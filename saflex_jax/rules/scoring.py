@@ -98,7 +98,7 @@ class Scoring:
 
     direction: Direction | str = "cg"
     predicate: PathPredicate | str = "head"
-    mode: str = "jvp"
+    mode: scores.Mode = "jvp"
     chunk: int | None = None
     compute_dtype: str | None = None
     val_every: int = 1
@@ -139,7 +139,8 @@ class Scoring:
           streams: candidates of B and validation samples of M.
           reduce: mean over the data-parallel axis.
         """
-        scores.at_least_one(streams.val.inputs)
+        of_trusted = checks.given(val=streams.val)
+        scores.at_least_one(of_trusted.inputs)
         direction = self.direction
         if isinstance(direction, str):
             direction = directions.parse(direction)
@@ -149,9 +150,8 @@ class Scoring:
         features = float(sum(math.prod(x.shape[:-1]) for x in arrays))
         network = scores.in_dtype(logits_fn, self.compute_dtype)
         linear = partial(curvature.linear_logits, network, state.params, predicate=predicate)
-        passes = linear(streams.candidates.inputs), None
-        if self.val_every == 1:
-            passes = passes[0], linear(streams.val.inputs)
+        of_val = linear(of_trusted.inputs) if self.val_every == 1 else None
+        passes = linear(streams.candidates.inputs), of_val
         size = sum(x.size for x in arrays)
         (forward, val_forward), known, over = _on_all(passes, streams, reduce, size)
         candidates, val = known.candidates, known.val
@@ -226,11 +226,11 @@ def _on_all(
     if not isinstance(reduce, Everywhere):
         return arrays, streams, reduce
     pair = streams.candidates, streams.val
-    known = [batch._replace(inputs=()) for batch in pair]
+    known = [checks.given(val=batch)._replace(inputs=()) for batch in pair]
     numbers = sum(x.size for x in jax.tree.leaves((arrays, known)))
     sizes = [len(batch.mask) for batch in known]
     if not is_little(numbers, rows=sum(sizes), size=size):
         return arrays, streams, identity
     arrays, known = reduce.gather_rows((arrays, known), set(sizes))
-    known = [batch._replace(inputs=own.inputs) for batch, own in zip(known, pair)]
+    known = [batch._replace(inputs=own.inputs) for batch, own in zip(known, pair) if own]
     return arrays, streams._replace(candidates=known[0], val=known[1]), reduce

@@ -50,6 +50,7 @@ class VisitMean:
         reduce: Reduce,
     ) -> Memory | TopMemory:
         """The memory after a visit of the batch's `rows` bool[B], with `values` f32[B, K]."""
+        assert self.decay is not None  # or nothing is kept
         added, _ = memory.update(
             kept, candidates.index, values, rows, decay=self.decay, reduce=reduce
         )

@@ -48,7 +48,7 @@ class Best:
         checkpoints: Checkpoints | None = None,
     ):
         self._evaluate, self._name, self._checkpoints = evaluate, score, checkpoints
-        self._score = self._step = None  # numbers, of a sweep f[S] and i[S]
+        self._score, self._step = np.array(-np.inf), np.array(0)  # of a sweep f[S] and i[S]
         self.state: TrainState | None = None
 
     def __call__(self, state: TrainState) -> dict[str, Any]:

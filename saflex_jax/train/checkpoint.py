@@ -340,7 +340,7 @@ def _check_layout(where: str, saved: dict[str, Any], metadata, like: TrainState)
 
 def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Path -> value of a nested config; {"a": {"b": 1}} is {"a.b": 1}."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in config.items():
         if value and isinstance(value, dict):
             fields |= _fields(value, f"{prefix}{name}.")

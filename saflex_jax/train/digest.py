@@ -43,7 +43,7 @@ def digests(tree: PyTree) -> dict[str, str]:
         everyone = multihost_utils.process_allgather(halves).astype(np.uint32)
         own = np.sum(everyone.view(np.uint64).reshape(-1, len(own)), axis=0, dtype=np.uint64)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    return {name: f"{int(d):016x}" for name, d in zip(names, own)}
+    return {name: f"{int(d):016x}" for name, d in zip(names, np.atleast_1d(own))}
 
 
 def _of_array(x: jax.Array | np.ndarray) -> np.uint64:

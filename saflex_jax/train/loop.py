@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
@@ -119,8 +119,9 @@ def _check_finite(step: int, metrics: dict[str, tuple], checkpoints: Checkpoints
         members = np.flatnonzero(bad).tolist()
         values = {name: value[members[0]] for name, value in values.items()}
         who = f" of members {members}"
-    saved = None if checkpoints is None else checkpoints.latest
-    last = "none" if saved is None else f"step {saved} in {checkpoints.directory}"
+    last = "none"
+    if checkpoints is not None and checkpoints.latest is not None:
+        last = f"step {checkpoints.latest} in {checkpoints.directory}"
     terms = ", ".join(f"{name} {float(value):.6g}" for name, value in sorted(values.items()))
     raise Diverged(f"step {step}{who} is not finite: {terms}; last good checkpoint: {last}")
 
@@ -149,7 +150,7 @@ class _Window:
         """The sums, JSON-able."""
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
-    def record(self) -> dict[str, float | list[float | None]]:
+    def record(self) -> dict[str, Any]:
         """Exact means of (sum, count) pairs; a metric that nothing contributed to is left out.
 
         Of a sweep a list, in which None stands for what a member leaves out. The time is that of
@@ -160,14 +161,14 @@ class _Window:
         return means | {"seconds_per_step": elapsed / max(self._timed, 1)}
 
 
-def _mean(total: np.ndarray, count: np.ndarray) -> float | list[float | None] | None:
+def _mean(total: np.ndarray, count: np.ndarray) -> Any:
     if np.ndim(total):
         return [_mean(*pair) for pair in zip(total, count)]
     return float(total / count) if count > 0 else None
 
 
 def _resumed(
-    state: TrainState, stream: Stream, checkpoints: Checkpoints | None, writer: MetricsWriter | None
+    state: TrainState, stream: Any, checkpoints: Checkpoints | None, writer: MetricsWriter | None
 ) -> tuple[TrainState, _Window]:
     """State and window of the checkpoint, if there is one; moves stream and writer there."""
     if checkpoints is None or checkpoints.latest is None:
@@ -240,10 +241,13 @@ def fit(
         raise ValueError(
             f"eval_every must be a multiple of log_every = {log_every}; given {eval_every}"
         )
+    if eval_every is not None and evaluate is None:
+        raise ValueError(f"evaluate must be given with eval_every; given {eval_every} alone")
     state, window = _resumed(runner.put_state(state), stream, checkpoints, writer)
     first = step = int(state.step)
     first_shapes = None
-    pending, history = [], []  # steps not checked, and so not in the window; records
+    pending: list[tuple[int, Metrics]] = []  # steps not checked, and so not in the window
+    history: list[dict[str, Any]] = []
     show = progress and jax.process_index() == 0
 
     def check_pending():
@@ -278,8 +282,12 @@ def fit(
             if saving or logging:
                 check_pending()
             if logging:
-                record = window.record()
-                if eval_every and (step % eval_every == 0 or step == num_steps):
+                record: dict[str, Any] = window.record()
+                if (
+                    evaluate is not None
+                    and eval_every
+                    and (step % eval_every == 0 or step == num_steps)
+                ):
                     values = {f"eval/{k}": v for k, v in evaluate(state).items()}
                     _check_finite(
                         step, {k: (_filled(v), 1) for k, v in values.items()}, checkpoints
@@ -291,7 +299,7 @@ def fit(
                 shown = (k for k in ("loss", "eval/accuracy") if k in record)
                 bar.set_postfix({k: f"{np.mean(record[k]):.4g}" for k in shown})
                 window = _Window()
-            if saving:
-                position = {**stream.get_state(), WINDOW: window.state()}
+            if checkpoints is not None and saving:
+                position = {**cast(Stream, stream).get_state(), WINDOW: window.state()}
                 checkpoints.save(step, state, position, force=ending)
     return FitResult(state, history, stop.signal if step < num_steps else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from typing import Any, TextIO
 
 import jax
 
@@ -47,7 +48,7 @@ class MetricsWriter:
             return
         self._path = pathlib.Path(directory) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = None
+        self._file: TextIO | None = None
         self.keep_until(-1 if resume_from is None else resume_from)
         if tensorboard:
             with optional("tensorboardX", extra="experiments"):
@@ -76,9 +77,9 @@ class MetricsWriter:
         write_whole(self._path, "".join(lines))
         self._file = self._path.open("a", buffering=1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends {"step": step, **values}."""
-        if not self._active:
+        if self._file is None:
             return
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -94,7 +95,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes."""
-        if self._active:
+        if self._file is not None:
             self._file.close()
             if self._board is not None:
                 self._board.close()
