@@ -158,8 +158,10 @@ class Watch:
     def _dismiss(self) -> None:
         """Tells the witness that this process has said itself why it ends."""
         with contextlib.suppress(OSError, ValueError):  # it was killed, or told before
-            self._witness.stdin.write(b".")
-            self._witness.stdin.close()
+            told = self._witness.stdin
+            assert told is not None  # it is a pipe
+            told.write(b".")
+            told.close()
         self._witness.wait()
 
     def _say(self, what: str) -> None:
