@@ -26,10 +26,11 @@ from scipy import optimize
 
 WIDTH, DPI = 8.6, 160  # inches: 830 pixels of a page, where a point of text is a point
 SMALL, TEXT, TITLE = 8, 9, 11  # points; nothing is smaller
-LETTERS = 78  # of a title on one line
+LETTERS = 90  # of a title on one line
 
 PAPER, INK, MUTED, LINE = "#F8F6F1", "#222222", "#6B6B6B", "#D9D5CB"
 OURS, HELD_OUT, TRUSTED, ALL, OTHER = "#0063A0", "#3F97D6", "#A83279", "#3A3A3A", "#8A8A8A"
+WRITTEN = {HELD_OUT: "#2577B4", OTHER: MUTED}  # darker where it is the colour of text
 RIGHT, WRONG = "#007F5C", "#C24E00"  # of a label
 PRINTED = LinearSegmentedColormap.from_list("printed", [PAPER, "#000000"])  # grey images, inked
 COLOURS = {"upstream": OTHER, "upstream_train_val": ALL, "trusted_only": TRUSTED,
@@ -118,8 +119,8 @@ def ends(
         if points is not None:
             axis.plot([points[n], right], [place, low + height * (high - low)], color=shade,
                       lw=0.5, alpha=0.6, scalex=False, scaley=False)  # fmt: skip
-        axis.text(1.015, height, text, color=shade, va="center", fontsize=SMALL, weight="bold",
-                  transform=axis.transAxes)  # fmt: skip
+        axis.text(1.015, height, text, color=WRITTEN.get(shade, shade), va="center",
+                  fontsize=SMALL, weight="bold", transform=axis.transAxes)  # fmt: skip
 
 
 def key(figure: Figure, marks: Mapping[str, dict]) -> None:
