@@ -1,19 +1,19 @@
-"""Contrastive losses: images and captions of a batch as two classifiers, and what rules see of it.
+"""Contrastive losses: the images and captions of a batch as two classifiers.
 
     z_ik = scale <x_i, t_k> ,   p_ik = softmax_k(z)_ik ,   r_ik = softmax_i(z)_ik
 
-A row says which caption an image has, p, and a column which image a caption has, r. Captions of one
-class are all right answers to an image of the class, so that what is learned of an image is a label
-on classes, as everywhere else:
+p says which caption belongs to an image, r which image belongs to a caption. All captions of one
+class are right answers to an image of that class, so an image is learned as a label on classes:
 
     l_ic = mean over captions k of class c of -(log p_ik + log r_ik) / 2
     L = mean_i w_i sum_c y_ic l_ic
 
-It is linear in y and w, and its scores are S_ic = <v, grad l_ic>: one forward-mode product over
-both towers gives dz along v, and `pair_scores` all of the rest. With one caption a class and hard
-labels L is the loss of CLIP, without taking others of the class for negatives.
+L is linear in y and w. Its scores are S_ic = <v, grad l_ic>: one forward-mode product over both
+towers gives dz along v, and `pair_scores` gives the rest. With one caption per class and hard
+labels, L is CLIP's loss, except that other captions of the same class are not negatives.
 
-B rows on all devices, b of them here (b = B under jit), K classes, E numbers in an embedding.
+Shapes: B rows on all devices, b of them on this one (b = B under jit), K classes, E numbers per
+embedding.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ ABSENT = -80.0  # log-probability of a class without a caption in the batch; exp
 class Captions(NamedTuple):
     """The captions of all devices' rows, by class.
 
+    >>> captions = captions_of(jnp.array([0, 0, 1]), jnp.ones(3, bool), num_classes=2)
+    >>> captions.mean.tolist()
+    [[0.5, 0.0], [0.5, 0.0], [0.0, 1.0]]
+
     Attributes:
-      mean: f32[B, K], 1 / n_c where caption k is of class c, else 0: x @ mean is the mean of
-        x f32[b, B] over the captions of a class, 0 where it has none.
+      mean: f32[B, K], 1 / n_c where caption k is of class c, else 0. x @ mean is the mean of
+        x f32[b, B] over the captions of a class; 0 for a class without captions.
       number: f32[K], n, captions of each class in this batch.
       mask: bool[B], False on padding.
     """
@@ -50,7 +54,7 @@ class Captions(NamedTuple):
 def captions_of(
     classes: jax.Array, mask: jax.Array, num_classes: int, *, reduce: Reduce = identity
 ) -> Captions:
-    """Which class each caption is of.
+    """Groups the captions of all devices by class.
 
     >>> captions_of(jnp.array([0, 2, 0]), jnp.ones(3, bool), num_classes=3).number.tolist()
     [2.0, 0.0, 1.0]
@@ -83,15 +87,18 @@ def similarities(
 
         z_ik = scale <x_i, t_k> + bias
 
+    >>> similarities(jnp.eye(2), jnp.eye(2)[::-1], scale=jnp.array(2.0)).tolist()
+    [[0.0, 2.0], [2.0, 0.0]]
+
     Args:
       image: x, f32[b, E], normalised.
       text: t, f32[b, E], normalised.
-      scale: f32[].
-      bias: f32[], SigLIP's.
-      reduce: mean over the data-parallel axis; embeddings are gathered with their gradients.
+      scale: f32[], inverse temperature.
+      bias: f32[], SigLIP's; 0 for CLIP.
+      reduce: mean over the data-parallel axis. Embeddings are gathered with their gradients.
 
     Raises:
-      ValueError: another number of captions than images, or embeddings of another width.
+      ValueError: the shapes of image and text disagree.
     """
     checks.same_shape(image_embeddings=image, text_embeddings=text)
     product = jnp.matmul(image, gather(text, reduce).T, precision=jax.lax.Precision.HIGHEST)
@@ -107,13 +114,13 @@ def softmax_losses(
 
     >>> captions = captions_of(jnp.array([0, 1]), jnp.ones(2, bool), num_classes=3)
     >>> losses = softmax_losses(jnp.zeros((2, 2)), captions, jnp.ones(2, bool))
-    >>> [round(float(x), 3) for x in losses[0]]  # log 2, and no caption of the third class
+    >>> [round(float(x), 3) for x in losses[0]]  # log 2; the third class has no caption
     [0.693, 0.693, 0.0]
 
     Args:
       logits: z, f32[b, B].
       captions: of all devices.
-      mask: bool[b]; False rows are nobody's negative.
+      mask: bool[b]; False rows are no negatives.
       reduce: mean over the data-parallel axis.
 
     Source: Radford et al. (CLIP), ICML 2021; several positives: Khosla et al., "Supervised
@@ -136,8 +143,8 @@ def sigmoid_losses(logits: jax.Array, captions: Captions) -> jax.Array:
 
         l_ic = sum_k softplus(z_ik) - sum_(k in c) z_ik
 
-    Each pair is a question of its own, whether they belong together. There is no normaliser, so
-    that only captions are gathered. Absent classes have no positive, and the first sum alone.
+    Each pair is a binary question: do the two belong together? Without a normaliser, only captions
+    are gathered. A class without captions has the first sum only.
 
     >>> captions = captions_of(jnp.array([0, 1]), jnp.ones(2, bool), num_classes=2)
     >>> [round(float(x), 3) for x in sigmoid_losses(jnp.zeros((1, 2)), captions)[0]]  # 2 log 2
@@ -155,16 +162,15 @@ def sigmoid_losses(logits: jax.Array, captions: Captions) -> jax.Array:
 
 
 def class_log_probs(evidence: jax.Array, captions: Captions) -> jax.Array:
-    """What rules see of a batch of pairs: log-probabilities of classes, f32[b, K].
+    """Class log-probabilities of a batch of pairs, f32[b, K]: what rules see.
 
         log p_ic = e_ic + log n_c - log sum_c' n_c' e^e_ic' ,   e = -`softmax_losses`
 
-    -l averages two estimates of log P(c | image), by the row and, by Bayes' rule, by the column.
-    So a rule's scores -d log p_ic are S_ic - sum_c' p_ic' S_ic', the losses' own less what they are
-    for what the network itself believes: with sum_c p_ic S_ic = 0, which holds for every softmax,
-    they say what they say elsewhere, zero being "as good as the network's own label". A class
-    without a caption in the batch has probability and score zero: nothing is learned of it, and a
-    label keeps what the prior and a memory of other visits say.
+    -l averages two estimates of log P(c | image): by the row and, with Bayes' rule, by the column.
+    A rule's scores are S_ic - sum_c' p_ic' S_ic', so that sum_c p_ic S_ic = 0, as for every
+    softmax: a score of zero means "as good as the network's own label". A class without a caption
+    in the batch has probability and score zero. Its label then comes from the prior and from
+    earlier visits.
 
     >>> captions = captions_of(jnp.array([0, 0, 1]), jnp.ones(3, bool), num_classes=3)
     >>> log_probs = class_log_probs(jnp.zeros((1, 3)), captions)
@@ -188,22 +194,22 @@ def pair_scores(
     captions: jax.Array | None = None,
     images: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """How much a step on each pair would lower the validation loss, f32[B, B] in both directions.
+    """How much a step on each pair would lower the validation loss, f32[B, B] by rows and columns.
 
         rows:     <v, grad -log p_ik> = sum_j p_ij dz_ij - dz_ik
         columns:  <v, grad -log r_ik> = sum_j r_jk dz_jk - dz_ik
 
     Identical captions have identical columns in both. The score of class c for image i is the mean
-    over its captions of the mean of both: the linear form of `softmax_losses`.
+    of both, averaged over the captions of c: the linear form of `softmax_losses`.
 
     >>> z, dz = jnp.zeros((2, 2)), jnp.array([[1.0, 0.0], [0.0, 0.0]])
-    >>> rows, columns = pair_scores(z, dz)  # the first pair comes together along v
+    >>> rows, columns = pair_scores(z, dz)  # along v the first pair moves together
     >>> rows.tolist(), columns.tolist()
     ([[-0.5, 0.5], [0.0, 0.0]], [[-0.5, 0.0], [0.5, 0.0]])
 
     Args:
       logits: z, f32[B, B], of all rows (under jit).
-      change: dz, its derivative along v, of one `jax.jvp`.
+      change: dz, the derivative of z along v, by one `jax.jvp`.
       captions, images: bool[B], False on padding; None = all count.
 
     Raises:
@@ -229,7 +235,7 @@ def sigmoid_scores(logits: jax.Array, change: jax.Array) -> jax.Array:
 
     Args:
       logits: z, f32[B, B], with the bias.
-      change: dz, its derivative along v.
+      change: dz, the derivative of z along v.
 
     Raises:
       ValueError: shapes disagree.

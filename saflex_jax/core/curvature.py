@@ -1,4 +1,4 @@
-"""Matrix-vector products with the curvature of a loss; no matrix is ever built."""
+"""Matrix-vector products with the curvature of a loss. No matrix is built."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def dot(x: PyTree, y: PyTree) -> jax.Array:
 
     >>> float(dot({"a": jnp.ones(2)}, {"a": jnp.array([1.0, 2.0])}))
     3.0
+
+    Args:
+      x, y: trees of the same structure and shapes.
     """
     products = jax.tree.map(lambda a, b: jnp.vdot(a, b), x, y)
     return jnp.asarray(sum(jax.tree.leaves(products)))
@@ -30,7 +33,7 @@ def hessian(
 ) -> Matvec:
     """u -> (grad^2 loss)(params) u, forward over reverse.
 
-    The gradient is linearised once, so that a solver's loop does not run the network again.
+    The gradient is linearised once: a solver's loop does not run the network again.
 
     >>> product = hessian(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))
     >>> product(jnp.ones(2)).tolist()  # 6 x
@@ -38,7 +41,7 @@ def hessian(
 
     Args:
       loss_fn: params -> f32[]; under pmap the device's share (see `losses.masked_mean`).
-      params: where the Hessian is taken.
+      params: where to take the Hessian.
       reduce: mean over the data-parallel axis.
     """
     _, push = jax.linearize(jax.grad(loss_fn), params)
@@ -50,9 +53,15 @@ def linear_logits(
 ) -> tuple[jax.Array, Callable[[Params], jax.Array]]:
     """The logits f32[B, K] and their linear part, u -> J u, in the selected parameters.
 
-    The network runs once, here: neither a solver's loop nor a branch runs it again. Where the same
-    candidates are trained on, XLA shares this pass with the training gradient's. The linear part is
-    a pytree of what it has saved of that pass; of a head, the features.
+    The network runs here, once; neither a solver's loop nor a branch runs it again. If the step
+    also trains on these candidates, XLA shares this pass with the training gradient. The linear
+    part is a pytree of what the pass saved; for a head, its features.
+
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> logits, push = linear_logits(linear, jnp.zeros((2, 2)), jnp.eye(2))
+    >>> push(jnp.ones((2, 2))).tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
 
     Args:
       logits_fn: (params, inputs) -> f32[B, K].
@@ -79,11 +88,18 @@ def gauss_newton(
 
         G = mean_i J_i^T (diag p_i - p_i p_i^T) J_i ,   J_i = d logits_i / d theta
 
-    Positive semi-definite, and independent of the labels. For the parameters of the head a product
-    is one multiplication with the features and one with their transpose.
+    G is positive semi-definite and independent of the labels. For the head's parameters a product
+    multiplies once with the features and once with their transpose.
+
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> params, x = jnp.zeros((1, 2)), jnp.ones((1, 1))
+    >>> product = gauss_newton(*linear_logits(linear, params, x), params)
+    >>> product(jnp.array([[1.0, 0.0]])).tolist()
+    [[0.25, -0.25]]
 
     Args:
-      logits, push: as `linear_logits` returns them.
+      logits, push: what `linear_logits` returns.
       params: any tree with the structure of u.
       mask: bool[B]; False rows do not count.
       reduce: mean over the data-parallel axis.

@@ -6,11 +6,12 @@ For theta*(phi) = argmin_theta L_in(theta, phi) the implicit function theorem gi
     v = (grad^2_theta L_in + damping I)^-1 grad_theta L_out
 
 phi (`meta`) is one explicit pytree: sample weights, soft labels, or any meta-parameters. A loss may
-close over data but not over what is differentiated. The path by which theta* was reached is not
-differentiated, hence neither is the starting point.
+close over data but not over what is differentiated. Neither the path to theta* nor its starting
+point is differentiated.
 
-With phi = the soft labels, L_in their mean cross-entropy and v = grad L_out (`identity_solve`) the
-hypergradient is -scores / B: SAFLEX is the implicit gradient with the identity as inverse Hessian.
+If phi holds the soft labels, L_in is their mean cross-entropy and v = grad L_out
+(`identity_solve`), the hypergradient is -scores / B: SAFLEX is the implicit gradient with the
+identity as inverse Hessian.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ def implicit_hypergradient(
 
     Args:
       inner_loss: (params, meta) -> f32[]; under pmap the device's share (`losses.masked_mean`).
-      outer_loss: (params, meta) -> f32[]; likewise.
+      outer_loss: (params, meta) -> f32[]; under pmap also the device's share.
       params: an (approximate) minimiser of inner_loss(., meta).
       meta: pytree of floats, the same on every device.
-      solve: a LinearSolve; it receives the product with the inner Hessian. The default solves to
-        rounding and needs a positive definite one.
+      solve: a LinearSolve for the inner Hessian. The default solves to rounding error and needs a
+        positive definite Hessian.
       reduce: mean over the data-parallel axis.
 
     Returns:
@@ -87,7 +88,7 @@ def differentiable_argmin(
     *,
     solve: LinearSolve = CONVERGED,
 ) -> Callable[..., Params]:
-    """Makes an inner solver whose backward pass is the implicit function theorem.
+    """An inner solver whose backward pass is the implicit function theorem.
 
     >>> def inner_loss(params, meta):
     ...     return (params - meta) ** 2
@@ -95,9 +96,9 @@ def differentiable_argmin(
     >>> float(jax.grad(lambda meta: argmin(0.0, meta) ** 3)(2.0))  # 3 meta^2
     12.0
 
-    How well the backward pass solved its linear system is known only there, so `argmin` takes a
-    third argument whose gradient is the relative residual ||A v - b|| / ||b||. A gradient with a
-    residual that is not small is not the gradient of the optimum.
+    `argmin` takes a third argument whose gradient is the relative residual ||A v - b|| / ||b|| of
+    the backward pass's linear system. Check it: unless the residual is small, the gradient is not
+    that of the optimum.
 
     >>> def outer_loss(meta, probe):
     ...     return argmin(0.0, meta, probe) ** 3
@@ -108,13 +109,13 @@ def differentiable_argmin(
     Args:
       inner_loss: (params, meta) -> f32[].
       minimise: (params0, meta) -> params, any solver; it is never differentiated.
-      solve: a LinearSolve for (inner Hessian) v = cotangent. The default, conjugate gradients to
-        rounding, needs a Hessian that is positive definite: at a minimum, regularised if need be.
+      solve: a LinearSolve for (inner Hessian) v = cotangent. The default runs conjugate gradients
+        to rounding error and needs a positive definite Hessian: a minimum, regularised if need be.
 
     Returns:
-      argmin: (params0, meta, probe = 0.0) -> params, differentiable in meta. The gradient for
-      params0 is zero, that for `probe` f32[] the residual (NaN if `solve` reports none), summed
-      over the calls that share a probe.
+      argmin: (params0, meta, probe = 0.0) -> params, differentiable in meta. The gradient with
+      respect to params0 is zero. With respect to `probe` f32[] it is the residual (NaN if `solve`
+      reports none), summed over the calls that share a probe.
     """
 
     @jax.custom_vjp
@@ -151,10 +152,10 @@ def unrolled_argmin(
     tx: optax.GradientTransformation,
     steps: int,
 ) -> Params:
-    """Takes `steps` optimiser steps on the inner loss; autodiff goes through all of them.
+    """Takes `steps` optimiser steps on the inner loss and differentiates through all of them.
 
-    jax.grad of an outer loss of the result is the exact hypergradient of the truncated problem, at
-    a memory cost that grows with `steps`.
+    jax.grad of an outer loss of the result is the exact hypergradient of the truncated problem.
+    Its memory grows with `steps`.
 
     >>> def inner_loss(params, meta):
     ...     return (params - meta) ** 2
@@ -165,8 +166,8 @@ def unrolled_argmin(
       inner_loss: (params, meta) -> f32[].
       params: where to start.
       meta: pytree of floats.
-      tx: the optimiser, freshly initialised here.
-      steps: >= 1.
+      tx: the optimiser; its state starts fresh.
+      steps: >= 1, optimiser steps.
 
     Raises:
       ValueError: steps < 1.

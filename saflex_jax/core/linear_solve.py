@@ -3,9 +3,9 @@
     (matvec, rhs) -> (x, SolveInfo(residual))
 
 A is the curvature of the inner problem, b the validation gradient, x the direction of the scores.
-identity: the paper's greedy step. preconditioned: what the optimiser's step does to a gradient.
+identity: the paper's greedy step. preconditioned: the optimiser's own scaling of a gradient.
 Neumann, CG: implicit differentiation. `residual` is ||A x - b|| / ||b||, with the damping inside A
-where there is one; under jit it costs nothing unless somebody reads it.
+where there is one. Under jit it costs nothing unless it is used.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ def _damped(matvec: Matvec, damping: float) -> Matvec:
 
 
 def identity_solve(*, scale: float = 1.0) -> LinearSolve:
-    """x = scale * b: the greedy direction (a gradient step's own, with scale = learning rate).
+    """x = scale * b: the greedy direction of the paper.
 
     >>> x, info = identity_solve(scale=0.5)(lambda v: 2 * v, jnp.array([4.0]))
     >>> float(x[0]), float(info.residual)
     (2.0, 0.0)
+
+    Args:
+      scale: step length; the learning rate gives a gradient step.
     """
     checks.positive(scale=scale)
 
@@ -47,11 +50,14 @@ def identity_solve(*, scale: float = 1.0) -> LinearSolve:
 
 
 def preconditioned_solve(inverse_diagonal: PyTree) -> LinearSolve:
-    """x = D b with a diagonal D, a tree like b or with more leaves (`adam_inverse_diagonal`).
+    """x = D b with a diagonal D.
 
     >>> x, info = preconditioned_solve(jnp.array([0.5, 0.25]))(lambda v: v, jnp.ones(2))
     >>> x.tolist()
     [0.5, 0.25]
+
+    Args:
+      inverse_diagonal: D, a tree like b or with more leaves, for instance `adam_inverse_diagonal`.
     """
 
     def solve(matvec, rhs):
@@ -62,16 +68,16 @@ def preconditioned_solve(inverse_diagonal: PyTree) -> LinearSolve:
 
 
 def adam_inverse_diagonal(opt_state: PyTree, *, b2: float = 0.999, eps: float = 1e-8) -> PyTree:
-    """The diagonal by which Adam multiplies a gradient, 1 / (sqrt(nu / (1 - b2^t)) + eps).
+    """The diagonal by which Adam multiplies a gradient: a tree like params.
 
-    Read from the (possibly nested) optax state; ones before the first step. `b2` and `eps` must be
-    the optimiser's own, optax does not keep them in the state.
+        1 / (sqrt(nu / (1 - b2^t)) + eps) ,   ones before the first step
 
     >>> adam_inverse_diagonal(optax.adam(1e-3).init(jnp.zeros(2))).tolist()
     [1.0, 1.0]
 
-    Returns:
-      tree like params.
+    Args:
+      opt_state: optax state with Adam's second moment nu, nested or not.
+      b2, eps: the optimiser's own; optax does not keep them in its state.
 
     Raises:
       ValueError: the state holds no second moment.
@@ -96,12 +102,17 @@ def adam_inverse_diagonal(opt_state: PyTree, *, b2: float = 0.999, eps: float = 
 def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSolve:
     """x = scale * sum_{j=0..steps} (I - scale (A + damping I))^j b.
 
-    Converges to (A + damping I)^-1 b for 0 < scale < 2 / (largest eigenvalue); steps = 0 is
-    `identity_solve`. Equals `steps + 1` unrolled gradient-descent steps at a fixed Hessian.
+    Converges to (A + damping I)^-1 b for 0 < scale < 2 / (largest eigenvalue). Equals `steps + 1`
+    unrolled gradient-descent steps at a fixed Hessian; with steps = 0, `identity_solve`.
 
     >>> x, info = neumann_solve(steps=2, scale=0.5)(lambda v: v, jnp.ones(1))
     >>> x.tolist(), float(info.residual)  # 1/2 + 1/4 + 1/8
     ([0.875], 0.125)
+
+    Args:
+      steps: >= 0, products with A.
+      scale: > 0, step length.
+      damping: >= 0, added to every eigenvalue of A.
 
     Raises:
       ValueError: steps < 0, scale <= 0, damping < 0.
@@ -123,16 +134,21 @@ def neumann_solve(*, steps: int, scale: float, damping: float = 0.0) -> LinearSo
 
 
 def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> LinearSolve:
-    """(A + damping I) x = b by `maxiter` conjugate-gradient iterations; it rests once it is done.
+    """(A + damping I) x = b by `maxiter` conjugate-gradient iterations.
 
-    A must be symmetric positive semi-definite (Gauss-Newton always is; a Hessian only at a
-    minimum). tol is relative to ||b||; 0 = until rounding. The number of iterations is fixed, so
-    that chips need not agree on an end. Besides, XLA's CPU backend gives wrong numbers for a
-    vmapped `jax.scipy.sparse.linalg.cg` around a network (JAX 0.10 to 0.12, docs/sharp_edges.md).
+    A must be symmetric positive semi-definite. Gauss-Newton always is; a Hessian only at a minimum.
+    The loop has a fixed length, so that devices need not agree on an end; once it has converged, x
+    stays. It replaces `jax.scipy.sparse.linalg.cg`, which XLA's CPU backend computes wrongly under
+    vmap around a network (JAX 0.10 to 0.12, docs/sharp_edges.md).
 
     >>> x, info = cg_solve(damping=0.0)(lambda v: 4 * v, jnp.ones(2))
     >>> x.round(6).tolist()
     [0.25, 0.25]
+
+    Args:
+      maxiter: >= 1, iterations; check `info.residual` if A + damping I is ill-conditioned.
+      tol: >= 0, stop at this residual relative to ||b||; 0 = at rounding error.
+      damping: >= 0, added to every eigenvalue of A.
 
     Raises:
       ValueError: maxiter < 1, tol < 0, damping < 0.

@@ -1,4 +1,4 @@
-"""Losses, one value per sample, and the global mean that turns them into one number.
+"""Losses per sample, and the global mean that turns them into one number.
 
 A candidate loss is what a step trains its candidates on: (logits f32[B, K], targets: Targets,
 candidates: Batch) -> f32[B], weighted by `targets.weights` and exactly 0 on padding.
@@ -35,8 +35,8 @@ def weighted_cross_entropy(
     >>> weighted_cross_entropy(jnp.zeros((2, 2)), labels, weights=jnp.array([0.0, 2.0])).round(4)
     Array([0.    , 1.3863], dtype=float32)
 
-    Differentiable in logits, labels and weights, also where a label is exactly zero (so a
-    hypergradient can raise it); hence no `where(labels == 0)` shortcut.
+    Differentiable in logits, labels and weights, also where a label is exactly zero, so that a
+    hypergradient can raise it.
 
     Args:
       logits: f32[B, K].
@@ -68,9 +68,9 @@ def masked_mean(
 
         sum_local(values) / reduce(count_local)
 
-    Under jit this is the global mean. Under pmap it is the device's share of it: `reduce` of the
-    result, or of its gradient, is the global value. So uneven padding has its exact weight, which
-    it would not have in a mean of per-device means.
+    Under jit this is the global mean. Under pmap it is the device's share of the global mean:
+    `reduce` of the result, or of its gradient, is the global value. Uneven padding keeps its exact
+    weight, which a mean of per-device means would lose.
 
     >>> float(masked_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([True, True, False])))
     2.0
@@ -87,7 +87,7 @@ def masked_mean(
 
 
 def jensen_shannon(logits: jax.Array) -> jax.Array:
-    """Divergence of several predictions of the same sample from their mixture.
+    """Jensen-Shannon divergence of several predictions of one sample.
 
         JSD_i = 1/V sum_v KL(p_vi || m_i) ,  m_i = clip(1/V sum_v p_vi, 1e-7, 1)
 
@@ -101,7 +101,7 @@ def jensen_shannon(logits: jax.Array) -> jax.Array:
       f32[B], nats, at most log V.
 
     Raises:
-      ValueError: logits of another rank.
+      ValueError: logits are not of rank 3.
 
     Source: Hendrycks et al., "AugMix", ICLR 2020, equation 2; the clip is in its code.
     """
@@ -124,23 +124,28 @@ def decoupled_mixup(
     threshold: float = 0.5,
     power: float = 1.0,
 ) -> jax.Array:
-    """Mixup's cross-entropy plus that of each parent's class without the other's.
+    """Mixup's cross-entropy, plus that of each parent's class without the other's.
 
         s CE(z, a) + (1 - s) CE(z, b) + eta_a CE(z without b, a) + eta_b CE(z without a, b)
         eta_a = eta s^power ,  eta_b = eta (1 - s)^power
 
-    Without the other class a confident prediction of one parent costs nothing, whatever s. The last
-    two terms vanish where a = b, where s is within 1e-3 of 0 or 1, and where it is exactly 1/2.
+    With the other class left out, a confident prediction of one parent costs nothing at any s. The
+    last two terms vanish where a = b, where s is within 1e-3 of 0 or 1, and where s is exactly 1/2.
+
+    >>> classes = dict(own=jnp.array([0]), partner=jnp.array([1]))
+    >>> z, half = jnp.array([[9.0, 9.0, 0.0]]), jnp.array([0.5])  # both parents' classes
+    >>> round(float(decoupled_mixup(z, **classes, share=half)[0]), 3)  # cross-entropy alone
+    0.693
 
     Args:
       logits: z, f32[B, K].
       own: a, i32[B], class of the row's own parent.
       partner: b, i32[B], class of the other parent.
-      share: s, f32[B], that of a.
-      eta: >= 0.
+      share: s, f32[B], share of a.
+      eta: >= 0, weight of the decoupled terms.
       mode: "both" terms; "less": a's where s < threshold, else b's; "more": the opposite.
-      threshold: in [0, 1].
-      power: >= 0; 0 = constant.
+      threshold: in [0, 1], of `mode`.
+      power: >= 0, of the shares in eta_a and eta_b; 0 = constant weights.
 
     Returns:
       f32[B], nats.
@@ -148,8 +153,8 @@ def decoupled_mixup(
     Raises:
       ValueError: shapes disagree, or a number is out of range.
 
-    Here eta_a always belongs to a. The released code orders the etas as (s, 1 - s) but the classes
-    by number, which swaps the etas of the whole batch when the first row has a > b.
+    Here eta_a always belongs to a. The released code orders the etas as (s, 1 - s) and the classes
+    by number, which swaps the etas of the whole batch if the first row has a > b.
 
     Source: Liu et al., "Harnessing Hard Mixed Samples with Decoupled Regularizer", NeurIPS 2023.
     """
@@ -191,6 +196,12 @@ def weighted_soft_cross_entropy(
 ) -> jax.Array:
     """The default candidate loss: weighted cross-entropy against the targets' soft labels.
 
+    >>> from saflex_jax.core.targets import prior_targets
+    >>> batch = Batch(jnp.eye(2), jnp.eye(2), jnp.array([True, False]), jnp.arange(2))
+    >>> targets = prior_targets(batch.labels, batch.mask)
+    >>> weighted_soft_cross_entropy(jnp.zeros((2, 2)), targets, batch).round(4)
+    Array([0.6931, 0.    ], dtype=float32)
+
     Args:
       logits: f32[B, K].
       targets: Targets of B.
@@ -204,16 +215,22 @@ def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
 
         loss_iv = w_iv (1[v = 0] V CE(z_i0, y_i0) + strength JSD(z_i0, ..., z_i(V-1)))
 
-    With weights of one the mean over rows is the mean of CE(clean) + strength JSD over samples.
-    Row i V + v is view v of sample i, and view 0 is the clean one: `augment.views(identity, a, a)`.
-    The labels of the other views are not read.
+    With weights of one, the mean over rows is the mean of CE(clean) + strength JSD over samples.
+    Row i V + v is view v of sample i. View 0 is clean: `augment.views(identity, a, a)`. The labels
+    of the other views are not read.
+
+    >>> from saflex_jax.core.targets import prior_targets
+    >>> batch = Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.zeros(2, int))  # two views
+    >>> targets = prior_targets(batch.labels, batch.mask)
+    >>> augmix_loss(views=2)(jnp.zeros((2, 2)), targets, batch).round(4)  # the views agree
+    Array([1.3863, 0.    ], dtype=float32)
 
     Args:
-      views: V, at least 2.
-      strength: >= 0.
+      views: V >= 2, views of each sample.
+      strength: >= 0, weight of the divergence.
 
     Raises:
-      ValueError: a number of rows that is not a multiple of V.
+      ValueError: the number of rows is not a multiple of V.
 
     Source: Hendrycks et al., "AugMix", ICLR 2020, equation 3.
     """
@@ -243,15 +260,20 @@ def decoupled_mixup_loss(
 
         loss_i = w_i (CE(z_i, y_i) + eta_a CE(z_i without b, a) + eta_b CE(z_i without a, b))
 
-    The parents' classes a, b and the share s are the two largest entries of the prior label. Which
-    parent is a does not matter: the exchange turns (a, b, s) into (b, a, 1 - s), which swaps the
-    terms of "both". With the threshold of 1/2 used here, "less" keeps the term of the parent with
-    the smaller share and "more" that of the parent with the larger one.
+    The classes a, b and the share s come from the two largest entries of the prior label. Swapping
+    the parents turns (a, b, s) into (b, a, 1 - s) and changes nothing. With the threshold 1/2 used
+    here, "less" keeps the term of the parent with the smaller share, "more" that of the other.
+
+    >>> from saflex_jax.core.targets import prior_targets
+    >>> batch = Batch(jnp.eye(1), jnp.array([[0.75, 0.25]]), jnp.ones(1, bool), jnp.arange(1))
+    >>> targets = prior_targets(batch.labels, batch.mask)
+    >>> decoupled_mixup_loss()(jnp.zeros((1, 2)), targets, batch).round(3)  # log 2: no other class
+    Array([0.693], dtype=float32)
 
     Args:
-      eta: >= 0.
+      eta: >= 0, weight of the decoupled terms.
       mode: "both", "less" or "more".
-      power: >= 0.
+      power: >= 0, of the shares in eta_a and eta_b.
 
     Source: see `decoupled_mixup`.
     """
@@ -271,7 +293,13 @@ def decoupled_mixup_loss(
 
 
 def check_counts(counts: np.ndarray) -> None:
-    """Raises ValueError unless `counts` are numbers of samples f[K], each > 0 and finite."""
+    """Raises ValueError unless `counts` are positive, finite numbers of samples.
+
+    >>> check_counts(np.array([90.0, 10.0]))
+
+    Args:
+      counts: f[K], samples of each class.
+    """
     a = np.asarray(counts, np.float64)
     if a.ndim != 1:
         raise ValueError(f"counts must have shape [K]; given {list(a.shape)}")
@@ -282,21 +310,28 @@ def check_counts(counts: np.ndarray) -> None:
 
 
 def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.0) -> CandidateLoss:
-    """Candidate loss of LDAM: cross-entropy with a margin, the larger the rarer the class.
+    """Candidate loss of LDAM: cross-entropy with larger margins for rarer classes.
 
         m_k = C / n_k^(1/4) ,  C such that max_k m_k = max_margin
         loss_i = w_i sum_k y_ik l_ik ,  l_ik = log(1 + sum_(j != k) exp(s z_ij - s (z_ik - m_k)))
 
-    A one-hot label gives the paper's loss; a soft one the label's mean of its classes' losses. A
-    joint label (class, transformation) has the margin of its class, since its count is the class's.
+    A one-hot label gives the paper's loss; a soft label averages its classes' losses. A joint label
+    (class, transformation) has the margin of its class.
 
-    The scale assumes logits that are cosines of features and the head's columns, as in the authors'
-    code; `models.Classifier` and `Heads` give them with `cosine=True`.
+    The scale assumes that logits are cosines of features and the head's columns, as in the authors'
+    code. `models.Classifier` and `Heads` give them with `cosine=True`.
+
+    >>> from saflex_jax.core.targets import prior_targets
+    >>> batch = Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> targets = prior_targets(batch.labels, batch.mask)
+    >>> losses = ldam_loss(np.array([90.0, 10.0]))(jnp.zeros((2, 2)), targets, batch)
+    >>> bool(losses[1] > losses[0])  # the rare class has the larger margin
+    True
 
     Args:
-      counts: n, f[K], > 0: training samples of each class; the sum of their prior labels.
-      max_margin: > 0, that of the rarest class.
-      scale: s > 0.
+      counts: n, f[K], > 0: training samples of each class, the sum of their prior labels.
+      max_margin: > 0, margin of the rarest class.
+      scale: s > 0, of the logits.
 
     Raises:
       ValueError: a value out of range, or logits of another number of classes.

@@ -1,4 +1,4 @@
-"""Averages of a source sample's scores over its visits: one score is noisy, dozens are not."""
+"""Averages of a sample's scores over its visits: one score is noisy, dozens are not."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Memory(NamedTuple):
-    """Score averages of N source samples, N rounded up to a multiple of ROWS.
+    """Mean scores of N source samples, N rounded up to a multiple of ROWS.
 
-    The jit runner splits its rows among the devices; under pmap each device holds all of it.
+    The jit runner splits the rows among the devices; under pmap each device holds all of them.
+
+    >>> memory = init(num_samples=10, num_classes=2)
+    >>> memory.mean.shape, memory.visits.shape
+    ((1024, 2), (1024,))
 
     Attributes:
       mean: f32 or bf16 [N, K]; a plain mean over the first visits, then an exponential moving
         average.
-      visits: i32[N].
+      visits: i32[N], number of visits.
     """
 
     mean: jax.Array
@@ -38,16 +42,18 @@ class Memory(NamedTuple):
 
 
 class TopMemory(NamedTuple):
-    """The same of beliefs f32[K] >= 0, of which few are large: whatever K, a few bytes a sample.
+    """Mean beliefs of N source samples, of which only the k largest entries are kept.
 
-    Of each mean the largest k entries are kept, and the sum of the others, which counts as spread
-    over them evenly.
+    Memory per sample does not grow with K. The sum of the other entries counts as spread evenly.
+
+    >>> [x.shape[1:] for x in init(num_samples=10, num_classes=1000, top=8)]
+    [(8,), (8,), (), ()]
 
     Attributes:
-      classes: u16 (i32 from 2^16 classes on) [N, k].
-      values: f32 or bf16 [N, k].
-      rest: f32[N].
-      visits: i32[N].
+      classes: u16 (i32 from 2^16 classes on) [N, k], the classes of the kept entries.
+      values: f32 or bf16 [N, k], the kept entries.
+      rest: f32[N], sum of the other entries.
+      visits: i32[N], number of visits.
     """
 
     classes: jax.Array
@@ -62,7 +68,15 @@ class TopMemory(NamedTuple):
 
 
 def check(num_samples: int, num_classes: int, dtype: str, top: int | None = None) -> None:
-    """Raises ValueError on what `init` does not take."""
+    """Raises ValueError on arguments that `init` does not take.
+
+    >>> check(10, 2, "float32")
+
+    Args:
+      num_samples, num_classes: N and K, >= 1.
+      dtype: "float32" or "bfloat16".
+      top: below num_classes, or None.
+    """
     checks.whole(1, num_samples=num_samples)
     checks.whole(1, num_classes=num_classes)
     checks.choice(DTYPES, memory_dtype=dtype)
@@ -78,14 +92,14 @@ def init(
     """An empty memory.
 
     >>> arrays = init(1024, 1000, top=8)
-    >>> sum(x.nbytes for x in arrays) / 1024  # bytes a sample; of all 1000 means 4004
+    >>> sum(x.nbytes for x in arrays) / 1024  # bytes per sample; with all 1000 means 4004
     56.0
 
     Args:
       num_samples, num_classes: N before rounding, and K.
-      dtype: of the averages. "bfloat16" halves them; a visit is added in f32 and then rounded, so
-        that a mean comes to rest within 2^-8 / (1 - decay) of its value (4 % at decay .9).
-      top: k < K, entries of a mean that are kept (`TopMemory`); None = all.
+      dtype: of the averages. "bfloat16" halves them. A visit is added in f32 and then rounded, so a
+        mean comes to rest within 2^-8 / (1 - decay) of its value (4 % at decay .9).
+      top: k < K, number of entries to keep (`TopMemory`); None = all (`Memory`).
 
     Raises:
       ValueError: sizes < 1, another dtype, top not below K.
@@ -108,7 +122,7 @@ def update(
     decay: float = 0.9,
     reduce: Reduce = identity,
 ) -> tuple[Memory | TopMemory, jax.Array]:
-    """Adds one visit of the given samples and returns what is remembered of them.
+    """Adds one visit of the given samples; returns the memory and their new means.
 
         m <- m + max(1 - decay, 1 / visits) (s - m)
 
@@ -121,10 +135,10 @@ def update(
     [[2.0, 0.0], [0.0, 3.0]]
 
     Args:
-      memory: of N samples.
+      memory: what `init` or an earlier update returned.
       index: i32[B], source sample of each row; rows of the same sample are averaged first.
-      scores: f32[B, K], already in a scale of their own (a raw score shrinks as training goes on);
-        of a `TopMemory` beliefs, >= 0.
+      scores: f32[B, K], on a scale that does not drift (raw scores shrink during training); for a
+        `TopMemory` beliefs, >= 0.
       mask: bool[B]; False rows are not remembered.
       decay: in [0, 1); 0 remembers the last visit only.
       reduce: `identity` or a `Mean`: every device adds the rows of all devices.
@@ -187,15 +201,15 @@ def _each_share(reduce: Reduce, visited, memory, rows: jax.Array, fresh: jax.Arr
 def recall(
     memory: Memory | TopMemory, index: jax.Array, num_classes: int | None = None
 ) -> jax.Array:
-    """What is remembered of samples, f32[..., K]; 0 before the first visit or out of range.
+    """The means of samples, f32[..., K]; 0 before the first visit or out of range.
 
     >>> recall(init(num_samples=10, num_classes=2), jnp.array([3])).tolist()
     [[0.0, 0.0]]
 
     Args:
-      memory: of N samples.
-      index: i32[...].
-      num_classes: K; a `TopMemory` does not know it.
+      memory: what `init` or `update` returned.
+      index: i32[...], source samples.
+      num_classes: K; needed by a `TopMemory`.
     """
 
     def at(kept):

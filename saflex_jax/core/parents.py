@@ -1,8 +1,8 @@
-"""Rows that upstream mixing made of several samples: how much is a row's own, and whose the rest.
+"""Parents of mixed rows: how much of a row is its own sample, and whose is the rest.
 
-A row is taken for its own sample from a share of WHOLE on. What is known of samples, that they are
-trusted or what is believed of them, reaches other rows through their parents, as labels do. Where
-a pipeline mixes more than once, a partner's own partner is not in the trace and is overlooked.
+A row counts as its own sample from a share of WHOLE on. Knowledge about samples (trusted or not,
+remembered beliefs) reaches mixed rows through their parents, as labels do. If a pipeline mixes more
+than once, a partner's own partner is not in the trace and is ignored.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ def own_share(batch: Batch) -> jax.Array:
     >>> labels = jnp.array([[1.0, 0.0], [0.6, 0.4]])
     >>> own_share(Batch(jnp.zeros((2, 3)), labels, jnp.ones(2, bool), jnp.arange(2))).tolist()
     [1.0, 0.6000000238418579]
+
+    Args:
+      batch: B rows.
     """
     if batch.trace is None:
         return jnp.max(batch.labels, axis=-1)
@@ -33,15 +36,28 @@ def own_share(batch: Batch) -> jax.Array:
 
 
 def is_whole(batch: Batch) -> jax.Array:
-    """Rows that are, all but a little, their own sample, bool[B]."""
+    """Rows that count as their own sample, bool[B].
+
+    >>> labels = jnp.array([[1.0, 0.0], [0.6, 0.4]])
+    >>> is_whole(Batch(jnp.zeros((2, 3)), labels, jnp.ones(2, bool), jnp.arange(2))).tolist()
+    [True, False]
+
+    Args:
+      batch: B rows.
+    """
     return own_share(batch) >= WHOLE
 
 
 def of_all(batch: Batch, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Rows all of whose parents have a property, bool[B]; no mixed row where there is no trace.
+    """Rows all of whose parents have a property, bool[B]; without a trace, no mixed row.
+
+    >>> labels = jnp.array([[1.0, 0.0], [0.6, 0.4], [0.0, 1.0]])
+    >>> batch = Batch(jnp.zeros((3, 3)), labels, jnp.ones(3, bool), jnp.arange(3))
+    >>> of_all(batch, lambda index: index < 2).tolist()
+    [True, False, False]
 
     Args:
-      batch: B rows; those that are whole have one parent.
+      batch: B rows.
       holds: index i32[...] of source samples -> bool[...].
     """
     partners: Any = False
@@ -53,14 +69,19 @@ def of_all(batch: Batch, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
 def mixture(
     batch: Batch, recall: Callable[[jax.Array], jax.Array], otherwise: jax.Array
 ) -> jax.Array:
-    """What is known of source samples as it is of rows: mixed where they are, by the same shares.
+    """Mixes what is known of source samples as their rows were mixed, f32[B, K].
 
-        m_i  of a whole row ,  s_i m_i + (1 - s_i) m_p(i)  of one mixed with p(i), as its label is
+        m_i  of a whole row ,  s_i m_i + (1 - s_i) m_p(i)  of one mixed with p(i)
+
+    >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> beliefs = jnp.array([[0.5, 0.5], [0.0, 0.0]])  # nothing is known of the second sample
+    >>> mixture(batch, lambda index: beliefs[index], otherwise=jnp.eye(2)).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
 
     Args:
       batch: B rows.
       recall: index i32[...] of source samples -> f32[..., K] >= 0, all 0 where nothing is known.
-      otherwise: f32[B, K], of rows with a parent of which nothing is known.
+      otherwise: f32[B, K], used where nothing is known of one of a row's parents.
     """
 
     def known(values):  # NaN is known

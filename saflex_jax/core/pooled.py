@@ -1,7 +1,7 @@
-"""Utilities pooled over groups of samples: which operation, magnitude or prompt helps, and harms?
+"""Utilities pooled over groups of samples: which operation, magnitude or prompt helps or harms?
 
-One sample's utility is noisy, thousands of one operation's are not. Sums of G x K numbers say the
-mean of each group, overall and by class, and how far it can be trusted.
+One sample's utility is noisy; the mean over thousands from one operation is not. Sums of G x K
+numbers give the mean of each group, overall and by class, with its standard error.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from saflex_jax.types import Reduce
 class Pools(NamedTuple):
     """Running sums over the rows of group g and class k, each f32[G, K].
 
+    >>> no_pools(num_groups=3).total.shape
+    (3, 1)
+
     Attributes:
-      weight: sum of w; a row counts 1 when it is added, and less as it is forgotten.
+      weight: sum of w; a row starts at w = 1 and decays.
       weight_squared: sum of w^2.
       total: sum of w u.
       squared: sum of w u^2.
@@ -34,11 +37,15 @@ class Pools(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """What is known of each group, each f32[G, K] or f32[G].
+    """Mean utility of each group with its standard error, each f32[G, K] or f32[G].
+
+    >>> low, high = Pooled(jnp.array([100.0]), jnp.array([0.5]), jnp.array([0.1])).interval()
+    >>> round(float(low[0]), 3), round(float(high[0]), 3)
+    (0.304, 0.696)
 
     Attributes:
-      count: n, rows that the mean is as good as.
-      mean: of the utilities; 0 where n = 0.
+      count: n, effective number of rows.
+      mean: mean utility; 0 where n = 0.
       error: standard error of the mean; infinite where n < 2.
     """
 
@@ -47,7 +54,11 @@ class Pooled(NamedTuple):
     error: jax.Array
 
     def interval(self, z: float = 1.96) -> tuple[jax.Array, jax.Array]:
-        """(low, high): mean -+ z errors."""
+        """(low, high): mean -+ z standard errors.
+
+        Args:
+          z: half-width in standard errors; 1.96 gives 95 %.
+        """
         return self.mean - z * self.error, self.mean + z * self.error
 
 
@@ -56,6 +67,9 @@ def no_pools(num_groups: int, num_classes: int = 1) -> Pools:
 
     >>> pooled(no_pools(2)).count.tolist()
     [[0.0], [0.0]]
+
+    Args:
+      num_groups, num_classes: G and K.
     """
     checks.whole(1, num_groups=num_groups, num_classes=num_classes)
     return Pools(*jnp.zeros((4, num_groups, num_classes)))
@@ -71,23 +85,23 @@ def add_utilities(
     decay: float = 1.0,
     reduce: Reduce = identity,
 ) -> Pools:
-    """Forgets a little of the sums and adds the rows of a batch.
+    """Decays the sums and adds the rows of a batch.
 
         W_gk <- d W_gk + sum_i 1[g in g_i, k = k_i]              (likewise w^2 with d^2, u and u^2)
 
     >>> groups = jnp.array([[0, 1], [0, -1]])  # a row of both groups, and one of the first
-    >>> found = pooled(add_utilities(no_pools(2), jnp.array([1.0, 3.0]), groups))
-    >>> found.mean[:, 0].tolist(), found.count[:, 0].tolist()
+    >>> stats = pooled(add_utilities(no_pools(2), jnp.array([1.0, 3.0]), groups))
+    >>> stats.mean[:, 0].tolist(), stats.count[:, 0].tolist()
     ([2.0, 1.0], [2.0, 1.0])
 
     Args:
       sums: so far, of G groups and K classes.
-      utility: u, f32[B], in a scale that stays alike from batch to batch.
-      groups: i32[B] or i32[B, L], the groups of each row, see `cells`; one that it has twice
-        counts once, one outside [0, G) is none.
-      classes: i32[B] in [0, K); None = all rows are of the first.
+      utility: u, f32[B], on the same scale in every batch.
+      groups: i32[B] or i32[B, L], the groups of each row, see `cells`. Duplicates count once;
+        values outside [0, G) are ignored.
+      classes: i32[B] in [0, K); None = class 0 for all rows.
       mask: bool[B]; False rows are not added. None = all are.
-      decay: d in [0, 1] of the sums; 1 forgets nothing.
+      decay: d in [0, 1], of the sums; 1 forgets nothing.
       reduce: `identity` or a `Mean`: every device adds the rows of all devices.
 
     Raises:
@@ -126,6 +140,9 @@ def over_classes(sums: Pools) -> Pools:
 
     >>> over_classes(no_pools(5, 3)).weight.shape
     (5, 1)
+
+    Args:
+      sums: f32[G, K] each.
     """
     return jax.tree.map(lambda x: jnp.sum(x, axis=1, keepdims=True), sums)
 
@@ -135,17 +152,16 @@ def pooled(sums: Pools) -> Pooled:
 
         n = W^2 / sum w^2 ,   m = sum w u / W ,   e^2 = (sum w u^2 / W - m^2) / (n - 1)
 
-    Rows count as independent: of samples that come again and again, the error is that of their
-    visits. The spread is taken to be at least 1e-3 of the root mean square, so that equal
-    utilities are not without error.
+    Rows count as independent: if samples recur, the error is that of their visits. The spread is
+    at least 1e-3 of the root mean square, so that equal utilities still have an error.
 
     >>> sums = add_utilities(no_pools(1), jnp.array([1.0, 3.0, 1.0, 3.0]), jnp.zeros(4, int))
-    >>> found = pooled(sums)
-    >>> round(float(found.mean[0, 0]), 3), round(float(found.error[0, 0]), 3)
+    >>> stats = pooled(sums)
+    >>> round(float(stats.mean[0, 0]), 3), round(float(stats.error[0, 0]), 3)
     (2.0, 0.577)
 
     Args:
-      sums: see `add_utilities`; their `over_classes` for a group as a whole.
+      sums: what `add_utilities` returns; `over_classes` of it for whole groups.
 
     Source: Kish, "Survey Sampling", 1965, for n.
     """
@@ -158,35 +174,35 @@ def pooled(sums: Pools) -> Pooled:
     return Pooled(count, mean, jnp.where(many, error, jnp.inf))
 
 
-def shrunk(found: Pooled) -> jax.Array:
-    """Means drawn towards the mean of all groups, the more the less is known of them, f32[G, K].
+def shrunk(stats: Pooled) -> jax.Array:
+    """Group means shrunk towards the mean of all groups, f32[G, K].
 
         s_g = M + t / (t + e_g^2) (m_g - M) ,   t = variance of the true means between the groups
 
-    A guess for samples of a group that were seen rarely. M is the mean weighted by 1 / (t + e^2),
-    t the moment estimator; without a spread beyond chance all groups are alike.
+    The less is known of a group, the more it is shrunk. M is the mean weighted by 1 / (t + e^2), t
+    the moment estimator. If groups differ by no more than chance, t = 0 and all get M.
 
-    >>> seen = Pooled(jnp.array([99.0, 99.0, 1.0]), jnp.array([1.0, -1.0, 9.0]),
-    ...               jnp.array([0.1, 0.1, jnp.inf]))
-    >>> [round(float(m), 2) for m in shrunk(seen)]  # of the last nothing is known
+    >>> stats = Pooled(jnp.array([99.0, 99.0, 1.0]), jnp.array([1.0, -1.0, 9.0]),
+    ...                jnp.array([0.1, 0.1, jnp.inf]))
+    >>> [round(float(m), 2) for m in shrunk(stats)]  # nothing is known of the last
     [1.0, -1.0, 0.0]
 
     Args:
-      found: of `pooled`, f32[G, K] or f32[G]; all its groups are drawn to one mean.
+      stats: what `pooled` returns, f32[G, K] or f32[G]; all groups and classes share one mean.
 
     Source: DerSimonian and Laird, "Meta-analysis in clinical trials", 1986, for t.
     """
-    known = jnp.isfinite(found.error)
-    precision = jnp.where(known, 1 / jnp.where(known, found.error, 1.0) ** 2, 0.0)
+    known = jnp.isfinite(stats.error)
+    precision = jnp.where(known, 1 / jnp.where(known, stats.error, 1.0) ** 2, 0.0)
     total = jnp.sum(precision)
     safe = jnp.where(total > 0, total, 1.0)
-    first = jnp.sum(precision * found.mean) / safe
-    chi = jnp.sum(precision * (found.mean - first) ** 2) - (jnp.sum(known) - 1)
+    first = jnp.sum(precision * stats.mean) / safe
+    chi = jnp.sum(precision * (stats.mean - first) ** 2) - (jnp.sum(known) - 1)
     spread = total - jnp.sum(precision**2) / safe
     between = jnp.maximum(chi / jnp.where(spread > 0, spread, 1.0), 0.0)
-    weights = jnp.where(known, 1 / (between + jnp.where(known, found.error, 1.0) ** 2), 0.0)
-    centre = jnp.sum(weights * found.mean) / jnp.maximum(jnp.sum(weights), 1e-30)
-    return centre + between * weights * (found.mean - centre)
+    weights = jnp.where(known, 1 / (between + jnp.where(known, stats.error, 1.0) ** 2), 0.0)
+    centre = jnp.sum(weights * stats.mean) / jnp.maximum(jnp.sum(weights), 1e-30)
+    return centre + between * weights * (stats.mean - centre)
 
 
 # --- groups --------------------------------------------------------------------------------------
@@ -202,9 +218,9 @@ def cells(operation: jax.Array, magnitude: jax.Array, edges: jax.Array) -> jax.A
     [[0, 2], [1, 3]]
 
     Args:
-      operation: i32[B, L] in [0, O), of a `types.Trace`; or places of prompts.
+      operation: i32[B, L] in [0, O), of a `types.Trace`; or indices of prompts.
       magnitude: f32[B, L], in the operation's units; or strengths.
-      edges: f32[O, E], ascending, of each operation's magnitudes, see `quantile_edges`.
+      edges: f32[O, E], ascending edges of each operation's magnitudes, see `quantile_edges`.
     """
     above = magnitude[..., None] > edges[operation]
     return (operation * (edges.shape[1] + 1) + jnp.sum(above, axis=-1)).astype(jnp.int32)
@@ -215,17 +231,17 @@ def quantile_edges(
 ) -> np.ndarray:
     """Edges between `bins` parts of each operation's magnitudes, f32[O, bins - 1], on the host.
 
-    Parts hold equally many rows. An edge that would split nothing off, as where a magnitude is
-    always the same, is infinite; so is every edge of an operation that does not occur.
+    Parts hold equally many rows. An edge that splits nothing off (a constant magnitude) is
+    infinite, and so is every edge of an operation that does not occur.
 
     >>> quantile_edges(np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 5.0, 5.0]), 2, bins=2).tolist()
     [[1.0], [inf]]
 
     Args:
-      operation: i[...] in [0, num_operations).
-      magnitude: f[...], finite.
+      operation: i[...] in [0, num_operations), of each row.
+      magnitude: f[...], finite, of each row.
       num_operations: O.
-      bins: >= 1.
+      bins: >= 1, parts per operation.
     """
     checks.whole(1, num_operations=num_operations, bins=bins)
     edges = np.full((num_operations, bins - 1), np.inf, np.float32)

@@ -1,7 +1,7 @@
-"""Labels as their posterior: how likely is the given one right, and which is, if it is not?
+"""Labels as their posterior: is the given label right and, if not, which one is?
 
-trusted samples say how often given labels are wrong; the network, after a step that lowers the
-validation loss, says which label it believes in; Bayes' rule joins the two
+Trusted samples say how often given labels are wrong. The network's belief, after a step that lowers
+the validation loss, says which label is likely. Bayes' rule joins the two.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ _LEAST = 0.05
 class Agreement(NamedTuple):
     """How much probability the network gives to given labels, as running sums.
 
+    >>> float(no_agreement().seen)
+    0.0
+
     Attributes:
       trusted: f32[2], sum and number of trusted samples, per row of a batch.
-      others: f32[2], likewise.
+      others: f32[2], sum and number of the other samples.
       seen: f32[], number of trusted samples so far, over all devices and visits.
     """
 
@@ -67,7 +70,7 @@ def add_agreement(
     decay: float = 0.99,
     reduce: Reduce = identity,
 ) -> Agreement:
-    """Forgets a little of the sums and adds a batch to them, all batches counting alike.
+    """Decays the sums and adds a batch; all batches have the same weight.
 
     >>> agrees, trusted = jnp.array([0.9, 0.5, 0.7]), jnp.array([True, False, False])
     >>> sums = add_agreement(no_agreement(), (agrees, trusted), (agrees, ~trusted))
@@ -76,7 +79,8 @@ def add_agreement(
 
     Args:
       sums: so far.
-      trusted, others: (a, rows), the values f32[B] of `agreement` and which of them count, bool[B].
+      trusted, others: (a, rows): the values f32[B] of `agreement`, and the rows that count,
+        bool[B].
       decay: in [0, 1), of the sums.
       reduce: mean over the data-parallel axis.
     """
@@ -107,18 +111,18 @@ def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int =
 
         eta = (a - u) / (a - (1 - a) / (K - 1)) ,   a = trusted agreement, u = the others'
 
-    solves u = (1 - eta) a + eta (1 - a) / (K - 1): a network that finds the right label with
-    probability a finds a wrong one, if all are alike, with (1 - a) / (K - 1). Both kinds of samples
-    must have come by the same pipeline and been trained on alike; what makes samples hard then
-    makes both hard. Zero where no trusted sample was seen or the network is no better than chance.
+    solves u = (1 - eta) a + eta (1 - a) / (K - 1): a network that gives the right label probability
+    a gives each wrong one, if all are alike, (1 - a) / (K - 1). Both kinds of samples must come
+    from the same pipeline and be trained on alike, so that both are equally hard. eta is zero while
+    no trusted sample was seen or the network is no better than chance.
 
-    Few trusted samples give an eta that is never quite zero where no label is wrong, and acting on
-    it costs accuracy. So it is shrunk by its standard error e, and zero below it:
+    With few trusted samples eta stays above zero even if every label is right, which costs
+    accuracy. So it is shrunk by its standard error e, and zero below it:
 
         eta (1 - (e / eta)^2)_+ ,   e = sqrt(a (1 - a) / M) / (a - (1 - a) / (K - 1))
 
-    from M different trusted samples, a (1 - a) being the largest variance of what has the mean a in
-    [0, 1]; M is at most the number seen so far, so that nothing is claimed of the first batches.
+    with M different trusted samples, at most as many as were seen so far. a (1 - a) is the largest
+    variance of a value in [0, 1] with mean a.
 
     >>> sums = Agreement(trusted=jnp.array([0.9, 1.0]), others=jnp.array([0.5, 1.0]), seen=1e6)
     >>> round(float(estimate_noise_rate(sums, num_classes=2)), 2)  # (.9 - .5) / (.9 - .1)
@@ -127,7 +131,7 @@ def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int =
     Args:
       sums: see `add_agreement`.
       num_classes: K >= 2.
-      num_trusted: M; 0 = unknown, then every visit counts as another sample.
+      num_trusted: M; 0 = unknown, and every visit counts as another sample.
 
     Source: this project's (docs/results.md); the shrinkage is the non-negative garrotte's, Breiman,
     "Better Subset Regression Using the Nonnegative Garrote", Technometrics 1995.
@@ -149,6 +153,10 @@ def sharpened(probs: jax.Array, sharpness: float) -> jax.Array:
 
     >>> sharpened(jnp.array([[0.5, 0.5], [0.0, 0.0]]), 2.0).tolist()
     [[0.5, 0.5], [0.0, 0.0]]
+
+    Args:
+      probs: p, f32[B, K], >= 0.
+      sharpness: a > 0; 1 changes nothing.
     """
     return _normalised(probs**sharpness)
 
@@ -163,7 +171,7 @@ def posterior_targets(
     mask: jax.Array | None = None,
     reduce: Reduce = identity,
 ) -> Targets:
-    """The given label with the probability that it is right, else what the network believes.
+    """The given label with the probability that it is right, otherwise the network's belief.
 
         b_ik = p_ik^a / sum_j p_ij^a ,   s_ik = min(b_ik, q_ik) / q_ik
         o(p)_i = (p_i - q_i)_+ / sum_k (p_ik - q_ik)_+ ,   c_i = ||o(p)_i||^4
@@ -171,40 +179,40 @@ def posterior_targets(
         l_ij = q_ij (1 - r_ij) ,   w_i = 1 - (1 - c_i) sum_j l_ij
         y_ik = (q_ik r_ik + c_i sum_j l_ij o(b)_ik C_kj / m_ij) / w_i
 
-    and weights rescaled to global mean one. C_kj says how likely k is to be given as j; one share
-    eta of wrong labels is C_kk = 1 - eta and eta / (K - 1) elsewhere. For one-hot labels
-    s_i = <q_i, b_i> is what the network believes of the given label, o_i the rest of its belief,
-    and with c = 1 y_i is the posterior of the true label. A mixed label is several given ones: of
-    each the network believes what of its belief lies there (s_ik, the coupling of b and q that
-    moves least), so that b_i = q_i leaves it as it is. The part that leaves the given label counts
-    as far as the network is certain, c_i: a sample that is of no class it knows keeps little
-    weight, however its belief is sharpened. Where C is diagonal all is as given, bit for bit.
+    with weights rescaled to global mean one. C_kj is the probability that class k is given as j; a
+    share eta of wrong labels means C_kk = 1 - eta and eta / (K - 1) elsewhere. For a one-hot label
+    s_i = <q_i, b_i> is the belief in the given label and o_i the rest of the belief; with c = 1,
+    y_i is the posterior of the true label. A mixed label counts as several given ones, and s_ik is
+    the belief in each (the coupling of b and q that moves least), so b_i = q_i changes nothing. The
+    part that leaves the given label counts as far as the network is certain, c_i: a sample of no
+    known class keeps little weight, however much its belief is sharpened. With a diagonal C the
+    targets are the given labels, bit for bit.
 
     >>> prior, belief = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.9, 0.1], [0.1, 0.9]])
     >>> targets = posterior_targets(prior, belief, 0.4)
-    >>> targets.labels.argmax(1).tolist()  # the network believes the first label and not the other
+    >>> targets.labels.argmax(1).tolist()  # the network believes the first label, not the second
     [0, 1]
     >>> (targets.utility < 0).tolist()
     [False, True]
-    >>> never = jnp.array([[0.6, 0.4], [0.0, 1.0]])  # what is of class 1 is never given as 0
+    >>> never = jnp.array([[0.6, 0.4], [0.0, 1.0]])  # class 1 is never given as class 0
     >>> posterior_targets(prior, belief, never).labels.tolist()
     [[1.0, 0.0], [1.0, 0.0]]
 
     Args:
       prior: q, f32[B, K].
-      probs: p, f32[B, K], >= 0; a row of zeros = nothing is known, as given.
+      probs: p, f32[B, K], >= 0; a row of zeros = nothing is known, the label stays as given.
       noise: eta, f32[] in [0, 1], see `estimate_noise_rate`; or C, f32[K, K] >= 0, see
         `core.transition.likelihood`. Only the ratios within a column of C matter.
-      sharpness: a > 0. Networks that see wrong labels, and averages over a network's past, are less
-        certain than they are right; 1 believes them as they are.
+      sharpness: a > 0. Networks trained on wrong labels, and averages over a network's past, are
+        underconfident; 1 takes them as they are.
       trusted: bool[B]; True rows stay as given, weight one. None = no row.
       mask: bool[B]; False rows get weight 0.
       reduce: mean over the data-parallel axis.
 
     Returns:
-      Targets, without gradient; the utility is 1 - 2 sum_j l_ij, negative where the given label is
-      more likely wrong than right. Probabilities that are not finite, or traced noise that is no
-      probability, give weights that are not finite.
+      Targets, without gradient. The utility is 1 - 2 sum_j l_ij, negative where the given label is
+      more likely wrong than right. Probabilities that are not finite, or traced noise outside
+      [0, 1], give weights that are not finite.
 
     Raises:
       ValueError: shapes disagree; fewer than two classes; sharpness <= 0; and, on concrete arrays,

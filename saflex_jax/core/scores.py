@@ -3,8 +3,8 @@
     S_ik = <v, grad_theta CE(f_theta(x_i), k)> = -(J_i v)_k
     J_i = d log softmax(f_theta(x_i)) / d theta
 
-with v the direction that a linear solver makes of the validation gradient. One forward-mode
-product gives all K labels of all B samples; no per-example gradient is formed.
+v is the direction that a linear solver makes of the validation gradient. One forward-mode product
+scores all K labels of all B samples, without per-example gradients.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ Mode = Literal["jvp", "finite_difference"]
 class Scores(NamedTuple):
     """Scores of one batch.
 
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> x, labels = jnp.eye(2), jnp.eye(2)
+    >>> result = score(linear, jnp.zeros((2, 2)), x, val_inputs=x, val_labels=labels)
+    >>> result.scores.shape, round(float(result.val_loss), 4)
+    ((2, 2), 0.6931)
+
     Attributes:
       scores: f32[B, K]; > 0 = a step on (x_i, k) lowers the validation loss.
       log_probs: f32[B, K], of the same forward pass.
@@ -48,7 +55,14 @@ Scorer = Callable[[Params], tuple[jax.Array, jax.Array, SolveInfo]]
 
 
 def check(mode: str, compute_dtype: str | None) -> None:
-    """Raises ValueError on what `score` does not take."""
+    """Raises ValueError on arguments that `score` does not take.
+
+    >>> check("jvp", None)
+
+    Args:
+      mode: "jvp" or "finite_difference".
+      compute_dtype: a floating-point dtype, or None.
+    """
     checks.choice(("jvp", "finite_difference"), mode=mode)
     if compute_dtype is None:
         return
@@ -66,11 +80,16 @@ def check(mode: str, compute_dtype: str | None) -> None:
 
 
 def in_dtype(logits_fn: LogitsFn, dtype: str | None) -> LogitsFn:
-    """The network computed in another precision, its logits in f32; None = as it is.
+    """The network computed in another precision, with logits in f32.
+
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> in_dtype(linear, "bfloat16")(jnp.full((1, 1), 1.001), jnp.ones((1, 1))).tolist()
+    [[1.0]]
 
     Args:
       logits_fn: (params, inputs) -> logits [B, K].
-      dtype: of parameters and floating-point inputs, "bfloat16" for instance.
+      dtype: of parameters and floating-point inputs, for instance "bfloat16"; None = unchanged.
     """
     if dtype is None:
         return logits_fn
@@ -93,7 +112,7 @@ def validation_gradient(
     loss_fn=weighted_cross_entropy,
     reduce: Reduce = identity,
 ) -> tuple[jax.Array, Params]:
-    """Validation loss and its gradient, averaged over all devices before anyone uses it.
+    """Validation loss and its gradient, averaged over all devices.
 
         L_val(theta) = mean_j loss(f_theta(x_j), y_j) ,   g = grad_theta L_val
 
@@ -126,7 +145,13 @@ def validation_gradient(
 
 
 def at_least_one(val_inputs: PyTree) -> None:
-    """Raises ValueError where there is no validation sample."""
+    """Raises ValueError if there is no validation sample.
+
+    >>> at_least_one(jnp.zeros((1, 3)))
+
+    Args:
+      val_inputs: pytree with leading axis M.
+    """
     if jax.tree.leaves(val_inputs)[0].shape[0] == 0:
         raise ValueError("val_inputs must hold at least one sample; given 0")
 
@@ -140,7 +165,15 @@ def loss_gradient(
     loss_fn=weighted_cross_entropy,
     reduce: Reduce = identity,
 ) -> tuple[jax.Array, Params]:
-    """`validation_gradient` by a forward pass that was made already.
+    """`validation_gradient` from a forward pass that was already made.
+
+    >>> from saflex_jax.core.curvature import linear_logits
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> params, x, labels = jnp.zeros((2, 2)), jnp.eye(2), jnp.eye(2)
+    >>> loss, gradient = loss_gradient(linear_logits(linear, params, x), params, labels)
+    >>> gradient.tolist()
+    [[-0.25, 0.25], [0.25, -0.25]]
 
     Args:
       forward: of M validation samples, see `curvature.linear_logits`.
@@ -173,24 +206,24 @@ def label_scores(
 
         S_ik = - d/de log p_k(x_i; theta + e v) at e = 0
 
-    The direction says which parameters move: a leaf that is None (see `tree.select`) stays fixed,
-    so head-only scores cost one product with the features and no change of the model.
+    A leaf of the direction that is None (see `tree.select`) stays fixed, so head-only scores cost
+    one product with the features and need no change of the model.
 
     >>> def linear(params, x):
     ...     return x @ params
     >>> params, x, direction = jnp.zeros((2, 2)), jnp.eye(2)[:1], -jnp.eye(2)
     >>> log_probs, scores = label_scores(linear, params, x, direction)
-    >>> scores.tolist()  # a step along -direction makes class 0 likelier
+    >>> scores.tolist()  # a step along -direction makes class 0 more likely
     [[0.5, -0.5]]
 
     Args:
-      logits_fn: (params, inputs) -> f32[B, K]. Evaluation mode: with batch statistics one row's
+      logits_fn: (params, inputs) -> f32[B, K], in evaluation mode: with batch statistics a row's
         score would depend on the other rows.
       params: pytree.
       inputs: pytree with leading axis B.
       direction: v, like params or with None leaves.
       mode: "jvp" (exact) or "finite_difference": -(log p(theta + e v) - log p(theta)) / e with
-        e = epsilon / ||v||; one more forward pass in the place of a product, f32 only.
+        e = epsilon / ||v||; a forward pass instead of a product, f32 only.
       epsilon: length of the finite-difference step in parameter space.
       chunk: rows scored at a time, to bound memory; must divide B. None = all at once.
 
@@ -198,7 +231,7 @@ def label_scores(
       (log_probs f32[B, K], scores f32[B, K]).
 
     Raises:
-      ValueError: unknown mode, epsilon <= 0, a chunk that does not divide B, or a network of one
+      ValueError: an unknown mode, epsilon <= 0, a chunk that does not divide B, or a network of one
         logit.
     """
     checks.choice(("jvp", "finite_difference"), mode=mode)
@@ -264,13 +297,20 @@ def scorer(
     forward: Forward | None = None,
     reduce: Reduce = identity,
 ) -> Scorer:
-    """What turns a validation gradient into scores of these candidates.
+    """A function that turns a validation gradient into scores of these candidates.
 
         g -> v = solve(G + damping I, g) -> S_ik = -(J_i v)_k
 
-    The candidates' forward pass happens here and not in the returned function, so that the latter
-    may stand in a branch (`lax.cond`): the pass is the training step's own and XLA shares it only
-    outside. By finite differences or in chunks the network runs again inside.
+    The candidates' forward pass happens here, outside the returned function. So the function may
+    stand in a branch (`lax.cond`) while XLA still shares the pass with the training step. With
+    finite differences or chunks the network runs again inside.
+
+    >>> def linear(params, x):
+    ...     return x @ params
+    >>> along = scorer(linear, jnp.zeros((2, 2)), jnp.eye(2)[:1])
+    >>> scores, log_probs, info = along(-jnp.eye(2))
+    >>> scores.tolist()
+    [[0.5, -0.5]]
 
     Args:
       logits_fn: (params, inputs) -> f32[B, K], evaluation mode.
@@ -280,7 +320,7 @@ def scorer(
       predicate: path -> bool, the parameters that the gradient holds; None = all.
       solve: a LinearSolve.
       mode, epsilon, chunk: see `label_scores`.
-      forward: the candidates' pass, if it was made already (`curvature.linear_logits`).
+      forward: the candidates' pass if it was already made (`curvature.linear_logits`).
       reduce: mean over the data-parallel axis.
     """
 
@@ -335,11 +375,11 @@ def score(
 
         v = solve(G + damping I, grad L_val) ,   S_ik = -(J_i v)_k
 
-    `solve` decides what the direction is: `identity_solve()` the paper's greedy step,
-    `preconditioned_solve` an optimiser's step, `neumann_solve` and `cg_solve` implicit
-    differentiation. G is the Gauss-Newton matrix of the candidates' mean cross-entropy, positive
+    `solve` sets the direction: `identity_solve()` is the paper's greedy step,
+    `preconditioned_solve` an optimiser's step; `neumann_solve` and `cg_solve` are implicit
+    differentiation. G is the Gauss-Newton matrix of the candidates' mean cross-entropy: positive
     semi-definite and, for a linear head, exactly the Hessian. With `predicate=under("head")` the
-    network runs once and every product with G is a product with its features.
+    network runs once, and every product with G is a product with its features.
 
     >>> def linear(params, x):
     ...     return x @ params
@@ -358,8 +398,8 @@ def score(
       predicate: path -> bool, the parameters that scores see; None = all.
       solve: a LinearSolve.
       mode, epsilon, chunk: see `label_scores`.
-      compute_dtype: of both passes, see `in_dtype`. Where the training step computes in another
-        precision, the candidates' pass is no longer shared with it.
+      compute_dtype: of both passes, see `in_dtype`. If the training step uses another precision, it
+        no longer shares the candidates' pass.
       reduce: mean over the data-parallel axis.
 
     Returns:
@@ -367,7 +407,7 @@ def score(
 
     Raises:
       ValueError: shapes disagree, no validation sample, labels outside the simplex, parameters that
-        are no floats, or a network of one logit.
+        are not floats, or a network of one logit.
     """
     check(mode, compute_dtype)
     checks.rows(jax.tree.leaves(inputs)[0].shape[0], mask=mask)

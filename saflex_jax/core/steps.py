@@ -1,7 +1,7 @@
 """Training steps: pure maps (state, batch) -> (state, metrics), written once for every runner.
 
-Static arguments are keyword-only; bind them with functools.partial. `reduce` is the mean over the
-data-parallel axis and the only thing in which jit and pmap differ.
+Static arguments are keyword-only; bind them with functools.partial. `reduce`, the mean over the
+data-parallel axis, is all that differs between jit and pmap.
 """
 
 from __future__ import annotations
@@ -48,19 +48,47 @@ def init_state(
     tx: optax.GradientTransformation,
     extra: PyTree = (),
 ) -> TrainState:
-    """A TrainState at step 0."""
+    """A TrainState at step 0.
+
+    >>> state = init_state(jax.random.key(0), jnp.zeros(2), {}, optax.sgd(0.1))
+    >>> int(state.step)
+    0
+
+    Args:
+      key: typed PRNG key.
+      params: initial parameters.
+      model_state: non-trained variables; {} when none.
+      tx: optax transformation.
+      extra: arrays that the method owns.
+    """
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params), key, extra)
 
 
 def step_key(state: TrainState, index: jax.Array) -> jax.Array:
-    """The key of this step. Folding in the first row's sample sets devices apart under pmap."""
+    """The network's key at this step; differs between devices under pmap.
+
+    >>> state = init_state(jax.random.key(0), jnp.zeros(2), {}, optax.sgd(0.1))
+    >>> bool(step_key(state, jnp.array([3])) == step_key(state, jnp.array([4])))
+    False
+
+    Args:
+      state: TrainState.
+      index: i32[B], `Batch.index`; its first entry is folded in.
+    """
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), index[0])
 
 
 def draws_key(state: TrainState) -> jax.Array:
-    """The key of what a method draws by sample at this step: the same on every device.
+    """The key of a method's draws per sample at this step; the same on every device.
 
-    The constant sets it apart from the network's key and from the upstream pipeline's draws.
+    It differs from the network's key and from the upstream pipeline's.
+
+    >>> state = init_state(jax.random.key(0), jnp.zeros(2), {}, optax.sgd(0.1))
+    >>> bool(draws_key(state) == draws_key(state._replace(step=state.step + 1)))
+    False
+
+    Args:
+      state: TrainState.
     """
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x7DA06A7C)
 
@@ -68,7 +96,16 @@ def draws_key(state: TrainState) -> jax.Array:
 def total(
     values: jax.Array, mask: jax.Array, reduce: Reduce = identity
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) of values f32[B] over unmasked rows; reduced, so that their ratio is exact."""
+    """(sum, count) of values over the unmasked rows of all devices: one entry of `types.Metrics`.
+
+    >>> [float(x) for x in total(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))]
+    [4.0, 2.0]
+
+    Args:
+      values: f32[B].
+      mask: bool[B]; False rows do not count.
+      reduce: mean over the data-parallel axis.
+    """
     values, mask = jnp.where(mask, values, 0.0), mask.astype(jnp.float32)
     return reduce((jnp.sum(values), jnp.sum(mask)))
 
@@ -81,17 +118,25 @@ def gradient_step(
     parts: PyTree = None,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step on any loss; what every method ends in.
+    """One optimiser step on any loss; every method ends in it.
 
         theta <- theta + tx(mean over devices of grad loss(theta))
+
+    >>> def loss_fn(params):
+    ...     return jnp.sum(params**2), ({}, {})
+    >>> tx = optax.sgd(0.5)
+    >>> state = init_state(jax.random.key(0), jnp.array([1.0]), {}, tx)
+    >>> state, metrics = gradient_step(state, loss_fn, tx=tx)
+    >>> state.params.tolist(), [float(x) for x in metrics["loss"]]
+    ([0.0], [1.0, 1.0])
 
     Args:
       state: TrainState.
       loss_fn: params -> (loss, (model_state, metrics)). Under pmap `loss` is the device's share
         (`losses.masked_mean`) and metrics are already reduced.
       tx: optax transformation.
-      parts: arrays [m, ...], of which the loss is a sum: then it is called as (params, part,
-        model_state), one part after the other, and losses, gradients and metrics add up.
+      parts: arrays [m, ...] over whose leading axis the loss is a sum. The loss is then called as
+        (params, part, model_state), one part at a time; losses, gradients and metrics add up.
       reduce: mean over the data-parallel axis.
 
     Returns:
@@ -161,7 +206,7 @@ def inner_step(
     microbatches: int = 1,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
-    """One step on weighted soft-label candidates, and on clean samples beside them if given.
+    """One step on weighted soft-label candidates, plus clean samples if given.
 
         L = mean_i w_i CE(f(x_i), y_i)  [+ mean_j CE(f(x_j), q_j)]
 
@@ -182,15 +227,15 @@ def inner_step(
       targets: Targets of B.
       train_fn: (params, model_state, inputs, key) -> (logits, model_state), training mode.
       tx: optax transformation.
-      clean: Batch, or None.
-      loss: of the candidates, in the place of w_i CE(f(x_i), y_i); see `losses`.
-      microbatches: parts of the batch whose gradients are added up, one part in memory at a time.
-        Weights and labels are the whole batch's, so the step is the same but for rounding (and for
-        statistics of BatchNorm, which are a part's). Each part's gradient is summed over devices.
+      clean: samples with prior labels q and weight one, or None.
+      loss: of the candidates, instead of w_i CE(f(x_i), y_i); see `losses`.
+      microbatches: number of parts of the batch. Their gradients add up, with one part in memory at
+        a time. Weights and labels come from the whole batch, so the step is the same up to rounding
+        (but BatchNorm's statistics are each part's own).
       reduce: mean over the data-parallel axis.
 
     Raises:
-      ValueError: microbatches that do not divide a device's rows; clean samples beside them.
+      ValueError: microbatches do not divide a device's rows, or clean samples are given with them.
     """
     size = candidates.labels.shape[0]
     if microbatches > 1:
@@ -250,7 +295,7 @@ def bilevel_step(
     microbatches: int = 1,
     reduce: Reduce = identity,
 ) -> tuple[TrainState, Metrics]:
-    """Refine the candidates' targets, then take the inner step on them.
+    """Refines the candidates' targets, then takes the inner step on them.
 
         scores -> targets -> theta <- theta + tx(grad of the weighted soft-label loss)
 
@@ -271,12 +316,13 @@ def bilevel_step(
     Args:
       state: TrainState.
       streams: candidates, val and, optionally, clean samples.
-      logits_fn: (params, model_state, inputs) -> logits, evaluation mode; used for scores only.
-      train_fn: training mode; used for the inner step only.
+      logits_fn: (params, model_state, inputs) -> logits, evaluation mode; for scores only.
+      train_fn: (params, model_state, inputs, key) -> (logits, model_state), training mode; for the
+        inner step only.
       tx: optax transformation.
       rule: what to train on (see `saflex_jax.rules`).
       loss: of the candidates (see `losses`).
-      microbatches: see `inner_step`; scores are made of the whole batch.
+      microbatches: see `inner_step`; scores use the whole batch.
       reduce: mean over the data-parallel axis.
     """
 
@@ -331,7 +377,7 @@ def outer_step(
       inner_loss, outer_loss: (params, meta) -> f32[].
       meta_tx: optax transformation for phi.
       solve: a LinearSolve for the inner Hessian.
-      project: onto phi's feasible set.
+      project: projection onto phi's feasible set.
       reduce: mean over the data-parallel axis.
 
     Returns:

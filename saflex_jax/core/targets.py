@@ -23,10 +23,15 @@ _LOG_FLOOR = 1e-3  # what a class with prior zero counts as under anchor="log"
 def score_scale(
     scores: jax.Array, mask: jax.Array | None = None, *, reduce: Reduce = identity
 ) -> jax.Array:
-    """Root mean square of the unmasked scores f32[B, K] over all devices, f32[]; 1 if all are 0.
+    """Root mean square of the unmasked scores over all devices, f32[]; 1 if all are 0.
 
     >>> float(score_scale(jnp.array([[3.0, -3.0], [3.0, 3.0]])))
     3.0
+
+    Args:
+      scores: f32[B, K].
+      mask: bool[B]; False rows do not count.
+      reduce: mean over the data-parallel axis.
     """
     square = reduce(masked_mean(jnp.mean(scores**2, axis=-1), mask, reduce=reduce))
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
@@ -40,7 +45,13 @@ def check(
     learn: str,
     anchor: str,
 ) -> None:
-    """Raises ValueError on what `solve_targets` does not take."""
+    """Raises ValueError on arguments that `solve_targets` does not take.
+
+    >>> check(3.0, 0.3, 0.25, "rms", "both", "linear")
+
+    Args:
+      prior_strength, temperature, tolerance, scale, learn, anchor: see `solve_targets`.
+    """
     checks.positive(temperature=temperature)
     checks.at_least_zero(prior_strength=prior_strength, tolerance=tolerance)
     checks.choice(get_args(Scale), scale=scale)
@@ -61,7 +72,7 @@ def solve_targets(
     mask: jax.Array | None = None,
     reduce: Reduce = identity,
 ) -> Targets:
-    """The point of the simplex that the scores ask for, and whether to train on the sample at all.
+    """Soft label and weight of each sample in closed form, from its scores and its prior.
 
         y_i = softmax((S_i / sigma + beta q_i) / tau)
               which maximises <y, S_i / sigma + beta q_i> + tau H(y) over the simplex
@@ -77,22 +88,23 @@ def solve_targets(
 
     Args:
       scores: S, f32[B, K]; > 0 = lowers the validation loss.
-      prior: q, f32[B, K], the labels that the upstream pipeline believes.
+      prior: q, f32[B, K], the upstream pipeline's labels.
       prior_strength: beta >= 0, in units of the scale. math.inf returns the prior itself, the
-        plain upstream pipeline. (A finite beta sharpens a *mixed* prior: its limit is one-hot at
-        the prior's largest class; see `anchor`.)
-      temperature: tau > 0.
-      tolerance: >= 0, in units of the scale; 0 is the paper's rule. math.inf drops nothing.
+        plain upstream pipeline. (A finite beta sharpens a *mixed* prior towards its largest class;
+        see `anchor`.)
+      temperature: tau > 0; the lower, the harder the labels.
+      tolerance: >= 0, in units of the scale: drop samples whose utility is below -tolerance. 0 is
+        the paper's rule, math.inf drops nothing.
       scale: sigma; "rms" = RMS of the global batch's scores, "raw" = 1.
       learn: "both"; "weights" keeps y = q; "labels" keeps w = 1.
-      anchor: "linear" adds beta q. "log" adds beta log max(q, 1e-3), so that with beta = tau a
-        zero score leaves every prior, also a mixed one, as it is.
+      anchor: "linear" adds beta q. "log" adds beta log max(q, 1e-3): with beta = tau a zero score
+        leaves every prior unchanged, also a mixed one.
       mask: bool[B]; False rows get weight 0 and do not enter the scale.
       reduce: mean over the data-parallel axis.
 
     Returns:
-      Targets, without gradient. A score that is not finite gives weights that are not finite, so
-      that it surfaces in the loss instead of dropping samples in silence.
+      Targets, without gradient. A score that is not finite makes the weights not finite, so that
+      the loss shows it instead of silently dropping samples.
 
     Raises:
       ValueError: shapes disagree; fewer than two classes; temperature <= 0; negative
@@ -126,16 +138,29 @@ def solve_targets(
 
 
 def rescale(weights: jax.Array, mask: jax.Array, *, reduce: Reduce = identity) -> jax.Array:
-    """Scales weights f32[B] to mean one over all devices' unmasked rows; all zero stays so.
+    """Scales weights to mean one over all devices' unmasked rows; all zero stays so.
 
     >>> rescale(jnp.array([1.0, 0.0, 2.0]), jnp.ones(3, bool)).tolist()
     [1.0, 0.0, 2.0]
+
+    Args:
+      weights: f32[B], >= 0.
+      mask: bool[B]; False rows do not count.
+      reduce: mean over the data-parallel axis.
     """
     mean = reduce(masked_mean(weights, mask, reduce=reduce))
     return weights / jnp.where(mean > 0, mean, 1.0)
 
 
 def prior_targets(prior: jax.Array, mask: jax.Array) -> Targets:
-    """The targets of the plain upstream pipeline: the prior, weight one, utility zero."""
+    """The targets of the plain upstream pipeline: prior labels, weight one, utility zero.
+
+    >>> prior_targets(jnp.eye(2), jnp.array([True, False])).weights.tolist()
+    [1.0, 0.0]
+
+    Args:
+      prior: q, f32[B, K].
+      mask: bool[B]; False rows get weight 0.
+    """
     weights = mask.astype(prior.dtype)
     return Targets(weights, prior, jnp.zeros_like(weights))

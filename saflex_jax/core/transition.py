@@ -1,7 +1,7 @@
-"""Which label is given in the place of which: from what is believed of samples and their labels.
+"""Which classes are confused with which: from beliefs and given labels.
 
 People do not confuse all classes alike. Running sums of believed and given labels, K x K numbers,
-say which ones; the trusted samples say how many labels are wrong and how frequent classes are.
+say which; the trusted samples say how many labels are wrong and how frequent classes are.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from saflex_jax.types import Reduce
 class Pairs(NamedTuple):
     """Running sums of labels, per row of a batch.
 
+    >>> no_pairs(3).joint.shape
+    (3, 3)
+
     Attributes:
-      joint: f32[K, K], of rows that are believed to be of class k and are given as class j.
-      trusted: f32[K], of trusted samples of class k.
+      joint: f32[K, K], rows believed to be of class k and given as class j.
+      trusted: f32[K], trusted samples of class k.
     """
 
     joint: jax.Array
@@ -33,6 +36,9 @@ def no_pairs(num_classes: int) -> Pairs:
 
     >>> likelihood(no_pairs(2), 0.0, num_trusted=10).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
+
+    Args:
+      num_classes: K.
     """
     checks.whole(2, num_classes=num_classes)
     return Pairs(jnp.zeros((num_classes, num_classes)), jnp.zeros(num_classes))
@@ -50,7 +56,7 @@ def add_pairs(
     decay: float = 0.99,
     reduce: Reduce = identity,
 ) -> Pairs:
-    """Forgets a little of the sums and adds a batch to them, all batches counting alike.
+    """Decays the sums and adds a batch; all batches have the same weight.
 
         J_kj <- d J_kj + (1 - d) mean_i p_ik q_ij
 
@@ -61,13 +67,13 @@ def add_pairs(
 
     Args:
       sums: so far, of K classes.
-      probs: p, f32[B, K M], what is believed; see `likelihood` for M.
+      probs: p, f32[B, K M], beliefs; see `likelihood` for M.
       prior: q, f32[B, K M], the given labels.
-      rows: bool[B], the rows that count: their own sample, and not trusted.
+      rows: bool[B], the rows that count: unmixed and not trusted.
       trusted: f32[A, K M], the labels of trusted samples.
-      trusted_rows: bool[A], which of them are no padding.
-      mask: bool[B], which candidates are no padding; None = all.
-      decay: d in [0, 1).
+      trusted_rows: bool[A], False on padding among the trusted samples.
+      mask: bool[B], False on padding among the candidates; None = no padding.
+      decay: d in [0, 1), of the sums.
       reduce: mean over the data-parallel axis.
     """
     checks.decay(decay=decay)
@@ -98,27 +104,26 @@ def likelihood(
         L_kj = C_kj (M pi_k + 1) / (M rho_k + 1)
 
     C_kj is the probability that k is given as j, pi_k the share of class k among the M trusted
-    samples, and rho_k its share among what is believed of the others. So a class that beliefs
-    exaggerate counts for less, and no class swallows another that is like it. With
-    J_k = sum_j J_kj and U the matrix of one share, U_kk = 1 - eta and eta / (K - 1) elsewhere,
+    samples, and rho_k its share in the beliefs about the others. So a class that beliefs exaggerate
+    counts for less, and no class absorbs a similar one. With J_k = sum_j J_kj and U the matrix of
+    uniform noise, U_kk = 1 - eta and eta / (K - 1) elsewhere,
 
         C_kj = t D_kj  for j != k ,   D_k = (M rho_k J_kj / J_k + K U_kj) / (M rho_k + K)
 
-    and C_kk what is left to one. What is believed is only as good as the trusted samples that it
-    comes from: of few of them D is close to U. And t = min(1, eta / sum_kj rho_k D_kj), j != k,
-    lets no more labels be wrong than eta, so that without wrong labels L is diagonal.
+    and C_kk = 1 - sum of the others. Beliefs are only as good as the trusted samples behind them:
+    with few of these, D is close to U. t = min(1, eta / sum_kj rho_k D_kj), j != k, keeps the share
+    of wrong labels at or below eta, so that without wrong labels L is diagonal.
 
-    >>> sums = Pairs(jnp.array([[3.0, 2.0], [0.0, 5.0]]), jnp.ones(2))  # the first is given as both
-    >>> found = likelihood(sums, 0.2, num_trusted=1000)
-    >>> bool(found[0, 1] > 0.35), bool(found[1, 0] < 0.01)
+    >>> sums = Pairs(jnp.array([[3.0, 2.0], [0.0, 5.0]]), jnp.ones(2))  # class 0 is given as both
+    >>> matrix = likelihood(sums, 0.2, num_trusted=1000)
+    >>> bool(matrix[0, 1] > 0.35), bool(matrix[1, 0] < 0.01)
     (True, True)
 
     Args:
       sums: see `add_pairs`.
       noise_rate: eta, f32[] in [0, 1], see `posterior.estimate_noise_rate`.
-      num_trusted: M >= 0, different trusted samples.
-      blocks: labels are k * blocks + m, of which m is known (views of SLA): no label is given in
-        the place of one with another m.
+      num_trusted: M >= 0, number of different trusted samples.
+      blocks: labels are k * blocks + m with m always right (SLA's views): only k can be wrong.
 
     Source: this project's (docs/results.md). Soft counts of believed and given labels as in
     Northcutt et al., "Confident Learning", JAIR 2021; the ratio of class shares as in ReMixMatch
@@ -145,17 +150,17 @@ def likelihood(
 def most_likely(
     beliefs: jax.Array, given: jax.Array, rows: jax.Array | None = None, *, steps: int = 50
 ) -> jax.Array:
-    """The matrix under which the given labels are most likely, f32[K, K], rows sum to one.
+    """The confusion matrix that makes the given labels most likely, f32[K, K], rows sum to one.
 
         C = argmax sum_i log sum_k b_ik C_k,g(i)
 
-    by expectation and maximisation: r_ik = b_ik C_k,g(i) / sum_l b_il C_l,g(i) and
-    C_kj = (sum_i 1[g(i) = j] r_ik + K U_kj) / (sum_i r_ik + K), U the matrix of one share, that of
-    all r that are wrong: of a class with few samples C is close to U. Beliefs must be fair: of a
-    network that did not see the labels they are compared with.
+    by expectation-maximisation: r_ik = b_ik C_k,g(i) / sum_l b_il C_l,g(i) and
+    C_kj = (sum_i 1[g(i) = j] r_ik + K U_kj) / (sum_i r_ik + K), with U the matrix of uniform noise
+    at the share of wrong labels in r: a class with few samples stays close to U. The beliefs must
+    be fair, from a network that did not train on the given labels.
 
     >>> beliefs = jnp.array([[0.95, 0.05]] * 20 + [[0.05, 0.95]] * 20)
-    >>> given = jnp.array([0] * 10 + [1] * 30)  # half of the first are given as the second
+    >>> given = jnp.array([0] * 10 + [1] * 30)  # half of class 0 is given as class 1
     >>> most_likely(beliefs, given).round(1).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
 
@@ -163,7 +168,7 @@ def most_likely(
       beliefs: b, f32[N, K], rows in the simplex.
       given: g, i32[N] in [0, K).
       rows: bool[N], the rows that count; None = all.
-      steps: of expectation and maximisation.
+      steps: number of expectation-maximisation steps.
 
     Source: Dawid and Skene, "Maximum Likelihood Estimation of Observer Error-Rates Using the EM
     Algorithm", 1979, with one observer and beliefs in the place of the class shares.

@@ -1,4 +1,7 @@
-"""Selecting part of a parameter tree: unselected leaves become None, which JAX sees as absent."""
+"""Parts of parameter trees, and means over devices.
+
+Unselected leaves become None, which JAX treats as absent.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,25 @@ from saflex_jax.types import Params, PathPredicate, PyTree, Reduce
 def identity(tree: PyTree) -> PyTree:
     """Returns its argument: the `reduce` of code under jit, where every array is global.
 
-    The default of every `reduce`; under pmap take `Mean`.
+    It is the default of every `reduce`; under pmap use `Mean`.
 
     >>> identity(3.0)
     3.0
+
+    Args:
+      tree: any pytree.
     """
     return tree
 
 
 class Mean:
-    """The `reduce` of mapped code (pmap, vmap with an axis): the mean over that axis.
+    """The `reduce` of mapped code (pmap, or vmap with an axis): the mean over that axis.
 
     >>> jax.vmap(Mean("data"), axis_name="data")(jnp.array([1.0, 3.0])).tolist()
     [2.0, 2.0]
+
+    Args:
+      axis_name: the mapped axis.
     """
 
     def __init__(self, axis_name: str):
@@ -35,18 +44,27 @@ class Mean:
         return jax.lax.pmean(tree, self.axis_name)
 
     def gather(self, tree: PyTree) -> PyTree:
-        """The rows [B, ...] of all devices, concatenated."""
+        """The rows [B, ...] of all devices, concatenated.
+
+        Args:
+          tree: pytree of arrays.
+        """
         return jax.lax.all_gather(tree, self.axis_name, tiled=True)
 
 
 class Everywhere:
     """The `reduce` of code under jit on several devices: arrays are global, so it returns them.
 
-    Unlike `identity` it knows the devices, so that arrays can be laid on every one of them. What is
-    made of such arrays is made on all devices alike, and sums over rows need no exchange.
+    Unlike `identity` it knows the devices and can replicate arrays on all of them. Results of
+    replicated arrays are computed on every device alike, and sums over their rows need no exchange.
+
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    >>> Everywhere(replicated).devices
+    1
 
     Args:
-      sharding: of arrays that lie on all devices of a 1-D mesh.
+      sharding: replicated sharding on a 1-D mesh.
     """
 
     def __init__(self, sharding: jax.sharding.NamedSharding):
@@ -57,23 +75,35 @@ class Everywhere:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return self.sharding.mesh.size
 
     def gather(self, tree: PyTree) -> PyTree:
-        """The same arrays, on every device."""
+        """The same arrays, replicated on every device.
+
+        Args:
+          tree: pytree of arrays.
+        """
         return jax.lax.with_sharding_constraint(tree, self.sharding)
 
     def split(self, tree: PyTree) -> PyTree:
-        """The same arrays, a share of their rows on each device."""
+        """The same arrays, with their rows split among the devices.
+
+        Args:
+          tree: pytree of arrays [B, ...].
+        """
         mesh = self.sharding.mesh
         spec = jax.sharding.PartitionSpec(mesh.axis_names[0])
         return jax.lax.with_sharding_constraint(tree, jax.sharding.NamedSharding(mesh, spec))
 
     def gather_rows(self, tree: PyTree, sizes: set[int]) -> PyTree:
-        """The same arrays, on every device; all that have as many rows as one of `sizes` in one go.
+        """The same arrays, replicated on every device, in one exchange.
 
         XLA's compiler for TPUs would gather them one by one.
+
+        Args:
+          tree: pytree of arrays.
+          sizes: numbers of rows; arrays with one of them are gathered together.
         """
         leaves, structure = jax.tree.flatten(tree)
         travels = [x.ndim > 0 and len(x) in sizes and len(x) % self.devices == 0 for x in leaves]
@@ -105,6 +135,16 @@ def _wide(dtype: jnp.dtype) -> jnp.dtype:
 def gather(tree: PyTree, reduce: Reduce = identity) -> PyTree:
     """The rows of all devices; under jit the tree itself.
 
+    >>> gather(jnp.arange(2)).tolist()
+    [0, 1]
+    >>> rows = jax.vmap(lambda x: gather(x, Mean("data")), axis_name="data")(jnp.eye(2))
+    >>> rows[0].tolist()
+    [1.0, 0.0, 0.0, 1.0]
+
+    Args:
+      tree: pytree of arrays [B, ...].
+      reduce: mean over the data-parallel axis.
+
     Raises:
       ValueError: a reduce that cannot gather.
     """
@@ -119,26 +159,46 @@ def gather(tree: PyTree, reduce: Reduce = identity) -> PyTree:
 
 
 def on_all(tree: PyTree, reduce: Reduce) -> PyTree:
-    """The same arrays; those of an `Everywhere` stay on every device, whatever is made of them."""
+    """The same arrays, replicated if `reduce` is an `Everywhere`.
+
+    >>> on_all(jnp.arange(2), identity).tolist()
+    [0, 1]
+
+    Args:
+      tree: pytree of arrays.
+      reduce: mean over the data-parallel axis.
+    """
     return reduce.gather(tree) if isinstance(reduce, Everywhere) else tree
 
 
 def on_own(tree: PyTree, reduce: Reduce) -> PyTree:
-    """The same arrays; of an `Everywhere` each device goes on with its own rows."""
+    """The same arrays, with their rows split among the devices if `reduce` is an `Everywhere`.
+
+    >>> on_own(jnp.arange(2), identity).tolist()
+    [0, 1]
+
+    Args:
+      tree: pytree of arrays [B, ...].
+      reduce: mean over the data-parallel axis.
+    """
     return reduce.split(tree) if isinstance(reduce, Everywhere) else tree
 
 
 def is_little(numbers: int, *, rows: int = 0, size: int = 0) -> bool:
-    """Whether to lay arrays on all devices costs less than sums over devices.
+    """Whether replicating arrays costs less than summing over devices (why: docs/pods.md).
 
-    The numbers gathered, and the work that every device then repeats, against ten sums of `size`
-    numbers, there and back, for each of which all devices wait (why so: docs/pods.md):
+    Compares the numbers gathered, and the work that every device then repeats, with ten sums of
+    `size` numbers:
 
         numbers + rows size / 100 <= 2^23 + 20 size
 
+    >>> is_little(1000), is_little(2**24)
+    (True, False)
+
     Args:
-      numbers: in the arrays.
-      rows, size: of a linear solver's products with them, and its unknowns.
+      numbers: size of the arrays.
+      rows: rows of a linear solver's products.
+      size: the solver's unknowns; 0 = no solver.
     """
     return numbers + rows * size // 100 <= 2**23 + 20 * size
 
@@ -146,12 +206,15 @@ def is_little(numbers: int, *, rows: int = 0, size: int = 0) -> bool:
 def under(*prefixes: str) -> PathPredicate:
     """Predicate that holds for parameters at or below any of the given paths.
 
-    The Flax collection name "params" in front of a path is ignored, so that one predicate fits
-    both `params` and `{"params": params}`.
+    A leading Flax collection name "params" is ignored, so that one predicate fits both `params` and
+    `{"params": params}`.
 
     >>> head = under("head")
     >>> head("head/kernel"), head("params/head/bias"), head("header/kernel")
     (True, True, False)
+
+    Args:
+      *prefixes: paths joined by "/".
     """
 
     def predicate(path: str) -> bool:
@@ -166,6 +229,9 @@ def paths(params: Params) -> list[str]:
 
     >>> paths({"head": {"kernel": 1.0, "bias": 0.0}})
     ['head/bias', 'head/kernel']
+
+    Args:
+      params: pytree.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -182,7 +248,7 @@ def select(params: Params, predicate: PathPredicate | None) -> Params:
       predicate: path -> bool; None selects everything.
 
     Raises:
-      ValueError: nothing is selected; the message lists the paths there are.
+      ValueError: nothing is selected; the message lists all paths.
     """
     if predicate is None:
         return params
@@ -202,6 +268,10 @@ def restrict(tree: PyTree, like: PyTree) -> PyTree:
 
     >>> restrict({"backbone": 1.0, "head": 2.0}, like={"backbone": None, "head": 0.0})
     {'backbone': None, 'head': 2.0}
+
+    Args:
+      tree: pytree.
+      like: the same structure, with None for leaves to drop.
     """
     return jax.tree.map(
         lambda kept, leaf: None if kept is None else leaf, like, tree, is_leaf=lambda x: x is None
@@ -213,6 +283,10 @@ def merge(selected: PyTree, full: PyTree) -> PyTree:
 
     >>> merge({"backbone": None, "head": 5.0}, {"backbone": 1.0, "head": 2.0})
     {'backbone': 1.0, 'head': 5.0}
+
+    Args:
+      selected: the same structure as `full`, None where `full` keeps its leaf.
+      full: pytree.
     """
     return jax.tree.map(
         lambda new, old: old if new is None else new, selected, full, is_leaf=lambda x: x is None
@@ -220,17 +294,41 @@ def merge(selected: PyTree, full: PyTree) -> PyTree:
 
 
 def axpy(scale: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
-    """scale * x + y, leaf by leaf, in y's dtypes."""
+    """scale * x + y, leaf by leaf, in y's dtypes.
+
+    >>> axpy(2.0, {"w": jnp.array([1.0])}, {"w": jnp.array([3.0])})["w"].tolist()
+    [5.0]
+
+    Args:
+      scale: f32[].
+      x, y: trees of the same structure and shapes.
+    """
     return jax.tree.map(lambda a, b: (scale * a + b).astype(b.dtype), x, y)
 
 
 def cast_floats(tree: PyTree, dtype: str) -> PyTree:
-    """Casts the floating-point leaves; integers and keys stay unchanged."""
+    """Casts the floating-point leaves; integers and keys stay unchanged.
+
+    >>> [x.dtype.name for x in cast_floats([jnp.zeros(1), jnp.zeros(1, int)], "bfloat16")]
+    ['bfloat16', 'int32']
+
+    Args:
+      tree: pytree of arrays.
+      dtype: of the floating-point leaves.
+    """
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 
 def mean_floats(tree: PyTree, reduce: Reduce = identity) -> PyTree:
-    """Applies `reduce` to the floating-point leaves only; counters are equal on every device."""
+    """Applies `reduce` to the floating-point leaves only; counters are equal on every device.
+
+    >>> mean_floats({"mean": jnp.ones(1), "count": jnp.zeros((), int)})["mean"].tolist()
+    [1.0]
+
+    Args:
+      tree: pytree of arrays.
+      reduce: mean over the data-parallel axis.
+    """
     return jax.tree.map(lambda x: reduce(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
