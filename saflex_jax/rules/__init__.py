@@ -1,8 +1,8 @@
 """Rules, one file each: what to train on. Any rule goes into any method that takes one.
 
-To add a rule, write its file (fork `label_smoothing.py`, or `l2rw.py` for one from scores) and name
-it in RULES; loop, methods and configs stay as they are. From outside the package,
-`RULES["mine"] = RuleSpec(...)` does the same.
+To add a rule, write its file (fork `label_smoothing.py`, or `l2rw.py` for a rule from scores) and
+name it in RULES; the loop, methods and configs need no change. From outside the package, use
+`RULES["mine"] = RuleSpec(...)`.
 """
 
 from saflex_jax.rules import (

@@ -1,4 +1,4 @@
-"""What rules share: their record, the rule that learns nothing, options that select parameters."""
+"""What rules share: their record, the rule that learns nothing, and path predicates."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from saflex_jax.types import Batch, PathPredicate, Rule, RunInfo
 
 
 class RuleSpec(NamedTuple):
-    """What a rule is, for configs; every rule's file has one, named SPEC.
+    """What configs know of a rule; every rule's file has one, named SPEC.
+
+    >>> spec = RuleSpec(lambda run: AsGiven())
+    >>> spec.make(None)
+    AsGiven()
 
     Attributes:
-      make: the rule with its defaults, for a run (None = a run that knows nothing). The fields of
-        the dataclass that it returns are the rule's options, those that are dataclasses sections.
-      of_labels: whether the rule holds the run's labels, so that a compiled step serves one seed.
+      make: run -> the rule with its defaults; run may be None. The rule's dataclass fields are its
+        options; fields that are dataclasses are sections.
+      of_labels: whether the rule holds the run's labels, so that a compiled step serves one seed
+        only.
     """
 
     make: Callable[[RunInfo | None], Rule]
@@ -26,10 +31,14 @@ class RuleSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AsGiven:
-    """The rule that learns nothing: prior labels, weight one."""
+    """The rule that learns nothing: prior labels, weight one.
+
+    >>> AsGiven().init(params={})
+    ()
+    """
 
     def init(self, params):
-        """Nothing to keep."""
+        """No arrays."""
         del params
         return ()
 
@@ -44,7 +53,7 @@ SPEC = RuleSpec(lambda run: AsGiven())
 
 
 def predicate_of(parameters: PathPredicate | str | None) -> PathPredicate | None:
-    """A predicate on paths: a path selects what is at or below it; "" or None selects everything.
+    """A predicate on paths: a path selects all at or below it; "" or None selects all.
 
     >>> predicate_of("head")("head/kernel")
     True
@@ -53,6 +62,6 @@ def predicate_of(parameters: PathPredicate | str | None) -> PathPredicate | None
 
 
 def needs_val(who: str, val: Batch | None) -> None:
-    """Raises ValueError if there are no validation samples, for a rule that learns from them."""
+    """Raises ValueError if a rule that learns from validation samples has none."""
     if val is None:
         raise ValueError(f"{who} needs validation samples; given streams.val = None")

@@ -1,4 +1,4 @@
-"""Bootstrapping: a share of every label is what the network itself predicts.
+"""Bootstrapping: mixes the network's own predictions into the labels.
 
 Source: Reed et al., "Training Deep Neural Networks on Noisy Labels with Bootstrapping", ICLR 2015
 workshop, section 3.
@@ -24,16 +24,18 @@ class Bootstrap:
         y_i = beta q_i + (1 - beta) p_i   from step `start` on, before it q_i ;  w_i = 1
         p_i = softmax(f(x_i))             or, hard, one-hot at its largest entry
 
-    f is the current network in evaluation mode: one forward pass more where training mode computes
-    otherwise (batch statistics, dropout), else the training step's own. p is a target and has no
-    gradient. In the paper soft p has one, and so lowers its own entropy. As a target it asks the
-    network for what it says already: the gradient of CE(f(x), y) in the logits is beta (p - q),
-    that of plain training times beta, unless the two modes differ. Hard p pulls of itself.
+    f is the current network in evaluation mode. This is the training step's own forward pass, or
+    one more if training mode differs (batch statistics, dropout). p has no gradient. In the paper
+    soft p has one and lowers its own entropy. Here the gradient of CE(f(x), y) in the logits is
+    beta (p - q) for soft p: plain training's times beta, unless the two modes differ.
+
+    >>> Bootstrap(beta=0.8, hard=True)
+    Bootstrap(beta=0.8, hard=True, start=0)
 
     Attributes:
-      beta: in [0, 1]; 1 = the prior q. The paper has .95 for soft and .8 for hard p.
+      beta: in [0, 1]; 1 = the prior q. The paper uses .95 for soft and .8 for hard p.
       hard: whether p is one-hot.
-      start: first step on which the network's predictions count.
+      start: first step that uses the network's predictions.
 
     Raises:
       ValueError: a value out of range.
@@ -48,7 +50,7 @@ class Bootstrap:
         checks.whole(start=self.start)
 
     def init(self, params):
-        """Nothing to keep."""
+        """No arrays."""
         del params
         return ()
 

@@ -1,10 +1,10 @@
-"""Directions: how the validation gradient becomes the direction along which scores are read.
+"""Directions: from the validation gradient to the direction of the scores.
 
     TrainState -> LinearSolve                                   (see `core.linear_solve`)
 
-`identity` is the paper's greedy step, `adam` the optimiser's own step, `neumann` and `cg` are
-implicit differentiation with the Gauss-Newton matrix. To add one, write such a function; to give
-it a name in configs, add it to DIRECTIONS.
+`identity` is the paper's greedy step, `adam` the optimiser's own step; `neumann` and `cg` are
+implicit differentiation with the Gauss-Newton matrix. To add one, write such a function; to name it
+in configs, add it to DIRECTIONS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def identity() -> Direction:
 
 
 def adam(b2: float = 0.999, eps: float = 1e-8) -> Direction:
-    """v = g / (sqrt(nu) + eps): what Adam's preconditioner makes of the gradient.
+    """v = g / (sqrt(nu) + eps): Adam's preconditioner.
 
     Args:
       b2, eps: the training optimiser's own; optax does not keep them in its state.
@@ -43,15 +43,22 @@ def adam(b2: float = 0.999, eps: float = 1e-8) -> Direction:
 
 
 def neumann(steps: int = 10, scale: float = 0.1, damping: float = 0.1) -> Direction:
-    """v = (G + damping I)^-1 g by a truncated Neumann series; see `linear_solve.neumann_solve`."""
+    """v = (G + damping I)^-1 g by a truncated Neumann series.
+
+    Args:
+      steps, scale, damping: see `linear_solve.neumann_solve`.
+    """
     solve = linear_solve.neumann_solve(steps=steps, scale=scale, damping=damping)
     return lambda state: solve
 
 
 def cg(maxiter: int = 10, damping: float = 0.1) -> Direction:
-    """v = (G + damping I)^-1 g by conjugate gradients; see `linear_solve.cg_solve`.
+    """v = (G + damping I)^-1 g by conjugate gradients.
 
     On the problems of docs/cost.md a damping of .1 agrees with retraining better than .01.
+
+    Args:
+      maxiter, damping: see `linear_solve.cg_solve`.
     """
     solve = linear_solve.cg_solve(maxiter=maxiter, damping=damping)
     return lambda state: solve
@@ -61,12 +68,15 @@ DIRECTIONS = {"identity": identity, "adam": adam, "neumann": neumann, "cg": cg}
 
 
 def parse(text: str) -> Direction:
-    """A direction by its text: a name of DIRECTIONS, alone or with options.
+    """A direction from its text: a name of DIRECTIONS, with or without options.
 
     >>> solve = parse("cg(20, damping=0.03)")
 
+    Args:
+      text: for instance "identity" or "cg(20, damping=0.03)".
+
     Raises:
-      ValueError: another form, an unknown name (names the nearest) or option.
+      ValueError: another form, or an unknown name (suggests the nearest) or option.
     """
     return calls.parse(DIRECTIONS, direction=text)
 

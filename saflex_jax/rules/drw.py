@@ -1,4 +1,4 @@
-"""Deferred reweighting: late in training a sample weighs as much as its class is rare.
+"""Deferred reweighting: late in training, rarer classes get larger weights.
 
 Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
 NeurIPS 2019 (the deferral); Cui et al., "Class-Balanced Loss Based on Effective Number of Samples",
@@ -27,7 +27,7 @@ def class_weights(counts: np.ndarray, beta: float) -> np.ndarray:
 
     Args:
       counts: n, f[K], > 0.
-      beta: in [0, 1): 0 gives ones, towards 1 it comes to 1 / n_k.
+      beta: in [0, 1): 0 gives ones; towards 1, the weights approach 1 / n_k.
     """
     counts = np.asarray(counts, np.float64)
     return ((1 - beta) / (1 - beta**counts)).astype(np.float32)
@@ -39,16 +39,20 @@ class DeferredReweighting:
 
         w_i = <q_i, v> / mean_j <q_j, v>   from step `start` on, before it 1
 
-    with v the `class_weights`. Labels stay the prior q.
+    v are the `class_weights`. Labels stay the prior q.
+
+    >>> run = RunInfo(num_samples=100, num_classes=2, counts=np.array([90.0, 10.0]))
+    >>> DeferredReweighting(run, start=1000).beta
+    0.9999
 
     Attributes:
-      run: what the run knows, of which `counts` is read.
-      beta: in [0, 1).
-      start: first step on which classes weigh differently.
+      run: what is known about the run; the rule reads `counts`.
+      beta: in [0, 1), of the effective number of samples.
+      start: first step with class weights.
 
     Raises:
-      ValueError: a value out of range; at the first step, no counts, or labels of another number
-        of classes.
+      ValueError: a value out of range; at the first step, no counts, or labels of another number of
+        classes.
     """
 
     run: RunInfo | None = None
@@ -62,7 +66,7 @@ class DeferredReweighting:
         checks.whole(start=self.start)
 
     def init(self, params):
-        """Nothing to keep."""
+        """No arrays."""
         del params
         return ()
 

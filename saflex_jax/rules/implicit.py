@@ -1,8 +1,8 @@
 """Weights and soft labels of a finite pool as meta-parameters, by implicit differentiation.
 
-Each source sample owns a weight and a soft label. Every step moves those of the batch along the
+Each source sample owns a weight and a soft label. A step moves those of its batch along the
 implicit hypergradient of the validation loss and projects them back (labels on the simplex, weights
-on [0, max_weight]); the inner step then trains on them.
+on [0, max_weight]). The inner step then trains on them.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ class Implicit:
 
         phi = (weights f32[N], labels f32[N, K]) <- project(phi + meta_tx(d L_val / d phi))
 
-    Rows are projected when they are read and when they have moved; an optimiser with momentum moves
-    others, too, which stay as they are until they are read.
+    Rows are projected when they are read and when they move. A meta-optimiser with momentum also
+    moves other rows; those are projected when they are next read.
+
+    >>> run = RunInfo(num_samples=2, num_classes=2, labels=lambda: np.eye(2))
+    >>> Implicit(run, learn="weights").max_weight
+    2.0
 
     Attributes:
-      run: what the run knows, of which `labels` is read: where phi starts, with weights one.
-      meta_tx: optax transformation for phi; a number is SGD's learning rate. A sample's own
-        gradient is of order 1/B, so rates of order B/10 are natural.
-      direction: a `directions.Direction` or its text; it solves with the inner Hessian on the
-        selected parameters.
-      predicate: the parameters that the implicit solve sees, as a predicate on paths or a path;
-        "" = all.
+      run: what is known about the run; phi starts at its `labels` with weights one.
+      meta_tx: optax transformation for phi; a number is SGD's learning rate. A sample's gradient is
+        of order 1/B, so use rates of order B/10.
+      direction: a `directions.Direction` or its text; solves with the inner Hessian on the selected
+        parameters.
+      predicate: the parameters of the implicit solve, as a predicate on paths or a path; "" = all.
       max_weight: weights stay in [0, max_weight].
       learn: "both", "weights" or "labels".
-      start: first step on which phi moves.
+      start: first step that moves phi.
 
     Raises:
       ValueError: an unknown option or a value out of range; at the start, no labels, or labels not

@@ -1,4 +1,4 @@
-"""Learning to reweight: a sample weighs as much as a step on it lowers the validation loss.
+"""Learning to reweight: a sample's weight is how much a step on it lowers the validation loss.
 
 Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018.
 """
@@ -22,7 +22,7 @@ from saflex_jax.types import Reduce, Targets
 def reweight(
     scores: jax.Array, prior: jax.Array, *, mask: jax.Array, reduce: Reduce = identity
 ) -> Targets:
-    """Weights in proportion to the positive part of the prior label's score; labels stay the prior.
+    """Weights proportional to the positive part of the prior label's score; labels are the prior.
 
         u_i = <q_i, S_i> ,   w_i = max(u_i, 0) / mean_j max(u_j, 0)   (all zero: the term vanishes)
 
@@ -39,7 +39,7 @@ def reweight(
     Raises:
       ValueError: shapes disagree.
 
-    Source: Ren et al. 2018, whose weights sum to one: the mean of w_i l_i here is their sum.
+    Source: Ren et al. 2018. Their weights sum to one, so their sum of w_i l_i is the mean here.
     """
     checks.same_shape(scores=scores, prior=prior)
     checks.rows(scores.shape[0], mask=mask)
@@ -52,10 +52,14 @@ def reweight(
 
 @dataclasses.dataclass(frozen=True)
 class Reweight:
-    """Learning to reweight from label scores; a `refinement.ScoreRule` that keeps nothing."""
+    """Learning to reweight from label scores; a `refinement.ScoreRule` without arrays.
+
+    >>> Reweight().init()
+    ()
+    """
 
     def init(self):
-        """Nothing to keep."""
+        """No arrays."""
         return ()
 
     def update(self, arrays, scored, streams, *, reduce):
@@ -64,7 +68,7 @@ class Reweight:
         return arrays
 
     def targets(self, arrays, scored, candidates, *, reduce):
-        """`reweight`; between two scorings the prior."""
+        """`reweight`; the prior on steps without a scoring."""
         del arrays
         if scored is None:
             return prior_targets(candidates.labels, candidates.mask), {}
@@ -77,11 +81,11 @@ def learning_to_reweight() -> Refinement:
 
         theta^ = theta - lr grad sum_i eps_i l_i ,   u_i = - d L_val(theta^) / d eps_i at eps = 0
 
-    At eps = 0 the look-ahead theta^ is theta itself, so that u_i = lr <grad L_val, grad l_i>, the
-    score of the prior label along the greedy direction: one validation gradient and one
-    forward-mode product, no backward pass through a backward pass. The learning rate cancels in the
-    weights. In the paper the look-ahead moves all parameters, as here; `Scoring("identity",
-    "head")` costs little more than the validation samples' forward pass.
+    At eps = 0 the look-ahead theta^ is theta, so u_i = lr <grad L_val, grad l_i>: the score of the
+    prior label along the greedy direction. That takes one validation gradient and one forward-mode
+    product, without nested backward passes. The learning rate cancels in the weights. As in the
+    paper, the look-ahead moves all parameters; `Scoring("identity", "head")` costs little more than
+    the validation samples' forward pass.
     """
     return Refinement(Scoring("identity", predicate=""), Reweight())
 

@@ -1,4 +1,4 @@
-"""Label smoothing: a share of every label is spread evenly over all classes.
+"""Label smoothing: spreads a share of every label evenly over all classes.
 
 Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016,
 section 7.
@@ -20,8 +20,11 @@ class LabelSmoothing:
 
         y_ik = (1 - epsilon) q_ik + epsilon / K ,  w_i = 1
 
+    >>> LabelSmoothing(epsilon=0.2)
+    LabelSmoothing(epsilon=0.2)
+
     Attributes:
-      epsilon: in [0, 1]; 0 = the prior q. The paper has .1.
+      epsilon: in [0, 1]; 0 = the prior q. The paper uses .1.
 
     Raises:
       ValueError: a value out of range.
@@ -33,7 +36,7 @@ class LabelSmoothing:
         checks.fraction(epsilon=self.epsilon)
 
     def init(self, params):
-        """Nothing to keep."""
+        """No arrays."""
         del params
         return ()
 

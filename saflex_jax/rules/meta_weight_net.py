@@ -1,4 +1,4 @@
-"""Meta-Weight-Net: a small network, learned on validation samples, turns a loss into a weight.
+"""Meta-Weight-Net: a small network, trained on validation samples, maps a loss to a weight.
 
 Source: Shu et al., "Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting",
 NeurIPS 2019.
@@ -40,7 +40,7 @@ def init_net(key: jax.Array, hidden: int) -> Params:
 
     Args:
       key: PRNG key.
-      hidden: H, the width.
+      hidden: H, width of the hidden layer.
 
     Returns:
       {"hidden": {"kernel" f32[1, H], "bias" f32[H]}, "out": {"kernel" f32[H, 1], "bias" f32[1]}}.
@@ -87,8 +87,8 @@ def linear_losses(
 ) -> tuple[jax.Array, Push]:
     """Losses l of the candidates, and u -> <grad l_i, u>, both f32[B]; 0 on padding.
 
-    The network runs here, once, and XLA shares this pass with the training gradient's: it must stay
-    outside of branches.
+    The network runs here, once. Call this outside of branches, so that XLA shares the pass with the
+    training gradient.
 
     Args:
       logits_fn: (params, inputs) -> f32[B, K], evaluation mode.
@@ -122,8 +122,8 @@ def meta_gradient(
         u_i = <grad L_val(theta^), grad l_i(theta)>
         d L_val(theta^) / d V = - lr d/dV mean_i V(l_i) u_i
 
-    Exact, and without a backward pass through a backward pass: one backward pass at theta, the
-    validation gradient at theta^, one forward-mode product at theta, and V's own gradient.
+    Exact, without nested backward passes: one backward pass at theta, the validation gradient at
+    theta^, one forward-mode product at theta, and V's own gradient.
 
     Args:
       net: V, see `init_net`.
@@ -166,21 +166,24 @@ class MetaWeightNet:
 
         V <- V + meta_tx(d L_val(theta^) / d V) ,   w_i = V(l_i)              (see `meta_gradient`)
 
-    The weights lie in (0, 1) and are not rescaled to mean one, unlike those of other rules: where
-    V shrinks, so does the step. Labels stay the prior. The utility is <grad L_val(theta^), grad
-    l_i(theta)>: > 0 = more weight lowers the validation loss. The metric "val_loss" is that of the
-    look-ahead theta^, "weight" the mean of the weights.
+    The weights lie in (0, 1) and, unlike other rules', are not rescaled to mean one: if V shrinks,
+    so does the step. Labels stay the prior. The utility is <grad L_val(theta^), grad l_i(theta)>; >
+    0 = more weight lowers the validation loss. The metric "val_loss" is that of the look-ahead
+    theta^, "weight" the mean weight.
+
+    >>> MetaWeightNet(hidden=50, predicate="head").start
+    0
 
     Attributes:
       hidden: width of V.
-      inner_learning_rate: lr of the look-ahead, plain gradient descent whatever the training
-        optimiser is; the default is the paper's initial rate.
+      inner_learning_rate: lr of the look-ahead, which is plain gradient descent for any training
+        optimiser; the default is the paper's initial rate.
       meta_tx: optax transformation for V; a number is the learning rate of the paper's Adam, with
-        1e-4 times V's parameters added to the gradient (L2, not decoupled). Where too large a rate
-        takes all weights to one early, they stay: the sigmoid has no gradient there.
+        1e-4 times V's parameters added to the gradient (L2, not decoupled). If too large a rate
+        takes all weights to one early, they stay there: the sigmoid has no gradient.
       predicate: the parameters that the look-ahead moves, as a predicate on paths or a path; "" =
         all, as in the paper.
-      start: first step on which V learns and weighs; the prior, weight one, before it.
+      start: first step on which V learns and weighs; before it the prior, weight one.
       seed: of V's initial parameters.
 
     Raises:

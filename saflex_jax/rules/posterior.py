@@ -1,13 +1,13 @@
-"""SAFLEX's default rule: how likely is each given label to be right, and which is, if it is not?
+"""SAFLEX's default rule: is a given label right and, if not, which one is?
 
     p'_i = softmax(log p_i + lookahead S_i) ,   y_i, w_i = posterior(q_i, mean p'_i, C)
 
-To first order scores are the change of log p after a step that lowers the validation loss, so p' is
-what the network would believe after it. How many labels are wrong is learned from the trusted
-samples (`core.posterior`), and which classes are given in the place of which, C, from what is
-remembered of the others (`core.transition`). Where no label is wrong it is the plain upstream
-pipeline, bit for bit. Of rows that upstream mixing made, what is known of their parents is mixed as
-their labels are (`core.parents`). How it compares with the paper's rule: docs/results.md.
+To first order, scores are the change of log p after a step that lowers the validation loss, so p'
+is what the network would believe after that step. Trusted samples tell how many labels are wrong
+(`core.posterior`), remembered beliefs tell which classes are confused, C (`core.transition`). If no
+label is wrong, the rule is the plain upstream pipeline, bit for bit. For mixed rows, beliefs about
+the parents are mixed as the labels are (`core.parents`). Comparison with the paper's rule:
+docs/results.md.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from saflex_jax.types import Batch, RunInfo
 
 
 class Beliefs(NamedTuple):
-    """What the rule keeps between steps; None where it needs nothing.
+    """What the rule keeps between steps; None for parts that it does not need.
 
     Attributes:
-      memory: mean over visits of what is believed after a step, f32[N, K].
-      agreement: with given labels, for the share of wrong ones.
+      memory: mean beliefs after a step over each sample's visits, f32[N, K].
+      agreement: probability of given labels, for the share of wrong ones.
       pairs: believed and given labels, for the classes that are confused.
     """
 
@@ -48,19 +48,24 @@ class Beliefs(NamedTuple):
 class Posterior:
     """Labels as their posterior; a `refinement.ScoreRule`.
 
+    With a run, beliefs are averaged over each sample's visits. The run's trusted samples train like
+    the others, keep their labels, and tell how many labels are wrong. Without trusted samples the
+    validation samples tell it, which is fair only if they are as hard as the candidates: being held
+    out makes them harder, being unaugmented easier.
+
+    >>> rule = Posterior(RunInfo(num_samples=1000, num_classes=10), noise_rate=0.3)
+    >>> rule.sharpness
+    2.0
+
     Attributes:
-      run: what the run knows. With it samples are remembered over their visits, and the run's
-        trusted samples, which train like the others, stay as they are and say how many labels are
-        wrong. Without trusted samples the validation samples say it, which is fair only where
-        these are as hard as the candidates: held out of training against it, without upstream
-        augmentation for it.
-      noise_rate: eta, the share of wrong labels; None = estimate it as training goes on.
-      lookahead: >= 0, length of the step after which p' is believed: 1 is all of "cg"'s, a Newton
-        step on the validation loss; along "identity" it is a learning rate. None = M / (M + D) of M
-        trusted samples and D inputs of the parameters that scores see (of a head, its features and
-        the bias): the fewer samples say where to go, the less far it is believed.
+      run: what is known about the run; None = no memory and no trusted samples.
+      noise_rate: eta, the share of wrong labels; None = estimate it during training.
+      lookahead: >= 0, length of the step before p'. With "cg", 1 is a full Newton step on the
+        validation loss; along "identity" it is a learning rate. None = M / (M + D) with M trusted
+        samples and D inputs of the scored parameters (for a head, its features and the bias): fewer
+        trusted samples, a shorter step.
       sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
-      agreement_decay: in [0, 1), how slowly the estimates of eta and C forget.
+      agreement_decay: in [0, 1), of the estimates of eta and C.
       by_class: learn which classes are confused, K x K numbers; needs `run`. False = all wrong
         labels are equally likely.
       memory: how visits are averaged; needs `run`.
@@ -107,7 +112,7 @@ class Posterior:
         )
 
     def update(self, arrays, scored, streams, *, reduce):
-        """Remembers what is believed of the candidates, and how far it agrees with their labels."""
+        """Remembers beliefs about the candidates, and how far they agree with the given labels."""
         candidates = streams.candidates
         kept, agreement, pairs = arrays
         rows = candidates.mask & parents.is_whole(candidates)
@@ -121,7 +126,7 @@ class Posterior:
         return Beliefs(kept, agreement, pairs)
 
     def targets(self, arrays, scored, candidates, *, reduce):
-        """`posterior_targets` of what is believed; the prior where nothing can be known."""
+        """`posterior_targets` of the beliefs; the prior while nothing is known."""
         noise = noise_rate = self._noise_rate(arrays, candidates)
         metrics = {"noise_rate": (noise_rate * jnp.ones(()), jnp.ones(()))}
         if scored is None and arrays.memory is None:

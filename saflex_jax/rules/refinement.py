@@ -1,4 +1,4 @@
-"""A rule from scores: SAFLEX's pipeline, with any way of making targets of scores in it.
+"""A rule from scores: SAFLEX's pipeline, with any rule that turns scores into targets.
 
     scoring -> rule (update, targets), on a schedule
 
@@ -22,20 +22,38 @@ from saflex_jax.types import Batch, Metrics, Params, PyTree, Reduce, Streams, Ta
 
 
 class ScoreRule(Protocol):
-    """What makes targets of scores; fork `posterior.py`, `simplex.py` or `l2rw.py` for another."""
+    """Turns scores into targets; fork `posterior.py`, `simplex.py` or `l2rw.py` to write one.
+
+    >>> from saflex_jax.rules.l2rw import Reweight
+    >>> rule: ScoreRule = Reweight()
+    """
 
     def init(self) -> PyTree:
         """Arrays that the rule keeps between steps; () for none."""
         ...
 
     def update(self, arrays: PyTree, scored: Scored, streams: Streams, *, reduce: Reduce) -> PyTree:
-        """The arrays after a scoring."""
+        """The arrays after a scoring.
+
+        Args:
+          arrays: what `init` or the last update returned.
+          scored: this step's scores.
+          streams: candidates of B and validation samples of M.
+          reduce: mean over the data-parallel axis.
+        """
         ...
 
     def targets(
         self, arrays: PyTree, scored: Scored | None, candidates: Batch, *, reduce: Reduce
     ) -> tuple[Targets, Metrics]:
-        """Targets by the updated arrays; `scored` is None on a step between two scorings."""
+        """Targets from the updated arrays, and metrics to log.
+
+        Args:
+          arrays: what `update` returned.
+          scored: this step's scores; None on a step without a scoring.
+          candidates: Batch of B.
+          reduce: mean over the data-parallel axis.
+        """
         ...
 
 
@@ -44,7 +62,7 @@ class Refined(NamedTuple):
 
     Attributes:
       rule: the rule's arrays.
-      gradient: of the validation loss, like the selected parameters; None where none is reused.
+      gradient: of the validation loss, like the selected parameters; None if it is not reused.
     """
 
     rule: PyTree
@@ -55,12 +73,15 @@ class Refined(NamedTuple):
 class Refinement:
     """Weights and soft labels from label scores; a `types.Rule`.
 
+    >>> from saflex_jax.rules import Posterior
+    >>> rule = Refinement(Scoring("cg(20)"), Posterior(), Schedule(every=2))
+
     Attributes:
-      scoring: how scores are made.
-      rule: what makes targets of them.
-      schedule: when. Between two scorings the rule answers from what it remembers, or with the
-        prior. The candidates' forward pass is made on all steps: it is the training step's own
-        (not where that has another: BatchNorm, dropout, clean samples).
+      scoring: how to compute scores.
+      rule: turns scores into targets.
+      schedule: when to score. On the other steps the rule uses its memory or the prior. The
+        candidates' forward pass runs on every step. It is the training step's own, unless that
+        differs (BatchNorm, dropout, clean samples).
     """
 
     scoring: Scoring

@@ -2,8 +2,8 @@
 
     direction -> scores -> (memory) -> targets -> weighted inner step
 
-Two compositions of the parts beside this file: `posterior`, the default and what docs/results.md
-measures, and `paper`. For another option write the composition out, or replace a part:
+Two compositions: `posterior`, the default, which docs/results.md measures, and `paper`. For other
+options replace a part:
 
     >>> import dataclasses
     >>> rule = posterior(RunInfo(num_samples=1000, num_classes=10))
@@ -24,11 +24,11 @@ from saflex_jax.types import RunInfo
 
 
 def posterior(run: RunInfo | None = None) -> Refinement:
-    """SAFLEX by its default rule, as measured: implicit direction on the head, `Posterior`.
+    """SAFLEX with its default rule: implicit direction on the head, `Posterior`.
 
     Args:
-      run: what the run knows; with it samples are remembered over their visits. Give it where the
-        candidates come from a finite pool.
+      run: what is known about the run. Give it if the candidates come from a finite pool: beliefs
+        are then averaged over each sample's visits.
     """
     return Refinement(Scoring(), Posterior(run))
 
@@ -37,7 +37,7 @@ def paper(run: RunInfo | None = None) -> Refinement:
     """SAFLEX as in the paper: the greedy direction over all parameters, `Simplex`, no memory.
 
     Args:
-      run: what the run knows; read only by a memory, which the paper does not have.
+      run: what is known about the run; only a memory reads it, and the paper has none.
     """
     return Refinement(Scoring("identity", predicate=""), Simplex(tolerance=0.0, run=run))
 

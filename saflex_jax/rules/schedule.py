@@ -18,11 +18,14 @@ Branch = Callable[[PyTree], tuple[Targets, PyTree, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The steps on which a rule learns, and what it does on the others.
+    """The steps on which a rule learns.
+
+    >>> Schedule(start=100, every=5)
+    Schedule(start=100, every=5)
 
     Attributes:
-      start: first step on which it learns; the prior, weight one, before it.
-      every: it learns every so many steps.
+      start: first step on which it learns; before it the prior, weight one.
+      every: learn once every `every` steps.
     """
 
     start: int = 0
@@ -33,16 +36,20 @@ class Schedule:
         checks.whole(1, every=self.every)
 
     def turn(self, step: jax.Array) -> jax.Array:
-        """How often the rule learned before this step, i32[]; negative before `start`."""
+        """How often the rule learned before this step, i32[]; negative before `start`.
+
+        Args:
+          step: i32[].
+        """
         return (step - self.start) // self.every
 
     def run(
         self, step: jax.Array, candidates: Batch, learn: Branch, between: Branch, arrays: PyTree
     ) -> tuple[Targets, PyTree, Metrics]:
-        """The branch of this step; the only `lax.cond` of a schedule.
+        """Runs the branch of this step.
 
-        What costs nothing extra outside of a branch, such as the candidates' forward pass, must
-        stay outside: XLA shares it with the training step only there.
+        Keep the candidates' forward pass outside of the branches: only there can XLA share it with
+        the training step.
 
         Args:
           step: i32[].
@@ -52,7 +59,7 @@ class Schedule:
           arrays: the rule's.
 
         Returns:
-          What the branch gives. A metric that it does not report has the count 0.
+          What the branch returns. A metric that it does not report has the count 0.
         """
 
         def before(arrays):

@@ -1,10 +1,10 @@
-"""Scoring: which parameters scores see, along which direction, how often a gradient is fresh.
+"""Scoring: which parameters, along which direction, and how often with a fresh gradient.
 
     validation gradient -> direction -> scores                        (the algebra: `core.scores`)
 
-In two halves. `prepare` makes the candidates' forward pass, which is the training step's own and
-which XLA shares only outside of branches. What it returns turns a validation gradient into
-scores and may stand in a branch.
+`prepare` makes the candidates' forward pass outside of any branch, where XLA shares it with the
+training step. The function that it returns turns a validation gradient into scores and may stand in
+a branch.
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ from saflex_jax.types import (
 
 
 class Scored(NamedTuple):
-    """One scoring of a batch, without gradient.
+    """Scores of one batch, without gradient.
+
+    >>> Scored(jnp.zeros((4, 2)), jnp.zeros((4, 2)), jnp.zeros((3, 2)), True, 65.0).fresh
+    True
 
     Attributes:
       scores: f32[B, K]; > 0 = a step on (x_i, k) lowers the validation loss.
-      log_probs: f32[B, K], the network's, of the same forward pass.
+      log_probs: f32[B, K], the network's, from the same forward pass.
       val_probs: f32[M, K], the network's on the validation samples; zeros where not `fresh`.
-      fresh: bool[], whether the validation gradient is of this step.
-      features: f32[], inputs of the parameters that scores see: of each array the product of all
+      fresh: bool[], whether the validation gradient was computed on this step.
+      features: f32[], number of inputs of the scored parameters: for each array the product of all
         axes but the last.
     """
 
@@ -59,10 +62,10 @@ class Result(NamedTuple):
     """What one scoring hands to a rule.
 
     Attributes:
-      scored: of the batch.
-      streams: the same; where that is cheap all but their inputs lie on every device.
-      reduce: mean over the data-parallel axis, of what is made of these two.
-      gradient: to keep; None where none is reused.
+      scored: scores of the batch.
+      streams: the same samples; where that is cheap, all but their inputs are replicated.
+      reduce: mean over the data-parallel axis, for results of `scored` and `streams`.
+      gradient: the gradient to keep; None if it is not reused.
       metrics: to log.
     """
 
@@ -79,21 +82,23 @@ Score = Callable[[PyTree, jax.Array], Result]
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """How label scores are made of a validation gradient.
+    """How to compute label scores from a validation gradient.
+
+    >>> Scoring("neumann(5)", predicate="").val_every
+    1
 
     Attributes:
       direction: a `directions.Direction`, or its text: "identity" (the paper's greedy step),
         "adam(b2=0.999)", "neumann(10, scale=0.1)", "cg(10, damping=0.1)".
-      predicate: the parameters that scores see, as a predicate on paths or a path; "" = all. The
-        default, the head, costs one more forward pass (the validation samples') and products with
-        features.
+      predicate: the scored parameters, as a predicate on paths or a path; "" = all. The default,
+        the head, costs the validation samples' forward pass and products with features.
       mode: "jvp" or "finite_difference", see `core.scores.label_scores`.
       chunk: rows scored at a time, to bound memory; None = all at once.
       compute_dtype: of both forward passes, see `core.scores.score`.
       val_every: compute a fresh validation gradient every `val_every` scorings; otherwise reuse the
         last.
-      val_decay: in [0, 1); average validation gradients, first plainly and then exponentially;
-        0 = the last one alone.
+      val_decay: in [0, 1), decay of an average of validation gradients (a plain mean at first); 0 =
+        only the last.
     """
 
     direction: Direction | str = "cg"
@@ -114,7 +119,11 @@ class Scoring:
             directions.parse(self.direction)
 
     def init(self, params: Params) -> PyTree:
-        """The gradient to keep, zeros like the selected parameters; None where none is reused."""
+        """The gradient to keep, zeros like the selected parameters; None if it is not reused.
+
+        Args:
+          params: the network's parameters.
+        """
         if self.val_every == 1 and self.val_decay == 0:
             return None
         return jax.tree.map(jnp.zeros_like, select(params, predicate_of(self.predicate)))
@@ -127,11 +136,11 @@ class Scoring:
         *,
         reduce: Reduce = identity,
     ) -> Score:
-        """The candidates' forward pass, and what scores them along a validation gradient.
+        """The candidates' forward pass, and the function from a validation gradient to scores.
 
-        Under jit on several devices both forward passes' results are gathered once where they are
-        little, and the direction is solved for on every device alike; else each product of the
-        solver is summed over the devices.
+        Under jit on several devices, small results of both passes are gathered once and every
+        device solves for the direction. Large ones stay split, and each product of the solver is
+        summed over the devices.
 
         Args:
           state: TrainState.

@@ -1,4 +1,4 @@
-"""The paper's rule: the point of the simplex that the scores ask for (`core.targets`).
+"""The paper's rule: weights and labels in closed form from scores (`core.targets`).
 
 Source: Ding et al., "SAFLEX: Self-Adaptive Augmentation via Feature Label EXtrapolation",
 ICLR 2024, section 4.
@@ -17,11 +17,14 @@ from saflex_jax.types import RunInfo
 class Simplex:
     """Weights and labels in closed form from scores; a `refinement.ScoreRule`.
 
+    >>> Simplex(tolerance=0.0, learn="weights").temperature
+    0.3
+
     Attributes:
       prior_strength, temperature, tolerance: see `core.targets.solve_targets`.
-      scale, learn, anchor: likewise.
-      run: what the run knows, for the memory.
-      memory: averages scores over a sample's visits; by default there is none. Needs `run`.
+      scale, learn, anchor: see `core.targets.solve_targets`.
+      run: what is known about the run, for the memory.
+      memory: averages scores over a sample's visits; none by default. Needs `run`.
 
     Raises:
       ValueError: a value out of range, or a memory without a run.
@@ -55,14 +58,14 @@ class Simplex:
         """The memory; None without one.
 
         Raises:
-          ValueError: a memory of a few classes, which is for beliefs.
+          ValueError: a memory that keeps only some classes, which is for beliefs.
         """
         if self.memory.top is not None:
             raise ValueError(f"memory.top must be None, scores are signed; given {self.memory}")
         return self.memory.init(self.run)
 
     def update(self, arrays, scored, streams, *, reduce):
-        """Remembers the scores, in a scale of their own."""
+        """Remembers the scores, divided by their root mean square."""
         if arrays is None:
             return None
         candidates = streams.candidates
@@ -71,7 +74,7 @@ class Simplex:
         return self.memory.add(arrays, candidates, scored.scores / scale, candidates.mask, reduce)
 
     def targets(self, arrays, scored, candidates, *, reduce):
-        """`solve_targets` of the remembered scores, or of this scoring's; else the prior."""
+        """`solve_targets` of the remembered scores or of this step's; else the prior."""
         if arrays is not None:
             scores = memory.recall(arrays, candidates.index)
         elif scored is None:

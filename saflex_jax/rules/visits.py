@@ -16,12 +16,15 @@ from saflex_jax.types import Batch, Reduce, RunInfo
 class VisitMean:
     """Averages over a source sample's visits, keyed by `Batch.index` (`core.memory`).
 
+    >>> VisitMean(decay=0.9, top=8).dtype
+    'float32'
+
     Attributes:
       decay: in [0, 1), of the exponential average that follows a plain mean; 0 = the last visit;
-        None = nothing is remembered.
+        None = no memory.
       dtype: of the averages, "float32" or "bfloat16".
-      top: how many classes' averages are kept of a sample, the largest, with the sum of the others
-        as one number: 8 are 56 bytes a sample whatever K. Of beliefs alone; None = all.
+      top: number of classes whose averages are kept per sample, the largest; the others are kept as
+        one sum. top = 8 takes 56 bytes per sample at any K. For beliefs only; None = all classes.
     """
 
     decay: float | None = 0.97
@@ -36,7 +39,11 @@ class VisitMean:
             checks.whole(1, top=self.top)
 
     def init(self, run: RunInfo | None) -> Memory | TopMemory | None:
-        """An empty memory; None where nothing is remembered or the run is unknown."""
+        """An empty memory; None if decay is None or the run is unknown.
+
+        Args:
+          run: what is known about the run.
+        """
         if self.decay is None or run is None:
             return None
         return memory.init(run.num_samples, run.num_classes, dtype=self.dtype, top=self.top)
@@ -49,7 +56,15 @@ class VisitMean:
         rows: jax.Array,
         reduce: Reduce,
     ) -> Memory | TopMemory:
-        """The memory after a visit of the batch's `rows` bool[B], with `values` f32[B, K]."""
+        """The memory after a visit of a batch.
+
+        Args:
+          kept: the memory so far.
+          candidates: Batch of B.
+          values: f32[B, K], what to average.
+          rows: bool[B], rows to remember.
+          reduce: mean over the data-parallel axis.
+        """
         assert self.decay is not None  # or nothing is kept
         added, _ = memory.update(
             kept, candidates.index, values, rows, decay=self.decay, reduce=reduce
