@@ -1,8 +1,8 @@
-"""Methods, one file each: how a step is made. What to train on is a rule (`saflex_jax.rules`).
+"""Methods, one file each: how a step works. What to train on is a rule (`saflex_jax.rules`).
 
-To add one, write its file (fork `supervised.py` or `sla.py`) and name it in METHODS; loop, runners,
-checkpoints and configs stay as they are. From outside the package, `METHODS["mine"] =
-MethodSpec(...)` does the same.
+To add a method, write its file (fork `supervised.py` or `sla.py`) and name it in METHODS; the loop,
+runners, checkpoints and configs need no change. From outside the package, use
+`METHODS["mine"] = MethodSpec(...)`.
 """
 
 from saflex_jax.methods import (

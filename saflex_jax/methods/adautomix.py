@@ -1,4 +1,4 @@
-"""AdAutoMix: AutoMix with several images, whose mix block at times works against the network.
+"""AdAutoMix: AutoMix with several images and a mix block that sometimes works against the network.
 
     maps of the momentum network -> masks -> mixed candidates -> (weights, labels) -> one step of
     network and mix block together, each on its own loss -> momentum network
@@ -42,14 +42,15 @@ from saflex_jax.types import Method, Model, Rule, RunInfo
 
 @dataclasses.dataclass(frozen=True)
 class Options(MixtureOptions):
-    """Options of AdAutoMix, beside those of `mixtures.MixtureOptions`.
+    """Options of AdAutoMix.
 
     Attributes:
-      images: n, >= 2, of a mixture.
+      alpha, lam_margin, momentum, momentum_end, predict, stage: see `mixtures.MixtureOptions`.
+      images: n >= 2, images in a mixture.
       adversarial_every: >= 1; on every such step the block works against the network.
-      adversarial_share: a, of the network's loss in the block's on these steps.
-      linear_share: b, of plain mixtures in the loss of head "one".
-      block: options of `AdversarialMixBlock`, or a module in its place (see `models.mix_block`).
+      adversarial_share: a, share of the network's loss in the block's loss on these steps.
+      linear_share: b, share of plain mixtures in the loss of head "one".
+      block: options of `AdversarialMixBlock`, or a module (see `models.mix_block`).
 
     Raises:
       ValueError: an unknown name, or a value out of range.
@@ -88,13 +89,17 @@ def make(
     loss: CandidateLoss = weighted_soft_cross_entropy,
     run: RunInfo | None = None,
 ) -> Method:
-    """AdAutoMix: as `automix.make`, with mixtures of n images and these losses.
+    """AdAutoMix: like `automix.make`, with mixtures of n images and these losses.
 
         L_phi = CE(k(M x), l y) ; on every `adversarial_every`-th step, c being a cosine of logits,
                 -a CE(k(M x), l y) + (1 - a) mean sum_i l_i c(k(M x), k(x_p(i)))
         L_q   = CE(q(N x), l y) + (1 - b) CE(q(x), y) + b CE(q(sum_i l_i x_p(i)), l y)
 
-    The last term of L_q is of head "one".
+    The last term of L_q uses head "one".
+
+    >>> from saflex_jax.models import ResNet18, from_linen
+    >>> run = RunInfo(num_samples=50_000, num_classes=100, num_steps=100_000)
+    >>> method = make(from_linen(network(ResNet18(), 100)), optax.sgd(0.1), run=run)
 
     Args:
       model: of `network`.

@@ -1,9 +1,9 @@
-"""A pipeline that adjusts itself: what the validation gradient calls harmful is drawn less.
+"""An upstream pipeline that adjusts itself: it draws operations with harmful utilities less often.
 
-    utility of a row  ->  of its alternative, step by step  ->  how surely it helps  ->  its share
+    utility of a row  ->  mean per alternative and step  ->  probability that it helps  ->  share
 
-In front of any method, as `upstream`. An operation at several strengths is as many alternatives,
-so the shares say how often it is drawn and how strong it is.
+It goes in front of any method, like `upstream`. An operation at several strengths counts as several
+alternatives, so the shares set both how often it is drawn and how strong it is.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Options:
     """How shares follow utilities.
 
     Attributes:
-      decay: in [0, 1), of what is remembered of steps; 0.999 remembers about a thousand. Utilities
-        are largest early on, before the network has learned the samples by heart.
-      floor: in [0, 1], the part of every share that stays, so that nothing is lost for good.
-      margin: in [0, 1), of the largest utility, which an alternative must reach.
+      decay: in [0, 1), of the memory of steps; 0.999 remembers about a thousand. Utilities are
+        largest early on, before the network has memorised the samples.
+      floor: in [0, 1], part of every starting share that is kept, so that no alternative is lost.
+      margin: in [0, 1), the part of the largest utility that an alternative must reach.
       strength: >= 0; 0 adjusts nothing and only remembers. May be traced.
-      scoring: of utilities. Along the greedy direction they tell operations apart less well
+      scoring: of utilities. The greedy direction separates operations less well
         (docs/generation.md).
     """
 
@@ -73,14 +73,14 @@ def shares(
     margin: float = 0.0,
     strength: float | jax.Array = 1.0,
 ) -> jax.Array:
-    """How often each alternative is drawn, f32[C], given what is known of its utility.
+    """How often to draw each alternative, f32[C], given its utility.
 
         p_c = floor p0_c + (1 - floor) p0_c h_c^a / sum_j p0_j h_j^a
         h_c = min(1, 2 P(u_c > margin max(0, max_j m_j)))
 
-    by the mean's Gaussian. What helps and what helps more are drawn alike, and so is that of which
-    nothing is known: a pipeline without harm stays as it is. Draws are a budget: with a margin,
-    what helps much less than the best does counts as harm, too.
+    with P from the mean's Gaussian. Alternatives that help, help more, or are unknown are drawn
+    alike, so a pipeline without harm stays unchanged. With a margin, an alternative that helps much
+    less than the best counts as harmful, too.
 
     >>> found = Pooled(jnp.array([9.0, 9.0]), jnp.array([0.3, -0.3]), jnp.array([0.1, 0.1]))
     >>> [round(float(p), 3) for p in shares(found, jnp.array([0.5, 0.5]), floor=0.1)]
@@ -107,7 +107,7 @@ def adjusted(
     *,
     start: jax.Array | None = None,
 ) -> Method:
-    """The method, its candidates augmented by alternatives whose shares follow their utility.
+    """The method, with candidates augmented by alternatives whose shares follow their utility.
 
         from saflex_jax.augment import of_operations
         from saflex_jax.methods.adjusted import adjusted
@@ -115,13 +115,13 @@ def adjusted(
         method = adjusted(saflex.make(model, tx, run), of_operations())
 
     Metrics: "share/NAME", "utility/NAME" of every alternative. A utility is <label, scores> over
-    the batch's root mean square; of a step the mean over an alternative's rows is one observation,
-    since all of them see one validation gradient.
+    the batch's root mean square. The mean over an alternative's rows in one step is one
+    observation, because they share one validation gradient.
 
     Args:
-      method: any Method; it needs validation samples, which should not train.
+      method: any Method. It needs validation samples, which should not be trained on.
       alternatives: see `augment.alternatives`.
-      options: of the adjusting.
+      options: see `Options`.
       start: shares f[C] at the start, may be traced; None = equal.
 
     Raises:

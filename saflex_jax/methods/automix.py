@@ -129,14 +129,15 @@ def _pixels(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Options(MixtureOptions):
-    """Options of AutoMix, beside those of `mixtures.MixtureOptions`; `SAMIX` has SAMix's.
+    """Options of AutoMix; `SAMIX` has those of SAMix.
 
     Attributes:
-      mask_loss: a `MaskLoss`, or the text of one of MASK_LOSSES, alone or with its arguments:
-        "none", "l1", "l1_variance(weight=0.1, margin=0.1)".
-      mask_adjust: probability with which the network's masks are scaled to have the mean l.
-      block: options of `MixBlock`, or a module in its place (see `models.mix_block`).
-      images: n = 2, of a mixture; no option.
+      alpha, lam_margin, momentum, momentum_end, predict, stage: see `mixtures.MixtureOptions`.
+      mask_loss: a `MaskLoss`, or the text of one of MASK_LOSSES, with or without arguments: "none",
+        "l1", "l1_variance(weight=0.1, margin=0.1)".
+      mask_adjust: probability of scaling the network's masks to mean l.
+      block: options of `MixBlock`, or a module (see `models.mix_block`).
+      images: n = 2, images in a mixture; not an option.
 
     Raises:
       ValueError: an unknown name, or a value out of range.
@@ -159,7 +160,11 @@ class Options(MixtureOptions):
         return calls.parse(MASK_LOSSES, mask_loss=self.mask_loss)
 
     def make_block(self, axis_name: str | None = None) -> nn.Module:
-        """The mix block."""
+        """The mix block.
+
+        Args:
+          axis_name: mapped axis, for batch statistics under pmap.
+        """
         if isinstance(self.block, nn.Module):
             return self.block
         return MixBlock(self.block, axis_name)
@@ -190,22 +195,22 @@ def make(
 ) -> Method:
     """AutoMix; with `SAMIX` SAMix.
 
-    A step draws two mixtures, with shares l and partners p of their own, M and N being their masks.
-    q is the network, k its moving average, phi the mix block.
+    A step draws two mixtures with masks M and N, each with its own shares l and partners p. q is
+    the network, k its moving average, phi the mix block.
 
         M, N = phi(maps of k)                                          # N without gradient
         L_phi = CE(k(M x), l y) + mask_loss(M)                            -> phi
         L_q   = CE(q(N x), l y) + CE(q(x), y)                             -> q
         (q, phi) <- (q, phi) + tx(grad (L_phi + L_q)) ;  k <- m k + (1 - m) q
 
-    with heads "mix" of mixtures and "one" of images, M x = sum_i M_i x_p(i), l y likewise with the
-    drawn shares, whatever the masks. q and k compute in training mode. The rule learns weights and
-    labels of the mixtures N x, by head "mix". Under pmap every device draws its own mixtures and
-    compares its own masks with them.
+    Mixtures use head "mix", images head "one". M x = sum_i M_i x_p(i); labels l y are mixed by the
+    drawn shares at any masks. q and k run in training mode. The rule learns weights and labels of
+    the mixtures N x, with head "mix". Under pmap every device draws its own mixtures.
 
-        run = RunInfo(num_samples=50_000, num_classes=100, num_steps=100_000)
-        model = from_linen(automix.network(ResNet18(norm="batch"), 100))
-        method = automix.make(model, tx, automix.SAMIX, run=run)
+    >>> from saflex_jax.models import ResNet18, from_linen
+    >>> run = RunInfo(num_samples=50_000, num_classes=100, num_steps=100_000)
+    >>> model = from_linen(network(ResNet18(norm="batch"), 100))
+    >>> method = make(model, optax.sgd(0.1), SAMIX, run=run)
 
     Args:
       model: of `network`.

@@ -1,4 +1,4 @@
-"""What methods share: their record, and checks of what they are given."""
+"""What methods share: their record, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from saflex_jax.types import Batch, Method, PyTree, RunInfo, Streams, Targets, T
 
 
 class Episode(NamedTuple):
-    """What a batch of episodes is made of: `ways` classes, each of shots + queries samples."""
+    """The make-up of an episode.
+
+    >>> Episode(ways=5, shots=1, queries=15).ways
+    5
+
+    Attributes:
+      ways: number of classes.
+      shots: support samples of each class.
+      queries: query samples of each class.
+    """
 
     ways: int
     shots: int
@@ -27,24 +36,27 @@ def classifier(backbone: nn.Module, num_classes: int, options: Any) -> nn.Module
 
 
 def samples(run: RunInfo, options: Any) -> RunInfo:
-    """What the rule of a method sees that shows it the samples themselves."""
+    """The run as the rule sees it, for methods that show it the samples themselves."""
     del options
     return run
 
 
 class MethodSpec(NamedTuple):
-    """What a method is, for configs; every method's file has one, named SPEC.
+    """What configs know of a method; every method's file has one, named SPEC.
+
+    >>> from saflex_jax.methods import METHODS
+    >>> METHODS["flyp"].takes
+    ('options', 'rule', 'run')
 
     Attributes:
-      make: (model, tx, **what `takes` names) -> Method.
+      make: (model, tx, **keywords of `takes`) -> Method.
       takes: keywords of `make`, of "options", "rule", "loss" and "run" (a `RunInfo`).
-      options: a frozen dataclass with the defaults, whose fields are the method's options; None
-        where there are none.
-      network: (backbone, num_classes, options) -> the module that the method trains.
-      seen: (run, options) -> the run as the method's rule and loss see it, whose samples or classes
-        may be others (views, joint labels).
-      episode: options -> what an episode is, where batches are whole episodes; else None.
-      needs: streams without which it cannot train: "val", "clean".
+      options: a frozen dataclass with the method's options and their defaults; None for none.
+      network: (backbone, num_classes, options) -> the module to train.
+      seen: (run, options) -> the run as the method's rule and loss see it; its samples or classes
+        may differ (views, joint labels).
+      episode: options -> the make-up of an episode, if batches are whole episodes; else None.
+      needs: streams that training requires: "val", "clean".
     """
 
     make: Callable[..., Method]
@@ -63,13 +75,13 @@ def as_given(state: TrainState, streams: Streams) -> Targets:
 
 
 def no_clean(who: str, clean: Batch | None) -> None:
-    """Raises ValueError if streams.clean is set, for a method that would leave them out."""
+    """Raises ValueError if streams.clean is set."""
     if clean is not None:
         raise ValueError(f"{who} trains on candidates alone; given streams.clean")
 
 
 def check_outputs(outputs: PyTree, *wanted: str) -> None:
-    """Raises ValueError unless a model's outputs are a dict that has these."""
+    """Raises ValueError unless a model's outputs are a dict with the wanted names."""
     given = set(outputs) if isinstance(outputs, dict) else {"logits"}
     if not {*wanted} <= given:
         *first, last = map(repr, wanted)

@@ -29,11 +29,11 @@ class Options:
     """Options of co-teaching.
 
     Attributes:
-      forget: share of samples left out in the end, in [0, 1); see `rules.small_loss.SmallLoss`.
-      ramp: steps until then, >= 1.
-      predict: "a": the logits of network a. "mean": the logarithm of the mean probability of both,
-        two forward passes. The default is what the source reports, and what other methods can be
-        compared with: a mean of two networks is better without any wrong label.
+      forget: share of samples left out after the ramp, in [0, 1); see `rules.small_loss.SmallLoss`.
+      ramp: steps until `forget` is reached, >= 1.
+      predict: "a": the logits of network a, which the source reports. "mean": the logarithm of the
+        mean probability of both, two forward passes; compare it with ensembles only, since a mean
+        of two networks is better even without wrong labels.
 
     Raises:
       ValueError: an unknown name, or a value out of range.
@@ -55,25 +55,28 @@ def make(
     *,
     loss: CandidateLoss = weighted_soft_cross_entropy,
 ) -> Method:
-    """Two networks that pick each other's samples of every batch.
+    """Two networks that pick each other's samples from every batch.
 
         w^a, w^b = `small_loss.select` by the logits of a, of b, with R(t) = forget min(t / ramp, 1)
         L = mean_i w^b_i CE(a(x_i), q_i) + mean_i w^a_i CE(b(x_i), q_i)
 
-    A step costs two plain ones: samples are picked by the logits of the training step's own forward
-    pass, in training mode, as in the source. The networks differ by their initial parameters and
-    their noise (dropout). One tx has the parameters of both, which matters only to those that look
-    at all of them at once (clipping by the global norm). Under pmap each device ranks its own rows.
+    A step costs two plain ones: the logits come from the training step's own forward pass, in
+    training mode, as in the source. The networks differ in initial parameters and noise (dropout).
+    One tx holds the parameters of both, which matters only to transformations that read all of them
+    (clipping by the global norm). Under pmap each device ranks its own rows.
+
+    >>> from saflex_jax.models import MLP, Classifier, from_linen
+    >>> method = make(from_linen(Classifier(MLP(), 10)), optax.sgd(0.1), Options(forget=0.4))
 
     Args:
       model: see `types.Model`.
       tx: optax transformation of {"a": parameters, "b": parameters}.
       options: see `Options`.
-      loss: of the picked samples, in the place of w_i CE; samples are picked by the cross-entropy.
+      loss: of the picked samples, instead of w_i CE; samples are picked by the cross-entropy.
 
     Returns:
-      Method; the metrics are the networks' means but for "loss", L. `targets` are those of network
-      a, picked by b.
+      Method. "loss" is L; the other metrics are means over the networks. `targets` are those of
+      network a, picked by b.
 
     Raises:
       ValueError: clean samples (not supported).
@@ -123,16 +126,16 @@ def make(
 
 
 def init_both(model: Model, key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
-    """Parameters and model_state of {"a", "b"}; a is the network that the key alone gives."""
+    """Parameters and model_state of {"a", "b"}; a is initialised as a single network would be."""
     keys = {"a": key, "b": jax.random.fold_in(key, 1)}
     return tuple(_split({name: model.init(keys[name], inputs) for name in OTHER}))
 
 
 def predict_by(which: str, model: Model, state: TrainState, inputs: PyTree) -> jax.Array:
-    """f32[B, K], logits of network a, or the logarithm of the mean probability of both.
+    """Logits of network a, or the logarithm of the mean probability of both, f32[B, K].
 
     Args:
-      which: of PREDICTIONS.
+      which: one of PREDICTIONS.
       model: of one network.
       state: with parameters and model_state of {"a", "b"}.
       inputs: of B rows.

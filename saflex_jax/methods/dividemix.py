@@ -1,6 +1,6 @@
-"""DivideMix: two networks divide the samples for each other, and guess the labels of one part.
+"""DivideMix: two networks divide the samples for each other and guess the labels of one part.
 
-    losses of all samples -> mixture of two Gaussians -> how likely each given label is right
+    losses of all samples -> mixture of two Gaussians -> probability that each given label is right
     -> likely ones refined, the others guessed -> mixed rows -> one step of both networks
 
 Source: Li, Socher and Hoi, "DivideMix: Learning with Noisy Labels as Semi-supervised Learning",
@@ -36,22 +36,22 @@ LEAST = 1e-6  # a probability of zero would say that nothing is known
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of DivideMix; the defaults are for a share of wrong labels that is not known.
+    """Options of DivideMix; the defaults suit an unknown share of wrong labels.
 
     Attributes:
-      warmup: epochs of plain training before the first division, >= 0; the source has 10, and 30
+      warmup: epochs of plain training before the first division, >= 0; the source uses 10, and 30
         on CIFAR-100.
-      ramp: epochs after it until the guessed labels have all of their weight, > 0.
+      ramp: epochs from there until guessed labels have their full weight, > 0.
       unlabelled_weight: of the guessed labels' loss, >= 0. The source sets it by the kind and share
-        of wrong labels: 0 for few or asymmetric ones, up to 150. With 0 guessed labels are trained
-        on where rows are mixed.
-      threshold: of the probability that a given label is right, from which on it counts, in [0, 1].
+        of wrong labels: 0 for few or asymmetric ones, up to 150. With 0, guessed labels still train
+        through mixed rows.
+      threshold: least probability at which a given label counts as right, in [0, 1].
       temperature: of refined and guessed labels, > 0.
       alpha: of the mixing's Beta(alpha, alpha), > 0.
-      decay: in [0, 1), of the average of a sample's losses; 0 = that of its last visit. The source
-        has the last epoch's, and the mean of five where nearly all labels are wrong.
-      predict: "mean": the logarithm of the mean probability of both networks, two forward passes.
-        "a": the logits of network a. The source reports both networks' together.
+      decay: in [0, 1), of the average of a sample's losses; 0 = the last visit's. The source uses
+        the last epoch's, and the mean of five where nearly all labels are wrong.
+      predict: "mean": the logarithm of the mean probability of both networks, two forward passes,
+        which the source reports. "a": the logits of network a.
 
     Raises:
       ValueError: an unknown name, or a value out of range.
@@ -98,7 +98,7 @@ class Division(NamedTuple):
     mixtures: Mixture
 
     def right(self, index: jax.Array) -> jax.Array:
-        """How likely the given labels of samples i32[...] are right, f32[..., 2], by a and by b.
+        """Probability that given labels of samples are right, f32[..., 2], by networks a and b.
 
         0 where nothing is known, otherwise at least LEAST.
         """
@@ -122,33 +122,37 @@ def make(
               + KL(uniform || mean softmax a(x'))
 
     and L^b with a and b exchanged; L = L^a + L^b. v grows from 0 to `unlabelled_weight`. Losses l
-    and probabilities p are of evaluation mode, on rows that are not mixed, without gradient. Before
-    the end of the warm-up L^a is the cross-entropy of rows and labels as they come.
+    and probabilities p come from evaluation mode, on unmixed rows, without gradient. During the
+    warm-up L^a is the cross-entropy of the given rows and labels.
 
-    Losses are remembered from visits (`core.memory`), where the source goes through the data set
-    once more in every epoch. Also other than the source: a batch has its natural shares of labelled
-    and unlabelled rows, not as many of each; a row is the one view that upstream makes, not two;
-    the warm-up has no penalty for asymmetric noise.
+    Differences from the source: losses are remembered from visits (`core.memory`), without an extra
+    pass over the data set per epoch; a batch has its natural shares of labelled and unlabelled
+    rows, not equal ones; a sample has one view, not two; the warm-up has no penalty for asymmetric
+    noise.
 
-    Rows that upstream mixing made are not remembered, and their w is their parents', mixed
-    (`core.parents`); rows with a parent that was never seen count as right. Trusted samples are not
-    known. Under pmap a device mixes its own rows and takes the last term over them.
+    Rows mixed upstream are not remembered, and their w is the mixture of their parents'
+    (`core.parents`); rows with an unseen parent count as right. Trusted samples are not treated
+    differently. Under pmap a device mixes its own rows and averages the last term over them.
 
     A step costs two plain ones and two forward passes.
+
+    >>> from saflex_jax.models import MLP, Classifier, from_linen
+    >>> run = RunInfo(num_samples=1000, num_classes=10, steps_per_epoch=10)
+    >>> method = make(from_linen(Classifier(MLP(), 10)), optax.sgd(0.1), run=run)
 
     Args:
       model: see `types.Model`.
       tx: optax transformation of {"a": parameters, "b": parameters}.
       options: see `Options`.
-      run: for the number of samples, and steps of an epoch, which must be known.
+      run: gives the number of samples and `steps_per_epoch`, which must be known.
 
     Returns:
-      Method; metrics but for "loss", L, are means over the networks: "candidate_loss" is the
+      Method. "loss" is L; the other metrics are means over the networks: "candidate_loss" is the
       cross-entropy of labelled rows, "kept" their share. `targets` are those of network a before
       rows are mixed, with the utility 2 w - 1.
 
     Raises:
-      ValueError: steps of an epoch unknown; clean samples (not supported).
+      ValueError: steps per epoch unknown; clean samples (not supported).
     """
     if not run.steps_per_epoch:
         raise ValueError("dividemix needs run.steps_per_epoch, its clock; given 0")
@@ -243,21 +247,21 @@ def make(
 
 
 def fit(losses: jax.Array, seen: jax.Array, *, steps: int = EM_STEPS) -> Mixture:
-    """Two Gaussians of the losses f32[N], by expectation and maximisation.
+    """Two Gaussians of the losses, by expectation-maximisation.
 
-    Losses are scaled to [0, 1], and a loss is of the upper Gaussian with what is then its value as
-    the first probability. A variance is at least LEAST_VARIANCE on that scale.
+    Losses are scaled to [0, 1]; a scaled loss is the first guess of its probability to be of the
+    upper Gaussian. A variance is at least LEAST_VARIANCE on that scale.
 
     >>> losses = jnp.array([0.1, 0.2, 0.3, 4.0, 4.2, 9.9])
     >>> [round(float(m), 2) for m in fit(losses, seen=jnp.arange(6) < 5).mean]
     [0.2, 4.1]
 
     Args:
-      losses: of N samples.
-      seen: bool[N]; the others do not count.
-      steps: of the iteration.
+      losses: f32[N].
+      seen: bool[N]; False samples do not count.
+      steps: number of iterations.
 
-    Source: Li et al. 2020, section 3.1; its code has as many steps and as large a variance.
+    Source: Li et al. 2020, section 3.1; steps and least variance are its code's.
     """
     lowest = jnp.min(losses, initial=jnp.inf, where=seen)
     width = jnp.max(losses, initial=-jnp.inf, where=seen) - lowest
@@ -282,7 +286,7 @@ def fit(losses: jax.Array, seen: jax.Array, *, steps: int = EM_STEPS) -> Mixture
 
 
 def probability_of_lower(losses: jax.Array, mixture: Mixture) -> jax.Array:
-    """How likely losses f32[...] are of the first Gaussian of a mixture.
+    """Probability that losses f32[...] are of the first Gaussian of a mixture.
 
     >>> mixture = Mixture(jnp.full(2, 0.5), jnp.array([0.0, 4.0]), jnp.ones(2))
     >>> probability_of_lower(jnp.array([0.0, 2.0]), mixture).round(3).tolist()

@@ -1,4 +1,4 @@
-"""ELR: what the network said of a sample in the past holds it back from learning a wrong label.
+"""ELR: a sample's own past predictions keep the network from learning its wrong label.
 
     logits -> average of a sample's own predictions -> cross-entropy + pull towards that average
 
@@ -30,8 +30,8 @@ class Options:
     """Options of ELR.
 
     Attributes:
-      strength: lambda >= 0, of the regulariser. The source has 3 on CIFAR-10 and 7 on CIFAR-100.
-      decay: beta in [0, 1), of the averages; the source has .7 and .9.
+      strength: lambda >= 0, of the regulariser. The source uses 3 on CIFAR-10, 7 on CIFAR-100.
+      decay: beta in [0, 1), of the averages; the source uses .7 and .9.
 
     Raises:
       ValueError: a value out of range.
@@ -52,25 +52,29 @@ def make(
     *,
     run: RunInfo,
 ) -> Method:
-    """Plain training with a regulariser: stay with what you said of a sample early on.
+    """Plain training with a regulariser that pulls towards early predictions.
 
         t_i <- beta t_i + (1 - beta) p_i ,  p_i = softmax(f(x_i))     from 0, without gradient
         L = mean_i CE(f(x_i), q_i) + lambda mean_i log(1 - <p_i, t_i>)
 
-    The gradient of the second term raises the probability of the classes that t_i names: for right
-    labels it keeps the pull that cross-entropy loses, for wrong ones it cancels that to the label.
-    A visit enters t before the loss reads it. p is that of the step's own forward pass, in training
-    mode, as in the source, so that a step costs a plain one. From zero, t says little at first.
+    The gradient of the second term raises the probability of the classes in t_i. For right labels
+    it keeps the pull that cross-entropy loses; for wrong ones it cancels the pull to the label. A
+    visit enters t before the loss reads it. p comes from the step's own forward pass, in training
+    mode, as in the source, so a step costs as much as a plain one.
 
-    Rows that upstream mixing made have the mixture of their parents' averages (`core.parents`) and
-    are not remembered; where a parent was never seen whole, nothing is regularised. So the pipeline
-    must leave some rows unmixed. All candidates are treated alike: trusted ones are not known.
+    Rows mixed upstream get the mixture of their parents' averages (`core.parents`) and are not
+    remembered. Rows with a parent that was never seen unmixed are not regularised, so the pipeline
+    must leave some rows unmixed. Trusted samples are not treated differently.
+
+    >>> from saflex_jax.models import MLP, Classifier, from_linen
+    >>> run = RunInfo(num_samples=1000, num_classes=10)
+    >>> method = make(from_linen(Classifier(MLP(), 10)), optax.sgd(0.1), run=run)
 
     Args:
       model: see `types.Model`.
       tx: optax transformation.
       options: see `Options`.
-      run: of which the number of samples and classes is read.
+      run: gives the number of samples and classes.
 
     Returns:
       Method. The metric "candidate_loss" is the cross-entropy, "regulariser" the mean logarithm.
@@ -125,7 +129,7 @@ def make(
 
 
 def regulariser(logits: jax.Array, averages: jax.Array) -> jax.Array:
-    """The more the network agrees with its own past, the lower; f32[B], <= 0, nats.
+    """Lower the more the network agrees with its past; f32[B], <= 0, nats.
 
         log(1 - <p, t>) ,  p = clip(softmax(logits), 1e-4, 1 - 1e-4)
 
@@ -135,7 +139,7 @@ def regulariser(logits: jax.Array, averages: jax.Array) -> jax.Array:
 
     Args:
       logits: f32[B, K].
-      averages: t, f32[B, K], >= 0, rows of sum at most one; zeros = nothing is known.
+      averages: t, f32[B, K], >= 0, rows with sum at most one; zeros = nothing is known.
 
     Raises:
       ValueError: shapes disagree.

@@ -43,10 +43,11 @@ class Options:
       weak: augmentation of the labelled samples, or its text (`augment.parse`); "" = the pipeline
         upstream of the candidates, `run.upstream`.
       strong: augmentation of the weak views that keeps the number of rows, or its text.
-      threshold: probability from which on a prediction is a label, in [0, 1].
-      unlabelled_weight: >= 0; 0 = the labelled samples alone.
-      ema: in [0, 1), decay of the average that predicts; 0 = the last parameters do. The source has
-        .999 for a million steps; it starts from the first parameters, so short runs want less.
+      threshold: least probability at which a prediction becomes a label, in [0, 1].
+      unlabelled_weight: >= 0, of the unlabelled loss; 0 = the labelled samples alone.
+      ema: in [0, 1), decay of the parameters' average that predicts; 0 = the last parameters. The
+        source uses .999 for a million steps; short runs need less, since the average starts from
+        the first parameters.
 
     Raises:
       ValueError: a value out of range, or a text that names no pipeline.
@@ -94,17 +95,20 @@ def make(
             + unlabelled_weight mean_u 1[max p_u >= threshold] CE(f(strong x_u), pseudo_u)
         theta <- theta + tx(grad L) ,  average <- ema average + (1 - ema) theta
 
-    The candidates come as weak views already, from the upstream pipeline. Labelled samples come as
-    they are, since upstream pipelines leave `clean` alone: hence `weak`. Labels of the candidates
-    are never read. The mean over u is that over all unmasked candidates, confident or not.
+    Candidates arrive as weak views from the upstream pipeline, which leaves `clean` unchanged;
+    `weak` augments the labelled samples. Labels of the candidates are never read. The mean over u
+    is over all unmasked candidates, confident or not.
 
-    Predictions on weak views are those of evaluation mode, as everything that a label is learned
-    from; labelled samples and strong views share one pass in training mode. The source has all
-    three in one pass of training mode, which differs in batch statistics and dropout alone.
+    Weak views are predicted in evaluation mode; labelled samples and strong views share one pass in
+    training mode. The source runs all three in training mode; only batch statistics and dropout
+    differ.
 
-    A rule for weights and labels sees the strong views, their pseudo-labels as prior, and only the
-    confident ones unmasked: what is not trained on enters neither its scale nor its memory, and
-    its weights have mean one over the confident ones, so that their share of L stays the source's.
+    A rule sees the strong views with their pseudo-labels as prior, and only the confident ones
+    unmasked. Their weights have mean one, so that their share of L stays the source's.
+
+    >>> from saflex_jax.models import Classifier, SmallCNN, from_linen
+    >>> options = Options(weak="shift(2) | flip", strong="shift(2) | flip | randaugment")
+    >>> method = make(from_linen(Classifier(SmallCNN(), 10)), optax.sgd(0.1), options)
 
     Args:
       model: see `types.Model`.
@@ -115,8 +119,9 @@ def make(
       run: for its upstream pipeline; None = the identity.
 
     Returns:
-      Method. The metric "confident" is the share of candidates that reach the threshold; those of
-      the rule are of these. `targets` are of the strong views, weight 0 where not confident.
+      Method. The metric "confident" is the share of candidates that reach the threshold; the rule's
+      metrics cover these only. `targets` are of the strong views, with weight 0 where not
+      confident.
 
     Raises:
       ValueError: a strong augmentation that changes the number of rows, or no labelled samples.
@@ -190,7 +195,7 @@ def make(
 
 
 def pseudo_labels(logits: jax.Array, threshold: float) -> tuple[jax.Array, jax.Array]:
-    """The most probable class, and whether it is probable enough.
+    """The most probable class, and whether its probability reaches the threshold.
 
         p = softmax(logits) ,  (one-hot argmax p, max p >= threshold)
 

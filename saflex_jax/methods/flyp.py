@@ -1,9 +1,9 @@
-"""FLYP: fine-tune two towers by the loss they were trained with, on pairs of image and caption.
+"""FLYP: fine-tunes two towers with their pretraining loss, on pairs of image and caption.
 
     image, class -> caption of the class, drawn by key -> pairs -> class scores -> (weights, labels)
 
-Any rule says how much a pair counts and which classes it is of, as for any classifier: what it is
-shown are log-probabilities of classes (`core.contrastive`).
+Rules learn the weight and the classes of a pair as for any classifier: they see log-probabilities
+of classes (`core.contrastive`).
 
 Source: Goyal, Kumar, Garg, Kolter and Raghunathan, "Finetune Like You Pretrain", CVPR 2023; where
 the paper is silent, the repository locuslab/FLYP.
@@ -39,9 +39,13 @@ class Text:
 
     Attributes:
       depth: blocks of a transformer over tokens (`models.TextTower`); 0 = captions are embeddings
-        that a locked encoder made before, f32[E].
-      projected: whether its features are projected, by a linear map that trains.
-      vocab_size, context, width, heads, remat: of the transformer.
+        f32[E] from a locked encoder.
+      projected: whether a trained linear map projects its features.
+      vocab_size: number of tokens in the vocabulary.
+      context: tokens per caption.
+      width: of the transformer's blocks.
+      heads: attention heads per block.
+      remat: recompute activations in the backward pass, to save memory.
       dtype: of its computation, "float32" or "bfloat16".
 
     Raises:
@@ -71,10 +75,10 @@ class Options:
     Attributes:
       loss: "contrastive", within the batch; "sigmoid", SigLIP's; "class_prompts": cross-entropy
         against one prompt of each of the K classes, FLYP's own ablation.
-      parts: embeddings are made in so many parts, one after the other, and again for the gradient,
-        so that the towers hold the activations of one part alone. The gradient is that of the whole
-        batch: embeddings are few numbers and stay. (GradCache; towers without batch statistics.)
-      embed_dim: E, of the common space, of `network`.
+      parts: compute the embeddings in `parts` parts, and again for the gradient, so that the towers
+        hold one part's activations. The gradient is the whole batch's (GradCache). For towers
+        without batch statistics.
+      embed_dim: E, width of the common space, of `network`.
       text: the text tower, of `network`.
 
     Raises:
@@ -92,7 +96,7 @@ class Options:
 
 
 def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
-    """The backbone as image tower beside a text tower; `TwoTowers.of` takes a `models.CLIP`."""
+    """The backbone as image tower, with a text tower. (`TwoTowers.of` takes a `models.CLIP`.)"""
     del num_classes
     text = options.text
     tower = MLP(())  # embeddings as they are
@@ -117,24 +121,29 @@ def make(
 
         L = mean_i w_i sum_c y_ic l_ic ,   w, y by the rule, l by `core.contrastive`
 
-    At each visit a sample has one caption at random of those of its class, the largest entry of its
-    prior label; other rows of the class have right answers to it, and to its caption. A row of
-    weight zero teaches nothing of its own and still is what others are told apart from. What is
-    predicted is zero-shot: cosines with the mean of each class's captions, normalised.
+    At each visit a sample gets a random caption of its class, the largest entry of its prior label.
+    All rows of one class are positives of each other. A row of weight zero is not learned but stays
+    a negative for others. Predictions are zero-shot: cosines with the normalised mean embedding of
+    each class's captions.
 
-    The rule's head are the projections, at "head". Rows are not independent, but for
-    "class_prompts": a rule cannot score them in chunks.
+    For rules, the head is the projections, at "head". Except with "class_prompts", rows depend on
+    each other, so a rule cannot score them in chunks.
+
+    >>> from saflex_jax.models import SmallCNN, from_linen
+    >>> captions = np.zeros((2, 1, 8), np.float32)  # one embedding of 8 numbers for each class
+    >>> run = RunInfo(num_samples=1000, num_classes=2, captions=captions)
+    >>> method = make(from_linen(network(SmallCNN(), 2)), optax.sgd(0.1), run=run)
 
     Args:
       model: of `network`, or of another `models.TwoTowers`.
       tx: optax transformation.
       options: see `Options`.
       rule: for weights and labels; None = as given.
-      run: of which the classes and their captions are read.
+      run: gives the classes and their captions.
 
     Raises:
-      ValueError: no captions, or not those of the run's classes; clean samples (not supported);
-        parts that do not divide a batch, or with batch statistics.
+      ValueError: no captions, or captions of other classes; clean samples (not supported); parts
+        that do not divide a batch, or with batch statistics.
     """
     rule = AsGiven() if rule is None else rule
     table = _captions(run)
@@ -202,7 +211,7 @@ def class_embeddings(embedded: Callable, captions: np.ndarray) -> jax.Array:
 
     Args:
       embedded: {"text": [K, ...]} -> {"text": f32[K, E], ...}, normalised.
-      captions: [K, T, ...], T of each class; embedded one template after the other.
+      captions: [K, T, ...], T of each class; embedded one template at a time.
     """
     each = jax.lax.map(lambda text: embedded({"text": text})["text"], jnp.swapaxes(captions, 0, 1))
     return unit(jnp.mean(each, axis=0))

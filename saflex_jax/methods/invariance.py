@@ -1,4 +1,4 @@
-"""Invariance-constrained training: augmented samples weigh as much as a bound on their loss asks.
+"""Invariance-constrained training: a bound on augmented samples' loss sets their weight.
 
     proposals -> Metropolis-Hastings, hard ones more often -> one step on clean and hard samples
     -> one step of the multiplier
@@ -36,9 +36,9 @@ class Options:
 
     Attributes:
       augment: p, an augmentation that keeps the number of rows, or its text (`augment.parse`).
-      epsilon: the bound, >= 0, nats. The source has .2 to 2.1, by data set and network.
+      epsilon: the bound, >= 0, nats. The source uses .2 to 2.1, by data set and network.
       dual_rate: learning rate of the multiplier, >= 0.
-      mh_steps: proposals for each sample and step, >= 1; each costs a forward pass. 1 = plain
+      mh_steps: proposals per sample and step, >= 1; each costs a forward pass. 1 = plain
         augmentation.
 
     Raises:
@@ -63,7 +63,7 @@ def make(
     *,
     loss: CandidateLoss = weighted_soft_cross_entropy,
 ) -> Method:
-    """Training on the candidates as they are, under a bound on the loss of their hard variants.
+    """Training on the given candidates, under a bound on the loss of their hard variants.
 
         min_theta E CE(f(x), q)   subject to   E_(g ~ pi) CE(f(g x), q) <= epsilon
         pi(g) ~ p(g) CE(f(g x), q)                        of every sample, p being the proposals
@@ -72,24 +72,26 @@ def make(
         theta <- theta + tx(grad (mean_i CE(f(x_i), q_i) + gamma h))
         gamma <- max(gamma + dual_rate (h - epsilon), 0) ,  gamma_0 = 0
 
-    Where the bound is slack, gamma falls to zero and what is left is plain training. So that
-    nothing else is left, running statistics are those of the clean samples' pass; the hard ones
-    have a pass, and batch statistics, of their own.
+    If the bound is slack, gamma falls to zero, which leaves plain training: running statistics come
+    from the clean samples' pass, and hard samples have their own pass and batch statistics.
 
-    Chains compare losses in evaluation mode. In training mode a sample's move would depend on what
-    was proposed for the others (batch statistics) and on noise (dropout), and proposals that were
-    refused would enter the running statistics.
+    Chains compare losses in evaluation mode. In training mode a sample's move would depend on the
+    proposals for other samples (batch statistics) and on noise (dropout), and refused proposals
+    would enter the running statistics.
+
+    >>> from saflex_jax.models import Classifier, SmallCNN, from_linen
+    >>> options = Options(augment="shift(2)", epsilon=0.5)
+    >>> method = make(from_linen(Classifier(SmallCNN(), 10)), optax.sgd(0.1), options)
 
     Args:
       model: see `types.Model`.
       tx: optax transformation.
       options: see `Options`.
-      loss: of candidates and proposals (see `core.losses`), >= 0, in the place of the
-        cross-entropy.
+      loss: of candidates and proposals (see `core.losses`), >= 0, instead of the cross-entropy.
 
     Returns:
-      Method; `extra` is gamma, f32[]. The metric "gamma" is the one after the step, "acceptance"
-      the share of proposals that a chain moved to, its start not counted.
+      Method; `extra` is gamma, f32[]. The metric "gamma" is its value after the step, "acceptance"
+      the share of accepted proposals, the first not counted.
 
     Raises:
       ValueError: an augmentation that changes the number of rows, or clean samples (the candidates
@@ -158,13 +160,13 @@ def metropolis_hastings(
     losses_of: Callable[[Batch], jax.Array],
     steps: int,
 ) -> tuple[Batch, jax.Array]:
-    """For each sample the end of a chain over its augmentations, which prefers large losses.
+    """The end of each sample's Metropolis-Hastings chain over augmentations with large losses.
 
         g_1 = proposal 1
         g_s = proposal s  with probability min(1, l(proposal s) / l(g_(s-1))) ,  else g_(s-1)
 
-    Proposals are independent of the chain, so its stationary law is p(g) l(g), up to a factor. What
-    is drawn for a sample depends on the key and its index alone.
+    Proposals are independent of the chain, so its stationary law is proportional to p(g) l(g).
+    A sample's draws depend on the key and its index alone.
 
     Args:
       key: PRNG key.

@@ -1,4 +1,4 @@
-"""MADAug: a policy chooses each sample's operations, learned from the loss one step ahead.
+"""MADAug: a policy, learned from the loss one step ahead, chooses each sample's operations.
 
     features -> policy: strengths and probabilities of all operations
     now and then: all operations, mixed -> look-ahead -> validation gradient -> policy
@@ -44,11 +44,11 @@ class Options:
 
     Attributes:
       tau: time constant of the curriculum, epochs, > 0; see `share_at`.
-      layers: operations that an augmented sample meets, >= 1, all different.
-      jitter: strengths are moved by U(-jitter, jitter) where they are drawn, in [0, 1].
+      layers: number of different operations applied to an augmented sample, >= 1.
+      jitter: drawn strengths are moved by U(-jitter, jitter), in [0, 1].
       temperature: T > 0, of the probabilities p.
-      search_every: the policy learns on every so many steps, >= 1. A search costs n augmented
-        images a sample.
+      search_every: learn the policy once every `search_every` steps, >= 1. A search costs n
+        augmented images per sample.
       inner_learning_rate: lr > 0, of the look-ahead.
       policy_tx: optax transformation for h; a number is the learning rate of the paper's Adam.
 
@@ -85,7 +85,7 @@ class Options:
 
 
 class PolicyOutput(NamedTuple):
-    """What the policy gives for every sample.
+    """The policy's output for every sample.
 
     Attributes:
       strength: f32[B, n], in [0, 1], of the n operations of SPACE.
@@ -109,7 +109,7 @@ class PolicyState(NamedTuple):
 
 
 def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
-    """The backbone with a head "class" that also hands out its features."""
+    """The backbone with a head "class" that also returns its features."""
     del options
     return Heads(backbone, {"class": num_classes}, features=True)
 
@@ -122,7 +122,7 @@ def make(
     loss: CandidateLoss = weighted_soft_cross_entropy,
     run: RunInfo | None = None,
 ) -> Method:
-    """MADAug.
+    """Training with a learned policy for each sample's augmentation.
 
         m, p = policy(features of x; h)                         strengths, probabilities
         explore: x~(h) = sum_k p_k op_k(x, m_k)                 on every `search_every`-th step
@@ -131,25 +131,29 @@ def make(
         exploit: theta <- theta + tx(grad mean_i CE(f(x'_i), q_i))
                  x'_i: `layers` operations drawn from p_i where u_i < share (`share_at`), else x_i
 
-    h learns from the first step on, before the step's own draws. (In the released code it learns
-    after epoch 300, of runs that are shorter.) It starts from zeros: uniform, strengths 1/2. The
-    look-ahead is plain gradient descent whatever the training optimiser is; it and the features are
-    in evaluation mode. Images are in [0, 1]; what operations make of them is clipped to that.
+    h starts from zeros (uniform, strengths 1/2) and learns from the first step on, before the
+    step's own draws. (In the released code it learns after epoch 300, in shorter runs.) The
+    look-ahead is plain gradient descent for any training optimiser; it and the features use
+    evaluation mode. Images are in [0, 1], and augmented ones are clipped to that.
+
+    >>> from saflex_jax.models import SmallCNN, from_linen
+    >>> from saflex_jax.types import RunInfo
+    >>> run = RunInfo(num_samples=1000, num_classes=10, steps_per_epoch=10)
+    >>> method = make(from_linen(network(SmallCNN(), 10)), optax.sgd(0.1), run=run)
 
     Args:
       model: of `network`.
       tx: optax transformation.
       options: see `Options`.
-      loss: of the candidates (see `core.losses`), in the place of the cross-entropy.
-      run: for its `steps_per_epoch`, the clock of the curriculum; it must be known.
+      loss: of the candidates (see `core.losses`), instead of the cross-entropy.
+      run: gives `steps_per_epoch`, the clock of the curriculum; it must be known.
 
     Returns:
       Method; `extra` is `PolicyState`. The metric "val_loss" is that of theta^, "augmented" the
       share.
 
     Raises:
-      ValueError: a run that does not know its steps per epoch, a model without features, or no
-        validation samples.
+      ValueError: steps per epoch unknown, a model without features, or no validation samples.
     """
     steps_per_epoch = 0.0 if run is None else run.steps_per_epoch
     checks.positive(**{"run.steps_per_epoch": steps_per_epoch})
@@ -282,7 +286,7 @@ def lookahead_gradient(
         theta^ = theta - lr grad_theta L(theta, h)
         d L_val(theta^) / dh = -lr d/de grad_h L(theta + e v, h) at e = 0 ,  v = grad L_val(theta^)
 
-    Exact: one forward-mode product along v takes the place of a backward pass through the step.
+    Exact: one forward-mode product along v replaces a backward pass through the step.
 
     Args:
       inner_loss: L, (params, meta) -> f32[]; under pmap the device's share.
@@ -350,11 +354,11 @@ def drawn_operations(
     layers: int,
     jitter: float,
 ) -> tuple[Batch, jax.Array]:
-    """The batch, a share of its samples under operations drawn from the policy, and which: bool[B].
+    """Augments a share of the samples with drawn operations: (batch, which rows bool[B]).
 
-    An augmented sample meets `layers` different operations, drawn one after the other with the
-    policy's probabilities, at strengths clip(m + U(-jitter, jitter), 0, 1). What is drawn for a
-    sample depends on the key and its index alone. The trace has a column for every layer.
+    An augmented sample gets `layers` different operations, drawn one after the other with the
+    policy's probabilities, at strengths clip(m + U(-jitter, jitter), 0, 1). A sample's draws depend
+    on the key and its index alone. The trace has one column per layer.
     """
     shape = batch.inputs.shape[1:3]
 

@@ -41,16 +41,15 @@ class MixtureOptions:
     """Options of both methods; each adds `images`, the number in a mixture, and `make_block`.
 
     Attributes:
-      alpha: > 0. Shares of two images are l ~ Beta(alpha, alpha) and 1 - l; of more, one such draw
-        each, divided by their sum.
-      lam_margin: where l_0 is so near to 0 or 1, the network's mixtures are mixup's: its masks are
-        the shares everywhere.
-      momentum: m of the first tenth of the run, and before the cosine; see `momentum_at`.
+      alpha: > 0. Shares of two images are l ~ Beta(alpha, alpha) and 1 - l; for more images, one
+        such draw each, divided by their sum.
+      lam_margin: if l_0 is closer than this to 0 or 1, the masks are constant, as mixup's.
+      momentum: m during the first tenth of the run and at the start of the cosine; see
+        `momentum_at`.
       momentum_end: m at the end.
-      predict: whose logits are reported: head and network, "one_q", "mix_q", "one_k" or "mix_k".
-        The default is the head that learns from images as they are, as those to predict are,
-        without averages of parameters.
-      stage: of the backbone whose feature map the mix block sees, -1 being the last.
+      predict: head and network of the reported logits: "one_q", "mix_q", "one_k" or "mix_k". The
+        default head learns from unmixed images, with the trained parameters.
+      stage: stage of the backbone whose feature map the mix block sees; -1 = the last.
     """
 
     alpha: float = 2.0
@@ -74,10 +73,10 @@ def network(backbone: nn.Module, num_classes: int, options: MixtureOptions) -> n
 
 
 def num_steps(run: RunInfo | None) -> int:
-    """The length of the run, which the momentum's schedule needs.
+    """The length of the run, for the momentum's schedule.
 
     Raises:
-      ValueError: a run that does not say it.
+      ValueError: a run that does not know it.
     """
     steps_of_run = 0 if run is None else run.num_steps
     checks.whole(1, **{"run.num_steps": steps_of_run})
@@ -88,11 +87,11 @@ def num_steps(run: RunInfo | None) -> int:
 
 
 class Mixture(NamedTuple):
-    """Which images make each row, and what share each has: one draw for the whole batch.
+    """Which images make up each row, and their shares: one draw for the whole batch.
 
     Attributes:
       rows: i32[n, B]; the first are the rows themselves.
-      shares: lambda, f32[n], summing to one.
+      shares: lambda, f32[n], sum one.
     """
 
     rows: jax.Array
@@ -100,7 +99,7 @@ class Mixture(NamedTuple):
 
 
 def draw(key: jax.Array, batch: Batch, alpha: float, images: int = 2) -> Mixture:
-    """Shares and partners; nobody is mixed with padding."""
+    """Shares and partners; padding is never a partner."""
     share_key, rows_key = jax.random.split(key)
     if images == 2:
         lam = mixing.beta(share_key, alpha)
@@ -129,12 +128,12 @@ def mixed(batch: Batch, mixture: Mixture, masks: jax.Array) -> Batch:
 
 
 def constant_masks(mixture: Mixture, shape: Sequence[int]) -> jax.Array:
-    """Masks of a shape [n, B, H, W] that are the shares everywhere, as mixup's are."""
+    """Masks of a shape [n, B, H, W] that equal the shares everywhere, as mixup's."""
     return jnp.broadcast_to(mixture.shares[:, None, None, None], shape)
 
 
 def constant_at_margin(masks: jax.Array, mixture: Mixture, margin: float) -> jax.Array:
-    """Masks f32[n, B, H, W]; constant ones where the first image's share is near to 0 or 1."""
+    """Masks f32[n, B, H, W], constant where the first image's share is close to 0 or 1."""
     lam = mixture.shares[0]
     near = (lam <= margin) | (1 - lam <= margin)
     return jnp.where(near, constant_masks(mixture, masks.shape), masks)
@@ -151,7 +150,7 @@ def make_masks(
 def look(
     model: Model, block: nn.Module, state: TrainState, batch: Batch, mixture: Mixture
 ) -> tuple[jax.Array, Batch]:
-    """Masks and mixed candidates as a step at `state` makes them of a mixture; to look at."""
+    """Masks and mixed candidates as a step at `state` computes them, for inspection."""
     key = steps.step_key(state, batch.index)
     outputs, _ = model.train(state.extra.momentum, state.model_state["k"], batch.inputs, key)
     size, phi = batch.inputs.shape[1:3], state.params["mix_block"]
@@ -163,7 +162,7 @@ def look(
 
 
 class MomentumAndRule(NamedTuple):
-    """What both methods keep between steps, beside the trained parameters.
+    """What both methods keep between steps besides the trained parameters.
 
     Attributes:
       momentum: parameters of k, the moving average of q's.
@@ -195,7 +194,7 @@ class Networks:
     def init(
         self, key: jax.Array, inputs: jax.Array, tx: optax.GradientTransformation, images: int
     ) -> TrainState:
-        """A state at step 0, in which k is q, for mixtures of so many images."""
+        """A state at step 0, with k = q, for mixtures of `images` images."""
         checks.images(inputs=inputs)
         params, model_state = self.model.init(key, inputs)
         outputs = jax.eval_shape(self.model.logits, params, model_state, inputs)
@@ -223,7 +222,7 @@ class Networks:
         return self.rule.apply(state.extra.rule, state, logits_fn, streams, reduce=reduce)
 
     def targets(self, state: TrainState, streams: Streams) -> Targets:
-        """Of the candidates as they are, not mixed."""
+        """Targets of the unmixed candidates."""
         return self.refine(state, streams, reduce=identity)[0]
 
     def predict(self, state: TrainState, inputs: jax.Array, which: str) -> jax.Array:

@@ -33,11 +33,12 @@ class Options:
     Attributes:
       ways: classes of an episode, >= 2.
       shots: support samples of each class, >= 1.
-      queries: other samples of each class, >= 1.
-      transformations: name of `augment.transformations.TRANSFORMATIONS`, of M; "none" = one view.
+      queries: query samples of each class, >= 1.
+      transformations: name of `augment.transformations.TRANSFORMATIONS`, with M views; "none" =
+        one view.
       predict: logits f32[B, ways] of all rows, support included, from the prototypes of their
-        episode. "single": of the sample itself and p_w0, one forward pass (SI). "aggregated": mean
-        over j of those of view j and p_wj, M forward passes (AG).
+        episode. "single": from the sample itself and p_w0, one forward pass (SI). "aggregated":
+        mean over j of those from view j and p_wj, M forward passes (AG).
 
     Raises:
       ValueError: an unknown name, or a number out of range.
@@ -62,36 +63,40 @@ class Options:
 
 
 def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
-    """The backbone alone: its features f32[B, D] take the place of logits, and no class has any."""
+    """The backbone alone: its features f32[B, D] are used instead of logits."""
     del num_classes, options
     return backbone
 
 
 def episode(options: Options) -> Episode:
-    """What a batch is made of."""
+    """The make-up of an episode."""
     return Episode(options.ways, options.shots, options.queries)
 
 
 def make(model: Model, tx: optax.GradientTransformation, options: Options = Options()) -> Method:
-    """Training on episodes: every query's views are to be nearest to their own prototype.
+    """Training on episodes: each view of a query should be closest to its own prototype.
 
         p_wk = mean_s f(x_swk)                        s over the support samples of class w, view k
         L = mean_ij CE(softmax_wk(-|f(x_ij) - p_wk|^2), (y_i, j))   i over queries, j over views
 
-    With one view it is the prototypical network. Support samples enter by their prototypes alone.
-    Candidates and what is predicted are whole episodes, in the order [episode, class, shots +
-    queries] of `data.EpisodeStream`: a row's place says its class, and labels are not read. So an
-    upstream augmentation must leave every row its place and its class: mixing must not be used.
-    Padding comes in whole episodes. Under pmap a device has whole episodes. BatchNorm sees the
-    views of all rows together.
+    With one view this is the prototypical network. Support samples enter through their prototypes
+    only. Batches are whole episodes in the order [episode, class, shots + queries] of
+    `data.EpisodeStream`: a row's position gives its class, and labels are not read. So an upstream
+    augmentation must keep every row's position and class: do not mix. Padding comes in whole
+    episodes, and under pmap a device has whole episodes. BatchNorm sees the views of all rows
+    together.
+
+    >>> from saflex_jax.models import SmallCNN, from_linen
+    >>> options = Options(ways=5, shots=1, queries=5)
+    >>> method = make(from_linen(network(SmallCNN(), 5, options)), optax.sgd(0.1), options)
 
     Args:
-      model: gives features f32[B, D], as that of `network` does.
+      model: returns features f32[B, D], like that of `network`.
       tx: optax transformation.
       options: see `Options`.
 
     Raises:
-      ValueError: clean samples (not supported), rows that are no whole episodes.
+      ValueError: clean samples (not supported), or rows that are not whole episodes.
     """
     views, shape = options.views, episode(options)
 

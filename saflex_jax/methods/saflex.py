@@ -3,7 +3,7 @@
     >>> from saflex_jax.methods import saflex
     >>> rule = saflex.posterior()        # or saflex.paper(); both go into any method
 
-The rule, its parts and how to replace one: `saflex_jax.rules.saflex`.
+Its rule and how to replace a part of it: `saflex_jax.rules.saflex`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ def make(
     *,
     loss: CandidateLoss = weighted_soft_cross_entropy,
 ) -> Method:
-    """SAFLEX by its default rule, as measured in docs/results.md.
+    """SAFLEX with its default rule, as measured in docs/results.md.
+
+    >>> from saflex_jax.models import MLP, Classifier, from_linen
+    >>> run = RunInfo(num_samples=1000, num_classes=10)
+    >>> method = make(from_linen(Classifier(MLP(), 10)), optax.sgd(0.1), run)
 
     Args:
-      model: see `types.Model`; a parameter path "head" must exist (`models.Classifier` has it).
+      model: see `types.Model`; needs a parameter path "head", which `models.Classifier` has.
       tx: optax transformation.
-      run: what the run knows. With it samples are remembered over their visits, and its trusted
-        samples say how many labels are wrong; results were measured so.
+      run: what is known about the run. Results are measured with it: beliefs are then averaged over
+        each sample's visits, and the run's trusted samples tell how many labels are wrong.
       loss: of the candidates (see `core.losses`).
     """
     return supervised.make(model, tx, posterior(run), loss=loss)

@@ -1,4 +1,4 @@
-"""SLA: one softmax over labels and transformations together; its baselines and self-distillation.
+"""SLA: one softmax over labels and transformations, with its baselines and self-distillation.
 
     candidates [B] -> views [B M], labels (y, j) -> (weights, labels) -> one step on all views
 
@@ -43,11 +43,11 @@ class Options:
     Attributes:
       mode: "da" (label-invariant augmentation), "mt" (multi-task), "sla" or "sd"
         (self-distillation).
-      transformations: name of `augment.transformations.TRANSFORMATIONS`, of M.
-      predict: "single": the class head on the sample itself, one forward pass, or, of "sla", the
-        joint head's logits of that view (SI). "aggregated": M forward passes; the joint head's
-        logits s (AG), or, of "da" and "mt", the logarithm of the mean probability.
-      sum_views: joint loss times M: the sum over views in the place of the mean.
+      transformations: name of `augment.transformations.TRANSFORMATIONS`, with M views.
+      predict: "single": logits for the sample itself, one forward pass: the class head's or, for
+        "sla", the joint head's (SI). "aggregated": M forward passes: the joint head's logits s (AG)
+        or, for "da" and "mt", the logarithm of the mean probability.
+      sum_views: multiply the joint loss by M: the sum over views instead of the mean.
       temperature: T > 0, of "sd".
       beta: >= 0, of "sd".
 
@@ -81,7 +81,7 @@ class Options:
 
     @property
     def distils(self) -> bool:
-        """Whether there is a loss of self-distillation; one view alone leaves nothing to distil."""
+        """Whether there is a self-distillation loss; it needs more than one view."""
         return self.mode == "sd" and self.views > 1
 
     @property
@@ -93,8 +93,8 @@ class Options:
 def network(backbone: nn.Module, num_classes: int, options: Options = Options()) -> nn.Module:
     """The backbone with the heads that a mode needs.
 
-    "joint" (K M outputs), for "sla" and "sd"; "class" (K), but for "sla"; "transformation" (M), for
-    "mt".
+    "joint" (K M outputs) for "sla" and "sd"; "class" (K) for all but "sla"; "transformation" (M)
+    for "mt".
     """
     widths = {}
     if options.joint:
@@ -116,7 +116,7 @@ def priors(labels: jax.Array, options: Options = Options()) -> jax.Array:
 
 
 def seen(run: RunInfo, options: Options) -> RunInfo:
-    """The run as a rule sees it: views in the place of samples, joint labels of classes."""
+    """The run as a rule sees it: views instead of samples, joint labels instead of classes."""
     views = options.views
     labels_a_class, samples_a_label = (views, 1) if options.joint else (1, views)
     counts = run.counts
@@ -152,16 +152,20 @@ def make(
         sd:   sla + mean_i T^2 KL(softmax(s_i / T) || softmax(c(x_i0) / T)) + beta CE(c(x_i0), y_i)
               s_ik = mean_j r(x_ij)_kj , without a gradient
 
-    with heads c (class), t (transformation) and r (joint) of `network`. Every term of a sample or a
-    view is weighted by its learned weight. BatchNorm sees the views of all candidates together.
+    c (class), t (transformation) and r (joint) are heads of `network`. Every term of a sample or a
+    view is multiplied by its learned weight. BatchNorm sees the views of all candidates together.
+
+    >>> from saflex_jax.models import SmallCNN, from_linen
+    >>> options = Options(mode="sla", transformations="rotation")
+    >>> method = make(from_linen(network(SmallCNN(), 10, options)), optax.sgd(0.1), options)
 
     Args:
       model: of `network` with the same options.
       tx: optax transformation.
       options: see `Options`.
       rule: for the views' weights and labels; None = as given. It sees B M candidates with the
-        labels of `priors`, whose `index` is that of the sample times M plus j, and the validation
-        samples likewise; `seen` says what that makes of a run.
+        labels of `priors` and the `index` M * sample + j, and views of the validation samples;
+        `seen` gives the matching run.
       loss: of the views with the refined labels: joint ones ("sla", "sd") or classes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Plain training of one network on what a rule says; with no rule, the upstream pipeline alone."""
+"""Plain training of one network on a rule's targets or, without one, on the given labels."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ def make(
     loss: CandidateLoss = weighted_soft_cross_entropy,
     microbatches: int = 1,
 ) -> Method:
-    """Plain training of one network on the candidates, with the targets that a rule gives.
+    """Plain training of one network on the candidates, with a rule's targets.
 
         theta <- theta + tx(grad mean_i w_i CE(f(x_i), y_i)) ,   w, y by the rule
+
+    >>> from saflex_jax.models import MLP, Classifier, from_linen
+    >>> from saflex_jax.rules import RULES
+    >>> model = from_linen(Classifier(MLP(), 10))
+    >>> method = make(model, optax.sgd(0.1), RULES["label_smoothing"].make(None))
 
     Args:
       model: see `types.Model`.
       tx: optax transformation.
-      rule: what to train on (see `saflex_jax.rules`); None = as given: the baseline of every
-        comparison, the upstream pipeline alone.
-      loss: of the candidates (see `core.losses`), in the place of the weighted cross-entropy.
-      microbatches: in how many parts a step's gradient is added up, for less memory; see
-        `core.steps.inner_step`.
+      rule: what to train on (see `saflex_jax.rules`); None = as given: the upstream pipeline alone,
+        the baseline of every comparison.
+      loss: of the candidates (see `core.losses`), instead of the weighted cross-entropy.
+      microbatches: number of parts of the batch, for less memory; see `core.steps.inner_step`.
     """
     checks.whole(1, microbatches=microbatches)
     rule = AsGiven() if rule is None else rule

@@ -10,7 +10,7 @@ from saflex_jax.types import Batch, Method, TrainState
 
 
 def upstream(method: Method, augment: Augment) -> Method:
-    """The method, its candidates augmented anew in every step.
+    """The method, with candidates augmented anew in every step.
 
         from saflex_jax import augment
         from saflex_jax.methods import saflex
@@ -18,11 +18,11 @@ def upstream(method: Method, augment: Augment) -> Method:
 
         method = upstream(saflex.make(model, tx), augment.parse("shift(4) | flip"))
 
-    Validation and clean samples stay as they are.
+    Validation and clean samples are not augmented.
 
     Args:
-      method: any Method; its `init` and `predict` stay as they are.
-      augment: (key, batch) -> batch; step t draws with the key of (`state.key`, t).
+      method: any Method; its `init` and `predict` do not change.
+      augment: (key, batch) -> batch; the key of step t comes from (`state.key`, t).
     """
 
     def augmented(state, streams):
@@ -38,12 +38,12 @@ def upstream(method: Method, augment: Augment) -> Method:
 
 
 def drawn(augment: Augment, state: TrainState, candidates: Batch) -> Batch:
-    """The candidates, with their traces, that a step of `upstream(method, augment)` trains on.
+    """The candidates, with traces, that a step of `upstream(method, augment)` trains on.
 
     Args:
       augment: the pipeline.
-      state: of the training, before the step.
-      candidates: as the data give them.
+      state: before the step.
+      candidates: before augmentation.
     """
     # The method's own draws of this step fold a sample index in next, never this constant.
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
