@@ -1,4 +1,4 @@
-"""Files that are never half-written: made beside their place, and renamed when all is there."""
+"""Files that are never half-written: written under another name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def renamed(path: str | os.PathLike, *, sync: bool = False) -> Iterator[pathlib.Path]:
-    """A file beside `path` that takes its place at the end; after an error nothing of it is left.
+    """A file next to `path` that replaces it at the end; after an error nothing of it is left.
 
-    A reader sees the old file or the new one, and processes that write the same file do not meet.
+    A reader sees the old file or the new one, and processes that write the same file do not clash.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -22,11 +22,11 @@ def renamed(path: str | os.PathLike, *, sync: bool = False) -> Iterator[pathlib.
     ['x.txt']
 
     Args:
-      path: in a folder that is there.
-      sync: wait for the disk first, or a power failure could leave the new name without content.
+      path: in an existing folder.
+      sync: wait for the disk first; otherwise a power failure could leave an empty file.
 
     Raises:
-      OSError: it cannot be written; what was there before stays.
+      OSError: it cannot be written; the old file stays.
     """
     path = pathlib.Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -49,6 +49,10 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     ...     write_whole(f"{folder}/result.json", "{}")
     ...     [path.name for path in pathlib.Path(folder).iterdir()]
     ['result.json']
+
+    Args:
+      path: in an existing folder.
+      text: the content.
 
     Raises:
       OSError: as `renamed`.

@@ -2,10 +2,9 @@
 
 The batch is split along its leading axis. The state is replicated, but under jit the parts with
 `by_rows = True` (`types.TrainState`) are split as well. jit sees global arrays, so its `reduce`
-returns what it is given (the identity, or `Everywhere` on several devices); pmap sees the rows of
-one device, so its `reduce` is a `Mean`. shard_map is not used:
-with pmean, its default gradient semantics give gradients that are too large by the number of
-devices, without an error (docs/sharp_edges.md).
+returns its argument (`identity`, or `Everywhere` on several devices); pmap sees the rows of one
+device, so its `reduce` is a `Mean`. shard_map is not used: with pmean, its default semantics give
+gradients that are too large by the number of devices, without an error (docs/sharp_edges.md).
 """
 
 from __future__ import annotations
@@ -31,16 +30,21 @@ _LARGE = 2**16  # numbers, from which on an array is worth sharing
 class Runner(NamedTuple):
     """How a step runs on the devices.
 
+    >>> def step(state, batch, *, reduce):
+    ...     return state + reduce(jax.numpy.mean(batch)), {}
+    >>> runner = jit_runner(step, devices=jax.devices()[:1])
+    >>> runner.put_batch(np.ones(4, "float32")).shape
+    (4,)
+
     Attributes:
       step: compiled (state, streams) -> (state, metrics); donates the state.
-      put_state: places a state, the same on every device (under jit the parts with `by_rows` are
-        split among them if their rows divide); always a copy, so donating it is safe.
-      put_batch: places the rows that this process holds, unless they are placed already. Streams
-        that do not divide among the devices are padded with masked rows, other trees refused
-        (ValueError).
-      hold: whole data sets -> a Runner that keeps a copy of them on every device. Its batches are
-        rows of them (`data.IndexStream`), gathered inside the compiled step, for data that fit.
-        Training is the same as on the samples themselves, bit for bit.
+      put_state: copies a state to the devices, so that donating it is safe. Every device gets all
+        of it; under jit, parts with `by_rows` are split if their rows divide.
+      put_batch: places this process's rows, unless they are already placed. Pads Streams that do
+        not divide among the devices with masked rows; refuses other trees (ValueError).
+      hold: whole data sets -> a Runner that keeps a copy of them on every device, for data that
+        fit. Its batches are row numbers (`data.IndexStream`), gathered inside the compiled step.
+        Training is bit for bit the same as on the samples themselves.
     """
 
     step: Callable[[TrainState, Streams], tuple[TrainState, Metrics]]
@@ -64,10 +68,14 @@ def check_divisible(batch: PyTree, devices: int) -> None:
 
 
 def divisible(batch: PyTree, devices: int) -> PyTree:
-    """The batch; Streams on the host are padded to a multiple of the devices.
+    """The batch, with Streams on the host padded to a multiple of the devices.
+
+    Args:
+      batch: pytree of arrays [B, ...].
+      devices: number of devices.
 
     Raises:
-      ValueError: another tree, or an empty part, as `check_divisible`.
+      ValueError: another tree that does not divide, or an empty part.
     """
     leaves = jax.tree.leaves(batch)
     on_host = not any(isinstance(x, jax.Array) for x in leaves)
@@ -80,7 +88,7 @@ def divisible(batch: PyTree, devices: int) -> PyTree:
 def shardings_over(
     devices: Sequence[jax.Device], axis: str = AXIS
 ) -> tuple[NamedSharding, NamedSharding]:
-    """On the 1-D mesh of the devices: (an array on each of them, a share of its rows on each)."""
+    """Shardings on the devices' 1-D mesh: (replicated, rows split)."""
     mesh = _compat.auto_mesh(devices, axis)
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axis))
 
@@ -96,7 +104,7 @@ def _reduce_over(replicated: NamedSharding) -> Reduce:
 
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Places host arrays; arrays that are placed already stay."""
+    """Places host arrays; arrays that are already placed stay."""
 
     def put_leaf(x):
         if _is_placed(x, sharding):
@@ -107,7 +115,7 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def on_rows(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable:
-    """The step on rows of the data sets that are held; where none are, on samples."""
+    """The step on row numbers of held data sets; without held data, on samples."""
 
     def run(state, streams, held, *, reduce):
         are_samples = not isinstance(streams, Streams) or isinstance(streams.candidates, Batch)
@@ -155,14 +163,14 @@ def _state_shardings(state: TrainState, replicated, split, *, shard_params: bool
 
 
 def copied(state: PyTree, places: PyTree) -> PyTree:
-    """A copy on its devices, by a sharding for each leaf or for whole parts."""
+    """A copy on its devices, with a sharding for each leaf or for whole parts."""
     if jax.tree.leaves(places)[0].is_fully_addressable:  # jit would refuse other devices' arrays
         state = jax.device_put(state, places)  # may alias; jit's result never does
     return jax.jit(partial(jax.tree.map, jax.numpy.copy), out_shardings=places)(state)
 
 
 def check_rows(pools: Streams, rows: Streams) -> None:
-    """Raises ValueError unless rows that lie on the host are rows of these data."""
+    """Raises ValueError unless rows on the host are row numbers of these data."""
     for name, pool, indices in zip(Streams._fields, pools, rows):
         if isinstance(indices, np.ndarray):
             rows_or_first = np.where(indices == -1, 0, indices)  # -1 is padding
@@ -214,9 +222,8 @@ def jit_runner(
     Args:
       step: (state, streams, *, reduce) -> (state, metrics).
       devices: None = jax.devices().
-      shard_params: keep a share of the parameters and of the optimiser's state on each device, and
-        gather the parameters for a step (fully sharded data parallelism), for models that do not
-        fit otherwise.
+      shard_params: split parameters and optimiser state among the devices, and gather the
+        parameters for each step (fully sharded data parallelism), for models that do not fit.
     """
     devices = jax.devices() if devices is None else devices
     replicated, split = shardings_over(devices)
@@ -248,12 +255,12 @@ def jitted(
     *,
     shard_params: bool = False,
 ) -> Callable:
-    """What `jit_runner` compiles for states of these shapes; it also lowers ahead of time.
+    """The jitted step of `jit_runner`; can also be lowered ahead of time.
 
     Args:
       step: (state, streams, *, reduce) -> (state, metrics).
       state: arrays or their shapes.
-      devices: may be abstract ones of a machine that is not here.
+      devices: may be the abstract devices of another machine.
       shard_params: see `jit_runner`.
 
     Returns:
@@ -283,9 +290,9 @@ def pmap_runner(
 ) -> Runner:
     """Per-device data parallelism: pmap over the devices of a single process.
 
-    pmap is in maintenance mode in JAX; use it where existing code does. A model with BatchNorm must
-    be built with `axis_name="data"`, so that its statistics are those of the global batch. Mixing
-    inside the step (mixup) pairs samples within a device's share.
+    pmap is in maintenance mode in JAX; use it where existing code does. Build a model with
+    BatchNorm with `axis_name="data"`, so that its statistics are the global batch's. Mixing inside
+    the step (mixup) pairs samples of one device.
 
     >>> def step(state, batch, *, reduce):
     ...     return state + reduce(jax.numpy.mean(batch)), {}

@@ -2,9 +2,9 @@
 
     (state, batch, options), each with a leading axis of members -> vmap over members of the step
 
-Every member has the results of its single run, to rounding. The step stays what it is, and so does
-the loop: its metrics are arrays f[S]. Members share the step counter, so that a branch on it (a
-schedule) stays a branch. They are divided among the devices, which exchange nothing.
+Every member gets the results of its single run, up to rounding. The step and the loop do not
+change; metrics are arrays f[S]. Members share the step counter, so that a branch on it (a schedule)
+stays a branch. They are split among the devices, which exchange nothing.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def sweep_runner(
     options: PyTree = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Runner:
-    """S members of a sweep in one program, vmapped, a share of them on each device.
+    """S members of a sweep in one vmapped program, split among the devices.
 
         state'_m, metrics_m = step(state_m, batch_m, options_m) ,   m = 1..S
 
-    `put_state` takes what `stack_states` gives, `put_batch` batches with a leading axis S
-    (`data.StackedStream`), and `hold` the data that all members share, or a list of S, one for
-    each. A member's rows are never split.
+    `put_state` takes the result of `stack_states`, `put_batch` batches with a leading axis S
+    (`data.StackedStream`), and `hold` data that all members share or a list of S data sets. A
+    member's rows are never split.
 
     >>> def step(state, batch, *, reduce, options):
     ...     params = state.params + options["rate"] * jnp.mean(batch)
@@ -59,10 +59,10 @@ def sweep_runner(
     (1, [3.0, 12.0])
 
     Args:
-      step: (state, streams, *, reduce) -> (state, metrics), of one member; with `options` it takes
-        the member's by that keyword, traced.
+      step: (state, streams, *, reduce) -> (state, metrics), of one member; with `options` it also
+        takes the member's, traced, as the keyword `options`.
       options: pytree of arrays [S, ...]; None = the members differ in states and data alone.
-      devices: a number of them that divides S; None = jax.devices().
+      devices: their number must divide S; None = jax.devices().
 
     Raises:
       ValueError: several processes; members that do not divide among the devices, or whose arrays
@@ -138,7 +138,14 @@ def _check_members(split: jax.sharding.NamedSharding, **trees: PyTree) -> None:
 
 
 def stack_states(states: Sequence[TrainState]) -> TrainState:
-    """The members' states as one: every array with a leading axis S but for the step counter.
+    """The members' states as one: every array but the step counter gets a leading axis S.
+
+    >>> new = TrainState(np.int32(3), {"w": np.ones(2)}, {}, (), jax.random.key(0))
+    >>> stack_states([new, new]).params["w"].shape
+    (2, 2)
+
+    Args:
+      states: S states at the same step.
 
     Raises:
       ValueError: states at different steps, or whose arrays differ in shape.
@@ -156,11 +163,15 @@ def _stepless(state: Any) -> Any:
 
 @jax.jit
 def member(state: TrainState, number: int | jax.Array) -> TrainState:
-    """The state of one member, as its single run has it.
+    """The state of one member, as if it had run alone.
 
     >>> new = TrainState(np.int32(3), {"w": np.ones(2)}, {}, (), jax.random.key(0))
     >>> member(stack_states([new, new]), 1).params["w"].shape
     (2,)
+
+    Args:
+      state: of a sweep.
+      number: of the member, from 0.
     """
     parts = jax.tree.map(lambda x: x[number], _stepless(state))
     return parts._replace(step=state.step)

@@ -1,8 +1,8 @@
-"""Ends the processes of a run of several when one of them is lost or hangs, and says which.
+"""Ends all processes of a run when one of them is lost or hangs, and says which.
 
-JAX's own service sees a process whose heartbeats stop, but not one that hangs in Python, and a
-broken collective does not say whom it waited for. Here each process writes a small file into a
-folder that all share, the one of the run, and looks at the others' files.
+JAX's own service notices a process whose heartbeats stop, but not one that hangs in Python, and a
+broken collective does not say which process it waited for. Here each process writes a small file
+into a shared folder and reads the others' files.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from saflex_jax.parallel import witness
 
 
 class Watch:
-    """Context in which the processes of a run watch one another; with one process it does nothing.
+    """Context in which the processes of a run watch each other; a single process does nothing.
 
-    A process is lost when its file has not changed for `lost_after` seconds. It hangs when it is
-    behind another one's step and has taken none for `hung_after` seconds. Whoever sees that says
-    so on stderr and ends itself with exit status 1, and so do all others. An error that leaves the
-    context ends the process at once, where JAX would first wait for the others; but after an error
-    that comes from JAX it waits to see who is lost, which is the reason of a collective that
-    breaks. JAX itself ends all others at once when process 0 is lost; then a small process beside
-    each says so.
+    A process is lost if its file has not changed for `lost_after` seconds. It hangs if it is behind
+    another process and has taken no step for `hung_after` seconds. Every process that notices
+    reports it on stderr and exits with status 1. An error inside the context ends the process at
+    once, where JAX would first wait for the others; after an error of JAX it first waits to see
+    which process was lost, since that is what breaks a collective. JAX itself
+    ends all others at once if process 0 is lost; a small process beside each then says so.
 
     >>> with Watch("no such folder") as watch:
     ...     watch.step(1)
 
     Args:
-      folder: all processes can write there; made if it is missing.
-      lost_after, hung_after: seconds. A step, with its compilation, may differ between processes by
-        less than `hung_after`.
-      end: what ends a process; takes the exit status.
+      folder: writable by all processes; created if it is missing.
+      lost_after: seconds without a change of its file after which a process is lost.
+      hung_after: seconds without a step after which a process that is behind hangs. Must exceed the
+        difference between processes in the time of a step, compilation included.
+      end: ends the process; takes the exit status.
     """
 
     def __init__(
@@ -63,7 +63,11 @@ class Watch:
         self._step, self._turn, self._silent, self._done = 0, 0, False, threading.Event()
 
     def step(self, number: int) -> None:
-        """Notes the step that this process has come to."""
+        """Notes the step that this process has reached.
+
+        Args:
+          number: of the step.
+        """
         self._step = number
 
     def __enter__(self) -> Watch:

@@ -19,8 +19,8 @@ class Best:
 
         state_t ,   t the first of the steps with the largest score_t
 
-    The run goes on to its end; what it ends with is `FitResult.state` as ever. Of a sweep each
-    member has a choice of its own.
+    The run continues to its end, and `FitResult.state` is its last state. In a sweep, each member
+    has its own best state.
 
     >>> scores = {10: 0.5, 20: 0.75, 30: 0.75}
     >>> best = Best(lambda state: {"accuracy": scores[int(state.step)]})
@@ -31,13 +31,13 @@ class Best:
 
     Args:
       evaluate: state -> values, as for `fit`.
-      score: name of the value that is to be large.
-      checkpoints: keep the best state there, too, so that a run that was killed continues with it:
-        a folder of its own, with `every=1` and `keep=1`. None = nothing is written.
+      score: name of the value to maximise.
+      checkpoints: also write the best state here, so that a killed run can continue with it; use a
+        separate folder, `every=1` and `keep=1`. None = write nothing.
 
     Attributes:
-      state: the best so far, of the step at which it was evaluated; None before any. Of a sweep
-        only `of_member` knows the steps.
+      state: the best state so far; None before any. For the step of a sweep's member use
+        `of_member`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Best:
         self.state: TrainState | None = None
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        """The values of this state, which is kept if it is better than all before."""
+        """The values of this state; keeps the state if it is the best so far."""
         self.restore(state)
         values = self._evaluate(state)
         score, step = np.array(values[self._name], np.float64), int(state.step)
@@ -72,7 +72,7 @@ class Best:
         return values
 
     def restore(self, like: TrainState) -> None:
-        """Reads the best state of an earlier call of the run, if there is one and none was kept.
+        """Reads the best state of an earlier call of the run, unless one is already kept.
 
         Args:
           like: a state of the same shapes.
@@ -86,7 +86,11 @@ class Best:
             self._score, self._step = np.array(kept["score"]), np.array(kept["step"])
 
     def of_member(self, number: int) -> TrainState:
-        """The best state of a member of a sweep, with its step."""
+        """The best state of a member of a sweep, with its step.
+
+        Args:
+          number: of the member, from 0.
+        """
         return member(self.state, number)._replace(step=jnp.int32(self._step[number]))
 
 

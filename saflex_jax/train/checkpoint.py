@@ -1,8 +1,8 @@
 """Checkpoints of state, data position and config; the only file that uses Orbax.
 
-A checkpoint is written beside the others and renamed when it is complete, so a process that is
-killed at any moment leaves the last complete one. `load` compares layout, config, names and shapes
-before it reads an array, and afterwards the digest of each array with the one that was saved.
+A checkpoint is written under a temporary name and renamed when it is complete, so killing the
+process at any moment leaves the last complete one. `load` compares layout, config, names and shapes
+before it reads an array, and afterwards each array's digest.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint cannot be read, or its bits are not those that were saved."""
+    """A checkpoint cannot be read, or its bits differ from those that were saved."""
 
 
 class NotWritten(CheckpointError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class Checkpoints:
@@ -55,11 +55,11 @@ class Checkpoints:
       directory: created if it is missing.
       config: settings of the run, as JSON; a resume with other settings is refused.
       every: steps between checkpoints.
-      keep: number of latest checkpoints that stay.
-      grows: names of numbers in the config, "train.steps" for instance, that may be larger than
-        they were: the run is extended.
-      skip_damaged: whether `load` sets a damaged newest checkpoint aside, as STEP.damaged, says so
-        on stderr, and takes the one before.
+      keep: number of latest checkpoints to keep.
+      grows: names of numbers in the config that a resume may increase, for instance "train.steps"
+        to extend the run.
+      skip_damaged: whether `load` renames a damaged newest checkpoint to STEP.damaged, reports it
+        on stderr and loads the one before.
 
     >>> import tempfile
     >>> state = TrainState(jax.numpy.int32(7), {}, {}, (), jax.random.key(0))
@@ -125,7 +125,13 @@ class Checkpoints:
                 (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
 
     def beside(self, name: str, *, every: int, keep: int) -> Checkpoints:
-        """Checkpoints of the same run in a folder of that name beside this one."""
+        """Checkpoints of the same run in another folder next to this one.
+
+        Args:
+          name: of the folder.
+          every: steps between checkpoints.
+          keep: number of latest checkpoints to keep.
+        """
         return Checkpoints(
             self.directory.parent / name,
             config=self.config,
@@ -142,14 +148,24 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def due(self, step: int) -> bool:
-        """Whether `save` writes at this step: after an interval, or on a pre-emption notice."""
+        """Whether `save` writes at this step: after an interval, or on a pre-emption notice.
+
+        Args:
+          step: number of steps taken.
+        """
         return self._checkpointer.should_save(step)
 
     def save(self, step: int, state: TrainState, stream: dict[str, Any], *, force: bool = False):
         """Starts writing; returns once the arrays are copied, so the state may be donated.
 
+        Args:
+          step: number of steps taken.
+          state: TrainState.
+          stream: the data position, JSON-able.
+          force: write even if no checkpoint is due.
+
         Raises:
-          NotWritten: this checkpoint, or the one before, which was being written until now.
+          NotWritten: this checkpoint or the previous one, which was still being written.
         """
         self._finish()
         if step == self.latest:
@@ -214,9 +230,9 @@ class Checkpoints:
           (state, data position).
 
         Raises:
-          CheckpointError: no checkpoint; one of another layout (names the version that wrote it),
-            config (names the fields) or model (names the first difference).
-          DamagedCheckpoint: one that cannot be read, or of which a bit is not as it was.
+          CheckpointError: no checkpoint, or one of another layout (names the version that wrote
+            it), config (names the fields) or model (names the first difference).
+          DamagedCheckpoint: the checkpoint cannot be read, or its bits have changed.
         """
         steps = [c.step for c in self._checkpointer.checkpoints]
         if step is not None or not steps:

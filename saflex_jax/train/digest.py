@@ -1,12 +1,12 @@
-"""A digest of every array of a state, the same wherever and however the array is placed.
+"""A digest of every array of a state, independent of how the array is placed.
 
     d = sum_i w(i) x_i  mod 2^64
 
-over the array's numbers x_i as unsigned integers, with odd weights w(i), a hash of the place. An
-odd weight has an inverse, so a change within one number always changes d; other changes escape with
-probability 2^-64 or so. The order of a sum of integers does not matter: each process adds what lies
-on its devices, and another number of devices or processes finds the same. On the host, since
-compiling it would take longer than it runs: about 1 GB/s a core.
+over the array's numbers x_i as unsigned integers, with odd weights w(i), a hash of the position.
+An odd weight has an inverse, so a change of one number always changes d; other changes go unnoticed
+with probability about 2^-64. An integer sum does not depend on its order: each process adds what
+lies on its devices, so any number of devices or processes gives the same digest. Computed on the
+host, about 1 GB/s per core, because compiling it would take longer.
 """
 
 from __future__ import annotations

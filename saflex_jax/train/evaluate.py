@@ -36,7 +36,7 @@ def make_evaluator(
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"accuracy": share, "loss": mean cross-entropy in nats} over a fixed set.
 
-    The last batch is padded and masked: there is one compilation, and every sample counts.
+    The last batch is padded and masked, so that one compilation serves and every sample counts.
 
     >>> def predict(state, inputs):
     ...     return inputs
@@ -48,10 +48,10 @@ def make_evaluator(
 
     Args:
       method: its `predict` is called.
-      inputs: pytree of [N, ...]; anything that can be sliced, read a batch at a time; 8-bit images
-        become floats in [0, 1].
+      inputs: pytree of [N, ...] that can be sliced; read a batch at a time. 8-bit images become
+        floats in [0, 1].
       labels: f32[N, K]; accuracy compares the largest entry.
-      mask: bool[N], the rows that count; `predict` sees the others as well. None = all count.
+      mask: bool[N], the rows that count; `predict` also sees the others. None = all count.
       batch_size: rows at a time.
 
     Raises:
@@ -86,13 +86,19 @@ def make_evaluator(
 def probabilities(
     method: Method, state: TrainState, inputs: PyTree, *, batch_size: int = 512
 ) -> np.ndarray:
-    """Softmax probabilities f32[N, K] of inputs [N, ...], for measures that are no sums.
+    """Softmax probabilities f32[N, K], for measures that are not sums over samples.
 
     >>> def predict(state, inputs):
     ...     return jnp.log(inputs)
     >>> odds = np.array([[1.0, 3.0], [2.0, 2.0]], "float32")
     >>> probabilities(Method(None, None, predict), None, odds).round(2).tolist()
     [[0.25, 0.75], [0.5, 0.5]]
+
+    Args:
+      method: its `predict` is called.
+      state: TrainState.
+      inputs: pytree of [N, ...].
+      batch_size: rows at a time.
     """
     size = len(jax.tree.leaves(inputs)[0])
     rows = _padded(inputs, np.empty((size, 0)), np.ones(size, bool), min(batch_size, size))

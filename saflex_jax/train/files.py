@@ -19,15 +19,15 @@ LOCK = ".lock"  # in the folder of a run
 
 
 class FolderInUse(RuntimeError):
-    """Another process writes into the folder; the message says which."""
+    """Another process is writing into the folder; the message says which."""
 
 
 @contextlib.contextmanager
 def one_run_in(folder: str | os.PathLike) -> Iterator[None]:
-    """Holds the folder for this run; of several processes the first holds it, and all must call.
+    """Locks the folder for this run; all processes of a run call it, and the first holds the lock.
 
-    The lock is the operating system's, on the file ".lock": it ends with its process, however that
-    ends, so what a dead process left is taken over. The file says who holds it.
+    The operating system's lock on the file ".lock" ends with its process, so that the folder of a
+    dead process is free. The file says who holds it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, one_run_in(folder):
@@ -42,7 +42,7 @@ def one_run_in(folder: str | os.PathLike) -> Iterator[None]:
 
     Raises:
       FolderInUse: another run holds it.
-      OSError: the folder cannot be made or written into; names it.
+      OSError: the folder cannot be created or written; names it.
     """
     with contextlib.ExitStack() as stack:
         refusal = None

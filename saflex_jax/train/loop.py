@@ -1,4 +1,4 @@
-"""The training loop, the only one of the package."""
+"""The training loop of the package."""
 
 from __future__ import annotations
 
@@ -37,10 +37,14 @@ class Stream(Protocol):
 class FitResult(NamedTuple):
     """How a run ended.
 
+    >>> result = FitResult(state=None, history=[{"step": 50, "loss": 0.25}], stopped_by=None)
+    >>> result.history[-1]["loss"]
+    0.25
+
     Attributes:
       state: the last TrainState.
-      history: the logged records, [{"step": ..., name: value}]; of a sweep the values are lists,
-        one number a member (`of_members`).
+      history: the logged records, [{"step": ..., name: value}]; for a sweep, values are lists with
+        one number per member (`of_members`).
       stopped_by: the signal that ended the run early (a checkpoint was written), or None.
     """
 
@@ -64,7 +68,7 @@ class FitResult(NamedTuple):
 class Diverged(FloatingPointError):
     """A metric was not finite; the message names step, terms and the last good checkpoint.
 
-    Of a sweep it names the members, and the terms of the first of them.
+    For a sweep it names the members, and the terms of the first of them.
     """
 
 
@@ -198,10 +202,10 @@ def fit(
 ) -> FitResult:
     """Runs steps until `state.step` is `num_steps`, from the checkpoint if there is one.
 
-    Ctrl-C and SIGTERM finish the step, save a checkpoint and return; the same call continues from
-    there, bit for bit, as it does after SIGKILL: state, and records but for their times. A second
-    Ctrl-C raises KeyboardInterrupt. Metrics stay on the device until they are logged or a
-    checkpoint is due; a step whose metrics are not finite is never saved.
+    Ctrl-C and SIGTERM finish the step, save a checkpoint and return. The same call then continues
+    bit for bit, also after SIGKILL; only the records' times differ. A second Ctrl-C raises
+    KeyboardInterrupt. Metrics stay on the device until they are logged or a checkpoint is due. A
+    step whose metrics are not finite is never saved.
 
     >>> from saflex_jax import data, parallel
     >>> def step(state, streams, *, reduce):
@@ -217,23 +221,23 @@ def fit(
 
     Args:
       runner: from `saflex_jax.parallel`.
-      state: of a new run.
+      state: initial TrainState of the run.
       stream: endless; with checkpoints it needs get_state and set_state.
       num_steps: the step to reach; steps before a resume count.
       log_every: number of steps that one record averages.
-      evaluate: state -> values, logged with the prefix "eval/"; called every `eval_every` steps. Of
-        a sweep each value is a list (`evaluate_each`).
+      evaluate: state -> values, logged with the prefix "eval/"; called every `eval_every` steps.
+        For a sweep each value is a list (`evaluate_each`).
       eval_every: a multiple of log_every; None = never.
       writer: of the records.
       checkpoints: None = no checkpoint is written or read.
       progress: whether to show a progress bar on stderr.
       description: title of the progress bar.
-      on_step: called with the number of each step, once it is on its way (`parallel.Watch.step`).
+      on_step: called with the number of each step once it is dispatched (`parallel.Watch.step`).
 
     Raises:
       Diverged: a metric is not finite.
-      ValueError: eval_every is no multiple of log_every; a malformed first batch; a batch whose
-        shapes or dtypes differ from those of the first (it would compile again).
+      ValueError: eval_every is not a multiple of log_every; a malformed first batch; a batch whose
+        shapes or dtypes differ from the first one's (it would compile again).
       CheckpointError: the checkpoint is damaged, belongs to another run, or cannot be written.
     """
     checks.positive(log_every=log_every)

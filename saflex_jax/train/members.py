@@ -1,4 +1,4 @@
-"""The members of a sweep one by one: their records, and their evaluation."""
+"""Records and evaluation of the single members of a sweep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Values = dict[str, float]
 
 
 def of_members(history: list[dict]) -> list[list[dict]]:
-    """The history of each member of a sweep, as its single run has it.
+    """The history of each member of a sweep, as if it had run alone.
 
     "seconds_per_step" is the time of the sweep's step divided by the number of members.
 
@@ -21,8 +21,8 @@ def of_members(history: list[dict]) -> list[list[dict]]:
      [{'step': 3, 'loss': 0.25, 'rare': 1.0, 'seconds_per_step': 4.0}]]
 
     Args:
-      history: of `fit` with a `parallel.sweep_runner`; one number for "step" and the time, else one
-        a member.
+      history: of `fit` with a `parallel.sweep_runner`: lists with one value per member, except for
+        "step" and the time.
     """
     number = max(len(v) for v in history[0].values() if isinstance(v, list))
     shared = ("step", "seconds_per_step")
@@ -38,12 +38,22 @@ def of_members(history: list[dict]) -> list[list[dict]]:
 def evaluate_each(
     evaluates: Sequence[Callable[[TrainState], Values]],
 ) -> Callable[[TrainState], dict[str, list[float | None]]]:
-    """The `evaluate` of a sweep from one for each member: name -> a value a member.
+    """The `evaluate` of a sweep, from one for each member: name -> one value per member.
 
-    None where a member has no such value.
+    None stands for a value that a member does not have.
+
+    >>> def accuracy(state):
+    ...     return {"accuracy": float(state.params)}
+    >>> def loss(state):
+    ...     return {"loss": float(state.params)}
+    >>> import jax
+    >>> keys = jax.random.split(jax.random.key(0))
+    >>> states = TrainState(jax.numpy.int32(3), jax.numpy.array([0.5, 0.25]), {}, (), keys)
+    >>> evaluate_each([accuracy, loss])(states)
+    {'accuracy': [0.5, None], 'loss': [None, 0.25]}
 
     Args:
-      evaluates: state of the single run -> values.
+      evaluates: state of a single run -> values, one for each member.
     """
 
     def evaluate(state):

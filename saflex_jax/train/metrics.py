@@ -27,8 +27,8 @@ class MetricsWriter:
 
     Args:
       directory: created if it is missing.
-      resume_from: records after this step are removed first, so that no step is recorded twice.
-        None removes all records: a new run.
+      resume_from: remove records after this step first, so that no step is recorded twice. None
+        removes all records, for a new run.
       tensorboard: also write event files; needs the extra "experiments".
 
     Raises:
@@ -57,9 +57,12 @@ class MetricsWriter:
             self._board = SummaryWriter(str(self._path.parent), purge_step=resume_from)
 
     def keep_until(self, step: int) -> None:
-        """Removes the records after a step, and what a process that was killed left half-written.
+        """Removes the records after a step, and half-written lines of a killed process.
 
-        `fit` calls it with the step that it resumes from.
+        `fit` calls it with the step from which it resumes.
+
+        Args:
+          step: the last step to keep.
         """
         if not self._active:
             return
@@ -78,7 +81,12 @@ class MetricsWriter:
         self._file = self._path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Appends {"step": step, **values}."""
+        """Appends {"step": step, **values}.
+
+        Args:
+          step: number of steps taken.
+          values: name -> number.
+        """
         if self._file is None:
             return
         try:

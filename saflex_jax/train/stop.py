@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop, which the work in progress looks at."""
+"""Ctrl-C and SIGTERM as a request to stop that the running work polls."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 
 
 class StopRequest:
-    """Context in which signals are noted instead of ending the process; restores the handlers.
+    """Context that notes signals instead of ending the process; restores the handlers on exit.
 
     >>> with StopRequest() as stop:
     ...     signal.raise_signal(signal.SIGTERM)
     ...     stop.signal
     <Signals.SIGTERM: 15>
 
-    Outside the main thread, where Python allows no handlers, it notes nothing.
+    Outside the main thread Python allows no handlers, and it notes nothing.
 
     Args:
       numbers: signals to note.
       second_interrupts: whether SIGINT after a first signal raises KeyboardInterrupt.
 
     Attributes:
-      signal: the last signal that came, None before any.
+      signal: the last signal received; None before any.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Between the weights before and after fine-tuning, where a network is often better elsewhere."""
+"""WiSE-FT: mixtures of the weights before and after fine-tuning, for accuracy under shift."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def interpolated(
     after: TrainState,
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> dict[float, dict[str, float]]:
-    """What a network scores whose weights are a mixture of two: WiSE-FT.
+    """Evaluates mixtures of the weights before and after fine-tuning: WiSE-FT.
 
         theta = (1 - a) theta_before + a theta_after
 
@@ -29,13 +29,13 @@ def interpolated(
     {0.0: {'weight': 1.0}, 0.5: {'weight': 2.0}}
 
     Args:
-      evaluate: of `make_evaluator`, for instance.
-      before: whose parameters are those before fine-tuning, zero-shot.
-      after: the state after it, of which all but the parameters is kept.
+      evaluate: state -> values, for instance from `make_evaluator`.
+      before: the state before fine-tuning (zero-shot); only its parameters are read.
+      after: the state after fine-tuning.
       shares: a, each in [0, 1].
 
     Raises:
-      ValueError: a share out of [0, 1].
+      ValueError: a share outside [0, 1].
 
     Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022.
     """
