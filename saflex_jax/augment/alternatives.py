@@ -1,9 +1,9 @@
-"""Pipelines whose parts are drawn with probabilities that may change while a program runs.
+"""Alternative augmentations, drawn with probabilities that may change while a program runs.
 
     cell_i ~ p ,   x_i <- alternative cell_i of x_i
 
-The probabilities are an argument, an array f[C] in a training state or a member's of a sweep: no
-value of theirs compiles anything again. An operation at several strengths is as many alternatives.
+The probabilities are an array f[C] argument, in a training state or a sweep's options, so a new
+value compiles nothing. An operation at several strengths counts as several alternatives.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from saflex_jax.types import Batch
 
 class Alternatives(NamedTuple):
     """C alternatives, of which each sample draws one.
+
+    >>> of_views([0, 1], ["weak", "strong"]).names
+    ('weak', 'strong')
 
     Attributes:
       names: of the alternatives.
@@ -46,7 +49,7 @@ def of_pipelines(pipelines: Mapping[str, Augment]) -> Alternatives:
     ([1.0, 0.0], [1])
 
     Args:
-      pipelines: name -> one that keeps the number of rows.
+      pipelines: name -> a pipeline that keeps the number of rows.
 
     Raises:
       ValueError: no pipeline; (when drawn) one that changes the number of rows.
@@ -78,15 +81,18 @@ def of_operations(
     fill: float = 0.0,
     interpolation: str = "nearest",
 ) -> Alternatives:
-    """RandAugment's operations at several strengths, at the cost of one operation a sample.
+    """RandAugment's operations at several strengths, at the cost of one operation per sample.
+
+    >>> of_operations([0.5, 1.0], operations=["rotate", "identity"]).names
+    ('identity', 'rotate(0.5)', 'rotate(1)')
 
     Args:
       strengths: in [0, 1]; 1 is RandAugment's m = 30. "identity" has no strength.
       operations: of `policies.STANDARD`; None = all 14.
-      fill, interpolation: as in `randaugment`.
+      fill, interpolation: see `randaugment`.
 
     Raises:
-      ValueError: strengths out of range, an unknown operation.
+      ValueError: strengths out of range, or an unknown operation.
     """
     space = policies.STANDARD
     operations = list(space) if operations is None else list(operations)
@@ -120,9 +126,9 @@ def of_operations(
 
 
 def of_views(group: Sequence[int] | np.ndarray, names: Sequence[str]) -> Alternatives:
-    """Views that were computed before, in groups: f[B, V, ...] -> f[B, ...].
+    """Groups of precomputed views as alternatives: f[B, V, ...] -> f[B, ...].
 
-    A row draws a group and, uniformly, one of the views in it.
+    A row draws a group and then one of its views, uniformly.
 
     >>> views = jnp.arange(3.0).reshape(1, 3, 1)
     >>> batch = Batch(views, jnp.ones((1, 1)), jnp.ones(1, bool), jnp.arange(1))
@@ -131,8 +137,8 @@ def of_views(group: Sequence[int] | np.ndarray, names: Sequence[str]) -> Alterna
     [[2.0]]
 
     Args:
-      group: i[V] in [0, C).
-      names: of the C groups; each has a view.
+      group: i[V] in [0, C), the group of each view.
+      names: of the C groups; each has at least one view.
 
     Raises:
       ValueError: groups out of range, or one without a view; (when drawn) another number of views.

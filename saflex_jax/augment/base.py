@@ -1,4 +1,4 @@
-"""What an augmentation is, how several make one, and what a trace names."""
+"""What an augmentation is, how to combine several, and the names in a trace."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ OPERATIONS = [
 
 
 def register_operation(name: str) -> int:
-    """The operation's place in OPERATIONS, after adding the name if it is new.
+    """The operation's index in OPERATIONS; adds the name if it is new.
 
-    Call it where your augmentation is defined, before any trace is recorded:
+    Call it where you define your augmentation, before any trace is recorded:
 
     >>> place = register_operation("film_grain")
     >>> OPERATIONS[place]
     'film_grain'
 
-    Places of names that the package does not know follow the order of registration: in programs of
-    several processes register in the same order everywhere, and store names rather than places.
+    New names get indices in the order of registration. With several processes, register in the same
+    order everywhere; store names rather than indices.
+
+    Args:
+      name: a Python identifier.
 
     Raises:
       ValueError: the name is not a Python identifier.
@@ -86,9 +89,9 @@ def record(
 
     Args:
       batch: of B rows.
-      operation: a name of OPERATIONS, or i32[B] places in it.
+      operation: a name of OPERATIONS, or indices i32[B] into it.
       magnitude: f32[B] or f32[], in units of the operation.
-      partner: i32[B], source sample of the second parent; None = there is none.
+      partner: i32[B], source sample of the second parent; None = no second parent.
 
     Raises:
       ValueError: a name that is not in OPERATIONS.
@@ -108,22 +111,23 @@ def record(
 
 
 def sample_keys(key: jax.Array, batch: Batch) -> jax.Array:
-    """One key for each row, fold_in(key, index), the same at any place and on any device.
+    """One key per row, key[B]: fold_in(key, index), independent of position and device.
 
     >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.array([7, 4]))
     >>> bool(sample_keys(jax.random.key(0), batch)[1] == jax.random.fold_in(jax.random.key(0), 4))
     True
 
-    Returns:
-      key[B].
+    Args:
+      key: PRNG key of the step.
+      batch: B rows; `index` is read.
     """
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(batch.index)
 
 
 def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.Array]]) -> Augment:
-    """An augmentation of batches from one of a single input.
+    """An augmentation of batches from an operation on one input.
 
-    A sample's result depends on its index alone, not on its place or on the devices.
+    A sample's result depends on its index, not on its position or on the devices.
 
     >>> augment = per_example("shift", lambda key, x: (x + 1, 1.0))
     >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
@@ -131,7 +135,7 @@ def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.A
     [1.0, 1.0, 1.0]
 
     Args:
-      name: of OPERATIONS, for the trace; `register_operation` adds one of your own.
+      name: of OPERATIONS, for the trace; add your own with `register_operation`.
       op: (key, one input) -> (input, magnitude f32[]).
 
     Raises:
@@ -147,7 +151,7 @@ def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.A
 
 
 def per_image(name: str, op: Callable[[jax.Array, jax.Array], tuple]) -> Augment:
-    """`per_example` for images: computes in f32, returns their dtype, refuses other inputs."""
+    """`per_example` for images: computes in f32, keeps their dtype, refuses other inputs."""
 
     def in_float32(key, image):
         out, magnitude = op(key, image.astype(jnp.float32))
@@ -163,13 +167,16 @@ def per_image(name: str, op: Callable[[jax.Array, jax.Array], tuple]) -> Augment
 
 
 def chain(*augments: Augment) -> Augment:
-    """Applies augmentations one after the other, each with a key of its own.
+    """Applies augmentations one after the other, each with its own key.
 
     >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
     >>> double = per_example("flip", lambda key, x: (2 * x, 2.0))
     >>> batch = Batch(jnp.zeros((1, 2)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
     >>> chain(plus, double)(jax.random.key(0), batch).inputs.tolist()
     [[2.0, 2.0]]
+
+    Args:
+      *augments: (key, batch) -> batch.
     """
 
     def augment(key, batch):
@@ -183,10 +190,15 @@ def chain(*augments: Augment) -> Augment:
 def choice(*augments: Augment, p: Sequence[float] | None = None) -> Augment:
     """Draws one of several augmentations for each sample, by its index.
 
-    All of them run on the whole batch; `policies.apply` is cheaper where they are operations.
+    All of them run on the whole batch; for operations, `policies.apply` is cheaper.
+
+    >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
+    >>> batch = Batch(jnp.zeros((1, 2)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> choice(identity, plus, p=(0, 1))(jax.random.key(0), batch).inputs.tolist()
+    [[1.0, 1.0]]
 
     Args:
-      augments: at least one; none may change the number of rows.
+      *augments: at least one; none may change the number of rows.
       p: their probabilities; None = equal.
 
     Raises:
@@ -234,16 +246,19 @@ def _with_equal_traces(batches: Sequence[Batch]) -> list[Batch]:
 
 
 def views(*augments: Augment) -> Augment:
-    """Makes several rows of each sample, one by each augmentation: [B, ...] -> [B * V, ...].
+    """Makes several rows of each sample, one per augmentation: [B, ...] -> [B * V, ...].
 
     Row i * V + v is sample i under augmentation v, so a sample's rows stay on its device. For n
-    draws of one pipeline pass it n times: `views(*[pipeline] * n)`; each has a key of its own. What
-    comes after `views` in a chain draws by the sample, hence alike for all of its rows.
+    draws of one pipeline pass it n times: `views(*[pipeline] * n)`; each gets its own key. Steps
+    after `views` in a chain draw by sample, so all rows of a sample get the same draw.
 
     >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
     >>> batch = Batch(jnp.array([[0.0], [5.0]]), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
     >>> views(identity, plus)(jax.random.key(0), batch).inputs.ravel().tolist()
     [0.0, 1.0, 5.0, 6.0]
+
+    Args:
+      *augments: V augmentations, (key, batch) -> batch.
 
     Raises:
       ValueError: no augmentation.
@@ -263,13 +278,32 @@ def views(*augments: Augment) -> Augment:
 
 
 def identity(key: jax.Array, batch: Batch) -> Batch:
-    """Returns the batch as it is: a clean view among augmented ones."""
+    """Returns the batch unchanged: a clean view among augmented ones.
+
+    >>> batch = Batch(jnp.zeros((1, 2)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> identity(jax.random.key(0), batch) is batch
+    True
+
+    Args:
+      key: not used.
+      batch: any batch.
+    """
     del key
     return batch
 
 
 def on(name: str, augment: Augment) -> Augment:
     """Augments one entry of dictionary inputs, such as "image" next to "tokens".
+
+    >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
+    >>> inputs = {"image": jnp.zeros((1, 2)), "tokens": jnp.zeros((1, 3), int)}
+    >>> batch = Batch(inputs, jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> on("image", plus)(jax.random.key(0), batch).inputs["image"].tolist()
+    [[1.0, 1.0]]
+
+    Args:
+      name: of the entry.
+      augment: (key, batch) -> batch with the same number of rows.
 
     Raises:
       ValueError: inputs without that entry, or an augmentation that changes the number of rows.
@@ -288,11 +322,10 @@ def on(name: str, augment: Augment) -> Augment:
 
 
 def by_operation(values: jax.Array, batch: Batch) -> Metrics:
-    """Sums `values` over the unmasked rows that met each operation: name -> (sum, count).
+    """Sums `values` over the unmasked rows of each operation: name -> (sum, count).
 
-    What a pipeline's operations are worth: `by_operation(targets.weights, batch)` is the learned
-    weight of each, with `batch` from `methods.upstream.drawn`. An operation that a row met twice
-    counts once.
+    With `batch` from `methods.upstream.drawn`, `by_operation(targets.weights, batch)` gives the
+    learned weight of each operation of a pipeline. An operation applied twice to a row counts once.
 
     >>> batch = Batch(jnp.zeros((2, 3)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
     >>> batch = record(batch, "cutout", 0.1)
@@ -305,7 +338,7 @@ def by_operation(values: jax.Array, batch: Batch) -> Metrics:
 
     Returns:
       The operations that occur in unmasked rows. Under jit, where the trace cannot be read, all of
-      OPERATIONS, with a count of 0 for those that do not.
+      OPERATIONS; those that do not occur have count 0.
 
     Raises:
       ValueError: a batch without a trace.

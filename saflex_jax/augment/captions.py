@@ -1,6 +1,7 @@
-"""Caption noise: pairs whose caption is another's. Captions are drawn by class (`methods.flyp`).
+"""Caption noise: pairs with the caption of another image or class.
 
-So a pair has a wrong caption where its label is another class's; images stay as they are.
+`methods.flyp` draws captions by class, so a pair has a wrong caption if its label is another
+class's. Images stay unchanged.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from saflex_jax.types import Batch
 
 
 def wrong_captions(probability: float = 0.3) -> Augment:
-    """Gives a row the label of a row of the batch at random: captions of other images.
+    """Gives a row the label of a random row of the batch: captions of other images.
 
         y_i <- y_j   with probability p, j uniform on the unmasked rows
 
-    Frequent classes are given more often, and a row may get its own. Magnitude in the trace: 1
-    where it was drawn.
+    Frequent classes are drawn more often, and a row may get its own label. Magnitude in the trace:
+    1 where a label was drawn.
 
     >>> batch = Batch(jnp.zeros((3, 1)), jnp.eye(3), jnp.ones(3, bool), jnp.arange(3))
     >>> wrong_captions(1.0)(jax.random.key(0), batch).labels.sum(1).tolist()
@@ -50,11 +51,11 @@ def wrong_captions(probability: float = 0.3) -> Augment:
 
 
 def swapped_classes(probability: float = 0.3) -> Augment:
-    """Gives a row the caption of another class, all of them alike.
+    """Gives a row the caption of another class, drawn uniformly.
 
         y_i <- y_i moved by s classes, s uniform on {1, ..., K - 1}, with probability p
 
-    Magnitude in the trace: s, 0 where it was not drawn.
+    Magnitude in the trace: s, or 0 where no class was drawn.
 
     >>> batch = Batch(jnp.zeros((2, 1)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
     >>> swapped_classes(1.0)(jax.random.key(0), batch).labels.tolist()

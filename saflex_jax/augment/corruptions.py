@@ -1,12 +1,13 @@
 """Common corruptions at five severities, on the device: for shifted test sets, not for training.
 
-All constants, kernels and borders are the source's code's (github.com/hendrycks/robustness): those
-of CIFAR-10-C for images whose smaller side is below 64 pixels, of ImageNet-C from 64 on. Its draws
-are not reproduced; images need not be square, and only the JPEG is rounded to 8 bits. Three of its
-lists do not grow throughout: `saturate` takes colour away at severities 1 and 2 and adds it from 3
-on; at 3 and 4 the small `motion_blur` is the same to 1e-7, and the large `fog` equally strong.
+All constants, kernels and borders are those of the source's code
+(github.com/hendrycks/robustness): CIFAR-10-C's for images whose smaller side is below 64 pixels,
+else ImageNet-C's. Its random draws are not reproduced; images need not be square, and only the JPEG
+is rounded to 8 bits. Three of its lists do not grow throughout: `saturate` removes colour at
+severities 1 and 2 and adds it from 3 on; at 3 and 4 the small `motion_blur` is the same to 1e-7,
+and the large `fog` equally strong.
 
-Left out: glass_blur (thousands of swaps one after the other), frost (it needs photographs of ice),
+Left out: glass_blur (thousands of sequential swaps), frost (needs photographs of ice),
 elastic_transform (its published severities are not ordered) and spatter (edge detection).
 
 Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
@@ -42,8 +43,8 @@ def corrupt(
 ) -> jax.Array:
     """Applies one corruption to every image and clips to [0, 1].
 
-    A row depends on `key`, its index and its image alone, not on its place or on the other rows.
-    One key gives the same draws at every severity. Under jit make `name` and `severity` static:
+    A row depends on `key`, its index and its image, not on its position or on other rows. One key
+    gives the same draws at every severity. Under jit make `name` and `severity` static:
     `jax.jit(corrupt, static_argnames=("name", "severity"))`.
 
     >>> images = jnp.full((2, 8, 8, 3), 0.5)
@@ -53,17 +54,17 @@ def corrupt(
 
     Args:
       key: of all draws; row i draws from fold_in(key, index[i]).
-      images: f[B, H, W, C] in [0, 1], any C: computed in f32, handed back in their own dtype.
+      images: f[B, H, W, C] in [0, 1], any C; computed in f32, returned in their own dtype.
       name: a key of CORRUPTIONS; static.
       severity: 1 to 5; static.
-      index: i32[B], the sample that each row is; None = its place.
+      index: i32[B], the sample of each row; None = 0, ..., B - 1.
 
     Returns:
       f[B, H, W, C].
 
     Raises:
       ValueError: an unknown name, a severity that is not 1 to 5, or images of another shape, dtype
-        or range (the range only where it can be read, so not under jit).
+        or range (the range cannot be checked under jit).
     """
     checks.choice(CORRUPTIONS, name=name)
     if not isinstance(severity, numbers.Integral) or not 1 <= severity <= SEVERITIES:

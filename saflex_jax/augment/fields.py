@@ -21,8 +21,8 @@ def gaussian_field(key: jax.Array, shape: tuple[int, int], *, length: float) -> 
         z = F^-1[ a(k) F[white noise] ] ,  a(k)^2 ~ exp(-2 pi^2 length^2 |k|^2) ,  mean_k a(k)^2 = 1
 
     so that points at distance d correlate as exp(-d^2 / (2 length^2)), for length >= 1 and summed
-    over the images of the torus: opposite edges are neighbours. Scaled by its spectrum, not by what
-    was drawn: a single draw need not have mean zero and variance one, and is Gaussian.
+    over the images of the torus: opposite edges are neighbours. The spectrum sets the scale, so a
+    single draw need not have mean zero and variance one.
 
     >>> gaussian_field(jax.random.key(0), (4, 6), length=2.0).shape
     (4, 6)
@@ -60,7 +60,7 @@ def _filter(size: int, length: float) -> np.ndarray:
 
 
 def bilinear(image: jax.Array, where: jax.Array) -> jax.Array:
-    """Reads the image at real-valued places, bilinearly; outside it is zero.
+    """Reads the image at real-valued positions, bilinearly; outside it is zero.
 
         x(r) = sum_n x[n] max(0, 1 - |r_1 - n_1|) max(0, 1 - |r_2 - n_2|)
 
@@ -107,8 +107,8 @@ def recolour(
     Args:
       image: f32[H, W, 3], RGB; not clipped.
       hue: f32[H, W] or scalar, in turns of the chroma plane.
-      saturation: likewise; -1 is grey, Y = .299 R + .587 G + .114 B.
-      brightness: likewise; -1 is black.
+      saturation: f32[H, W] or scalar; -1 is grey, Y = .299 R + .587 G + .114 B.
+      brightness: f32[H, W] or scalar; -1 is black.
 
     Returns:
       f32[H, W, 3].
@@ -137,21 +137,27 @@ def random_field(
 
         x_out(r) = colour_r( x_in( A(r) (r - c) + c + t(r) ) ) ,  A = (1 + s) rotation(phi)
 
-    with c the centre, and at every pixel t (two fields), phi, s and the colour's parameters (see
-    `recolour`) each an independent `gaussian_field` times its amplitude. Bilinear, zeros outside,
-    nothing clipped. An amplitude is a standard deviation; one of zero leaves its part out, and all
-    at zero are the identity. The magnitude in the trace is the root mean square displacement of the
-    pixels, in pixels. For images f[B, H, W, C]; `hue` and `saturation` do nothing unless C = 3.
+    c is the centre. t (two fields), phi, s and the parameters of `recolour` are independent
+    `gaussian_field`s times their amplitudes. Bilinear, zeros outside, nothing clipped. An amplitude
+    is a standard deviation; zero leaves its part out. The magnitude in the trace is the root mean
+    square displacement in pixels. For images f[B, H, W, C]; `hue` and `saturation` need C = 3 and
+    else do nothing.
+
+    >>> from saflex_jax import Batch
+    >>> images = jnp.ones((1, 4, 4, 3))
+    >>> batch = Batch(images, jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> random_field(length=2.0, translate=1.0)(jax.random.key(0), batch).inputs.shape
+    (1, 4, 4, 3)
 
     Args:
-      length: of the correlation of all fields, in pixels. Much longer than the image gives one
+      length: correlation length of all fields, in pixels. Much longer than the image gives one
         transform for the whole image; short lengths tear the structure apart.
-      translate: in pixels, along each axis.
-      rotate: in degrees.
-      scale: of s.
-      hue: in turns.
-      saturation: of the factor on the chroma.
-      brightness: of the factor on all channels.
+      translate: amplitude of t, in pixels along each axis.
+      rotate: amplitude of phi, in degrees.
+      scale: amplitude of s.
+      hue: amplitude, in turns.
+      saturation: amplitude of the factor on the chroma.
+      brightness: amplitude of the factor on all channels.
 
     Raises:
       ValueError: a length that is not positive, an amplitude that is negative or not finite; inputs

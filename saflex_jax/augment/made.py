@@ -1,8 +1,8 @@
-"""Where the candidates of a pool come from, as a trace that rules and reports group by.
+"""The origin of a pool's candidates, as a trace by which rules and reports group them.
 
-Columns "candidate" (place in the pool), "prompt" and "generator" (places in their lists),
-"strength", and "flagged" (1) of those that failed a filter. A row that is no candidate has the
-identity in all of them.
+Columns are "candidate" (index in the pool), "prompt" and "generator" (indices in their lists),
+"strength", and "flagged" (1 if the candidate failed a filter). A row that is not a candidate has
+the identity in all of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MADE = ("candidate", "prompt", "strength", "generator", "flagged")
 
 
 def made_trace(columns: Mapping[str, np.ndarray], index: np.ndarray) -> Trace:
-    """The trace of candidates from columns f[T], NaN where one does not apply.
+    """The trace of candidates from columns f[T], NaN where a column does not apply.
 
     >>> trace = made_trace({"prompt": np.array([2.0, np.nan])}, np.array([5, 6]))
     >>> [OPERATIONS[place] for place in trace.operation[:, 0]]
     ['prompt', 'identity']
 
     Args:
-      columns: name of OPERATIONS -> values, below 2^24 where they are places.
+      columns: name of OPERATIONS -> values; indices must be below 2^24.
       index: i[T], the sample of each row.
 
     Returns:
@@ -45,7 +45,7 @@ def made_trace(columns: Mapping[str, np.ndarray], index: np.ndarray) -> Trace:
 
 
 def groups(batch: Batch, name: str) -> jax.Array:
-    """The value of one column of the trace as a group for `core.pooled`, i32[B]; -1 where none.
+    """One column of the trace as groups for `core.pooled`, i32[B]; -1 = no group.
 
         g_i = magnitude of operation `name` in row i
 
@@ -53,6 +53,10 @@ def groups(batch: Batch, name: str) -> jax.Array:
     >>> rows = np.arange(2)
     >>> groups(Batch(np.zeros((2, 3)), np.eye(2), rows >= 0, rows, trace), "prompt").tolist()
     [2, -1]
+
+    Args:
+      batch: B rows, with a trace.
+      name: of OPERATIONS.
 
     Raises:
       ValueError: a batch without a trace, or a name that is not in OPERATIONS.

@@ -1,13 +1,13 @@
-"""Augmentations that mix two samples of a batch: the label's share is the realised share.
+"""Augmentations that mix two samples of a batch; labels are mixed by the realised share.
 
 A sample's partner is another row of the batch. Partners come from one random permutation: of the
 global batch under jit, of each device's rows under pmap. Everything else is drawn by the sample's
 index.
 
-The larger share is the sample's own (save for `resizemix`): a share below one half is replaced by
+The larger share is the sample's own (except in `resizemix`): a share below one half is replaced by
 its complement. Since the pairs (a, b) and (b, a) are equally likely, this changes which parent
-counts as the own one, not the distribution of mixed images and labels; and `Batch.index` is the
-parent that dominates.
+counts as the own one, but not the distribution of mixed images and labels. `Batch.index` is the
+dominant parent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def mix(
         x_i <- m_i x_i + (1 - m_i) x_p(i) ,  q_i <- s_i q_i + (1 - s_i) q_p(i) ,  s_i = mean(m_i)
 
     Integers are codes, which have no average: each column comes whole from one parent, the own one
-    with probability s_i. No row is mixed with padding or with itself: its m is then 1.
+    with probability s_i. A row whose partner is padding or itself is not mixed (m = 1).
 
     >>> batch = Batch(jnp.array([[0.0], [8.0]]), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
     >>> mixed = mix(batch, jnp.array([1, 0]), jnp.array([0.75, 1.0]), "mixup")
@@ -248,7 +248,7 @@ def mixup(alpha: float, *, probability: float = 1.0, per_sample: bool = True) ->
     True
 
     Args:
-      alpha: > 0.
+      alpha: > 0, of the Beta distribution of l.
       probability: of mixing at all.
       per_sample: False = one l for the whole batch.
 
@@ -274,18 +274,20 @@ def manifold_mixup(
 
     The inputs become {"inputs": unchanged, "partner": rows i32[B], "share": l f32[B], "layer":
     i32[B], the same number in every row}. The network must take such a dict and mix at each of the
-    layers, else labels are mixed and features are not. `models.Classifier` has two layers, 0 = the
-    inputs and 1 = the backbone's features. A mixed row's logits depend on its partner's row, in
-    evaluation mode too: do not split the batch (`chunk`) or join it with others (`clean`) before
-    the network.
+    layers; otherwise only the labels are mixed. `models.Classifier` has two layers: 0 = the inputs,
+    1 = the backbone's features. A mixed row's logits depend on its partner's row, in evaluation
+    mode too: do not split the batch (`chunk`) or join it with others (`clean`) before the network.
+    Its name in the trace is "mixup".
+
+    >>> batch = Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
+    >>> sorted(manifold_mixup(1.0)(jax.random.key(0), batch).inputs)
+    ['inputs', 'layer', 'partner', 'share']
 
     Args:
       alpha: > 0, l = max(l', 1 - l') with l' ~ Beta(alpha, alpha).
       layers: number of places where the network can mix.
       probability: of mixing at all.
       per_sample: False = one l for the whole batch.
-
-    In the trace it is "mixup".
 
     Source: Verma et al., "Manifold Mixup", ICML 2019.
     """
@@ -312,7 +314,7 @@ def cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -
     """Pastes a box of the partner, sqrt(1 - l) of each side, l ~ Beta(alpha, alpha).
 
     The centre is uniform over the pixels and the box is cut at the border, so the label's share is
-    1 - its area, not l. Where it covers more than half of the image, the own pixels are inside.
+    1 - its area, not l. If the box covers more than half of the image, the own pixels are inside.
 
     >>> images = np.float32([0, 1]).reshape(2, 1, 1, 1).repeat(4, 1).repeat(4, 2)
     >>> batch = Batch(images, np.eye(2), np.ones(2, bool), np.arange(2))
@@ -321,7 +323,7 @@ def cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -
     True
 
     Args:
-      alpha: > 0.
+      alpha: > 0, of the Beta distribution of l.
       probability: of mixing at all.
       per_sample: False = one box for the whole batch.
 
@@ -342,11 +344,13 @@ def fmix(
 ) -> Augment:
     """Keeps the own pixels where low-frequency noise is largest, the partner's elsewhere.
 
-    The mask has exactly round(l H W) ones, l ~ Beta(alpha, alpha), or is the complement where that
+    The mask has exactly round(l H W) ones, l ~ Beta(alpha, alpha), or is the complement if that
     is less than half.
 
+    >>> augment = fmix(1.0)  # as text: parse("fmix(1.0)")
+
     Args:
-      alpha: > 0.
+      alpha: > 0, of the Beta distribution of l.
       decay: >= 0, power with which the noise's amplitude falls with frequency.
       probability: of mixing at all.
       per_sample: False = one mask for the whole batch.
@@ -369,9 +373,11 @@ def gridmix(
 ) -> Augment:
     """Keeps each cell of a grid with probability l ~ Beta(alpha, alpha), else takes the partner's.
 
+    >>> augment = gridmix(1.0, cells=4)  # as text: parse("gridmix(1.0, 4)")
+
     Args:
-      alpha: > 0.
-      cells: of the grid along each side; sizes differ by at most a pixel.
+      alpha: > 0, of the Beta distribution of l.
+      cells: number of cells along each side; sizes differ by at most a pixel.
       probability: of mixing at all.
       per_sample: False = one grid for the whole batch.
 
@@ -402,6 +408,8 @@ def smoothmix(
 
         m = 1 - exp(-(dy / (sigma H))^2 / 2 - (dx / (sigma W))^2 / 2) ,  sigma ~ U(low, high)
 
+    >>> augment = smoothmix(0.25, 0.5)  # as text: parse("smoothmix(0.25, 0.5)")
+
     Args:
       low: > 0, smallest sigma, in units of the image's sides.
       high: largest sigma.
@@ -426,9 +434,11 @@ def resizemix(
 ) -> Augment:
     """Pastes the whole partner, shrunk to tau ~ U(low, high) of each side (nearest pixel).
 
-    The box's centre is uniform over the pixels; what leaves the image is cut off before the partner
-    is shrunk into the rest. The own share is 1 - the box's area. It may be below one half, where
-    `index` names the lesser parent: the complement would not be an image of this kind.
+    The box's centre is uniform over the pixels. The box is cut at the border before the partner is
+    shrunk into it. The own share is 1 - the box's area. It may be below one half, and then `index`
+    is the lesser parent.
+
+    >>> augment = resizemix(0.1, 0.8)  # as text: parse("resizemix(0.1, 0.8)")
 
     Args:
       low: > 0, smallest tau.

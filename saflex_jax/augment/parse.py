@@ -31,21 +31,21 @@ RESERVED = ("identity", "views")  # names of the text that are no factories
 
 
 def register(factory: Callable[..., Augment]) -> Callable[..., Augment]:
-    """Decorator that makes an augmentation of your own known to `parse` and to traces by its name.
+    """Decorator that registers your own augmentation with `parse` and with traces.
 
     >>> @register
     ... def dimmed(factor):
     ...     return base.per_example("dimmed", lambda key, x: (factor * x, factor))
     >>> augment = parse("flip | dimmed(0.5)")
 
-    A config finds it once the module that defines it is imported. What it may do is up to the
-    function: its result need not be made by `per_example`.
+    Configs find it once its module is imported. The result may be any augmentation, not only one by
+    `per_example`.
 
     Args:
       factory: (options) -> Augment; its `__name__` is the name.
 
     Raises:
-      ValueError: another function has the name already.
+      ValueError: another function already has the name.
     """
     name = factory.__name__
     known = FACTORIES.get(name)
@@ -58,14 +58,14 @@ def register(factory: Callable[..., Augment]) -> Callable[..., Augment]:
 
 
 def parse(text: str) -> Augment:
-    """Reads a pipeline from a text; evaluates nothing, reads only names and literals.
+    """Reads a pipeline from text; reads only names and literals and evaluates nothing.
 
         pipeline = step | step | ...          one after the other (`chain`)
         step     = name(argument, ..., keyword=argument)
         argument = a literal, or a pipeline
 
-    Parentheses without arguments may be left out; `choice(a, b, p=(.3, .7))` and `views(3, a)`
-    (three draws of a) or `views(identity, a, a)` take pipelines. The empty text is the identity.
+    Empty parentheses may be left out. `choice(a, b, p=(.3, .7))` and `views(3, a)` (three draws of
+    a) or `views(identity, a, a)` take pipelines. The empty text is the identity.
 
     >>> augment = parse("shift(4, padding='reflect') | flip | randaugment(2, 9)")
     >>> parse("shfit(4)")

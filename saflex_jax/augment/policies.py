@@ -47,10 +47,10 @@ def apply(
     fill: float = 0.0,
     interpolation: str = "nearest",
 ) -> jax.Array:
-    """Applies to each image its own operation, at the cost of one operation a sample.
+    """Applies to each image its own operation, at the cost of one operation per sample.
 
-    `vmap(lax.switch)` would run all operations on all samples. Here each runs on its own samples
-    (`map_rows`), and all geometric ones are one affine warp.
+    `vmap(lax.switch)` would run all operations on all samples. Here each operation runs on its own
+    samples only (`map_rows`), and all geometric ones share one affine warp.
 
     >>> images = jnp.full((2, 1, 1, 1), 0.25)
     >>> operation = jnp.array([OPERATIONS.index("brightness"), OPERATIONS.index("identity")])
@@ -59,8 +59,8 @@ def apply(
 
     Args:
       images: f32[B, H, W, C].
-      operation: i32[B], places in OPERATIONS.
-      value: f32[B], what the operation takes: degrees, slope, pixels, factor, threshold, bits.
+      operation: i32[B], indices into OPERATIONS.
+      value: f32[B], the operation's argument: degrees, slope, pixels, factor, threshold or bits.
       names: operations that can occur; any other leaves the image unchanged.
       fill: value outside the image after a geometric operation.
       interpolation: of geometric operations, "nearest" or "bilinear".
@@ -243,8 +243,10 @@ def randaugment(
 ) -> Augment:
     """Applies n operations out of 14, uniform with replacement, at strength m / (bins - 1).
 
+    >>> augment = randaugment(2, 9)  # as text: parse("randaugment(2, 9)")
+
     Args:
-      n: operations a sample, >= 1.
+      n: operations per sample, >= 1.
       m: strength in [0, bins - 1]; signs are drawn.
       bins: of the scale; 31 as in torchvision and the paper.
       fill: grey value in [0, 1] outside the image.
@@ -271,12 +273,14 @@ def randaugment(
 def trivialaugment(
     wide: bool = True, *, fill: float = 0.0, interpolation: str = "nearest"
 ) -> Augment:
-    """Applies one operation out of 14, uniform, at one of 31 strengths, uniform: nothing to tune.
+    """Applies one operation out of 14, uniform, at one of 31 strengths, uniform.
+
+    >>> augment = trivialaugment()  # as text: parse("trivialaugment")
 
     Args:
       wide: whether to take the paper's wide ranges (shear .99, 32 pixels, 135 degrees, factors .01
         to 1.99, 2 bits) or the standard ones (.3, 10 pixels, 30 degrees, .1 to 1.9, 4 bits).
-      fill, interpolation: as in `randaugment`.
+      fill, interpolation: see `randaugment`.
 
     Source: Müller and Hutter, "TrivialAugment", ICCV 2021.
     """
@@ -294,11 +298,13 @@ def trivialaugment(
 def autoaugment(
     policy: str = "cifar10", *, fill: float = 0.0, interpolation: str = "nearest"
 ) -> Augment:
-    """Applies one of 25 published pairs of operations, uniform, each half with its probability.
+    """Applies one of 25 published pairs of operations, each operation with its probability.
+
+    >>> augment = autoaugment("svhn")  # as text: parse("autoaugment('svhn')")
 
     Args:
       policy: "cifar10", "imagenet" or "svhn".
-      fill, interpolation: as in `randaugment`.
+      fill, interpolation: see `randaugment`.
 
     Source: Cubuk et al., "AutoAugment", CVPR 2019, appendix; ranges as torchvision's (10 bins).
     """
@@ -339,15 +345,17 @@ def augmix(
 
     The chains draw from nine operations (without color, contrast, brightness and sharpness, which
     corruption benchmarks contain), each at strength U(.1, severity) / 10. The trace has one column,
-    magnitude m. For the paper's Jensen-Shannon loss over a clean and two augmented views take
+    magnitude m. For the paper's Jensen-Shannon loss over a clean and two augmented views, use
     `views(identity, a, a)` upstream and `core.losses.augmix_loss` as the method's loss.
 
+    >>> augment = augmix(3.0)  # as text: parse("augmix(3.0)")
+
     Args:
-      severity: in [.1, 10].
+      severity: in [.1, 10], largest strength times 10.
       width: number of chains.
-      depth: the longest chain.
+      depth: most operations in a chain.
       alpha: of the Beta and Dirichlet distributions, > 0.
-      fill, interpolation: as in `randaugment`.
+      fill, interpolation: see `randaugment`.
 
     Source: Hendrycks et al., "AugMix", ICLR 2020.
     """

@@ -23,10 +23,9 @@ def map_rows(
 
         out_i = op(images_i, params_i)  if select_i  else  images_i
 
-    `vmap(where(select, op(x), x))` gives the same at the cost of all rows, and so does
-    `vmap(lax.cond)`. Here a loop gathers the selected rows, a fixed number at a time, until none is
-    left. Rows move only within equal groups of neighbours, one group for each device, so that on a
-    mesh no image leaves its device.
+    `vmap(where(select, op(x), x))` and `vmap(lax.cond)` compute all rows. Here a loop gathers the
+    selected rows, a fixed number at a time, until none is left. Rows move only within equal groups
+    of neighbours, one per device, so that on a mesh no image leaves its device.
 
     >>> images = jnp.ones((3, 1, 1, 1))
     >>> map_rows(jnp.negative, jnp.array([True, False, True]), images).ravel().tolist()

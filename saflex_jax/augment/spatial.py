@@ -1,4 +1,4 @@
-"""Random crops, flips, erasing, blur and affine maps, one draw for each image of a batch."""
+"""Random crops, flips, erasing, blur and affine maps, with one draw per image of a batch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ def _check_positive_interval(**intervals: tuple[float, float]) -> None:
 
 
 def flip(probability: float = 0.5) -> Augment:
-    """Mirrors left and right with the given probability; magnitude 1 where it did.
+    """Mirrors left and right with the given probability; magnitude 1 on mirrored images.
 
     >>> from saflex_jax import Batch
     >>> images = jnp.arange(3.0).reshape(1, 1, 3, 1)
     >>> batch = Batch(images, jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
     >>> flip(1.0)(jax.random.key(0), batch).inputs.ravel().tolist()
     [2.0, 1.0, 0.0]
+
+    Args:
+      probability: of mirroring an image.
     """
     checks.fraction(probability=probability)
 
@@ -38,7 +41,9 @@ def flip(probability: float = 0.5) -> Augment:
 
 
 def shift(pixels: int, *, padding: str = "zero") -> Augment:
-    """Pads by `pixels` and crops back at a uniform place, as CIFAR recipes do.
+    """Pads by `pixels` and crops back at a uniform position, as CIFAR recipes do.
+
+    >>> augment = shift(4, padding="reflect")  # as text: parse("shift(4, padding='reflect')")
 
     Args:
       pixels: on every side, >= 0; magnitude is the distance moved.
@@ -69,8 +74,10 @@ def affine(
 
         x_out(r) = x_in(A r),  A = rotation(U(-degrees, degrees)) [[s, h], [0, s]],  r = (x, y)
 
+    >>> augment = affine(degrees=15.0, scale=0.1)  # as text: parse("affine(degrees=15, scale=.1)")
+
     Args:
-      degrees: largest rotation; magnitude is the one drawn.
+      degrees: largest rotation; magnitude is the drawn rotation.
       scale: s ~ U(1 - scale, 1 + scale), with 0 <= scale < 1.
       shear: h ~ U(-shear, shear).
       fill: grey value in [0, 1] outside the image.
@@ -103,8 +110,10 @@ def resized_crop(
 ) -> Augment:
     """Enlarges a random box to the whole image, as ImageNet recipes do.
 
-    Area ~ U(scale) of the image, log(width / height) ~ U(log ratio), place uniform. A side longer
-    than the image is cut to it, so the area can fall short (the usual recipe draws again).
+    Area ~ U(scale) of the image, log(width / height) ~ U(log ratio), position uniform. A side
+    longer than the image is cut to it, so the area can fall short (the usual recipe draws again).
+
+    >>> augment = resized_crop((0.2, 1.0))  # as text: parse("resized_crop((.2, 1.))")
 
     Args:
       scale: bounds of the area share, within [0, 1]; magnitude is the realised share.
@@ -149,6 +158,8 @@ def _erase(image, top, left, rows, columns, fill):
 def cutout(side: int, *, fill: float = 0.0) -> Augment:
     """Fills a square whose centre is uniform over the pixels, cut at the borders.
 
+    >>> augment = cutout(8)  # as text: parse("cutout(8)")
+
     Args:
       side: in pixels, >= 0; magnitude is the realised share of the image.
       fill: grey value in [0, 1].
@@ -174,6 +185,8 @@ def random_erasing(
     fill: float = 0.0,
 ) -> Augment:
     """Fills a random box inside the image with the given probability.
+
+    >>> augment = random_erasing(0.25)  # as text: parse("random_erasing(.25)")
 
     Args:
       probability: of erasing at all.
@@ -203,8 +216,10 @@ def random_erasing(
 def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -> Augment:
     """Blurs by a Gaussian of standard deviation ~ U(sigma) pixels, cut at 3 max(sigma).
 
+    >>> augment = blur((0.1, 2.0), probability=0.5)  # as text: parse("blur(probability=.5)")
+
     Args:
-      sigma: bounds, > 0; magnitude is the one drawn, 0 where the image was left alone.
+      sigma: bounds, > 0; magnitude is the drawn sigma, 0 on images without blur.
       probability: of blurring at all.
     """
     _check_positive_interval(sigma=sigma)
@@ -224,20 +239,21 @@ def blur(sigma: tuple[float, float] = (0.1, 2.0), *, probability: float = 1.0) -
 def soft_crop(
     deviation: float, *, power: float = 2.0, floor: float | None = None, fill: float = 0.0
 ) -> Augment:
-    """Crops at a place that may leave the image, and softens the label by what is lost.
+    """Crops at a position that may leave the image, and softens the label by the lost share.
 
         t = int(N(0, deviation)) with |t| <= side, per axis ;  v = (H - |t_y|)(W - |t_x|) / (H W)
         p = 1 - (1 - floor)(1 - v)^power ,  q <- a q + (1 - a) / K  with  a + (1 - a) / K = p
 
-    So a one-hot label keeps p on its class and shares the rest equally.
+    A one-hot label keeps p on its class and spreads the rest equally. The trace's magnitude is v.
+    The source also weights the loss by p; here SAFLEX learns weights.
+
+    >>> augment = soft_crop(4.0)  # as text: parse("soft_crop(4.0)")
 
     Args:
       deviation: of the offset, in pixels.
-      power: k, > 0; larger forgives more.
+      power: > 0; a larger power softens labels less.
       floor: p where nothing is visible, in [1/K, 1]; None = 1/K, chance.
       fill: grey value in [0, 1] outside the image.
-
-    The trace's magnitude is v. The source also weights the loss by p; here SAFLEX learns weights.
 
     Source: Liu et al., "Soft Augmentation for Image Classification", CVPR 2023.
     """

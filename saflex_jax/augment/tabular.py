@@ -1,7 +1,7 @@
 """Augmentations of tables: f32[B, D], or {"numeric": f32[B, D], "categorical": codes i32[B, E]}.
 
-Numeric columns are meant to be standardised. `mixing.mixup` takes both forms as well: numeric
-columns are averaged, a categorical one comes whole from one parent.
+Numeric columns should be standardised. `mixing.mixup` also takes both forms: it averages numeric
+columns and takes each categorical one whole from one parent.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def feature_noise(deviation: float) -> Augment:
 
         x <- x + deviation * N(0, 1)
 
+    >>> batch = Batch(jnp.ones((1, 3)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
+    >>> feature_noise(0.0)(jax.random.key(0), batch).inputs.tolist()
+    [[1.0, 1.0, 1.0]]
+
     Args:
       deviation: >= 0, in units of the columns' standard deviation; the trace's magnitude.
     """
@@ -79,7 +83,7 @@ def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -
 
     Args:
       probability: of each column, independently. The trace's magnitude is the realised share.
-      value: of masked numeric columns; 0 is the mean of a standardised one.
+      value: of masked numeric columns; 0 is the mean of a standardised column.
       category: code of masked categorical columns; reserve it for "missing".
     """
     checks.fraction(probability=probability)
@@ -102,14 +106,16 @@ def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -
 
 
 def tabular_cutmix(alpha: float, *, probability: float = 1.0, per_sample: bool = True) -> Augment:
-    """Replaces columns, numeric and categorical ones alike, by the partner's.
+    """Replaces numeric and categorical columns by the partner's.
 
         column kept with probability l ~ Beta(alpha, alpha) ;  share = columns kept / columns
 
-    The complement is taken where less than half is kept, as in `mixing`.
+    If less than half is kept, the complement is used, as in `mixing`.
+
+    >>> augment = tabular_cutmix(1.0)  # as text: parse("tabular_cutmix(1.0)")
 
     Args:
-      alpha: > 0.
+      alpha: > 0, of the Beta distribution of l.
       probability: of mixing at all.
       per_sample: False = the same columns for the whole batch.
 
@@ -150,13 +156,15 @@ def smote(*, probability: float = 1.0) -> Augment:
         x <- x + u (x_p - x) ,  u ~ U(0, 1) ;  soft labels likewise
 
     The class is the label's largest entry. A category comes whole from one parent, the partner with
-    probability u. A sample alone in its class stays unchanged. The trace's magnitude is 1 - u, the
+    probability u. The only sample of its class stays unchanged. The trace's magnitude is 1 - u, the
     own share, which may be below one half.
+
+    >>> augment = smote()  # as text: parse("smote")
 
     Args:
       probability: of interpolating at all.
 
-    Source: Chawla et al., "SMOTE", JAIR 2002, with the batch's class in place of the nearest
+    Source: Chawla et al., "SMOTE", JAIR 2002, with the class in the batch instead of nearest
     neighbours.
     """
     draw = sometimes(lambda key: 1 - jax.random.uniform(key), probability)

@@ -1,4 +1,4 @@
-"""Transformations that a network can be asked to tell apart: quarter turns, orders of channels."""
+"""Transformations that a network can learn to tell apart: quarter turns, orders of channels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Transformation(NamedTuple):
     """A rearrangement of an image's pixels.
 
     Attributes:
-      turns: by 90 degrees, counter-clockwise.
-      channels: which channel comes where; None = as they are.
+      turns: number of counter-clockwise turns by 90 degrees.
+      channels: order of the channels; None = unchanged.
     """
 
     turns: int = 0
@@ -56,8 +56,8 @@ def transformed(images: jax.Array, name: str) -> jax.Array:
       name: of TRANSFORMATIONS.
 
     Raises:
-      ValueError: an unknown name; quarter turns of images that are not square; orders of channels
-        where there are not three.
+      ValueError: an unknown name, quarter turns of images that are not square, or orders of
+        channels for images without three.
     """
     checks.choice(TRANSFORMATIONS, transformations=name)
     checks.images(inputs=images)

@@ -1,4 +1,4 @@
-"""Augmentations that were made beforehand: a draw among the views of each row."""
+"""Precomputed augmentations: a draw among the views of each row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def view() -> Augment:
 
         x_i <- x_(i, v) ,   v uniform on {0, ..., V - 1}
 
-    Views are what `data.from_features` reads: the features of several augmentations of an image,
-    computed once. Magnitude in the trace: v.
+    `data.from_features` reads such views: features of several augmentations of an image, computed
+    once. Magnitude in the trace: v.
 
     >>> views = jnp.arange(12.0).reshape(2, 3, 2)
     >>> batch = Batch(views, jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
