@@ -35,7 +35,7 @@ from saflex_jax.types import Batch, Method, RunInfo, Streams
 SHARPNESS = 2.0 ** np.arange(-1, 2.01, 0.25)
 UNTOLD = np.array([Posterior().sharpness])
 RIDGES = np.array([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # tried for typicality
-FALSE = 0.05  # share of the samples flagged as outside that may be inside
+FALSE = 0.07  # share of the samples flagged as outside that may be inside
 VAL = 32  # trusted samples of a step, which say how frequent classes are
 ROWS = 1024  # that a head is asked about at once
 
