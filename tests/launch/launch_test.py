@@ -109,8 +109,9 @@ def test_a_run_of_four_processes_on_this_host(tmp_path):
     command = [FOLDER / "local.sh", "4", "--config=experiments/configs/wdbc.py", "--noprogress"]
     command += [f"--workdir={tmp_path / 'run'}", *options, "--config.train.steps=12"]
     done = subprocess.run(
-        command, env=env, cwd=process_.ROOT, capture_output=True, text=True, timeout=300
+        command, env=env, cwd=process_.ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 12
-    assert len(done.stdout.splitlines()) == 1  # the first process alone says so
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert len(said) == 1  # the first process alone says so
