@@ -72,6 +72,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|numpy|np|optax|flax|nn|nnx|orbax|etils|epath|tokenizers)\..*"),
     ("py:.*", r"(collections|os|signal|typing)\..*"),
+    ("py:class", r"saflex_jax\.[\w.]*\b[A-Z]"),  # type variables
 ]
 nitpick_ignore = [  # shared by the project's own modules; without a page, see public_names.py
     ("py:class", "saflex_jax.rules.scoring.Result"),

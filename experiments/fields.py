@@ -31,13 +31,15 @@ MEANINGS = {
     "runner": f"how a step meets the devices, {_one_of(parallel.RUNNERS)}: a mesh, or a copy each",
     "augment": 'the upstream pipeline as text, "flip | shift(4)"; "identity" = none',
     "arms": "what a comparison trains: arm -> the fields that it changes; a single run ignores it",
-    "model.name": f"the network, {_one_of(configure.BACKBONES)}; or, for a table without steps, "
-    f"{_one_of(estimators.ESTIMATORS)}",
+    "model.name": f'the network, {_one_of(configure.BACKBONES)}; "clip", for flyp; or, '
+    f"for a table without steps, {_one_of(estimators.ESTIMATORS)}",
     "model.cosine": "whether the last layer's logits are cosines, scaled",
-    "model.weights": 'file of pretrained weights (ResNets, torchvision\'s names); "" = none',
+    "model.weights": "file of a ResNet's pretrained weights, with torchvision's names; of \"clip\" "
+    'a folder; "" = none',
     "model.tune": f"what of a pretrained network trains, {_one_of(models.TUNED)}",
     "optimizer.learning_rate": "of AdamW at the first step; it falls to 0 by a cosine",
     "optimizer.weight_decay": "of AdamW",
+    "optimizer.warmup": "steps in which the learning rate rises from 0; 0 = none",
     "method.name": f"how a step is made, {_one_of(METHODS)}",
     "method.rule": f"what a step trains on, {_one_of(RULES)}",
     "method.loss": f"of the candidates, {_one_of(configure.LOSSES)}",
@@ -48,7 +50,9 @@ MEANINGS = {
     "train.checkpoint_every": "steps between two checkpoints",
     "train.keep_best": "test the record that was best on the validation split (early stopping)",
 }
-MODEL_DEFAULTS = {"cosine": False, "weights": "", "tune": "all"}  # where a config says nothing
+# Where a config says nothing.
+DEFAULTS = {"model.cosine": False, "model.weights": "", "model.tune": "all", "optimizer.warmup": 0}
+OF_CLIP = ("dtype", "remat")  # fields of its towers that a config may set; the folder has the rest
 _ANY_RUN = RunInfo(num_samples=1, num_classes=2)
 
 
@@ -100,13 +104,15 @@ def tables() -> dict[str, list[Field]]:
       ValueError: a field without a meaning.
     """
     default = digits.get_config().to_dict()
-    given = dict(_leaves({**default, "model": {**MODEL_DEFAULTS, **default["model"]}}))
+    given = DEFAULTS | dict(_leaves(default))
     sections: dict[str, list[Field]] = {"": [], "data": _of_data()}
     for path, meaning in MEANINGS.items():
         section = path.rpartition(".")[0]
         sections.setdefault(section, []).append(Field(path, given.get(path), meaning))
     for name, network in {**configure.BACKBONES, **estimators.ESTIMATORS}.items():
         sections[f"model: {name}"] = _of_network(network)
+    towers = _of_network(models.ImageTower)
+    sections["model: clip"] = [f for f in towers if f.path.removeprefix("model.") in OF_CLIP]
     parts = {name: spec.options for name, spec in METHODS.items()}
     parts |= {name: spec.make(_ANY_RUN) for name, spec in RULES.items()}
     for name, part in parts.items():
