@@ -6,8 +6,10 @@ for `config.data` in `configs.sources.FIELDS`, for the rest in MEANINGS.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -124,19 +126,50 @@ def tables() -> dict[str, list[Field]]:
 def attributes(kind: type) -> dict[str, str]:
     """Field -> meaning, of the "Attributes:" of a class and of those that it inherits from.
 
+    Where an entry says "see `NAME`" it is what the docstring of NAME says of the same argument.
+
     >>> attributes(Field)["path"]
     'from the config, as "train.steps"'
     """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        found |= _entries(inspect.cleandoc(base.__doc__ or ""))
-    return found
+        found |= _entries(base)
+    return {name: followed(name, text, kind.__module__) for name, text in found.items()}
 
 
-def _entries(docstring: str) -> dict[str, str]:
-    """The entries of a docstring's "Attributes:"."""
-    rest = f"\n{docstring}".partition("\nAttributes:\n")[2]
-    body = re.split(r"\n(?=\S)", rest)[0]
+def followed(name: str, text: str, module: str) -> str:
+    """An argument's meaning; of "see `NAME`" what NAME, looked up in the module, says of it.
+
+    Raises:
+      ValueError: nothing is called NAME, or it does not say what the argument means.
+    """
+    seen = re.fullmatch(r"see `([\w.]+)`", text)
+    if not seen:
+        return text
+    other = named(seen[1], module)
+    known = attributes(other) if inspect.isclass(other) else _entries(other)
+    return followed(name, _meaning(known, name, other), other.__module__)
+
+
+def named(name: str, module: str) -> Any:
+    """What a dotted name means in a module, or else in the packages around it; None = nothing.
+
+    >>> named("core.targets.solve_targets", "saflex_jax.rules.simplex").__name__
+    'solve_targets'
+    """
+    parts = module.split(".")
+    whole = name.split(".")[0] == parts[0]
+    for length in range(0 if whole else len(parts), -1 if whole else 0, -1):
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            return pkgutil.resolve_name(".".join([*parts[:length], name]))
+    return None
+
+
+def _entries(documented: Any) -> dict[str, str]:
+    """The entries of "Args:" or "Attributes:" of something's own docstring."""
+    docstring = inspect.cleandoc(documented.__doc__ or "")
+    rest = re.split(r"^(?:Args|Attributes):\n", docstring, maxsplit=1, flags=re.MULTILINE)
+    body = re.split(r"\n(?=\S)", rest[-1])[0] if len(rest) > 1 else ""
     entries = re.findall(r"^  (\w[\w, ]*): (.+(?:\n    .+|\n$)*)", body, flags=re.MULTILINE)
     return {
         name: " ".join(text.split()).removesuffix(".")
@@ -178,7 +211,7 @@ def _leaves(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, A
             yield f"{path}{name}", value
 
 
-def _meaning(known: Mapping[str, str], name: str, kind: type | None = None) -> str:
+def _meaning(known: Mapping[str, str], name: str, kind: Any = None) -> str:
     if name not in known:
         where = "experiments.fields.MEANINGS" if kind is None else f"the docstring of {kind}"
         raise ValueError(f"{name} must have a meaning in {where}")

@@ -7,14 +7,16 @@ becomes a link.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator
 
 import public_names
 
+from experiments import fields
+
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"^  (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*)$")
+SEEN = re.compile(r"^  (\w+): (see `[\w.]+`)\.?$")
 PATHS = {id(value): path for path, value in public_names.names().items()}
 
 
@@ -25,7 +27,8 @@ def as_rest(lines: list[str], module: str) -> list[str]:
       lines: of the docstring, without its indentation.
       module: where it stands; names in backticks are looked up there first.
     """
-    return _inline("\n".join(_blocks(_one_name_each(lines))), module).split("\n")
+    followed = (_followed(line, module) for line in _one_name_each(lines))
+    return _inline("\n".join(_blocks(followed)), module).split("\n")
 
 
 def _one_name_each(lines: list[str]) -> Iterator[str]:
@@ -42,6 +45,16 @@ def _one_name_each(lines: list[str]) -> Iterator[str]:
         else:
             yield lines[place].replace("Attributes:", "Args:")
         place = end
+
+
+def _followed(line: str, module: str) -> str:
+    """An entry "name: see `OTHER`." with what the other says of it; as it is where it is a type."""
+    if not (entry := SEEN.match(line)):
+        return line
+    try:
+        return f"  {entry[1]}: {fields.followed(entry[1], entry[2], module)}."
+    except ValueError:
+        return line
 
 
 def _blocks(lines: Iterator[str]) -> Iterator[str]:
@@ -68,28 +81,10 @@ def _inline(text: str, module: str) -> str:
 def _part(part: str, module: str) -> str:
     if part.startswith("`"):
         code = " ".join(part.strip("`").split())
-        path = PATHS.get(id(_found(code, module)))
+        is_name = re.fullmatch(r"\w+(\.\w+)*", code)
+        path = PATHS.get(id(fields.named(code, module))) if is_name else None
         return f":py:obj:`{code} <{path}>`" if path else f"``{code}``"
     if part.lstrip().startswith(">>> ") or part.startswith("::\n"):
         return part
     part = re.sub(r"(?<=: )(\w+)\.$", r"\1\\.", part, flags=re.M)  # "K." would begin a list
     return re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", part)
-
-
-def _found(code: str, module: str) -> object:
-    """What a name says in a module or in the package; None where it says nothing."""
-    if not re.fullmatch(r"\w+(\.\w+)*", code):
-        return None
-    parts = module.split(".")
-    starts = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
-    for start in starts:
-        path = f"{start}.{code}".strip(".").split(".")
-        for length in range(len(path), 0, -1):
-            try:
-                value = importlib.import_module(".".join(path[:length]))
-                for name in path[length:]:
-                    value = getattr(value, name)
-                return value
-            except (ImportError, AttributeError):
-                continue
-    return None

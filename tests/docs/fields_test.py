@@ -9,6 +9,7 @@ import pytest
 from experiments import build, configs, fields
 from experiments.configs import sources
 from saflex_jax import configure
+from saflex_jax.rules import Simplex
 
 CONFIGS = [
     name
@@ -38,6 +39,16 @@ def test_meanings_say_it_themselves():
     for of_section in fields.tables().values():
         for field in of_section:
             assert not field.meaning.startswith(("see ", "likewise", "as of ")), field
+
+
+def test_a_meaning_may_stand_elsewhere():
+    meaning = fields.followed(
+        "learn", "see `core.targets.solve_targets`", "saflex_jax.rules.simplex"
+    )
+    assert meaning == fields.attributes(Simplex)["learn"]
+    assert '"weights" keeps y = q' in meaning
+    with pytest.raises(ValueError, match=r"speed must have a meaning in the docstring of .*solve"):
+        fields.followed("speed", "see `core.targets.solve_targets`", "saflex_jax.rules.simplex")
 
 
 def test_a_field_without_a_meaning_is_an_error(monkeypatch):
