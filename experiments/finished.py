@@ -120,8 +120,8 @@ def look(run: Run, draws: int = 1) -> Iterator[Looked]:
       ValueError: no validation samples, a pipeline that changes the number of rows.
     """
     config, data, method, state = run
-    if data.pools.val is None or isinstance(data.held_out.inputs, dict):
-        raise ValueError("the run must have validation samples of one array")
+    if data.pools.val is None:
+        raise ValueError("the run must have validation samples")
     pipeline = augment.parse(config.augment)
     val = jax.tree.map(jnp.asarray, data.held_out._replace(trace=None))
     head = any(path.startswith("head/") for path in paths(state.params))

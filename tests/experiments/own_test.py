@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import audit, build, export, main, named_rows, opening, predict, task
+from experiments import audit, build, export, finished, main, named_rows, opening, predict, task
 from experiments.configs import digits, own, wdbc
 from saflex_jax import data, parallel, train
 
@@ -96,12 +96,19 @@ def test_a_folder_with_the_name_of_a_data_set_is_the_folder(images, tmp_path, mo
     assert own.get_config("digits").data.name == "digits"
 
 
-def test_a_table(tmp_path):
-    rows = [f"{RNG.normal():.3f},{RNG.integers(5)},{'xyz'[i % 3]}" for i in range(30)]
-    file = named(tmp_path / "wine.csv", "alcohol,acid,kind", *rows)
+def test_a_table_with_categories(tmp_path):
+    rows = [f"{RNG.normal():.3f},{'rw'[RNG.integers(2)]},{'xyz'[i % 3]}" for i in range(30)]
+    file = named(tmp_path / "wine.csv", "alcohol,colour,kind", *rows)
     config = own.get_config(file)
     assert (config.data.val, config.data.test) == (3, 6) and config.model.name == "mlp"
-    assert task.make_data(config).source.class_names == ("x", "y", "z")
+    made = task.make_data(config)
+    assert made.source.class_names == ("x", "y", "z") and set(made.pools.candidates.inputs) > {
+        "numeric"
+    }
+    method = build.make_method(config, made.pools, made.source.columns)
+    state = build.init_state(config, method, made.pools)
+    table = finished.columns(finished.Run(config, made, method, state))  # categories and all
+    assert len(table["row"]) == 21 and "file" not in table
 
 
 @pytest.mark.parametrize("kind", ["images", "features"])
