@@ -4,7 +4,8 @@
     saflex predict --workdir=runs/mine --source=FOLDER
 
 --source is a data set as in `config.data.name`, or a folder with nothing but images: inputs of the
-run's shape, read as the run reads its own. Columns: row, file of a folder, predicted, class where
+run's shape, or a table with its columns and a label behind them, read as the run reads its own.
+Columns of what is written: row, file of a folder, predicted, class where
 classes have names, probability, p0 to pK-1, and label where the source has the same classes.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -26,19 +28,20 @@ def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.nda
     """The table of a data set.
 
     Raises:
-      ValueError: a run on features or tables; inputs of another shape.
+      ValueError: a run on features; inputs of another shape, or other columns.
     """
     section, own_source = run.config.data, run.data.source
-    if section.features or own_source.columns is not None:
-        raise ValueError("--workdir must be of a run on images, whose inputs need no scale of its")
+    if section.features:
+        raise ValueError("--workdir must be of a run on images or a table; given one on features")
     found = _opened(source, section, folder or section.dir)
-    own = run.data.pools.candidates.inputs.shape[1:]
+    own = own_source.inputs.shape[1:]
     if tuple(found.inputs.shape[1:]) != tuple(own):
         raise ValueError(
             f"--source must have inputs of shape {list(own)}, as the run's; {source} has "
             f"{list(found.inputs.shape[1:])}"
         )
-    probs = train.probabilities(run.method, run.state, found.inputs)
+    inputs = found.inputs if own_source.columns is None else _encoded(run, found)
+    probs = train.probabilities(run.method, run.state, inputs)
     names = np.array(own_source.class_names)
     table = {
         "row": np.arange(len(probs)),
@@ -51,6 +54,31 @@ def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.nda
     if found.labels.ndim == 1 and found.class_names == own_source.class_names:
         table["label"] = found.labels
     return table
+
+
+def _encoded(run: finished.Run, found: data.Source) -> Any:
+    """A table's inputs, in the codes and the scale of the run's training rows.
+
+    Raises:
+      ValueError: other columns.
+    """
+    columns, values = run.data.source.columns, np.array(found.inputs, np.float64)
+
+    def kinds(of):
+        return [(c.name, "numbers" if c.categories is None else "categories") for c in of or ()]
+
+    if kinds(columns) != kinds(found.columns):
+        raise ValueError(
+            f"--source must have the run's columns {kinds(columns)} before its label; given "
+            f"{kinds(found.columns)}"
+        )
+    for place, (own, its) in enumerate(zip(columns, found.columns)):
+        if own.categories is not None:
+            code = {name: code for code, name in enumerate(own.categories)}
+            codes = np.array([code.get(name, np.nan) for name in its.categories] + [np.nan])
+            values[:, place] = codes[np.nan_to_num(values[:, place], nan=-1).astype(int)]
+    source, _, split, _ = task.make_split_source(run.config)
+    return data.fit_encoder(np.asarray(source.inputs)[split.train], columns)(values)
 
 
 def _opened(source: str, section: ConfigDict, folder: str) -> data.Source:

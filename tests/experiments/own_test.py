@@ -110,6 +110,21 @@ def test_a_table_with_categories(tmp_path):
     table = finished.columns(finished.Run(config, made, method, state))  # categories and all
     assert len(table["row"]) == 21 and "file" not in table
 
+    run, few = finished.Run(config, made, method, state), tmp_path / "few.csv"  # no "r" among them
+    predicted = predict.predictions(run, file, "")
+    white = [row for row, line in enumerate(rows) if ",w," in line]
+    lines = [rows[row] for row in white] + ["0.1,?,x"]
+    named(few, "alcohol,colour,kind", *lines, "0.2,b,y")
+    again = predict.predictions(run, str(few), "")
+    np.testing.assert_allclose(again["p0"][:-2], predicted["p0"][white], rtol=1e-5)
+    scores = train.make_evaluator(method, made.test.inputs, made.test.labels)(state)
+    tested = task.make_split_source(config)[2].test
+    right = predicted["predicted"][tested] == predicted["label"][tested]
+    assert right.mean() == pytest.approx(scores["accuracy"])
+    other = named(tmp_path / "other.csv", "alcohol,smell,kind", *lines)
+    with pytest.raises(ValueError, match=r"--source must have the run's columns .*'smell'"):
+        predict.predictions(run, other, "")
+
 
 @pytest.mark.parametrize("kind", ["images", "features"])
 def test_an_npz_file(tmp_path, kind):
