@@ -89,7 +89,7 @@ setup(
         + EXPERIMENTS
         + CLIP
         + ["equinox>=0.13,<0.14", "hypothesis>=6.100", "ipykernel>=6.29", "nbclient>=0.10"]
-        + ["mypy>=1.18,<3", "nbformat>=5.10"]
+        + ["mypy>=2.4.1,<3", "nbformat>=5.10"]
         + ["pytest>=8", "pytest-xdist>=3.6.1", "ruff>=0.6"],
     },
 )  # fmt: skip
