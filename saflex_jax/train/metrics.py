@@ -43,12 +43,12 @@ class MetricsWriter:
         tensorboard: bool = False,
     ):
         self._active = jax.process_index() == 0
+        self._file: TextIO | None = None
         self._board = None
         if not self._active:
             return
         self._path = pathlib.Path(directory) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO | None = None
         self.keep_until(-1 if resume_from is None else resume_from)
         if tensorboard:
             with optional("tensorboardX", extra="experiments"):
