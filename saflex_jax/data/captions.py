@@ -36,10 +36,14 @@ FLYP_TEMPLATES = {
 
 
 def filled(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """The captions of each class, one a template.
+    """The captions of each class, one per template.
 
     >>> filled(["cat", "dog"], ["a photo of a {}.", "one {}"])[1]
     ['a photo of a dog.', 'one dog']
+
+    Args:
+      names: of the classes.
+      templates: texts with {} for the name.
 
     Raises:
       ValueError: no templates, one without {}, a class without a name.
@@ -58,9 +62,9 @@ def filled(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
 def caption_table(
     captions: Sequence[Sequence[str]], encode: Callable[[list[str]], np.ndarray]
 ) -> np.ndarray:
-    """Captions as a text tower reads them, [K, T, ...]; T is the most that a class has.
+    """Captions as a text tower reads them, [K, T, ...], with T the largest number of a class.
 
-    A class with fewer has its own again, in turn, so that each of them is drawn about as often.
+    A class with fewer captions repeats its own in turn.
 
     >>> def lengths(texts):
     ...     return np.array([[len(text)] for text in texts])
@@ -68,7 +72,7 @@ def caption_table(
     [[3, 3], [5, 4]]
 
     Args:
-      captions: of each class, one or more.
+      captions: one or more of each class.
       encode: N texts -> [N, ...], tokens or embeddings.
 
     Raises:

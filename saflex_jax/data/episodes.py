@@ -1,4 +1,4 @@
-"""Few-shot episodes: a few classes, of each a few samples to learn from and others to classify."""
+"""Few-shot episodes: a few classes, with support samples to learn from and queries to classify."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from saflex_jax.types import Streams
 
 
 class EpisodeStream(IndexStream):
-    """Which rows the next global batch of episodes takes: `next(stream).candidates` is i64[rows].
+    """Row numbers of the next global batch of episodes: `next(stream).candidates` is i64[rows].
 
-    An episode has `ways` different classes, drawn uniformly, and of each of them `shots` support
-    rows and `queries` other rows, drawn uniformly from the class. Its rows are in the order
-    [class, shots + queries], so the place of a row says its class within the episode.
-    Episode g of a stream is a function of (purpose, seed, g), and batch t holds episodes t E to
-    t E + E - 1; a process takes a block of whole episodes. It gives rows, so its runner must hold
-    the candidates: `runner.hold(Streams(candidates))`.
+    An episode has `ways` classes, drawn uniformly, with `shots` support rows and `queries` query
+    rows of each, drawn uniformly from the class. Rows are in the order [class, shots + queries], so
+    a row's position gives its class within the episode. Episode g of a stream is a function of
+    (purpose, seed, g). Batch t holds episodes t E to t E + E - 1, and a process takes a block of
+    whole episodes. The runner must hold the candidates: `runner.hold(Streams(candidates))`.
 
     >>> labels = np.repeat([0, 1, 2], 5)
     >>> stream = EpisodeStream(labels, ways=2, shots=1, queries=2, episodes=1, seed=0)
@@ -29,16 +28,18 @@ class EpisodeStream(IndexStream):
 
     Args:
       labels: i[N], classes.
-      ways: classes of an episode, at least two.
-      shots, queries: rows of each of its classes.
+      ways: classes per episode, at least two.
+      shots: support rows of each class.
+      queries: query rows of each class.
       episodes: E, in a global batch.
       seed: of all draws.
-      purpose: streams of one seed and different purposes are independent.
-      process_index, process_count: which block of each global batch is this process's.
+      purpose: streams with one seed and different purposes are independent.
+      process_index: of this process, which takes that block of each global batch.
+      process_count: number of processes.
 
     Raises:
-      ValueError: labels that are no classes; fewer classes than ways; a class with too few samples;
-        episodes that the processes do not divide; a number out of range.
+      ValueError: labels that are not classes; fewer classes than ways; a class with too few
+        samples; episodes that do not divide among the processes; a number out of range.
     """
 
     def __init__(
@@ -90,7 +91,11 @@ class EpisodeStream(IndexStream):
         return np.concatenate(rows)
 
     def rows(self, step: int) -> Streams:
-        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe.
+
+        Args:
+          step: number of the batch.
+        """
         index, count = self._process
         first = (step * count + index) * self._share
         return Streams(np.concatenate([self._episode(first + n) for n in range(self._share)]))
@@ -99,7 +104,7 @@ class EpisodeStream(IndexStream):
 
 
 def novel_classes(split: Split, labels: np.ndarray, *, novel: int, num_classes: int) -> Split:
-    """Trains and validates on the first classes alone and tests on the last `novel` alone.
+    """Trains and validates on the first classes only, and tests on the last `novel` only.
 
     >>> split = Split(np.arange(0, 8), np.arange(8, 12), np.arange(12, 16))
     >>> known = novel_classes(split, np.arange(16) % 4, novel=2, num_classes=4)
@@ -107,13 +112,13 @@ def novel_classes(split: Split, labels: np.ndarray, *, novel: int, num_classes: 
     ([0, 1, 4, 5], [14, 15])
 
     Args:
-      split: places in a data set.
+      split: row numbers of a data set.
       labels: i[N], classes of the whole data set.
-      novel: number of classes.
+      novel: number of novel classes.
       num_classes: K.
 
     Raises:
-      ValueError: labels that are no classes; fewer than two of them in train or in test.
+      ValueError: labels that are not classes; fewer than two classes in train or in test.
     """
     labels = np.asarray(labels)
     checks.integers(num_classes, labels=labels)

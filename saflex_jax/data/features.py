@@ -1,8 +1,8 @@
-"""The format of feature sets: what a frozen network makes of a data set's rows, computed once.
+"""The format of feature sets: a frozen network's outputs for the rows of a data set, computed once.
 
-A folder with features.json beside arrays. The rows that may train or validate come first, each
-under V views; the rows of the official test split follow, as they are. `create` and `writable` are
-for the program that fills a set (`python -m experiments.features`); `from_features` reads it.
+A folder with features.json and arrays. The rows that may train or validate come first, each under V
+views; the rows of the official test split follow, unaugmented. `create` and `writable` serve the
+program that fills a set (`python -m experiments.features`); `from_features` reads it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ FILLED = {"views": "f2", "tested": "f2", "prints": "V16", "operation": "i2", "ma
 
 
 class Features(NamedTuple):
-    """A feature set of N rows, of which the first n have V views; mapped into memory, not read.
+    """A memory-mapped feature set of N rows, of which the first n have V views.
+
+    An example is at `create`.
 
     Attributes:
       source: of N rows. Inputs are view 0, f16[N, D]; `views` is f16[n, V, D].
-      rows: i[N], their places in the data set.
-      prints: V16[N], `fingerprints` of the inputs that the features were computed from.
-      trace: what made each view, arrays [n, V, L]; `operation` holds places in `operations`.
-      operations: names.
-      options: what the set was made with.
+      rows: i[N], row numbers in the data set.
+      prints: V16[N], `fingerprints` of the inputs behind the features.
+      trace: the operations of each view, arrays [n, V, L]; `operation` indexes `operations`.
+      operations: names of operations.
+      options: the options that made the set.
     """
 
     source: Source
@@ -55,7 +57,7 @@ def create(
     operations: tuple[str, ...],
     options: Mapping[str, Any],
 ) -> None:
-    """Makes a folder with everything but the features, whose arrays are zero and to be filled.
+    """Creates a feature set whose features are zero, to be filled through `writable`.
 
     >>> import tempfile
     >>> source = Source(np.zeros((3, 8, 8, 1)), np.array([0, 1, 1]), 2)
@@ -69,13 +71,13 @@ def create(
     ((2, 4, 5), [0, 1, 1], [7.0, 7.0, 7.0, 7.0, 7.0])
 
     Args:
-      path: the folder; it is made if it is not there.
+      path: the folder; created if it is missing.
       source: the data set.
       seen: i[n], rows that get V views.
-      tested: i[t], rows that get one.
+      tested: i[t], rows that get one view.
       shape: (V, D, L): views, features, operations in a trace.
-      operations: names, of which a trace holds places.
-      options: what fixes the values of the features; as JSON can hold it.
+      operations: names that a trace indexes.
+      options: everything that determines the features; JSON-able.
     """
     root, rows = pathlib.Path(path), np.concatenate([seen, tested])
     root.mkdir(exist_ok=True)
@@ -109,7 +111,7 @@ def create(
 
 
 def writable(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays that are to be filled, by their names; writing to one writes to its file."""
+    """The arrays to fill, by name; writing to one writes to its file."""
     return {name: _mapped(pathlib.Path(path), name, "r+") for name in FILLED}
 
 
@@ -117,7 +119,7 @@ def read_options(path: str | os.PathLike) -> dict[str, Any]:
     """The options of a feature set.
 
     Raises:
-      ValueError: there is none in that folder, or it has another format.
+      ValueError: no feature set in that folder, or one of another format.
     """
     return _described(pathlib.Path(path))["options"]
 
@@ -125,8 +127,13 @@ def read_options(path: str | os.PathLike) -> dict[str, Any]:
 def from_features(path: str | os.PathLike) -> Features:
     """The feature set in a folder, as `python -m experiments.features` makes it.
 
+    An example is at `create`.
+
+    Args:
+      path: the folder.
+
     Raises:
-      ValueError: there is none in that folder, or it has another format.
+      ValueError: no feature set in that folder, or one of another format.
     """
     root = pathlib.Path(path)
     about = _described(root)
@@ -165,21 +172,21 @@ def from_features(path: str | os.PathLike) -> Features:
 
 
 def fit_scale(values: np.ndarray) -> Callable[[np.ndarray | Rows], Rows]:
-    """Standardises features by those of the training samples.
+    """Standardises features by the training samples' mean and deviation.
 
         x_d <- (x_d - m_d) / s_d ,   m and s the mean and the deviation of `values`
 
-    A feature that does not vary is only shifted.
+    A constant feature is only shifted.
 
     >>> scale = fit_scale(np.array([[1.0, 5.0], [3.0, 5.0]]))
     >>> scale(np.array([[5.0, 5.0]]))[:].tolist()
     [[3.0, 0.0]]
 
     Args:
-      values: f[N, D].
+      values: f[N, D], of the training samples.
 
     Returns:
-      f[..., D] -> f32 of that shape, computed when rows are asked for.
+      f[..., D] -> f32 of that shape, computed on access.
     """
     values = np.asarray(values, np.float32)
     mean, deviation = values.mean(0), values.std(0)

@@ -1,4 +1,4 @@
-"""Image files as rows that are decoded when they are asked for."""
+"""Image files as rows that are decoded on access."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ CONVERTED = (*MODES, "RGBA", "LA", "CMYK", "YCbCr")
 
 
 class Rows:
-    """N rows that are read when they are asked for; looks like an array of shape [N, ...].
+    """N rows that are read on access; looks like an array of shape [N, ...].
 
-    `rows[i]`, `rows[a:b]`, `rows[places]` and `np.asarray(rows)` read; nothing else does.
+    Only `rows[i]`, `rows[a:b]`, `rows[indices]` and `np.asarray(rows)` read.
 
     >>> squares = Rows(lambda places: places**2, size=1000, shape=(), dtype=int)
     >>> squares[[10, 2]].tolist(), squares.shape
     ([100, 4], (1000,))
 
     Args:
-      read: places i[B] in [0, N) -> array [B, *shape].
+      read: indices i[B] in [0, N) -> array [B, *shape].
       size: N.
       shape: of one row.
-      dtype: of the arrays that `read` gives.
+      dtype: of the arrays that `read` returns.
     """
 
     def __init__(
@@ -65,6 +65,10 @@ def subset(inputs: Any, rows: np.ndarray) -> Any:
 
     >>> subset({"x": np.array([5, 6, 7])}, np.array([2, 0]))["x"].tolist()
     [7, 5]
+
+    Args:
+      inputs: pytree of arrays [N, ...], or `Rows`.
+      rows: i[n], or anything that indexes rows.
     """
     if isinstance(inputs, Rows):
         return Rows(lambda i: inputs[rows[i]], len(rows), inputs.shape[1:], inputs.dtype)
@@ -72,13 +76,16 @@ def subset(inputs: Any, rows: np.ndarray) -> Any:
 
 
 def joined(first: Any, second: Any) -> Any:
-    """The rows of both, one after the other; pytrees of arrays, or `Rows`, which stay unread.
+    """The rows of both, concatenated; `Rows` stay unread.
 
     >>> joined(np.array([1, 2]), np.array([3])).tolist()
     [1, 2, 3]
 
+    Args:
+      first, second: pytrees of arrays [N, ...], or `Rows`.
+
     Raises:
-      ValueError: rows of another shape or dtype.
+      ValueError: rows of different shape or dtype.
     """
     for leaves in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
         expected, given = (f"{x.dtype}{list(x.shape[1:])}" for x in leaves)
@@ -99,7 +106,7 @@ def joined(first: Any, second: Any) -> Any:
 
 
 def resized(images: Any, size: tuple[int, int]) -> Any:
-    """8-bit images [N, H, W, C] at another size (bilinear), resized when rows are asked for.
+    """8-bit images [N, H, W, C] at another size (bilinear), resized on access.
 
     >>> resized(np.zeros((5, 8, 8, 3), np.uint8), (4, 6)).shape
     (5, 4, 6, 3)
@@ -142,9 +149,8 @@ def image_rows(
 
     Args:
       files: at least one.
-      size: (H, W) that all are resized to (bilinear); None = they have one size.
-      channels: 1 (luma) or 3, without any alpha channel; None = what the files have, which must be
-        the same for all.
+      size: (H, W) to resize all images to (bilinear); None = they all have one size.
+      channels: 1 (luma) or 3, without alpha; None = the files' own, the same for all.
 
     Raises:
       ImportError: Pillow is not installed.

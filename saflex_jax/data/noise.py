@@ -25,11 +25,11 @@ def symmetric_noise(labels: np.ndarray, num_classes: int, *, share: float, seed:
     Args:
       labels: int[N] in [0, num_classes).
       num_classes: K >= 2.
-      share: in [0, 1].
+      share: in [0, 1], of labels to replace.
       seed: of the choice of samples and classes.
 
     Returns:
-      int[N]; the argument stays as it is.
+      int[N], a copy.
 
     Raises:
       ValueError: share outside [0, 1], labels out of range, or fewer than two classes.
@@ -48,11 +48,11 @@ def pairwise_noise(labels: np.ndarray, num_classes: int, *, share: float, seed: 
     Args:
       labels: int[N] in [0, num_classes).
       num_classes: K >= 2.
-      share: in [0, 1].
+      share: in [0, 1], of labels to replace.
       seed: of the choice of samples.
 
     Returns:
-      int[N]; the argument stays as it is.
+      int[N], a copy.
 
     Raises:
       ValueError: share outside [0, 1], labels out of range, or fewer than two classes.
@@ -68,15 +68,15 @@ def instance_noise(
 ) -> np.ndarray:
     """Replaces exactly round(share * N) labels by a class that looks right for the input.
 
-    A mislabelled sample of class y with input x, flattened and each feature standardised over the
+    A mislabelled sample of class y with input x, flattened and standardised per feature over the
     data set, becomes class k with probability
 
       softmax(x W)_k over k != y,    W ~ N(0, 1)^{S x K}, which depends on the seed alone.
 
-    The paper flips sample i with probability q_i ~ N(share, 0.1^2) truncated to [0, 1], so its
-    share is random. Its q_i are independent of x and of each other: given how many samples flip,
-    all sets of that size are equally likely. Here the number is exact and the set is uniform. The
-    authors' code has one W for each true class; here a single W takes memory S K, not S K^2.
+    In the paper sample i flips with probability q_i ~ N(share, 0.1^2) truncated to [0, 1], so the
+    number of flips is random. The q_i are independent of x and of each other, so all sets of
+    flipped samples of one size are equally likely. Here the number is exact and the set is uniform.
+    The authors' code has one W per true class; a single W takes memory S K instead of S K^2.
 
     >>> inputs, labels = np.eye(8), np.arange(8) % 4
     >>> noisy = instance_noise(inputs, labels, 4, share=0.5, seed=0)
@@ -88,16 +88,16 @@ def instance_noise(
         chunks.
       labels: int[N] in [0, num_classes).
       num_classes: K >= 2.
-      share: in [0, 1].
+      share: in [0, 1], of labels to replace.
       seed: of the projection, the samples and the classes.
 
     Returns:
-      int[N]; the arguments stay as they are.
+      int[N], a copy.
 
     Raises:
       ImportError: scikit-learn is not installed.
-      ValueError: share outside [0, 1], labels out of range, fewer than two classes, another number
-        of inputs than of labels, or inputs that are not finite numbers.
+      ValueError: share outside [0, 1], labels out of range, fewer than two classes, different
+        numbers of inputs and labels, or inputs that are not finite numbers.
 
     Source: Xia et al., "Part-dependent Label Noise", NeurIPS 2020, Algorithm 2.
     """
@@ -130,7 +130,7 @@ def instance_noise(
 def outside_candidates(
     inputs: np.ndarray, other: np.ndarray, *, share: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Replaces exactly round(share * N) inputs by rows of another data set: no label is right.
+    """Replaces exactly round(share * N) inputs by rows of another data set: no class fits them.
 
     >>> mixed, outside = outside_candidates(np.zeros(5), np.ones(9), share=0.4, seed=0)
     >>> int(outside.sum()), bool((mixed == outside).all())
@@ -138,13 +138,13 @@ def outside_candidates(
 
     Args:
       inputs: [N, ...].
-      other: [M, ...] of the same shape and dtype, of classes that `inputs` does not have; a row is
-        drawn twice only where M is less than the number replaced.
-      share: in [0, 1].
+      other: [M, ...] of the same shape and dtype, of classes that `inputs` does not have. A row is
+        drawn twice only if M is less than the number replaced.
+      share: in [0, 1], of inputs to replace.
       seed: of the choice of samples and of rows.
 
     Returns:
-      (inputs [N, ...], outside bool[N]); the arguments stay as they are.
+      (inputs [N, ...], outside bool[N]), copies.
 
     Raises:
       ValueError: share outside [0, 1], rows of another shape or dtype, or no rows in `other`.

@@ -1,4 +1,4 @@
-"""Pools of candidates that a generator made before training, several for each source sample.
+"""Pools of candidates generated before training, several for each source sample.
 
 `write_array_record` writes a pool as one file and `Pool.from_array_record` reads it.
 """
@@ -29,9 +29,9 @@ class Pool:
     """Generated candidates and their labels: `pool(index, draw) -> (inputs, labels)`.
 
     Source sample i has `pool.draws(i)` candidates, numbered from zero; it may have none. The label
-    is the generator's, and so the prior of the candidate. `len(pool)` is the number of sources: the
-    largest one plus one, or `num_sources`. `from_arrays`, `from_folder` and `from_array_record`
-    make pools; `data.ArrayStream(generated=pool)` trains on one.
+    is the generator's and becomes the candidate's prior. `len(pool)` is the number of sources: the
+    largest source plus one, or `num_sources`. Make pools with `from_arrays`, `from_folder` and
+    `from_array_record`; train on one with `data.ArrayStream(generated=pool)`.
 
     >>> pool = Pool.from_arrays(np.float32([[1], [2], [3]]), np.eye(3), np.array([0, 0, 2]))
     >>> pool.draws(np.array([0, 1, 2])).tolist()
@@ -40,11 +40,16 @@ class Pool:
     >>> inputs.tolist(), labels.argmax(1).tolist()
     ([[2.0], [3.0]], [1, 2])
 
+    Args:
+      inputs: of the T candidates, floats or 8-bit.
+      labels: f[T, K] in the simplex, or i[T] classes.
+      source: i[T] >= 0, the source sample of each.
+      num_classes: K; None = the number of columns of soft labels.
+      num_sources: None = the largest source plus one.
+      provenance: origin of the T candidates, in their order; None = unknown.
+
     Attributes:
-      num_classes: K.
       shape: of one input.
-      provenance: where the T candidates come from, in the order that the pool was made in; None =
-        unknown.
       trace: arrays [T, L] that batches carry, see `with_trace`; None = no trace.
     """
 
@@ -58,7 +63,7 @@ class Pool:
         num_sources: int | None,
         provenance: Provenance | None = None,
     ):
-        """`inputs`: of the T candidates, floats or 8-bit."""
+        """See the class."""
         labels, source = np.asarray(labels), np.asarray(source)
         if not labels.size:
             raise ValueError("a pool must hold at least one candidate; given 0")
@@ -98,7 +103,7 @@ class Pool:
           inputs: f[T, ...], or uint8[T, ...]; a memory map stays one.
           labels: f[T, K] in the simplex, or i[T] classes.
           source: i[T] >= 0, the source sample of each; a source's candidates keep their order.
-          num_classes: K; None = as many as soft labels have.
+          num_classes: K; None = the number of columns of soft labels.
           num_sources: None = the largest source plus one.
           provenance: of the candidates.
 
@@ -138,17 +143,17 @@ class Pool:
     ) -> Pool:
         """The pool of the images `<source>/<draw>.<png|jpg|jpeg|webp|bmp>`, decoded on access.
 
-        `labels.csv` beside the sources has the header `file,label` (classes) or `file,p0,p1,...`
-        (soft labels) and a row for every image, `3/0.png,7`. Rows of missing images are ignored,
-        so candidates can be filtered by deleting their files. A source's candidates are numbered
-        in the order of `<draw>`. Grey images are [H, W, 1], others [H, W, 3]; in [0, 1]. If there
-        is a `metadata.jsonl`, it has a line for every image (`read_provenance`).
+        `labels.csv` in the folder has the header `file,label` (classes) or `file,p0,p1,...` (soft
+        labels) and a row for every image, `3/0.png,7`. Rows of missing images are ignored, so you
+        can filter candidates by deleting their files. A source's candidates are numbered in the
+        order of `<draw>`. Grey images are [H, W, 1], others [H, W, 3], in [0, 1]. An optional
+        `metadata.jsonl` has a line for every image (`read_provenance`).
 
         Args:
           path: the folder.
-          num_classes: K, needed for classes; None = as many as soft labels have.
+          num_classes: K, needed for classes; None = the number of columns of soft labels.
           num_sources: None = the largest source plus one.
-          size: (H, W) that all images are resized to (bilinear); None = they have one size.
+          size: (H, W) to resize all images to (bilinear); None = they all have one size.
 
         Raises:
           ImportError: Pillow is not installed.
@@ -197,7 +202,7 @@ class Pool:
 
         Args:
           path: the file.
-          num_classes: K, needed for classes; None = as many as soft labels have.
+          num_classes: K, needed for classes; None = the number of columns of soft labels.
           num_sources: None = the largest source plus one.
 
         Raises:
@@ -244,18 +249,25 @@ class Pool:
         return cls(rows, labels, source, num_classes=num_classes, num_sources=num_sources)
 
     def of(self, rows: np.ndarray) -> Pool:
-        """The pool whose source j is this one's source rows[j]: i[n], of a training split."""
+        """The pool of some sources, such as a training split; its source j is this one's rows[j].
+
+        Args:
+          rows: i[n], sources.
+        """
         _within("rows", rows, len(self))
         chosen = copy.copy(self)
         chosen._counts, chosen._starts = self._counts[rows], self._starts[rows]
         return chosen
 
     def keep(self, kept: np.ndarray) -> Pool:
-        """The pool of those of all T candidates that are kept, bool[T]; of a whole pool.
+        """The pool of the kept candidates; `self` must be a whole pool.
 
         >>> pool = Pool.from_arrays(np.zeros((3, 1)), np.eye(3), np.array([0, 0, 2]))
         >>> pool.keep(np.array([True, False, True])).draws(np.arange(3)).tolist()
         [1, 0, 1]
+
+        Args:
+          kept: bool[T].
         """
         checks.rows(len(self._source), kept=kept)
         chosen = copy.copy(self)
@@ -265,17 +277,21 @@ class Pool:
         return chosen
 
     def with_trace(self, trace: Trace) -> Pool:
-        """The pool whose candidates carry a trace, arrays [T, L], into their batches."""
+        """The pool whose candidates carry a trace into their batches.
+
+        Args:
+          trace: arrays [T, L].
+        """
         checks.rows(len(self._source), **{"a column of trace": trace.operation[:, 0]})
         chosen = copy.copy(self)
         chosen.trace = trace
         return chosen
 
     def samples(self) -> tuple[Rows, np.ndarray, np.ndarray, np.ndarray]:
-        """All candidates, source by source, as samples of their own.
+        """All candidates, source by source, as separate samples.
 
         Returns:
-          (inputs, unread, labels f32[n, K], sources i[n], places i[n] among the T).
+          (inputs, unread, labels f32[n, K], sources i[n], indices i[n] among the T).
         """
         source = np.repeat(np.arange(len(self)), self._counts)
         draw = np.arange(len(source)) - np.repeat(np.cumsum(self._counts) - self._counts,
@@ -289,11 +305,20 @@ class Pool:
         return len(self._counts)
 
     def draws(self, index: np.ndarray) -> np.ndarray:
-        """How many candidates sources i[B] have: i[B]."""
+        """The number of candidates of each source, i[B].
+
+        Args:
+          index: i[B], sources.
+        """
         return self._counts[_within("index", index, len(self))]
 
     def places(self, index: np.ndarray, draw: np.ndarray) -> np.ndarray:
-        """Places i[B] of candidates draw[b] of sources index[b] among the T."""
+        """Indices i[B] of candidates among the T.
+
+        Args:
+          index: i[B], sources.
+          draw: i[B], number of the candidate within its source.
+        """
         counts = self.draws(index)
         checks.rows(len(counts), draw=draw)
         return self._order[self._starts[index] + _within("draw", draw, counts)]
@@ -316,7 +341,7 @@ def write_array_record(
 ) -> None:
     """Writes candidates for `Pool.from_array_record`: each record is an .npz of one candidate.
 
-    The file is written beside `path` and renamed, so a file of that name is always complete.
+    The file is written under another name and renamed, so a file of that name is always complete.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

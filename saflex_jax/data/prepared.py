@@ -1,7 +1,7 @@
-"""The format of prepared data sets: a folder with dataset.json beside arrays or image files.
+"""The format of prepared data sets: a folder with dataset.json and arrays or image files.
 
-Nothing else knows this format: `write_prepared` writes it and `from_prepared` reads it. Where the
-data come from is the business of `python -m experiments.prepare`.
+`write_prepared` writes the format and `from_prepared` reads it; nothing else knows it.
+`python -m experiments.prepare` fetches the data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ KINDS = ("arrays", "folder", "npz")
 
 
 class Description(NamedTuple):
-    """What dataset.json says of the files beside it.
+    """The content of dataset.json.
+
+    An example is at `write_prepared`.
 
     Attributes:
       name: of the data set.
@@ -34,13 +36,13 @@ class Description(NamedTuple):
         files, as `from_folder` reads them; "npz": <name>.npz, as `from_npz` reads it.
       task: as in `Source`.
       num_classes: K.
-      class_names: in the order of the labels; () where they have none.
-      channels: that the images of a folder are read with; None = they all have the same.
-      splits: of arrays: name -> (begin, end) of its rows; {} where there is no official split.
-      counts: of arrays: split -> rows of each class (of each different label, where labels are
-        graded), "all" where there is no split; of a folder: folder -> files; of npz: split -> rows.
+      class_names: in the order of the labels; () for none.
+      channels: of the images of a folder; None = the files' own, the same for all.
+      splits: of arrays: name -> (begin, end) of its rows; {} without an official split.
+      counts: of arrays: split (or "all") -> rows of each class, or of each different label if
+        labels are graded; of a folder: folder -> files; of npz: split -> rows.
       licence: as the source of the data states it.
-      columns: of a table; None where inputs are no table.
+      columns: of a table; None if inputs are not a table.
       sha256: file -> digest; "." for all files of a folder.
       origin: where the data come from.
     """
@@ -62,10 +64,10 @@ class Description(NamedTuple):
 def write_prepared(
     path: str | os.PathLike, description: Description, arrays: Mapping[str, np.ndarray] = NONE
 ) -> Description:
-    """Writes arrays and dataset.json into a folder that exists; other kinds' files are there.
+    """Writes arrays and dataset.json into an existing folder.
 
-    The files are written in place: write into a scratch folder and rename it, so that a prepared
-    folder is always complete.
+    For other kinds than "arrays" the folder already holds the files. Files are written in place:
+    write into a scratch folder and rename it, so that a prepared folder is always complete.
 
     >>> import tempfile
     >>> about = Description("tiny", "arrays", "multiclass", 2, splits={"train": (0, 2)})
@@ -78,14 +80,14 @@ def write_prepared(
 
     Args:
       path: the folder.
-      description: its counts and sha256 are replaced by those of what is in the folder.
+      description: counts and sha256 are computed from the folder.
       arrays: "inputs", "labels" and "extra_<name>", for the kind "arrays".
 
     Returns:
       The description as written.
 
     Raises:
-      ValueError: an unknown kind; splits that are no ranges of the rows.
+      ValueError: an unknown kind; splits that are not ranges of the rows.
     """
     checks.choice(KINDS, **{"description.kind": description.kind})
     root = pathlib.Path(path)
@@ -102,10 +104,10 @@ def write_prepared(
 
 
 def read_description(path: str | os.PathLike) -> Description:
-    """What dataset.json in the folder says.
+    """The description in a folder's dataset.json.
 
     Raises:
-      ValueError: there is none, or it has another format; says how to prepare the data set.
+      ValueError: none, or one of another format; says how to prepare the data set.
     """
     root = pathlib.Path(path)
     try:
@@ -123,14 +125,14 @@ def read_description(path: str | os.PathLike) -> Description:
 def from_prepared(path: str | os.PathLike, *, size: tuple[int, int] | None = None) -> Source:
     """A prepared data set: a folder with a dataset.json, as `write_prepared` makes it.
 
-    Arrays are mapped into memory, not read. An example is at `write_prepared`.
+    Arrays are memory-mapped. An example is at `write_prepared`.
 
     Args:
       path: the folder.
       size: (H, W) of images in files, as for `from_folder`.
 
     Raises:
-      ValueError: no such folder, or one of another format; as the file's own reader.
+      ValueError: no such folder, or one of another format; or as `from_folder` and `from_npz`.
     """
     root = pathlib.Path(path)
     about = read_description(root)
@@ -154,7 +156,7 @@ def from_prepared(path: str | os.PathLike, *, size: tuple[int, int] | None = Non
 
 
 def digests(path: str | os.PathLike, kind: str) -> dict[str, str]:
-    """File -> SHA-256 of what is in the folder; of a folder of images one digest, named "."."""
+    """File -> SHA-256; for a folder of images one digest, named "."."""
     root = pathlib.Path(path)
     if kind != "folder":
         return {p.name: file_digest(p) for p in sorted(root.glob("*.np[yz]"))}

@@ -1,4 +1,4 @@
-"""Where the candidates of a pool come from: prompt, strength, model, seed and flags of each."""
+"""The origin of a pool's candidates: prompt, strength, model, seed and flags of each."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ METADATA = "metadata.jsonl"
 
 
 class Provenance(NamedTuple):
-    """What is known of T candidates; texts as places in lists of them.
+    """The origin of T candidates.
+
+    >>> provenance([{"prompt": "in the rain", "seed": 7}]).seed.tolist()
+    [7]
 
     Attributes:
-      files: names, as in metadata.jsonl; () where candidates are no files.
-      prompts: texts; `prompt` i32[T] holds places.
-      prompt: see `prompts`.
-      strength: f32[T], of the generator; 0 where none is known.
-      generators: names of models; `generator` i32[T] holds places.
-      generator: see `generators`.
-      seed: i64[T].
-      flags: names of filters; `flagged` bool[T, F] says which a candidate failed.
-      flagged: see `flags`.
-      known_label: i32[T], the class that a candidate is known to be of, for diagnosis only; -1
-        where it is not.
+      files: names, as in metadata.jsonl; () if candidates are not files.
+      prompts: the different texts.
+      prompt: i32[T], indices into `prompts`.
+      strength: f32[T], of the generator; 0 if unknown.
+      generators: names of the models.
+      generator: i32[T], indices into `generators`.
+      seed: i64[T], of the generator.
+      flags: names of the filters.
+      flagged: bool[T, F], which filters a candidate failed.
+      known_label: i32[T], the candidate's true class, for diagnosis only; -1 if unknown.
     """
 
     files: tuple[str, ...]
@@ -43,14 +45,14 @@ class Provenance(NamedTuple):
 
 
 def read_lines(path: str | os.PathLike, *, open_end: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line.
+    """The JSON objects of a file, one per line.
 
     Args:
       path: the file.
-      open_end: whether somebody may be writing: what follows the last newline is left out.
+      open_end: whether another process may be writing: text after the last newline is ignored.
 
     Raises:
-      ValueError: a line that is no JSON object; names the file and the line.
+      ValueError: a line that is not a JSON object; names the file and the line.
     """
     text = pathlib.Path(path).read_text(encoding="utf-8")
     *lines, rest = text.split("\n")  # not splitlines, which splits inside of JSON's strings, too
@@ -68,17 +70,17 @@ def read_lines(path: str | os.PathLike, *, open_end: bool = False) -> list[dict[
 
 
 def read_provenance(path: str | os.PathLike, files: Sequence[str]) -> Provenance:
-    """The provenance of files, of a file of JSON objects with "file_name".
+    """The provenance of files, from a file of JSON objects with "file_name".
 
-    Also read, where they are there: "prompt", "strength", "model", "seed", "flags" (a list of
-    names) and "known_label". Lines of other files are ignored.
+    Optional fields: "prompt", "strength", "model", "seed", "flags" (a list of names) and
+    "known_label". Lines of other files are ignored.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / METADATA
     ...     _ = path.write_text('{"file_name": "0/0.png", "prompt": "in the rain"}')
-    ...     found = read_provenance(path, ["0/0.png"])
-    >>> found.prompts, found.prompt.tolist()
+    ...     origin = read_provenance(path, ["0/0.png"])
+    >>> origin.prompts, origin.prompt.tolist()
     (('in the rain',), [0])
 
     Args:
@@ -86,8 +88,8 @@ def read_provenance(path: str | os.PathLike, files: Sequence[str]) -> Provenance
       files: T names.
 
     Raises:
-      ValueError: a line that is no JSON object, has no file name, one that another has, or a value
-        of the wrong type; a file without a line. Names the line or the file.
+      ValueError: a line that is not a JSON object, lacks a file name, repeats another's, or has a
+        value of the wrong type; a file without a line. Names the line or the file.
     """
     by_file: dict[str, dict] = {}
     for number, record in enumerate(read_lines(path), 1):
@@ -108,7 +110,14 @@ def read_provenance(path: str | os.PathLike, files: Sequence[str]) -> Provenance
 
 
 def provenance(records: Sequence[Mapping[str, Any]]) -> Provenance:
-    """The columns of T records, which need not hold all of them."""
+    """The provenance of T records, which may lack any field.
+
+    >>> provenance([{"prompt": "in the rain"}, {}]).prompt.tolist()
+    [1, 0]
+
+    Args:
+      records: T mappings, with fields as in `read_provenance`.
+    """
 
     def each(name, otherwise):
         given = (record.get(name) for record in records)

@@ -1,7 +1,7 @@
 """Labelled data sets behind one interface: inputs, labels, official splits.
 
-`inputs` is an array, a memory map, or `images.Rows`, which reads files when rows are asked for; all
-three are indexed alike. 8-bit images stay 8-bit until a batch is made (`batches.floats`).
+`inputs` is an array, a memory map, or `images.Rows`, which reads files on access; all three are
+indexed alike. 8-bit images stay 8-bit until a batch is made (`batches.floats`).
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 class Source(NamedTuple):
     """A labelled data set.
 
+    >>> Source(np.zeros((3, 8)), np.array([0, 1, 1]), num_classes=2).task
+    'multiclass'
+
     Attributes:
       inputs: N rows: images uint8[N, H, W, C] or floats in [0, 1]; tables f[N, D] as measured,
-        categorical columns as codes, NaN = missing.
-      labels: i[N] classes; f[N, K] in the simplex where they are graded; {0, 1}[N, K - 1] where
-        task is "multilabel".
+        with categorical columns as codes and NaN = missing.
+      labels: i[N] classes; f[N, K] in the simplex for graded labels; {0, 1}[N, K - 1] for the task
+        "multilabel".
       num_classes: K, the width of `priors`.
       task: "multiclass", "multilabel", or "ordinal" (classes in order).
-      splits: name -> rows i[n]; the official ones, {} where there are none.
+      splits: name -> rows i[n] of the official splits; {} for none.
       extra: name -> [N]; other label sets, groups, captions.
-      columns: of a table; None where inputs are no table.
-      class_names: of the labels; () where they have none.
+      columns: of a table; None if inputs are not a table.
+      class_names: of the labels; () for none.
       views: f[n, V, ...], several inputs for each of the first n rows, those that may train; None
-        where a row is one input.
+        if a row is one input.
     """
 
     inputs: np.ndarray | Rows
@@ -57,14 +60,14 @@ class Source(NamedTuple):
 
 
 def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np.ndarray:
-    """Labels as points of the simplex, f32[N, K]: what a step is given.
+    """Labels as points of the simplex, f32[N, K], as a step reads them.
 
-    A class becomes one-hot and a graded label stays. Several labels at once share the mass equally,
-    and a further class, the last, stands for none of them:
+    A class becomes one-hot; a graded label stays. Several labels of one sample share the mass
+    equally, and an extra last class stands for none of them:
 
         q_k = y_k / sum_j y_j,   q_K = 1 where y = 0
 
-    so that mixing, scores and soft labels are those of a softmax.
+    so that mixing, scores and soft labels work with a softmax.
 
     >>> priors(np.array([2, 0]), 3).tolist()
     [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
@@ -72,13 +75,13 @@ def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np
     [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
 
     Args:
-      labels: i[N] classes, f[N, K] in the simplex, or {0, 1}[N, K - 1] where task is "multilabel".
+      labels: i[N] classes, f[N, K] in the simplex, or {0, 1}[N, K - 1] for the task "multilabel".
       num_classes: K.
       task: one of `TASKS`.
 
     Raises:
-      ValueError: an unknown task; labels that are not of it, or of another number of classes; more
-        classes than 2^20, or than fit into memory.
+      ValueError: an unknown task; labels that do not fit it or the number of classes; more classes
+        than 2^20, or than fit into memory.
 
     Source: Mahajan et al., "Exploring the Limits of Weakly Supervised Pretraining", ECCV 2018,
     section 2.2 (their k labels with 1 / k each).
@@ -151,12 +154,13 @@ SOURCES = {"digits": digits, "wdbc": wdbc}
 def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
     """A file of arrays: images or features, and labels; or in the format of MedMNIST.
 
-    A file of arrays has "labels" [N] (integers or texts) and "images" [N, H, W] or [N, H, W, C] of
-    8 bits or floats in [0, 1], or "features" f[N, D]; and where they are known "trusted" bool[N],
-    whose rows are the validation split.
+    A file of arrays has "labels" [N] (integers or texts) and "images" [N, H, W] or [N, H, W, C],
+    8-bit or floats in [0, 1], or "features" f[N, D]. Optional: "trusted" bool[N], whose rows become
+    the validation split.
 
-    A file of MedMNIST has {train,val,test}_images and {train,val,test}_labels: uint8[n, H, W] or
-    uint8[n, H, W, 3]; labels [n, 1], or 0 and 1 in [n, C] with C > 1 for C labels at once.
+    A file of MedMNIST has {train,val,test}_images and {train,val,test}_labels. Images are
+    uint8[n, H, W] or uint8[n, H, W, 3]; labels are [n, 1], or 0 and 1 in [n, C] with C > 1 for
+    several labels per sample.
 
     >>> import tempfile
     >>> arrays = {f"{split}_images": np.zeros((2, 4, 4), np.uint8) for split in SPLITS}
@@ -174,7 +178,7 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
 
     Raises:
       ValueError: another kind of file, or a truncated one; an array that is missing or does not fit
-        the others; labels that are no classes.
+        the others; labels that are not classes.
 
     Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
     """
@@ -301,12 +305,12 @@ def from_folder(
 
     Args:
       path: the folder.
-      size: (H, W) that all images are resized to (bilinear); None = they have one size.
-      channels: 1 or 3; None = what the files have.
+      size: (H, W) to resize all images to (bilinear); None = they all have one size.
+      channels: 1 or 3; None = the files' own.
 
     Raises:
       ImportError: Pillow is not installed.
-      ValueError: a class without images, fewer than two classes, other folders beside splits; or
+      ValueError: a class without images, fewer than two classes, other folders next to splits; or
         as `images.image_rows`.
     """
     root = pathlib.Path(path)
@@ -349,10 +353,12 @@ def from_tfds(
 ) -> Source:
     """A data set that TFDS prepared as ArrayRecord, read without TensorFlow.
 
+    >>> source = from_tfds("cifar10")  # doctest: +SKIP
+
     Args:
-      name: "cifar10", "cifar10:3.0.2".
+      name: "cifar10", or with a version "cifar10:3.0.2".
       data_dir: where it was prepared; None = TFDS's default.
-      image, label: its features.
+      image, label: names of its features.
 
     Raises:
       ImportError: tensorflow_datasets is not installed.
@@ -402,7 +408,7 @@ def from_tfds(
 
 
 def from_table(path: str | os.PathLike, **options) -> Source:
-    """A CSV, ARFF or KEEL file; `options` are those of `tables.read_table`.
+    """A CSV, ARFF or KEEL file.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
@@ -410,6 +416,10 @@ def from_table(path: str | os.PathLike, **options) -> Source:
     ...     file.flush()
     ...     from_table(file.name).labels.tolist()
     [0, 1]
+
+    Args:
+      path: the file.
+      **options: see `tables.read_table`.
     """
     table = read_table(path, **options)
     return Source(
@@ -422,7 +432,7 @@ def from_table(path: str | os.PathLike, **options) -> Source:
 
 
 def ranges(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """The rows of splits that follow one another: name -> i[size].
+    """The rows of consecutive splits: name -> i[size].
 
     >>> {name: rows.tolist() for name, rows in ranges({"train": 3, "test": 2}).items()}
     {'train': [0, 1, 2], 'test': [3, 4]}

@@ -16,12 +16,15 @@ from saflex_jax.data.seeds import generator
 
 
 class Split(NamedTuple):
-    """Places in a data set, each i[n], sorted.
+    """Row numbers of a data set, each i[n], sorted.
+
+    >>> in_order(6, val=1, test=2).val.tolist()
+    [3]
 
     Attributes:
-      train: samples that are augmented and trained on.
+      train: samples to augment and train on.
       val: samples that direct the learning of weights and labels.
-      test: samples that the reported scores are of.
+      test: samples for the reported scores.
     """
 
     train: np.ndarray
@@ -30,10 +33,10 @@ class Split(NamedTuple):
 
 
 def stratified_split(labels: np.ndarray, *, val: int, test: int, seed: int) -> Split:
-    """A random split of all samples with the classes in proportion.
+    """A random split of all samples that keeps the class proportions.
 
     >>> split = stratified_split(np.arange(12) % 2, val=2, test=4, seed=0)
-    >>> [len(places) for places in split]
+    >>> [len(rows) for rows in split]
     [6, 2, 4]
 
     Args:
@@ -57,21 +60,21 @@ def stratified_split(labels: np.ndarray, *, val: int, test: int, seed: int) -> S
 def hold_out(
     index: np.ndarray, labels: np.ndarray, *, size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Holds `size` of the given samples out, the classes in proportion: (rest, held), sorted.
+    """Holds out `size` of the given samples in class proportions: (rest, held), sorted.
 
     >>> rest, held = hold_out(np.arange(8), np.arange(12) % 2, size=2, seed=0)
     >>> len(rest), len(held)
     (6, 2)
 
     Args:
-      index: i[n], places of the samples to take from, such as an official training split.
+      index: i[n], rows to take from, such as an official training split.
       labels: i[N], classes of the whole data set.
-      size: number of samples to hold out, at least one per class, and as many must be left.
+      size: number of samples to hold out; at least one per class must be held out, and left.
       seed: of the shuffle.
 
     Raises:
       ImportError: scikit-learn is not installed.
-      ValueError: places out of range; too few samples on either side; a class with a single one.
+      ValueError: rows out of range; too few samples on either side; a class with a single sample.
     """
     index, labels = np.asarray(index), np.asarray(labels)
     checks.integers(len(labels), index=index)
@@ -92,8 +95,8 @@ def by_group(
 
     Args:
       groups: [N], the group of each sample (a domain, a site, a camera); any values.
-      train: the group that train and a stratified val are drawn from.
-      test: the group that is the test split.
+      train: the group for train and a stratified val.
+      test: the group for test.
       val: number of samples, at least one per class.
       labels: i[N], classes.
       seed: of the shuffle.
@@ -114,14 +117,14 @@ def by_group(
 
 
 def in_order(size: int, *, val: int, test: int) -> Split:
-    """Train first, then val, then test: for samples in time, whose distribution drifts.
+    """Train first, then val, then test: for time series, whose distribution drifts.
 
-    >>> [places.tolist() for places in in_order(6, val=1, test=2)]
+    >>> [rows.tolist() for rows in in_order(6, val=1, test=2)]
     [[0, 1, 2], [3], [4, 5]]
 
     Args:
       size: N, number of samples.
-      val, test: how many of them, at least one.
+      val, test: number of samples, at least one.
 
     Raises:
       ValueError: a split would be empty.
@@ -133,7 +136,7 @@ def in_order(size: int, *, val: int, test: int) -> Split:
 
 
 def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
-    """Places of `per_class` random samples of every class: i[per_class * K], sorted.
+    """Rows of `per_class` random samples of every class: i[per_class * K], sorted.
 
     >>> labels = np.array([0, 0, 0, 1, 1, 2])
     >>> labels[few_shot(labels, per_class=1, seed=0)].tolist()
@@ -141,7 +144,7 @@ def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
 
     Args:
       labels: i[N], classes; K different ones.
-      per_class: samples of each.
+      per_class: samples of each class.
       seed: draws of different seeds are independent.
 
     Raises:
@@ -165,11 +168,11 @@ def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
 
 
 def long_tail(labels: np.ndarray, *, ratio: float, seed: int) -> np.ndarray:
-    """Places of samples whose classes, in the order of their labels, fall off exponentially.
+    """Rows of a subset whose class sizes fall off exponentially, in the order of the labels.
 
         n_k = floor(n_0 ratio^(-k / (K - 1))) ,  n_0 the size of the smallest class
 
-    With one seed, a larger ratio keeps a subset of what a smaller one keeps.
+    With one seed, a larger ratio keeps a subset of a smaller ratio's rows.
 
     >>> labels = np.repeat([0, 1, 2], 16)
     >>> np.bincount(labels[long_tail(labels, ratio=4.0, seed=0)]).tolist()
@@ -209,7 +212,7 @@ def long_tail(labels: np.ndarray, *, ratio: float, seed: int) -> np.ndarray:
 
 
 def fingerprints(inputs: Any, *, chunk: int) -> np.ndarray:
-    """A hash of each row's bytes, V16[N]: rows are equal, bit for bit, where the hashes are.
+    """A hash of each row's bytes, V16[N]: rows with equal hashes are equal bit for bit.
 
     >>> prints = fingerprints(np.array([[1, 2], [3, 4], [1, 2]]), chunk=2)
     >>> (prints[0] == prints).tolist()
@@ -220,7 +223,7 @@ def fingerprints(inputs: Any, *, chunk: int) -> np.ndarray:
       chunk: rows in memory at once.
 
     Raises:
-      ValueError: slices of another length than asked for, or arrays of Python objects.
+      ValueError: slices of the wrong length, or arrays of Python objects.
 
     Source: BLAKE2b, RFC 7693, with 16 bytes.
     """
@@ -305,7 +308,7 @@ def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bo
 
 
 def chunks(inputs: Any, size: int) -> Iterator[np.ndarray]:
-    """The rows of `inputs` in order, as arrays of at most `size` rows, read when asked for.
+    """The rows of `inputs` in order, as arrays of at most `size` rows, read on access.
 
     >>> [rows.tolist() for rows in chunks(np.arange(5), 2)]
     [[0, 1], [2, 3], [4]]

@@ -1,9 +1,9 @@
 """Shuffled, endless, resumable streams of aligned batches.
 
-Batch t is a function of (seed, t) alone: the position is one number, any number of processes sees
-the same global batches, and grain can make batches ahead in any order. Indices come from one NumPy
-permutation per epoch, since a per-sample pipeline costs more than the step of a small model
-(docs/design.md). Anything with the same three methods, such as grain's iterators, can stand in.
+Batch t is a function of (seed, t): the position is one number, any number of processes sees the
+same global batches, and grain can make batches ahead in any order. Indices come from one NumPy
+permutation per epoch, because a per-sample pipeline costs more than the step of a small model
+(docs/design.md). Anything with the same three methods, such as grain's iterators, can replace them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from saflex_jax.types import Batch, Streams, Trace
 
 
 def sizes(pools: Streams) -> Streams:
-    """The number of rows of each data set, None where there is none.
+    """The number of rows of each data set; None for none.
 
     >>> sizes(Streams(Batch(np.zeros((3, 2)), np.eye(3), np.ones(3, bool), np.arange(3))))
     Streams(candidates=3, val=None, clean=None)
+
+    Args:
+      pools: whole data sets.
     """
     return Streams(*(None if pool is None else len(pool.labels) for pool in pools))
 
@@ -59,11 +62,11 @@ class _Stream(abc.ABC):
 
 
 class IndexStream(_Stream):
-    """Which rows the next global batch takes: `next(stream)` is Streams of i64[B / processes].
+    """Row numbers of the next global batch: `next(stream)` is Streams of i64[B / processes].
 
     With a runner that keeps the data on its devices (`parallel.jit_runner(step).hold(pools)`) this
-    is the whole input pipeline. Epochs follow one another without a gap: every sample comes once
-    an epoch, no remainder is dropped, and all batches have one shape.
+    is the whole input pipeline. Epochs follow each other without a gap: every sample comes once per
+    epoch, no remainder is dropped, and all batches have one shape.
 
     >>> stream = IndexStream(Streams(candidates=6, val=4), batch_size=3, seed=0)
     >>> epoch = np.concatenate([next(stream).candidates for _ in range(2)])
@@ -71,16 +74,17 @@ class IndexStream(_Stream):
     ([0, 1, 2, 3, 4, 5], {'step': 2})
 
     Args:
-      sizes: of the data sets, as `sizes` gives them; each is shuffled on its own.
+      sizes: of the data sets, as `sizes` returns them; each is shuffled separately.
       batch_size: global rows of candidates (and of clean samples).
       val_batch_size: global rows of validation samples; None = all of them.
       seed: of the order.
-      repeats: whether a batch may be larger than its data set, and so hold rows twice.
-      process_index, process_count: which block of each global batch is this process's. All blocks
-        have one size: where they do not divide the batch the last ones end in -1, which is padding.
+      repeats: whether a batch may be larger than its data set and repeat rows.
+      process_index: of this process, which takes that block of each global batch. All blocks have
+        one size; if they do not divide the batch, the last ones end in -1, which is padding.
+      process_count: number of processes.
 
     Raises:
-      ValueError: an empty data set, or a smaller one than its batch; a process_index out of range.
+      ValueError: an empty data set, or one smaller than its batch; a process_index out of range.
     """
 
     def __init__(
@@ -125,7 +129,11 @@ class IndexStream(_Stream):
         return order
 
     def rows(self, step: int) -> Streams:
-        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe.
+
+        Args:
+          step: number of the batch.
+        """
         index, count = self._process
 
         def rows_of(name, size):
@@ -150,15 +158,15 @@ class IndexStream(_Stream):
 
 
 class PartStream(_Stream):
-    """An `IndexStream` over a part of the data, whose batches are rows of the whole.
+    """An `IndexStream` over a part of the data; its batches are rows of the whole.
 
     >>> batch = next(PartStream(Streams(np.array([3, 5, 7, 9])), batch_size=2, seed=0))
     >>> bool(np.isin(batch.candidates, [3, 5, 7, 9]).all())
     True
 
     Args:
-      part: rows i[n] of each data set, None where there is none.
-      options: those of `IndexStream`.
+      part: rows i[n] of each data set; None for none.
+      **options: see `IndexStream`.
 
     Raises:
       ValueError: as `IndexStream`.
@@ -169,7 +177,11 @@ class PartStream(_Stream):
         self._part, self._stream = part, IndexStream(sizes, **options)
 
     def rows(self, step: int) -> Streams:
-        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe.
+
+        Args:
+          step: number of the batch.
+        """
         places = self._stream.rows(step)
         return Streams(
             *(None if i is None else np.where(i < 0, -1, rows[i])  # -1 is padding
@@ -185,9 +197,9 @@ class PartStream(_Stream):
 class FoldStream(_Stream):
     """Cross-fitted rows: a validation sample is never in the batch that it validates.
 
-    The validation samples are rows of the candidates, too. They are split into K folds; batch t
-    takes its validation rows from fold t mod K and its candidates from everything else. In K
-    batches every sample of a fold may train K - 1 times and validates once.
+    The validation samples are also candidates. They are split into K folds; batch t takes its
+    validation rows from fold t mod K and its candidates from everything else. In K batches every
+    sample of a fold may train K - 1 times and validates once.
 
     >>> stream = FoldStream(
     ...     Streams(10, 4), trusted=np.array([6, 7, 8, 9]), folds=2, seed=0, batch_size=8
@@ -198,14 +210,14 @@ class FoldStream(_Stream):
 
     Args:
       sizes: as for `IndexStream`, without clean samples.
-      trusted: i[M], the rows of the M validation samples among the candidates, in their order.
+      trusted: i[M], the validation samples' rows among the candidates, in their order.
       folds: K, 2 to M.
       seed: of the folds and of all orders.
       val_batch_size: global rows of validation samples; None = the size of the smallest fold.
-      options: those of `IndexStream`.
+      **options: see `IndexStream`.
 
     Raises:
-      ValueError: folds out of range, `trusted` of another number, clean samples, or as
+      ValueError: folds out of range, `trusted` of another length, clean samples, or as
         `IndexStream`.
 
     Source: the idea of Chernozhukov et al., "Double/debiased machine learning for treatment and
@@ -248,7 +260,11 @@ class FoldStream(_Stream):
         ]
 
     def rows(self, step: int) -> Streams:
-        """This process's rows of global batch `step`, a function of (seed, step); thread-safe."""
+        """This process's rows of global batch `step`, a function of (seed, step); thread-safe.
+
+        Args:
+          step: number of the batch.
+        """
         turn, fold = divmod(step, len(self._streams))
         return self._streams[fold].rows(turn)
 
@@ -259,7 +275,7 @@ class FoldStream(_Stream):
 
 
 class ArrayStream(IndexStream):
-    """Host batches: `next(stream)` gives this process's samples of the next global batch.
+    """Host batches: `next(stream)` is this process's samples of the next global batch.
 
     >>> pool = Batch(np.eye(4, 2, dtype="f4"), np.eye(4), np.ones(4, bool), np.arange(4))
     >>> next(ArrayStream(Streams(pool), batch_size=2, seed=0)).candidates.inputs.shape
@@ -268,10 +284,10 @@ class ArrayStream(IndexStream):
     Args:
       pools: Streams of whole data sets, each a Batch of N rows; inputs may be arrays, memory maps
         or `images.Rows`; 8-bit ones become floats in [0, 1].
-      generated: candidates of a generator, by the candidates' `index`. Where a source has some,
-        one of them, drawn uniformly by (seed, step, index) alone, replaces the row's inputs and
-        label; where it has none the row stays. The pool's trace comes along.
-      options: those of `IndexStream`.
+      generated: generated candidates, by the rows' `index`. If a source has some, one of them
+        replaces the row's inputs, label and trace, drawn uniformly by (seed, step, index). Other
+        rows stay.
+      **options: see `IndexStream`.
 
     Raises:
       ValueError: as `IndexStream`; a malformed pool; generated candidates that do not fit.
@@ -285,7 +301,11 @@ class ArrayStream(IndexStream):
         self._pools, self._generated = pools, generated
 
     def batch(self, step: int) -> Streams:
-        """This process's samples of global batch `step`; thread-safe, as `rows`."""
+        """This process's samples of global batch `step`; thread-safe.
+
+        Args:
+          step: number of the batch.
+        """
         batch = take(self._pools, self.rows(step))
         if self._generated is None:
             return batch
@@ -310,14 +330,14 @@ class ArrayStream(IndexStream):
 class StackedStream(_Stream):
     """The batches of several streams side by side, for the members of a sweep.
 
-    Every array has a leading axis, one entry a member (`parallel.sweep_runner`).
+    Every array has a leading axis with one entry per member (`parallel.sweep_runner`).
 
     >>> streams = [IndexStream(Streams(6), batch_size=3, seed=seed) for seed in (0, 1)]
     >>> next(StackedStream(streams)).candidates.shape
     (2, 3)
 
     Args:
-      streams: one a member, at their start; their `batch(step)` is called.
+      streams: one per member, at their start; their `batch(step)` is called.
 
     Raises:
       ValueError: no stream; at a batch, members whose shapes differ.
@@ -328,7 +348,11 @@ class StackedStream(_Stream):
         self._streams = streams
 
     def batch(self, step: int) -> Streams:
-        """All members' batches `step`; thread-safe, as theirs are."""
+        """All members' batches `step`; thread-safe if the streams are.
+
+        Args:
+          step: number of the batch.
+        """
         return stack([stream.batch(step) for stream in self._streams])
 
     def _next(self) -> Streams:
@@ -336,10 +360,10 @@ class StackedStream(_Stream):
 
 
 class Prefetched(_Stream):
-    """A stream whose batches grain's threads make ahead, and place on the devices if asked to.
+    """A stream whose batches grain's threads make ahead and may place on the devices.
 
-    It gives the batches of `stream` and has its position: a checkpoint of one continues with the
-    other. Batches that were made ahead when a run stops are made again.
+    It gives the same batches as `stream` and shares its position: a checkpoint of one continues
+    with the other. Batches made ahead when a run stops are made again.
 
     >>> plain, ahead = (IndexStream(Streams(6), batch_size=3, seed=0) for _ in range(2))
     >>> bool((next(Prefetched(ahead)).candidates == next(plain).candidates).all())
@@ -348,9 +372,9 @@ class Prefetched(_Stream):
     Args:
       stream: its `batch(step)` is called from several threads.
       threads: number of threads that make batches.
-      ahead: number of batches made before they are asked for.
+      ahead: number of batches to make ahead.
       place: applied to each batch in its thread: a runner's `put_batch` copies it to the devices
-        while the step before runs.
+        while the previous step runs.
 
     Raises:
       ImportError: grain is not installed.
@@ -389,7 +413,11 @@ class Prefetched(_Stream):
             raise
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a position."""
+        """Continues at a position.
+
+        Args:
+          state: what `get_state` returned.
+        """
         super().set_state(state)
         self._batches = self._batches_from(self._step)
 

@@ -26,9 +26,12 @@ ARFF: dict[str, Any] = {"skipinitialspace": True, "quotechar": "'", "escapechar"
 class Column(NamedTuple):
     """One feature of a table.
 
+    >>> Column("job", ("clerk", "nurse")).categories[1]
+    'nurse'
+
     Attributes:
-      name: as in the file, or column<place> where it gives none.
-      categories: their names, in the order of the codes; None = the column is numeric.
+      name: as in the file, or column<number> if it has none.
+      categories: names of the categories, in the order of the codes; None = a numeric column.
     """
 
     name: str
@@ -38,10 +41,12 @@ class Column(NamedTuple):
 class Table(NamedTuple):
     """A labelled table in memory.
 
+    An example is at `read_table`.
+
     Attributes:
       values: f64[N, D], numbers as measured and codes of categories; NaN = missing.
       labels: int64[N] in [0, len(class_names)).
-      columns: the D features; neither the label nor what was dropped.
+      columns: the D features, without the label and dropped columns.
       class_names: K names, in the order of the labels.
     """
 
@@ -64,9 +69,9 @@ def read_table(
 
     Surrounding spaces and quotes are removed (b'2' reads as 2), and so is a comma at the end of
     every line. A column is categorical if the file's @attribute or `categorical` says so, or if a
-    value that is not missing is no number. Its categories, and the classes of the label, are in the
-    order of the @attribute; without one, numbers in numeric order come before texts in alphabetic
-    order, and equal numbers, 1 and 1.0, are one category.
+    value is neither a number nor missing. Categories and classes are in the order of the
+    @attribute. Without one, numbers come first, in numeric order, then texts in alphabetic order;
+    equal numbers, 1 and 1.0, are one category.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
@@ -80,19 +85,19 @@ def read_table(
 
     Args:
       path: the file.
-      label: name or place of the label's column; -1 = KEEL's @output, without one the last column.
-      header: whether the first line of a CSV names the columns; None = it does if in some column
-        it has a text (neither a number nor missing) and the lines below have only numbers and
-        missing values. A table without numeric columns therefore needs True.
-      categorical: names or places of columns whose numbers are categories.
-      drop: names or places of columns to leave out; they are not checked.
+      label: name or number of the label's column; -1 = KEEL's @output or else the last column.
+      header: whether the first line of a CSV names the columns. None = it does if it has a text in
+        some column whose other lines are all numbers or missing; so a table without numeric columns
+        needs True.
+      categorical: names or numbers of columns whose numbers are categories.
+      drop: names or numbers of columns to leave out; they are not checked.
       missing: texts that stand for a missing value, in every column; NaN always does.
 
     Raises:
-      ValueError: no text table, no rows, rows of unequal length, two columns of one name; unknown
-        names in the arguments; attributes that are neither numeric nor categorical, sparse rows,
-        values that an @attribute does not allow; infinite numbers; a column without two different
-        values; a missing label, fewer than two classes. Names the file, and its line or column.
+      ValueError: not a text table, no rows, rows of unequal length, two columns of one name;
+        unknown names in the arguments; attributes that are neither numeric nor categorical, sparse
+        rows, values that an @attribute does not allow; infinite numbers; a constant column; a
+        missing label, fewer than two classes. Names the file, and its line or column.
 
     Source: ARFF as Weka defines it; Alcala-Fdez et al. 2011, KEEL data-mining software tool.
     """
@@ -135,6 +140,9 @@ def category_sizes(columns: Sequence[Column]) -> tuple[int, ...]:
 
     >>> category_sizes([Column("age", None), Column("job", ("clerk", "nurse"))])
     (2,)
+
+    Args:
+      columns: of a table.
     """
     return tuple(len(c.categories) for c in columns if c.categories is not None)
 
@@ -142,13 +150,12 @@ def category_sizes(columns: Sequence[Column]) -> tuple[int, ...]:
 def fit_encoder(
     values: np.ndarray, columns: Sequence[Column]
 ) -> Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]]:
-    """Fits an encoder on these rows alone; it turns rows of the table into inputs of a network.
+    """Fits an encoder on the training rows; it turns rows of the table into a network's inputs.
 
-    Numbers x become (x - mean) / sd, with mean and sd of the fitted values that are not missing
-    (population sd; 1 where the fitted values are constant); missing ones become 0. Each numeric
-    column with a missing value among the fitted rows gets an indicator, 1 = missing, after all
-    numbers. Categories stay codes; missing ones, and those that no fitted row has, become -1, which
-    `jax.nn.one_hot` turns into zeros.
+    Numbers x become (x - mean) / sd, with mean and sd of the training values (population sd; 1 for
+    a constant column); missing numbers become 0. Each numeric column with a missing training value
+    gets an indicator, 1 = missing, after all numbers. Categories stay codes; missing and unseen
+    ones become -1, which `jax.nn.one_hot` turns into zeros.
 
     >>> encode = fit_encoder(np.array([[1.0], [3.0], [np.nan]]), [Column("age", None)])
     >>> encode(np.array([[5.0], [np.nan]])).tolist()
@@ -159,7 +166,7 @@ def fit_encoder(
       columns: its D columns.
 
     Returns:
-      f64[N, D] -> f32[N, D1] where all columns are numeric (D1 with indicators), else
+      f64[N, D] -> f32[N, D1] if all columns are numeric (D1 with indicators), else
       {"numeric": f32[N, D1], "categorical": i32[N, D2]}, D2 as in `category_sizes`.
 
     Raises:
