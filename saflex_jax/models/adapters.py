@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def from_linen(module: nn.Module) -> Model:
     """A Linen module with __call__(inputs, *, train) as a Model.
 
-    Every collection but "params" is model_state; it is updated in training mode only. Training
-    mode gets its key as the "dropout" stream.
+    All collections but "params" are model_state, which only training mode updates. Training mode
+    gets its key as the "dropout" stream.
 
     >>> from saflex_jax.models import MLP, Classifier
     >>> model = from_linen(Classifier(MLP((8,)), num_classes=3))
@@ -55,9 +55,9 @@ def from_linen(module: nn.Module) -> Model:
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     """An NNX module as a Model, by split and merge; dropout and BatchNorm work.
 
-    `nnx.Param` leaves are params; the module's random streams (dropout) start anew from the key of
-    each training call; everything else (running statistics) is model_state. Training and evaluation
-    mode are NNX's own `train()` and `eval()`.
+    `nnx.Param` leaves are params; everything else (running statistics) is model_state. Random
+    streams (dropout) restart from the key of each training call. Training and evaluation mode are
+    NNX's own `train()` and `eval()`.
 
     >>> from flax import nnx
     >>> model = from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
@@ -118,7 +118,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 def from_function(
     init: Callable[[jax.Array, PyTree], Params], apply: Callable[[Params, PyTree], jax.Array]
 ) -> Model:
-    """A function as a Model without state, the same in training and evaluation mode.
+    """A function as a Model without state; training and evaluation mode are the same.
 
     >>> model = from_function(lambda key, x: jnp.zeros((x.shape[1], 3)), lambda w, x: x @ w)
     >>> params, model_state = model.init(jax.random.key(0), jnp.zeros((1, 4)))

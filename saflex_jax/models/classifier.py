@@ -1,4 +1,4 @@
-"""A classifier is a backbone and linear heads; parameters at "backbone" and "head"."""
+"""A classifier: a backbone and linear heads, with parameters at "backbone" and "head"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIX = {"inputs", "partner", "share", "layer"}  # the entries that `augment.mani
 
 
 def mix_hidden(h: jax.Array, mix: dict[str, jax.Array], layer: int) -> jax.Array:
-    """Mixes rows with their partners where the mix is for this layer.
+    """Mixes rows with their partners if the mix is for this layer.
 
         h_i <- s_i h_i + (1 - s_i) h_p(i)  where  mix["layer"]_i = layer
 
@@ -25,7 +25,7 @@ def mix_hidden(h: jax.Array, mix: dict[str, jax.Array], layer: int) -> jax.Array
     Args:
       h: f[B, ...].
       mix: "partner" rows i32[B], "share" s f32[B], "layer" i32[B].
-      layer: number of this layer.
+      layer: number of the calling layer.
 
     Source: Verma et al., "Manifold Mixup", ICML 2019.
     """
@@ -64,8 +64,7 @@ class Classifier(nn.Module):
     """A linear head on any backbone: f32[B, K].
 
     Inputs are the backbone's, or the dict of `augment.manifold_mixup`: rows are then mixed with
-    their partners at layer 0, the inputs, or 1, the features. Logits of mixed rows depend on their
-    partners in evaluation mode too.
+    their partners at layer 0, the inputs, or 1, the features, also in evaluation mode.
 
     >>> from saflex_jax.models import MLP
     >>> network = Classifier(MLP((8,)), num_classes=3)
@@ -87,7 +86,12 @@ class Classifier(nn.Module):
         self.head = linear(self.num_classes, self.cosine)
 
     def __call__(self, inputs: PyTree, *, train: bool) -> jax.Array:
-        """Logits f32[B, K]. `train` is BatchNorm's mode: batch statistics, or running ones."""
+        """Logits f32[B, K].
+
+        Args:
+          inputs: the backbone's, or the dict of `augment.manifold_mixup`.
+          train: BatchNorm's mode: batch statistics (True) or running ones.
+        """
         if not (isinstance(inputs, dict) and set(inputs) == _MIX):
             return self.head(self.backbone(inputs, train=train))
         mixed = jax.tree.map(lambda x: mix_hidden(x, inputs, 0), inputs["inputs"])
@@ -111,13 +115,19 @@ class Linears(nn.Module):
 class Heads(nn.Module):
     """Several linear heads on any backbone, with parameters at "head/NAME".
 
+    >>> from saflex_jax.models import MLP
+    >>> network = Heads(MLP((8,)), widths={"class": 3, "view": 4})
+    >>> outputs, _ = network.init_with_output(jax.random.key(0), jnp.zeros((1, 4)), train=False)
+    >>> outputs["view"].shape
+    (1, 4)
+
     Attributes:
       backbone: as in `Classifier`. With `stage` its call is
         __call__(inputs, *, train, stage) -> (features f32[B, D], map f32[B, h, w, C]).
       widths: name -> outputs of that head.
-      stage: the backbone's stage whose feature map is returned, -1 = the last; None = no map.
-      features: whether the features are returned.
-      cosine: as in `Classifier`.
+      stage: stage of the backbone whose feature map to return; -1 = the last, None = no map.
+      features: whether to return the features.
+      cosine: whether logits are cosines, see `CosineLinear`.
     """
 
     backbone: nn.Module

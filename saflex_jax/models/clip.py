@@ -40,9 +40,9 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": nn.gelu}
 
 
 def clip_inputs(images: jax.Array, family: str = "clip") -> jax.Array:
-    """Images as the family's image tower sees them; `ImageTower` does this itself.
+    """Images normalised as the family's image tower expects; `ImageTower` does this itself.
 
-        x <- (x - m_c) / s_c ,   m and s of the colours it was trained on
+        x <- (x - m_c) / s_c ,   m and s of the family's training colours
 
     >>> clip_inputs(jnp.full((1, 8, 8, 3), 0.75), "siglip")[0, 0, 0].tolist()
     [0.5, 0.5, 0.5]
@@ -52,7 +52,7 @@ def clip_inputs(images: jax.Array, family: str = "clip") -> jax.Array:
       family: "clip" or "siglip".
 
     Raises:
-      ValueError: another family, or no images of three colours.
+      ValueError: another family, or inputs that are not images of three colours.
     """
     checks.choice(FAMILIES, family=family)
     checks.images(images=images)
@@ -118,12 +118,17 @@ class AttentionPool(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Vision transformer of CLIP, images f[B, size, size, 3] in [0, 1] -> f32[B, width]; B/32.
+    """Vision transformer of CLIP, by default B/32: images f[B, size, size, 3] -> f32[B, width].
 
-    Images are normalised inside (`clip_inputs`). CLIP has a class token, whose features these are,
-    and a normalisation before the first block; SigLIP has neither and ends with `AttentionPool`.
-    There is no dropout, so training and evaluation mode are the same. Weights of the blocks start
-    as in `ViT`.
+    Images are in [0, 1] and normalised inside (`clip_inputs`). CLIP has a class token, whose
+    features are returned, and a normalisation before the first block; SigLIP has neither and ends
+    with `AttentionPool`. Without dropout, training and evaluation mode are the same. The blocks are
+    initialised as in `ViT`.
+
+    >>> tower = ImageTower(size=8, patch=4, width=64, depth=1, heads=1, mlp_width=64)
+    >>> x = jnp.zeros((2, 8, 8, 3))
+    >>> jax.eval_shape(lambda: tower.init_with_output(jax.random.key(0), x, train=False)[0]).shape
+    (2, 64)
 
     Attributes:
       size: side of the images in pixels; a multiple of patch.
@@ -137,10 +142,10 @@ class ImageTower(nn.Module):
       family: "clip" or "siglip".
       dtype: of the computation ("bfloat16"); None = f32. Parameters, normalisations and features
         are f32.
-      remat: whether blocks are computed again for the gradient instead of being kept.
+      remat: whether to recompute blocks for the gradient, to save memory.
 
     Raises:
-      ValueError: unknown words; images of another size, or (outside of jit) out of [0, 1].
+      ValueError: an unknown name; images of another size or, outside of jit, out of [0, 1].
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language
     Supervision", ICML 2021; Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
@@ -183,11 +188,16 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Text transformer of CLIP, tokens i32[B, T] with T <= context -> f32[B, width]; that of B/32.
+    """Text transformer of CLIP, by default B/32's: tokens i32[B, T], T <= context -> f32[B, width].
 
-    CLIP's features are those of the first token with the largest number, which ends the caption:
-    attention is causal, so what follows it does not matter. SigLIP's attention sees all tokens, and
-    its features are the last one's: T = context there.
+    CLIP returns the features of the first token with the largest number, which ends the caption;
+    attention is causal, so later tokens do not matter. SigLIP attends to all tokens and returns the
+    last one's features, with T = context.
+
+    >>> tower = TextTower(vocab_size=9, context=4, width=64, depth=1, heads=1, mlp_width=64)
+    >>> tokens = jnp.array([[1, 8, 0, 0]])
+    >>> jax.eval_shape(lambda: tower.init_with_output(jax.random.key(0), tokens, train=False)[0])
+    ShapeDtypeStruct(shape=(1, 64), dtype=float32)
 
     Attributes:
       vocab_size: V; V - 1 is the token that ends a caption.
@@ -195,8 +205,8 @@ class TextTower(nn.Module):
       width, depth, heads, mlp_width, activation, family, dtype, remat: see `ImageTower`.
 
     Raises:
-      ValueError: unknown words; tokens that are no integers [B, T], or too many; outside of jit
-        also tokens beyond the vocabulary, and a caption without its end.
+      ValueError: an unknown name; tokens that are not integers [B, T], or too many; outside of jit
+        also tokens beyond the vocabulary, and captions without an end token.
 
     Source: as `ImageTower`.
     """
@@ -246,13 +256,13 @@ class Projections(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and their projections into one space, in which cosines say what belongs together.
+    """Two towers and their projections into one space, where cosines compare images and captions.
 
         z_ij = exp(s) <x_i, t_j> (+ b) ,   x and t normalised embeddings
 
     A tower is any module with __call__(inputs, *, train) -> features f[B, D]: `ImageTower` and
-    `TextTower`, a ResNet, or an `MLP` on features that were computed before. Parameters are at
-    "image", "text", "head/image", "head/text" and "logit_scale" (and "logit_bias").
+    `TextTower`, a ResNet, or an `MLP` on precomputed features. Parameters are at "image", "text",
+    "head/image", "head/text" and "logit_scale" (and "logit_bias").
 
     >>> from saflex_jax.models import MLP
     >>> clip = CLIP(MLP((8,)), MLP((8,)), embed_dim=4)
@@ -264,14 +274,13 @@ class CLIP(nn.Module):
     Attributes:
       image: tower of the images.
       text: tower of the captions.
-      embed_dim: E, of the common space.
-      projected: towers whose features get a projection; those of the others are the embeddings.
-      sigmoid: SigLIP: there is a parameter "logit_bias", b, projections have biases, and the scale
-        starts at 10.
+      embed_dim: E, width of the common space.
+      projected: towers with a projection; other towers' features are the embeddings.
+      sigmoid: as in SigLIP: a parameter "logit_bias", b; projections with biases; an initial scale
+        of 10.
 
     Raises:
-      ValueError: a name that is no tower's; features of a tower that is not projected whose width
-        is not E.
+      ValueError: an unknown tower; a tower without projection whose features do not have width E.
 
     Source: as `ImageTower`.
     """
@@ -292,11 +301,21 @@ class CLIP(nn.Module):
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), ())
 
     def encode_image(self, images: PyTree, *, train: bool = False) -> jax.Array:
-        """Embeddings f32[B, E] of images, not normalised."""
+        """Embeddings f32[B, E] of images, not normalised.
+
+        Args:
+          images: the image tower's inputs.
+          train: mode of the tower.
+        """
         return self._embedded("image", self.image(images, train=train))
 
     def encode_text(self, tokens: PyTree, *, train: bool = False) -> jax.Array:
-        """Embeddings f32[B, E] of captions, not normalised."""
+        """Embeddings f32[B, E] of captions, not normalised.
+
+        Args:
+          tokens: the text tower's inputs.
+          train: mode of the tower.
+        """
         return self._embedded("text", self.text(tokens, train=train))
 
     def _embedded(self, tower: str, features: jax.Array) -> jax.Array:
@@ -319,10 +338,13 @@ class CLIP(nn.Module):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Rows of f[B, E] divided by their length; a row of zeros stays.
+    """Rows divided by their Euclidean norm; a row of zeros stays.
 
     >>> unit(jnp.array([[0.0, 4.0], [0.0, 0.0]])).tolist()
     [[0.0, 1.0], [0.0, 0.0]]
+
+    Args:
+      x: f[B, E].
     """
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
@@ -331,12 +353,16 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def check_images(images: jax.Array, tower: ImageTower) -> None:
-    """Raises ValueError unless the tower takes these images; values are read where they can be.
+    """Raises ValueError unless the tower takes these images; checks values outside of jit.
 
     >>> check_images(np.zeros((1, 32, 32, 3), np.float32), ImageTower())
     Traceback (most recent call last):
         ...
     ValueError: images must have shape [B, 224, 224, 3]; resize them first; given [1, 32, 32, 3]
+
+    Args:
+      images: f[B, H, W, 3] in [0, 1].
+      tower: that will take them.
     """
     checks.whole(1, size=tower.size, patch=tower.patch)
     if tower.size % tower.patch:
@@ -359,12 +385,16 @@ def check_images(images: jax.Array, tower: ImageTower) -> None:
 
 
 def check_tokens(tokens: jax.Array, tower: TextTower) -> None:
-    """Raises ValueError unless the tower takes these tokens; values are read where they can be.
+    """Raises ValueError unless the tower takes these tokens; checks values outside of jit.
 
     >>> check_tokens(np.array([[1, 9]]), TextTower(vocab_size=9))
     Traceback (most recent call last):
         ...
     ValueError: tokens must lie in [0, 9), the vocabulary; row 0 has 9
+
+    Args:
+      tokens: i32[B, T].
+      tower: that will take them.
     """
     checks.whole(1, vocab_size=tower.vocab_size, context=tower.context)
     if np.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -420,7 +450,7 @@ def make_clip(
     dtype: DTypeLike | None = None,
     remat: bool = False,
 ) -> CLIP:
-    """CLIP of a published size, or a tiny one; 151.3 M parameters for B/32.
+    """CLIP of a published size (B/32 has 151.3 M parameters), or a tiny one.
 
     `clip.clone(text=clip.text.clone(vocab_size=1000))` changes a field of a tower.
 

@@ -1,4 +1,4 @@
-"""The networks that the configurations beside CLIP's published weights describe."""
+"""Networks from the configurations published with CLIP's weights."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh":
 def clip_of(
     config: Mapping[str, Any], *, dtype: DTypeLike | None = None, remat: bool = False
 ) -> CLIP:
-    """The network that a configuration describes.
+    """The network of a configuration.
 
     >>> clip = clip_of({"model_cfg": {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}}})
     >>> clip.image.patch, clip.image.activation
     (16, 'gelu')
 
     Args:
-      config: what config.json (Hugging Face: `CLIPConfig`, `SiglipConfig`) or open_clip_config.json
-        holds; what is left out is as in those libraries.
+      config: the content of config.json (Hugging Face: `CLIPConfig`, `SiglipConfig`) or
+        open_clip_config.json; missing fields have those libraries' defaults.
       dtype, remat: of both towers; see `ImageTower`.
 
     Raises:
-      ValueError: another kind of network, or a field that these towers have nothing for.
+      ValueError: another kind of network, or a field that these towers do not support.
     """
     options = {"dtype": dtype, "remat": remat}
     if "model_cfg" in config:
@@ -113,7 +113,7 @@ def _renamed(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(clip: CLIP, config: Mapping[str, Any]) -> None:
-    """Raises ValueError on the first field in which a network differs from its configuration.
+    """Raises ValueError naming the first field in which a network differs from its configuration.
 
     Args:
       clip: with an `ImageTower` and a `TextTower`.

@@ -1,4 +1,4 @@
-"""Captions as tokens: the user's tokenizer.json, CLIP's own vocabulary, or the words there are."""
+"""Captions as tokens: from your tokenizer.json, CLIP's own vocabulary, or the captions' words."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Tokenizer:
     >>> tokens(["Red car", "car"]).tolist()
     [[4, 3, 2, 5, 5], [4, 2, 5, 5, 5]]
 
-    Rows are filled up with the token that ends a caption.
+    Rows are padded with the token that ends a caption.
 
     Args:
-      tokenizer: path of the tokenizer.json beside a checkpoint, or of CLIP's own vocabulary
+      tokenizer: path of a checkpoint's tokenizer.json, or of CLIP's own vocabulary
         bpe_simple_vocab_16e6.txt.gz; or a tokenizer of the package `tokenizers`.
-      tower: whose vocabulary and context these are.
+      tower: gives the vocabulary's size and the context.
 
     Raises:
       ImportError: `tokenizers` is not installed.
-      ValueError: no such file, another vocabulary than the tower's.
+      ValueError: no such file, or a vocabulary that is not the tower's.
     """
 
     def __init__(self, tokenizer: str | os.PathLike | tokenizers.Tokenizer, tower: TextTower):
@@ -63,10 +63,10 @@ class Tokenizer:
 
         Args:
           captions: N texts.
-          truncate: whether a caption that is too long loses its last words.
+          truncate: whether to cut captions that are too long.
 
         Raises:
-          ValueError: no texts, an empty one, one of more tokens than the context.
+          ValueError: no texts, an empty text, or one with more tokens than the context.
         """
         context = self._tower.context
         rows = encode(self._tokenizer, captions, most=None if truncate else context)
@@ -77,7 +77,7 @@ class Tokenizer:
 
 
 def whole(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that neither shortens captions in silence nor fills them up."""
+    """A copy of the tokenizer that neither truncates nor pads."""
     copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()
@@ -108,6 +108,15 @@ def encode(
 
 def read_tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer:
     """A tokenizer from tokenizer.json, or CLIP's from its vocabulary (.txt.gz).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     word_vocabulary(["a red car"]).save(f"{folder}/tokenizer.json")
+    ...     read_tokenizer(f"{folder}/tokenizer.json").get_vocab_size()
+    6
+
+    Args:
+      path: the file.
 
     Raises:
       ImportError: `tokenizers` is not installed.
@@ -160,10 +169,13 @@ def _clip_tokenizer(text: str) -> tokenizers.Tokenizer:
 
 
 def word_vocabulary(captions: Iterable[str]) -> tokenizers.Tokenizer:
-    """A tokenizer of the words in these captions, for a tower that is trained from scratch.
+    """A tokenizer of the words in these captions, for a tower trained from scratch.
 
-    Token 0 stands for any other word, words follow in alphabetical order, and the last two tokens
-    begin and end a caption. An example is at `Tokenizer`; `.save(path)` writes it.
+    Token 0 stands for any other word; words follow in alphabetical order; the last two tokens begin
+    and end a caption. `.save(path)` writes it.
+
+    >>> word_vocabulary(["a red car"]).get_vocab_size()
+    6
 
     Args:
       captions: texts; case does not matter.

@@ -1,4 +1,4 @@
-"""CLIP's published weights as parameters, and parameters as such files: two dialects of keys."""
+"""CLIP's published weights as parameters, and parameters as such files, in two dialects."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _NAMES = (
 
 
 def to_clip(params: Params, clip: CLIP, dialect: str) -> dict[str, jax.Array]:
-    """The parameters as tensors with the names of a dialect; `write_weights` makes a file of them.
+    """The parameters as tensors with the names of a dialect, for `write_weights`.
 
     >>> from saflex_jax.models import make_clip
     >>> clip = make_clip("tiny")
@@ -72,7 +72,7 @@ def to_clip(params: Params, clip: CLIP, dialect: str) -> dict[str, jax.Array]:
       name -> f32 array.
 
     Raises:
-      ValueError: an unknown dialect, one that the family does not have, other towers.
+      ValueError: an unknown dialect, one that the family does not have, or other towers.
     """
     checks.choice(DIALECTS, dialect=dialect)
     family = _family(clip)
@@ -152,8 +152,8 @@ def from_clip(
 ) -> Params:
     """The parameters of CLIP or SigLIP from tensors with the names of either dialect, f32.
 
-    Every tensor must be there, and no other may be. Tensors do not tell which activation they were
-    trained with, or how many heads: the configuration that lies beside them does.
+    Every tensor must be present, and no others. Tensors do not tell the activation or the number of
+    heads; the configuration published with them does.
 
     >>> from saflex_jax.models import make_clip
     >>> from_clip({"visual.proj": np.zeros((128, 64))}, make_clip("tiny"))
@@ -162,9 +162,9 @@ def from_clip(
     ValueError: state must have 'ln_final.bias' f[128]; it is missing
 
     Args:
-      state: name -> array, as `read_weights` gives it.
+      state: name -> array, from `read_weights`.
       clip: with an `ImageTower` and a `TextTower`.
-      config: as `clip_of` takes it; whatever it says must be so of `clip`. None = unchecked.
+      config: as `clip_of` takes it, to check `clip` against; None = unchecked.
 
     Raises:
       ValueError: neither dialect; a tensor that is missing, left over, or of another shape; another
@@ -214,6 +214,8 @@ def load_clip(
     folder: str | os.PathLike, *, dtype: DTypeLike | None = None, remat: bool = False
 ) -> tuple[CLIP, Params]:
     """The network and its parameters from a downloaded folder of a hub.
+
+    >>> clip, params = load_clip("data/weights/clip-vit-base-patch32")  # doctest: +SKIP
 
     Args:
       folder: with config.json and model.safetensors (Hugging Face), or open_clip_config.json and

@@ -15,7 +15,7 @@ def with_map(
     Args:
       features: f32[B, D].
       maps: of all stages, f32[B, h, w, C] each.
-      stage: place in `maps`, from the end where negative; None = no map.
+      stage: index into `maps`, may be negative; None = no map.
 
     Raises:
       ValueError: a stage that the backbone does not have.

@@ -28,12 +28,12 @@ class Tokens(nn.Module):
 
         T_0 = t,   T_j = x_j w_j + b_j,   T_j = W_j[c_j] + b_j
 
-    A code that is out of range, as a missing value's, leaves b_j alone. All parameters start as
+    A code out of range, such as a missing value's, gives b_j. All parameters start as
     uniform(-1/sqrt(width), 1/sqrt(width)).
 
     Attributes:
       width: of a token.
-      categories: how many each categorical column has.
+      categories: number of categories of each categorical column.
 
     Source: Gorishniy et al. 2021, section 3.3, "Feature Tokenizer".
     """
@@ -77,20 +77,27 @@ class FTTransformer(nn.Module):
 
     A table is f32[B, D], or with categories {"numeric": f32[B, D], "categorical": codes
     i32[B, E]}. Blocks are pre-norm, the first without its first normalisation; the last computes
-    only the class token. There is no dropout (the paper has .2 in attention and .1 in perceptrons),
-    so training and evaluation mode are the same and rows are independent. Default sizes are the
-    paper's; weights of the blocks start as in `ViT`.
+    only the class token. Without dropout (the paper uses .2 in attention and .1 in perceptrons),
+    training and evaluation mode are the same and rows are independent. Default sizes are the
+    paper's; the blocks are initialised as in `ViT`.
+
+    >>> network = FTTransformer(width=64, depth=1, heads=1, mlp_width=64)
+    >>> table = jnp.zeros((2, 5))
+    >>> jax.eval_shape(
+    ...     lambda: network.init_with_output(jax.random.key(0), table, train=False)[0]
+    ... ).shape
+    (2, 64)
 
     Attributes:
       width: of a token; a multiple of heads.
-      depth: blocks.
+      depth: number of blocks.
       heads: of each attention.
       mlp_width: hidden width of each block's perceptron, after ReGLU; the paper's is 4/3 width.
-      categories: how many each categorical column has; () for inputs that are one array.
+      categories: number of categories of each categorical column; () for inputs that are one array.
 
     Raises:
       ValueError: sizes below 1, heads that do not divide the width; inputs that are not a table,
-        have no columns, or other categorical columns than `categories`.
+        have no columns, or have other categorical columns than `categories`.
 
     Source: Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data", NeurIPS 2021,
     section 3.3; the repository yandex-research/rtdl.

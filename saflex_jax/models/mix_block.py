@@ -1,7 +1,7 @@
-"""Mix blocks: from the feature maps of several images to the mask with which each enters a mixture.
+"""Mix blocks: from the feature maps of several images to the mask of each in a mixture.
 
 Both have __call__(maps f32[n, B, h, w, C], shares f32[n], *, size) -> masks f32[n, B, *size], in
-[0, 1] and summing to one over the n images at every pixel. A block of one's own does the same.
+[0, 1] and summing to one over the n images at every pixel. Write your own with the same signature.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ UPSAMPLING = {"nearest": "nearest", "bilinear": "linear"}  # half-pixel centres
 class MixBlockOptions:
     """Options of `MixBlock`.
 
+    >>> MixBlockOptions(upsample="nearest", v_neck=True).reduction
+    2
+
     Attributes:
       reduction: C / D, >= 1.
       upsample: "nearest" or "bilinear", of the logits.
-      lam_concat: the image's own share as one more channel of what q, k and v see; not together
+      lam_concat: add the image's own share as a channel of the inputs of q, k and v; not together
         with `lam_concat_v`, `lam_mul` or `qk_concat`.
-      lam_concat_v: of what v sees only; not together with `v_neck`, which takes constants away.
-      lam_mul: > 0: the maps are scaled by 1 + lam_mul l and 1 + lam_mul (1 - l).
-      lam_mul_k: >= 0: the l there is `rescaled`; None = l as it is.
-      qk_concat: q and k, then two maps, both see the channels of both images.
-      v_concat: v sees the channels of both.
-      v_neck: v is two layers with `BatchStatistics` and ELU between them, without biases.
+      lam_concat_v: add it to the input of v only; not together with `v_neck`, which removes
+        constants.
+      lam_mul: > 0: scale the maps by 1 + lam_mul l and 1 + lam_mul (1 - l); 0 = do not.
+      lam_mul_k: >= 0: use the `rescaled` l there; None = l itself.
+      qk_concat: q and k are separate maps of the channels of both images.
+      v_concat: v sees the channels of both images.
+      v_neck: v has two layers with `BatchStatistics` and ELU between them, without biases.
 
     Raises:
       ValueError: an unknown name, a value out of range, or options that exclude each other.
@@ -69,16 +73,21 @@ class MixBlockOptions:
 
 
 class MixBlock(nn.Module):
-    """AutoMix's block of two images: attention of one's own places over the partner's.
+    """AutoMix's block of two images: each position attends to the partner's positions.
 
         m = sigmoid(upsample(softmax(q(z) k(z') / sqrt(D)) v(z'))) ,  masks (1 - m, m)
 
-    q = k without `qk_concat`. By the default options masks do not depend on the shares. 33,153
-    parameters for C = 256; SAMix's, 164,480.
+    q = k without `qk_concat`. With the default options masks do not depend on the shares. For
+    C = 256 it has 33,153 parameters; SAMix's has 164,480.
+
+    >>> maps, shares = jnp.zeros((2, 1, 2, 2, 8)), jnp.array([0.3, 0.7])
+    >>> masks, _ = MixBlock().init_with_output(jax.random.key(0), maps, shares, size=(4, 4))
+    >>> masks.shape
+    (2, 1, 4, 4)
 
     Attributes:
       options: see `MixBlockOptions`.
-      axis_name: see `models.norm.Norm`; of `v_neck`.
+      axis_name: see `models.norm.Norm`; for `v_neck`.
 
     Raises:
       ValueError: not two images.
@@ -133,10 +142,13 @@ class MixBlock(nn.Module):
 class AdversarialMixBlockOptions:
     """Options of `AdversarialMixBlock`.
 
+    >>> AdversarialMixBlockOptions(upsample="nearest").upsample
+    'nearest'
+
     Attributes:
       reduction: C / D, >= 1.
       upsample: "nearest" or "bilinear", of the logits.
-      lam_concat: the image's own share as one more channel of its map.
+      lam_concat: add the image's own share as a channel of its map.
 
     Raises:
       ValueError: an unknown name, or a value out of range.
@@ -152,11 +164,17 @@ class AdversarialMixBlockOptions:
 
 
 class AdversarialMixBlock(nn.Module):
-    """AdAutoMix's block of n images: attention of each one's places over those of all others.
+    """AdAutoMix's block of n images: each image's positions attend to those of all others.
 
         s_i = softmax(sum_(j != i) q_i k_j / sqrt(D)) v_i ,  masks = softmax over i of upsample(s_i)
 
-    with q and k of the maps through a 1x1 convolution and ReLU each, v through a 1x1 convolution.
+    q and k are a 1x1 convolution and ReLU of the maps, v a 1x1 convolution.
+
+    >>> maps, shares = jnp.zeros((3, 1, 2, 2, 8)), jnp.full(3, 1 / 3)
+    >>> block = AdversarialMixBlock()
+    >>> masks, _ = block.init_with_output(jax.random.key(0), maps, shares, size=(4, 4))
+    >>> masks.shape
+    (3, 1, 4, 4)
 
     Attributes:
       options: see `AdversarialMixBlockOptions`.
@@ -190,7 +208,7 @@ class AdversarialMixBlock(nn.Module):
 
 
 class BatchStatistics(nn.Module):
-    """Batch normalisation by the statistics of the batch at hand, always: f32[..., C].
+    """Batch normalisation that always uses the current batch's statistics: f32[..., C].
 
     Attributes:
       axis_name: see `models.norm.Norm`.
@@ -214,7 +232,7 @@ class BatchStatistics(nn.Module):
 
 
 def rescaled(share: jax.Array, k: float) -> jax.Array:
-    """SAMix's curve through (0, 0), (1/2, 1/2) and (1, 1) in the place of lambda.
+    """SAMix's replacement for lambda: a curve through (0, 0), (1/2, 1/2) and (1, 1).
 
         (4/3 l^3 - 2 l^2 + (k + 1) l) / (k + 1/3)
 

@@ -24,7 +24,7 @@ class MLP(nn.Module):
 
     Attributes:
       widths: hidden widths; the last is the number of features.
-      categories: how many each categorical column has; () for inputs that are one array.
+      categories: number of categories of each categorical column; () for inputs that are one array.
       norm: "none", "group" or "batch" before each activation.
       axis_name: see `Norm`.
     """

@@ -12,10 +12,10 @@ from saflex_jax import checks
 class GroupNorm(nn.Module):
     """Group normalisation over up to 8 groups of the channels of f32[B, ..., C].
 
-    The same function as flax.linen.GroupNorm, but its statistics are broadcast in one operation
-    instead of through [B, 1, 1, C] reshapes. XLA moves those reshapes differently in the scores'
-    forward pass and in the training gradient's and then computes both; written this way the two
-    share one forward pass (tested by counting operations).
+    The same function as flax.linen.GroupNorm, with statistics broadcast in one operation instead of
+    through [B, 1, 1, C] reshapes. XLA moves those reshapes differently in the scores' forward pass
+    and in the training gradient's, and then computes both. Written like this, the two share one
+    forward pass (tested by counting operations).
 
     Source: Wu and He, "Group Normalization", ECCV 2018.
     """
@@ -50,10 +50,10 @@ class Norm(nn.Module):
     """GroupNorm or BatchNorm.
 
     Attributes:
-      kind: "group" (rows independent, no state), "batch", or "frozen": BatchNorm that uses its
-        running statistics in training mode, too, and keeps them, as a pretrained network needs.
+      kind: "group" (rows independent, no state), "batch", or "frozen": BatchNorm that uses and
+        keeps its running statistics in training mode too, for pretrained networks.
       axis_name: the pmap axis over which BatchNorm averages its statistics; None under jit, where
-        the batch is global already.
+        the batch is already global.
     """
 
     kind: str = "group"

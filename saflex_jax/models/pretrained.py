@@ -21,7 +21,7 @@ DEVIATION = np.float32([[[[0.229, 0.224, 0.225]]]])
 
 
 def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
-    """Images as networks that were trained on ImageNet expect them.
+    """Images normalised (and resized) as networks trained on ImageNet expect.
 
         x <- (x - m_c) / s_c ,   m and s of ImageNet's colours
 
@@ -29,14 +29,14 @@ def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
     0.0
 
     Args:
-      images: f32[B, H, W, C] in [0, 1]; C is 3, or 1 for grey ones.
-      size: height and width that they are resized to (bilinear, antialiased); None = as they are.
+      images: f32[B, H, W, C] in [0, 1]; C is 3, or 1 for grey images.
+      size: height and width of the result (bilinear, antialiased); None = unchanged.
 
     Returns:
       f32[B, size, size, 3].
 
     Raises:
-      ValueError: no images, or another number of channels.
+      ValueError: inputs that are not images, or another number of channels.
     """
     checks.images(images=images)
     batch, height, width, channels = images.shape
@@ -71,8 +71,8 @@ def torchvision_names(backbone: ResNet) -> dict[str, str]:
 def from_torchvision(state: Mapping[str, np.ndarray], backbone: ResNet) -> PyTree:
     """The variables of a ResNet from a state dict with torchvision's names, f32.
 
-    `fc.weight` and `fc.bias`, torchvision's last layer, are left out, and so are the counts of
-    batches. Everything else must be there, and nothing else may be.
+    torchvision's last layer (`fc.weight`, `fc.bias`) and the counts of batches are ignored. All
+    other tensors must be present, and no others.
 
     >>> from saflex_jax.models import ResNet18
     >>> from_torchvision({}, ResNet18("imagenet", norm="frozen"))
@@ -81,7 +81,7 @@ def from_torchvision(state: Mapping[str, np.ndarray], backbone: ResNet) -> PyTre
     ValueError: state must have 'bn1.bias' f[64]; it is missing
 
     Args:
-      state: name -> array, as `read_weights` gives it.
+      state: name -> array, from `read_weights`.
       backbone: with stem="imagenet" and norm="batch" or "frozen"; for three colours.
 
     Returns:
@@ -121,11 +121,17 @@ TUNED = ("all", "last_stage", "head")
 
 
 def with_weights(model: Model, variables: PyTree) -> Model:
-    """The model, its backbone started from these variables and fed with `imagenet_inputs`.
+    """The model with its backbone initialised from given variables, on `imagenet_inputs`.
+
+    >>> from saflex_jax.models import Classifier, ResNet18, from_linen
+    >>> backbone = ResNet18("imagenet", norm="frozen")
+    >>> x = jnp.zeros((1, 8, 8, 3))
+    >>> variables = jax.eval_shape(lambda: backbone.init(jax.random.key(0), x, train=False))
+    >>> model = with_weights(from_linen(Classifier(backbone, 10)), variables)
 
     Args:
-      model: of images in [0, 1]; its parameters have an entry "backbone", as those of `Classifier`.
-      variables: of the backbone, as `from_torchvision` gives them.
+      model: of images in [0, 1]; its parameters have an entry "backbone", like `Classifier`'s.
+      variables: of the backbone, from `from_torchvision`.
 
     Raises:
       ValueError: (from init) a model with another backbone.
@@ -157,7 +163,7 @@ def with_weights(model: Model, variables: PyTree) -> Model:
 
 
 def tuned(backbone: ResNet, what: str) -> PathPredicate:
-    """Which parameters of a model on this backbone train; those outside of it always do.
+    """Predicate for the parameters that train; those outside of the backbone always do.
 
     >>> from saflex_jax.models import ResNet18
     >>> train = tuned(ResNet18(), "last_stage")
@@ -165,11 +171,11 @@ def tuned(backbone: ResNet, what: str) -> PathPredicate:
     (True, False, True)
 
     Args:
-      backbone: at the entry "backbone" of the parameters.
-      what: "head" (all but the backbone), "last_stage" (and the backbone's last stage), "all".
+      backbone: the module at the entry "backbone" of the parameters.
+      what: "head" (all but the backbone), "last_stage" (also the backbone's last stage) or "all".
 
     Raises:
-      ValueError: another word.
+      ValueError: another name.
     """
     checks.choice(TUNED, tune=what)
     names, last = torchvision_names(backbone), f"layer{len(backbone.blocks)}."
@@ -186,7 +192,7 @@ def tuned(backbone: ResNet, what: str) -> PathPredicate:
 def only(
     tx: optax.GradientTransformation, predicate: PathPredicate
 ) -> optax.GradientTransformation:
-    """`tx` for the parameters that are selected; the others stay, and have no optimiser state.
+    """`tx` for the selected parameters; the others stay and have no optimiser state.
 
     >>> from saflex_jax.core.tree import under
     >>> params = {"backbone": jnp.ones(2), "head": jnp.ones(2)}
@@ -194,6 +200,10 @@ def only(
     >>> updates, _ = tx.update(params, tx.init(params), params)
     >>> updates["backbone"].tolist(), updates["head"].tolist()
     ([0.0, 0.0], [-1.0, -1.0])
+
+    Args:
+      tx: optax transformation.
+      predicate: path -> bool, the parameters to train.
     """
 
     def labels(params):

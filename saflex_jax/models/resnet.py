@@ -18,17 +18,22 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 class ResNet(nn.Module):
     """Residual network, f32[B, H, W, C] -> f32[B, D]; D is the channels of the last stage.
 
-    With stem="imagenet" and norm="batch" it is torchvision's network without its last layer, so
-    `pretrained.from_torchvision` fills it. Called with `stage`, it returns the feature map of that
-    stage as well.
+    With stem="imagenet" and norm="batch" it is torchvision's network without its last layer, for
+    `pretrained.from_torchvision`. Called with `stage`, it also returns that stage's feature map.
+
+    >>> network, images = ResNet(blocks=(1, 1), width=8), jnp.zeros((2, 8, 8, 3))
+    >>> jax.eval_shape(
+    ...     lambda: network.init_with_output(jax.random.key(0), images, train=False)[0]
+    ... ).shape
+    (2, 16)
 
     Attributes:
       stem: "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, max-pool).
       blocks: residual blocks per stage.
-      width: channels of the first stage, inside of its blocks; each stage doubles them.
+      width: channels inside the blocks of the first stage; each stage doubles them.
       norm: "group", "batch" or "frozen"; see `Norm`.
       axis_name: see `Norm`.
-      bottleneck: whether a block is 1x1, 3x3 (it has the stride), 1x1 to 4 times the channels,
+      bottleneck: whether a block is 1x1, 3x3 (with the stride), 1x1 to 4 times the channels,
         instead of 3x3, 3x3.
     """
 
@@ -84,11 +89,25 @@ class ResNet(nn.Module):
 
 
 class ResNet18(ResNet):
-    """`ResNet` of 8 basic blocks, f32[B, H, W, C] -> f32[B, 8 * width]; 11.2 M at width 64."""
+    """`ResNet` of 8 basic blocks, f32[B, H, W, C] -> f32[B, 8 * width]; 11.2 M at width 64.
+
+    >>> ResNet18(norm="batch").blocks
+    (2, 2, 2, 2)
+
+    Attributes:
+      stem, blocks, width, norm, axis_name, bottleneck: see `ResNet`.
+    """
 
 
 class ResNet50(ResNet):
-    """`ResNet` of 16 bottlenecks, f32[B, H, W, C] -> f32[B, 32 * width]; 23.5 M at width 64."""
+    """`ResNet` of 16 bottlenecks, f32[B, H, W, C] -> f32[B, 32 * width]; 23.5 M at width 64.
+
+    >>> ResNet50().blocks
+    (3, 4, 6, 3)
+
+    Attributes:
+      stem, blocks, width, norm, axis_name, bottleneck: see `ResNet`.
+    """
 
     blocks: Sequence[int] = (3, 4, 6, 3)
     bottleneck: bool = True

@@ -1,4 +1,4 @@
-"""A locked sentence encoder: captions to vectors, computed once; no part of it trains."""
+"""A locked sentence encoder: captions to vectors, computed once; nothing in it trains."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def bert(
         x <- norm(x + attention(x)),   x <- norm(x + mlp(x))
 
     Args:
-      state: name -> tensor, as transformers' BertModel has them.
+      state: name -> tensor, as in transformers' BertModel.
       tokens: i32[B, T].
-      mask: bool[B, T], False where a row is filled up.
+      mask: bool[B, T], False on padding.
       heads: of each attention.
       epsilon: of the normalisations.
 
@@ -73,7 +73,7 @@ def bert(
 def embed(
     state: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array, **options: float
 ) -> jax.Array:
-    """Normalised means of the tokens of `bert`, f32[B, D]; its arguments.
+    """Normalised means of the tokens of `bert`, f32[B, D]; takes its arguments.
 
     Source: Reimers and Gurevych, "Sentence-BERT", EMNLP 2019.
     """
@@ -82,18 +82,19 @@ def embed(
 
 
 def load_sentence_encoder(folder: str | os.PathLike) -> Callable[[Sequence[str]], np.ndarray]:
-    """The encoder in a folder, such as `python -m experiments.prepare minilm` makes.
+    """The encoder in a folder, for instance from `python -m experiments.prepare minilm`.
 
-        encode = models.load_sentence_encoder("data/weights/minilm")
-        vectors = encode(["a photo of a dog", "a photo of a cat"])  # f32[2, 384], of length one
+    >>> encode = load_sentence_encoder("data/weights/minilm")  # doctest: +SKIP
+    >>> encode(["a photo of a dog", "a photo of a cat"]).shape  # doctest: +SKIP
+    (2, 384)
 
     Args:
-      folder: with model.safetensors, config.json and tokenizer.json of a BERT whose sentences are
-        normalised means of tokens (sentence-transformers' all-MiniLM-L6-v2).
+      folder: with model.safetensors, config.json and tokenizer.json of a BERT whose sentence
+        vectors are normalised means of tokens (sentence-transformers' all-MiniLM-L6-v2).
 
     Returns:
-      captions -> f32[N, D]. It raises ValueError on an empty caption, and on one of more than 256
-      tokens.
+      captions -> f32[N, D] of length one. It raises ValueError on empty captions and on captions of
+      more than 256 tokens.
 
     Raises:
       ImportError: `tokenizers` is not installed.

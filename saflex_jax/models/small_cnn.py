@@ -15,7 +15,14 @@ from saflex_jax.models.norm import Norm
 class SmallCNN(nn.Module):
     """3x3 convolutions, stride 2 between stages, global mean: f32[B, H, W, C] -> f32[B, D].
 
-    Called with `stage`, it returns the feature map of that stage as well.
+    Called with `stage`, it also returns that stage's feature map.
+
+    >>> import jax
+    >>> network, images = SmallCNN(), jnp.zeros((2, 8, 8, 3))
+    >>> jax.eval_shape(
+    ...     lambda: network.init_with_output(jax.random.key(0), images, train=False)[0]
+    ... ).shape
+    (2, 32)
 
     Attributes:
       widths: channels of the stages; the last is the number of features.

@@ -1,4 +1,4 @@
-"""PyTorch's and safetensors' files of weights, read without PyTorch; no code of a file runs."""
+"""Weight files of PyTorch and safetensors, read without PyTorch; no code in a file runs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # what PyTorch's files had first before they we
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a state dict by their names.
 
-    Reads .safetensors, and any file of `torch.save` or `pickle.dump`: a name in it that is not one
-    of a few of PyTorch's is refused, so that none of its code runs.
+    Reads .safetensors, and any file of `torch.save` or `pickle.dump`. It admits only a few names of
+    PyTorch in a pickle, so that none of the file's code runs. An example is at `write_weights`.
 
     Args:
       path: the file.
@@ -43,10 +43,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
       name -> array of the tensor's shape and dtype.
 
     Raises:
-      ValueError: a file of another kind, a truncated one, or one that holds anything but tensors.
+      ValueError: a file of another kind, a truncated one, or one that holds more than tensors.
 
-    Source: the formats as torch.serialization (2.x) writes them and as the safetensors
-    documentation describes them.
+    Source: the formats of torch.serialization (2.x) and of the safetensors documentation.
     """
     content = pathlib.Path(path).read_bytes()
     try:
@@ -70,13 +69,17 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors by their names as a .safetensors file, which appears whole or not at all.
+    """Writes tensors by their names as a .safetensors file, whole or not at all.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_weights(f"{folder}/x.safetensors", {"bias": np.float32([1, 2])})
     ...     read_weights(f"{folder}/x.safetensors")["bias"].tolist()
     [1.0, 2.0]
+
+    Args:
+      path: the file.
+      state: name -> array.
 
     Raises:
       ValueError: a tensor of a dtype that the format does not have.
@@ -100,7 +103,7 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> N
 def check_tensors(
     given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], network: str
 ) -> None:
-    """Raises unless a state dict has the wanted names, no other, and their shapes.
+    """Raises unless a state dict has exactly the wanted names and their shapes.
 
     >>> check_tensors({}, {"conv1.weight": (4,)}, "ResNet18")
     Traceback (most recent call last):

@@ -23,18 +23,21 @@ class TwoTowers(CLIP):
     >>> outputs, _ = network.init_with_output(jax.random.key(0), pairs, train=False)
     >>> sorted(outputs), outputs["text"].shape
     (['bias', 'image', 'scale', 'text'], (5, 4))
+
+    Attributes:
+      image, text, embed_dim, projected, sigmoid: see `CLIP`.
     """
 
     @classmethod
     def of(cls, clip: CLIP) -> TwoTowers:
-        """The network of a CLIP, whose weights are its own."""
+        """The network of a CLIP, which shares its weights."""
         names = ("image", "text", "embed_dim", "projected", "sigmoid")
         return cls(**{name: getattr(clip, name) for name in names})
 
     def __call__(self, inputs: dict[str, PyTree], *, train: bool) -> dict[str, jax.Array]:
-        """Normalised embeddings of what is given, "image" f32[B, E] and "text" f32[B', E].
+        """Normalised embeddings of the given inputs, "image" f32[B, E] and "text" f32[B', E].
 
-        Beside them "scale" and "bias" f32[], the logits' (`core.contrastive.similarities`).
+        The result also has "scale" and "bias" f32[], for `core.contrastive.similarities`.
         """
         encode = {"image": self.encode_image, "text": self.encode_text}
         outputs = {name: unit(encode[name](inputs[name], train=train)) for name in inputs}

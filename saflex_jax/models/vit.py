@@ -15,7 +15,7 @@ from saflex_jax.models.norm import GroupNorm
 
 
 def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
-    """Layer normalisation of each token of f[B, T, D]: one group, one row a token; f32 or wider.
+    """Layer normalisation of each token of f[B, T, D], in f32 or wider.
 
     Not flax.linen.LayerNorm, for the reason given in `GroupNorm`.
     """
@@ -32,7 +32,7 @@ class Block(nn.Module):
       activation: of those outputs; it may return fewer, as `ft_transformer.reglu` does.
       norm_first: whether the attention sees normalised tokens, as the perceptron does.
       epsilon: of the normalisations.
-      dtype: that matrices are multiplied in; None = that of the inputs. Parameters are f32.
+      dtype: of matrix products; None = that of the inputs. Parameters are f32.
 
     Raises:
       ValueError: heads that do not divide D.
@@ -65,20 +65,27 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer, f32[B, H, W, C] -> f32[B, width]; ViT-S, 21 M parameters, by default.
+    """Vision transformer, f32[B, H, W, C] -> f32[B, width]; by default ViT-S, 21 M parameters.
 
     Tokens are patches with learned positions; features are the mean of the tokens after the last
-    normalisation (no class token). There is no dropout, so training and evaluation mode are the
-    same. Called with `stage`, it returns the tokens after that block as a feature map as well.
+    normalisation (no class token). Without dropout, training and evaluation mode are the same.
+    Called with `stage`, it also returns the tokens after that block as a feature map.
+
+    >>> network = ViT(patch=4, width=64, depth=1, heads=1, mlp_width=64)
+    >>> images = jnp.zeros((2, 8, 8, 3))
+    >>> jax.eval_shape(
+    ...     lambda: network.init_with_output(jax.random.key(0), images, train=False)[0]
+    ... ).shape
+    (2, 64)
 
     Attributes:
       patch: side of a patch in pixels; must divide H and W.
       width: D, of a token; a multiple of heads.
-      depth: blocks.
+      depth: number of blocks.
       heads: of each attention.
       mlp_width: hidden width of each block's perceptron.
-      remat: compute each block's activations again for its gradient, instead of keeping them; less
-        memory for a third more work. Scores then pay for a forward pass of their own.
+      remat: recompute each block's activations for its gradient: less memory for a third more work.
+        Scores then need their own forward pass.
 
     Raises:
       ValueError: a size that does not divide.
