@@ -1,12 +1,12 @@
-"""Which labels are wrong, and which samples are of no class? A table from plain arrays in one call.
+"""Which labels are wrong, and which samples are of no class? Plain arrays in, a table out.
 
-For people whose network lives elsewhere: features (or logits) and labels in, NumPy arrays out.
+For networks that live elsewhere: takes features (or logits) and labels, returns NumPy arrays.
 
-    heads on all folds but one -> what they believe of the fold that they did not see
-    -> how classes are confused, by maximum likelihood -> posterior of every label -> once more
+    heads on all folds but one -> their beliefs about the held-out fold
+    -> confusion of classes, by maximum likelihood -> posterior of every label -> once more
 
-Heads train by this package's loop, all folds in one program: first by SAFLEX's rule, or plainly
-where no sample is trusted; then plainly on the posterior labels that the first ones give.
+Heads train with this package's loop, all folds in one program: first with SAFLEX's rule (plainly if
+no sample is trusted), then plainly on the posterior labels from the first round.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ ROWS = 1024  # that a head is asked about at once
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How the heads are trained: standardised features -> MLP -> classes, by AdamW.
+    """How to train the heads: standardised features -> MLP -> classes, by AdamW.
+
+    >>> Head(widths=(), steps=200).folds
+    5
 
     Attributes:
       widths: of hidden layers; () = a linear head.
-      weight_decay: of AdamW. Strong: a head that can learn wrong labels by heart does.
+      weight_decay: of AdamW. Strong, so that a head cannot memorise wrong labels.
       learning_rate: at the first step; it falls to 0 by a cosine.
       steps: of each head.
-      batch_size: samples of a step.
-      folds: heads; each sees all folds but its own.
+      batch_size: samples per step.
+      folds: number of heads; each trains on all folds but its own.
     """
 
     widths: Sequence[int] = (256,)
@@ -69,23 +72,25 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Audit:
-    """What was found of N samples of K classes; a table by `columns`.
+    """The result for N samples of K classes; `columns` makes a table.
+
+    An example is at `audit`.
 
     Attributes:
       given: i[N], labels as given.
       learned: i[N], the label that is most likely right.
-      probability: f32[N], that it is.
-      quality: f32[N], probability that the given label is right; small = look at it first.
-      weight: f32[N], what training should weigh it with, of mean one over those not outside.
-      utility: f32[N] in [-1, 1], 2 quality - 1, and -1 outside; drop what is below zero.
-      typicality: f32[N] in (0, 1], share of trusted samples that look as little like the others of
-        them, a conformal p-value; 1 without features or enough trusted samples.
+      probability: f32[N], probability of the learned label.
+      quality: f32[N], probability that the given label is right; look at small values first.
+      weight: f32[N], training weights, of mean one over the samples not flagged as outside.
+      utility: f32[N] in [-1, 1], 2 quality - 1, and -1 outside; drop samples below zero.
+      typicality: f32[N] in (0, 1], share of trusted samples that look at most as typical, a
+        conformal p-value; 1 without features or enough trusted samples.
       wrong: bool[N], flagged: the given label is more likely wrong than right.
       outside: bool[N], flagged: unlike all trusted samples, so probably of no class.
-      trusted: bool[N].
-      labels: f32[N, K], the learned labels whole.
-      transition: f32[K, K], C_kj: how often a sample of class k is given as j.
-      noise_rate: share of the labels that are wrong, trusted ones left out.
+      trusted: bool[N], as given.
+      labels: f32[N, K], the learned soft labels.
+      transition: f32[K, K], C_kj: how often class k is given as j.
+      noise_rate: share of wrong labels, trusted samples left out.
       groups: name -> utility pooled over its rows, f32[] each (`core.pooled.Pooled`).
     """
 
@@ -122,34 +127,35 @@ def audit(
     head: Head = Head(),
     seed: int = 0,
 ) -> Audit:
-    """Audits labels by features of any network, with or without trusted samples.
+    """Audits labels from features of any network, with or without trusted samples.
 
     >>> rng = np.random.default_rng(0)
     >>> labels = rng.integers(2, size=200)
     >>> features = rng.normal(size=(200, 4)) + 6 * labels[:, None]
     >>> labels[7] = 1 - labels[7]  # a wrong one
     >>> quick = Head(widths=(), steps=60, batch_size=32, learning_rate=0.1, weight_decay=0.1)
-    >>> found = audit(features, labels, head=quick)
-    >>> np.flatnonzero(found.wrong).tolist(), int(found.learned[7]) == 1 - int(labels[7])
+    >>> result = audit(features, labels, head=quick)
+    >>> np.flatnonzero(result.wrong).tolist(), int(result.learned[7]) == 1 - int(labels[7])
     ([7], True)
 
     Args:
-      features: f[N, D], finite; of a frozen network, or columns of numbers. They are standardised.
+      features: f[N, D], finite: from a frozen network, or columns of numbers. They are
+        standardised here.
       labels: i[N] in [0, K).
-      trusted: bool[N], samples whose label is right; None = there are none.
+      trusted: bool[N], samples whose label is known to be right; None = none.
       source: i[N]; samples of one source (draws of a generator, crops of one image) stay in one
-        fold. None = each has its own.
-      groups: [N], any values: utility is pooled over the rows of each. None = not.
+        fold. None = every sample is its own source.
+      groups: [N], any values; utility is pooled over the rows of each. None = no groups.
       num_classes: K; None = the largest label plus one.
-      head: how heads are trained.
+      head: how to train the heads.
       seed: of folds, heads and batches.
 
     Raises:
       ValueError: arrays that disagree in N, features not finite, labels out of range, fewer than
-        two classes or than two samples a fold; features that say nothing of the labels.
+        two classes or two samples per fold; features that say nothing about the labels.
 
-    Source: this project's (docs/audit.md). Beliefs of models that did not see the sample:
-    Northcutt et al., "Confident Learning", JAIR 2021.
+    Source: this project's (docs/audit.md). Out-of-sample beliefs: Northcutt et al., "Confident
+    Learning", JAIR 2021.
     """
     x, y, known, size = _checked(features, labels, trusted, source, groups, num_classes)
     fold = _folds(known, source, head.folds, seed)
@@ -170,16 +176,16 @@ def from_logits(
     trusted: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> Audit:
-    """Audits labels by what a network of yours says of samples that it was not trained on.
+    """Audits labels from your network's out-of-sample logits.
 
     >>> logits = np.array([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]] * 40, "float32")
-    >>> found = from_logits(logits, np.array([0, 1, 0] * 39 + [0, 1, 1]))
-    >>> np.flatnonzero(found.wrong).tolist()
+    >>> result = from_logits(logits, np.array([0, 1, 0] * 39 + [0, 1, 1]))
+    >>> np.flatnonzero(result.wrong).tolist()
     [119]
 
     Args:
-      logits: f[N, K], finite; of cross-validation, or log probabilities.
-      labels, trusted, groups: as for `audit`.
+      logits: f[N, K], finite: from cross-validation; log-probabilities also do.
+      labels, trusted, groups: see `audit`.
 
     Raises:
       ValueError: as `audit`.
@@ -368,19 +374,24 @@ def _inside(typical: np.ndarray, trusted: np.ndarray) -> np.ndarray:
 
 
 def typicality(x: np.ndarray, trusted: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Share of trusted samples that look as little like the others of them, f32[N] in (0, 1].
+    """Share of trusted samples that look at most as typical as each sample, f32[N] in (0, 1].
 
         p_i = (1 + #{trusted j: s_j <= s_i}) / (M + 1) ,   s_i = <w, x_i>
         w = argmin mean_trusted (1 - <w, x>)^2 + mean_others (1 + <w, x>)^2 + r |w|^2
 
-    w is of the folds that sample i is not in, r the one of RIDGES with the least such error there.
-    What is unlike all trusted samples is told from them easily; what is like them cannot be, and
-    has a uniform p. All 1 where too few samples are trusted to be in folds.
+    w is fitted on the folds without sample i, r is the one of RIDGES with the least error there. A
+    sample unlike all trusted ones has a small p; one like them has a uniform p. All p are 1 if too
+    few samples are trusted.
+
+    >>> x, fold = np.float32([[0.0]] * 60 + [[9.0]] * 20), np.arange(80) % 4
+    >>> p = typicality(x, trusted=np.arange(80) < 40, fold=fold)
+    >>> bool(p[60:].max() < p[:60].min())
+    True
 
     Args:
       x: f[N, D], standardised.
       trusted: bool[N], M of them.
-      fold: i[N]; -1 = in none.
+      fold: i[N], the fold of each sample; -1 = in none.
 
     Source: p as in Bates et al., "Testing for outliers with conformal p-values", Annals of
     Statistics 2023, of a score that separates the two: Lee and Liu, "Learning with Positive and

@@ -1,7 +1,7 @@
-"""From configs to rules and methods: options as nested dicts, by the records of each file.
+"""From configs to rules and methods: nested dicts of options, as each file's records define them.
 
-A method's `Options` and a rule are frozen dataclasses. Their fields are what a config may set; a
-field that is a dataclass is a section of its own. Nothing here knows a rule or a method by name.
+A method's `Options` and a rule are frozen dataclasses. A config may set their fields; a field that
+is a dataclass is a section. Nothing here knows a rule or a method by name.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ KEYS = ("name", "rule", "loss")  # of a method's section, beside the sections of
 class LossSpec(NamedTuple):
     """A candidates' loss for configs.
 
+    >>> LOSSES["ldam"].of_labels
+    True
+
     Attributes:
       make: run -> loss.
-      of_labels: as of `rules.RuleSpec`.
+      of_labels: whether the loss holds the run's labels, see `rules.RuleSpec`.
     """
 
     make: Callable[[RunInfo], CandidateLoss]
@@ -66,17 +69,17 @@ PRETRAINED = {"stem": "imagenet", "norm": "frozen"}  # of a backbone with weight
 
 
 def options(part: Any) -> dict[str, Any]:
-    """Field -> default of a frozen dataclass, for every field that a config can express.
+    """Field -> default of a frozen dataclass, for every field that a config can set.
+
+    >>> from saflex_jax.rules import Schedule
+    >>> options(Schedule())
+    {'start': 0, 'every': 1}
 
     Args:
       part: a dataclass; None has no options.
 
     Returns:
-      Scalars and nested dicts; of a field that is None by default the type that it takes.
-
-    >>> from saflex_jax.rules import Schedule
-    >>> options(Schedule())
-    {'start': 0, 'every': 1}
+      Scalars and nested dicts; for a field that is None by default, the type that it takes.
     """
     if part is None:
         return {}
@@ -103,13 +106,17 @@ def _scalar(hint: Any) -> type | None:
 def changed(part: Any, section: Mapping[str, Any], name: str = "options") -> Any:
     """The dataclass with the fields that a config's section sets.
 
+    >>> from saflex_jax.rules import Schedule
+    >>> changed(Schedule(), {"every": 5})
+    Schedule(start=0, every=5)
+
     Args:
       part: a frozen dataclass, or None.
       section: field -> value or section.
       name: of the section, for errors.
 
     Raises:
-      ValueError: a field that it does not have (names the nearest), or a value that it refuses.
+      ValueError: an unknown field (suggests the nearest), or a value that the dataclass refuses.
     """
     accepted = options(part)
     checks.known(name, section, accepted)
@@ -130,7 +137,11 @@ def changed(part: Any, section: Mapping[str, Any], name: str = "options") -> Any
 
 
 def all_options() -> dict[str, dict[str, Any]]:
-    """Method or rule -> its `options`, for all that have some."""
+    """Method or rule -> its `options`, for all that have some.
+
+    >>> all_options()["label_smoothing"]
+    {'epsilon': 0.1}
+    """
     sections = {name: options(spec.options) for name, spec in METHODS.items()}
     sections |= {name: options(spec.make(None)) for name, spec in RULES.items()}
     return {name: section for name, section in sections.items() if section}
@@ -140,14 +151,17 @@ def all_options() -> dict[str, dict[str, Any]]:
 
 
 def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
-    """Raises ValueError unless a model's section has a "name" of BACKBONES and fields of it.
+    """Raises ValueError unless a model's section can be built.
 
-    Beside them "cosine" makes the logits of every head cosines (`models.Classifier`), "weights"
-    names a file of a pretrained ResNet (`models.read_weights`), and "tune" says what of that
-    network trains: `models.tuned`.
+    >>> check_model({"name": "mlp", "widths": (64, 64)})
 
-    "clip" is no backbone but both towers of the folder "weights" (`models.pretrained_towers`), with
-    "dtype" and "remat".
+    Args:
+      section: "name", a key of BACKBONES, and fields of that backbone; "cosine": logits of every
+        head are cosines (`models.Classifier`); "weights": a file of a pretrained ResNet
+        (`models.read_weights`); "tune": the parameters of that network that train
+        (`models.tuned`). Or the name "clip", with "dtype" and "remat": both towers of the folder
+        "weights" (`models.pretrained_towers`).
+      name: of the section, for errors.
     """
     checks.choice({*BACKBONES, CLIP}, **{f"{name}.name": section["name"]})
     if section["name"] == CLIP:
@@ -199,10 +213,13 @@ def make_backbone(
 ) -> nn.Module:
     """The backbone of a model's section.
 
+    >>> make_backbone({"name": "small_cnn"}).widths
+    (16, 32)
+
     Args:
       section: see `check_model`.
       axis_name: mapped axis, for batch statistics under pmap.
-      categories: of a table with categorical columns, the number of values of each column.
+      categories: number of values of each categorical column of a table; None = no such columns.
     """
     check_model(section)
     backbone = BACKBONES[section["name"]]
@@ -220,11 +237,14 @@ def make_backbone(
 
 
 def check(section: Mapping[str, Any], name: str = "config.method") -> None:
-    """Raises ValueError unless a method's section can be built, whatever the run.
+    """Raises ValueError unless a method's section can be built, for any run.
+
+    >>> section = {"name": "supervised", "rule": "saflex", "loss": "cross_entropy"}
+    >>> check(section)
 
     Args:
-      section: "name" of METHODS, "rule" of RULES, "loss" of LOSSES, and for methods and rules a
-        section with their options.
+      section: "name", a key of METHODS; "rule", of RULES; "loss", of LOSSES; and, for methods and
+        rules, a section with their options.
       name: of the section, for errors.
     """
     checks.known(name, section, (*KEYS, *METHODS, *RULES))
@@ -243,30 +263,69 @@ def check(section: Mapping[str, Any], name: str = "config.method") -> None:
 
 
 def of_labels(section: Mapping[str, Any]) -> bool:
-    """Whether the method holds the run's labels, so that its compiled step serves one seed."""
+    """Whether the method holds the run's labels, so that its compiled step serves one seed only.
+
+    >>> of_labels({"name": "supervised", "rule": "saflex", "loss": "cross_entropy"})
+    False
+
+    Args:
+      section: see `check`.
+    """
     return RULES[section["rule"]].of_labels or LOSSES[section["loss"]].of_labels
 
 
 def method_options(section: Mapping[str, Any]) -> Any:
-    """The `Options` of the section's method; None where it has none."""
+    """The `Options` of the section's method; None if it has none.
+
+    >>> method_options({"name": "sla", "sla": {"mode": "da"}}).mode
+    'da'
+
+    Args:
+      section: see `check`.
+    """
     name = section["name"]
     return changed(METHODS[name].options, section.get(name, {}), f"method.{name}")
 
 
 def episode(section: Mapping[str, Any]) -> Episode | None:
-    """What an episode is, where the method's batches are whole episodes; else None."""
+    """The make-up of an episode, if the method's batches are whole episodes; else None.
+
+    >>> episode({"name": "supervised"}) is None
+    True
+
+    Args:
+      section: see `check`.
+    """
     spec = METHODS[section["name"]]
     return None if spec.episode is None else spec.episode(method_options(section))
 
 
 def make_network(section: Mapping[str, Any], backbone: nn.Module, num_classes: int) -> nn.Module:
-    """The module that the section's method trains."""
+    """The module that the section's method trains.
+
+    >>> network = make_network({"name": "supervised"}, models.MLP(), num_classes=10)
+    >>> network.num_classes
+    10
+
+    Args:
+      section: see `check`.
+      backbone: from `make_backbone`.
+      num_classes: K.
+    """
     spec = METHODS[section["name"]]
     return spec.network(backbone, num_classes, method_options(section))
 
 
 def make_rule(section: Mapping[str, Any], run: RunInfo) -> Rule:
-    """The section's rule, for a run as the method shows it (`MethodSpec.seen`)."""
+    """The section's rule.
+
+    >>> make_rule({"name": "supervised", "rule": "label_smoothing"}, _ANY_RUN)
+    LabelSmoothing(epsilon=0.1)
+
+    Args:
+      section: see `check`.
+      run: as the method shows it to its rule (`MethodSpec.seen`).
+    """
     name = section["rule"]
     return changed(RULES[name].make(run), section.get(name, {}), f"method.{name}")
 
@@ -274,13 +333,17 @@ def make_rule(section: Mapping[str, Any], run: RunInfo) -> Rule:
 def make_method(
     section: Mapping[str, Any], model: Model, tx: optax.GradientTransformation, run: RunInfo
 ) -> Method:
-    """The method that a config's section says.
+    """The method of a config's section.
+
+    >>> section = {"name": "supervised", "rule": "saflex", "loss": "cross_entropy"}
+    >>> network = make_network(section, models.MLP(), num_classes=2)
+    >>> method = make_method(section, models.from_linen(network), optax.sgd(0.1), _ANY_RUN)
 
     Args:
       section: see `check`.
       model: of `make_network`.
       tx: optax transformation.
-      run: what the run knows of its samples.
+      run: what is known about the run's samples.
 
     Raises:
       ValueError: see `check`.

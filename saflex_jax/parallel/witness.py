@@ -1,7 +1,7 @@
-"""Says who is lost where a process ends before it can: a small process beside it, run as a script.
+"""Reports which process was lost, from a small helper process, run as a script.
 
-JAX keeps its service in process 0. When that one dies JAX ends all others at once, in words that
-name nobody.
+JAX keeps its service in process 0. When that process dies, JAX ends all others at once, before they
+can report it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 
 
 def verdict(folder: pathlib.Path, mine: int, lost_after: float) -> str:
-    """Who is lost, once process `mine` has ended without a word: process 0 or itself.
+    """Says which process was lost after process `mine` ended silently: process 0 or itself.
 
-    If process 0 goes on, it is not the reason. The answer takes up to `lost_after` seconds.
+    Process 0 is not lost if it goes on. The answer takes up to `lost_after` seconds.
 
     >>> verdict(pathlib.Path("no such folder"), mine=0, lost_after=1.0)
     'process 0 (pid None on None) ended without a word at step None'

@@ -27,11 +27,17 @@ WINDOW = "window"  # in a checkpoint's position: the metrics since the last reco
 class Stream(Protocol):
     """An endless, resumable source of host batches; grain's iterators have the same methods."""
 
-    def __next__(self) -> Streams: ...
+    def __next__(self) -> Streams:
+        """The next batch."""
+        ...
 
-    def get_state(self) -> dict[str, Any]: ...
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        ...
 
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position."""
+        ...
 
 
 class FitResult(NamedTuple):
