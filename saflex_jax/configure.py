@@ -195,10 +195,16 @@ def _check_clip(section: Mapping[str, Any], name: str) -> None:
 
 
 def make_clip(section: Mapping[str, Any]) -> Model:
-    """The two towers of a section "clip", from the weights in its folder.
+    """The two towers of a section "clip", with the weights of its folder.
+
+    >>> section = {"name": "clip", "weights": "data/weights/clip-vit-base-patch32"}
+    >>> model = make_clip(section)  # doctest: +SKIP
+
+    Args:
+      section: see `check_model`.
 
     Raises:
-      ValueError: see `check_model`; as `models.load_clip`.
+      ValueError: as `check_model` and `models.load_clip`.
     """
     check_model(section)
     options = {"dtype": section.get("dtype"), "remat": section.get("remat", False)}

@@ -48,10 +48,12 @@ class TwoTowers(CLIP):
 def pretrained_towers(
     folder: str | os.PathLike, *, dtype: DTypeLike | None = None, remat: bool = False
 ) -> Model:
-    """Both towers of a downloaded folder as a model that starts from its weights.
+    """Both towers of a downloaded folder as a Model that starts from its weights.
+
+    >>> model = pretrained_towers("data/weights/clip-vit-base-patch32")  # doctest: +SKIP
 
     Args:
-      folder, dtype, remat: as of `load_clip`.
+      folder, dtype, remat: see `load_clip`.
 
     Raises:
       ValueError: as `load_clip`.
