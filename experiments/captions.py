@@ -30,7 +30,9 @@ from saflex_jax.data.prepared import read_description, write_prepared
 from saflex_jax.files import renamed
 
 _out = flags.DEFINE_string("out", "data", "Folder of the prepared data sets.", allow_override=True)
-_weights = flags.DEFINE_string("weights", "", "Of NAME=FILE: a folder with a CLIP.")
+_weights = flags.DEFINE_string(
+    "weights", "", "Of NAME=FILE: a folder with a CLIP.", allow_override=True
+)
 _templates = flags.DEFINE_string("templates", "imagenet", "Of NAME=FILE: a set, or a file.")
 LEAST = 24  # emoji of a group: fewer are too few to learn from
 MOST = 32  # captions of a group, of which one has 259

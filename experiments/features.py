@@ -43,7 +43,9 @@ from saflex_jax.models import ResNet
 from saflex_jax.types import Batch, PyTree
 
 _backbone = flags.DEFINE_string("backbone", "resnet18", "Network, of `configure.BACKBONES`.")
-_weights = flags.DEFINE_string("weights", None, "Its weights; None = DIR/weights/BACKBONE.pkl.")
+_weights = flags.DEFINE_string(
+    "weights", None, "Its weights; None = DIR/weights/BACKBONE.pkl.", allow_override=True
+)
 _size = flags.DEFINE_integer(
     "size", 96, "Pixels of the images that the network sees.", allow_override=True
 )

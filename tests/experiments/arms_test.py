@@ -165,7 +165,8 @@ def pools(name, size=4):
     return Streams(batch, batch)
 
 
-ELSEWHERE = ("generated", "clip_cifar", "clip_emoji")  # need files; tested beside their commands
+# These need files; they are tested beside their commands.
+ELSEWHERE = ("generated", "clip_cifar", "clip_emoji", "flyp_fmow", "flyp_imagenet", "flyp_iwildcam")
 GROUPS = [
     pytest.param(group, id=f"{path.stem}-{'-'.join(group)}")
     for path in sorted(FOLDER.glob("*.py"))
