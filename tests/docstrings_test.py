@@ -26,7 +26,9 @@ MODULES = [
 ]
 NEEDED = {"saflex_jax.models.clip_text": "tokenizers"}  # by the examples of a module
 ROOMS = ("augment", "data", "methods", "models", "parallel", "rules", "train")
-WHOLE = ("core.", "types", "audit", "configure")  # modules of which every name is public
+# Modules of which every name is public.
+WHOLE = ("core.", "types", "audit", "configure", "rules.saflex", "methods.saflex")
+WHOLE += ("methods.upstream",)
 ENTRY = re.compile(r"  (\*{0,2}\w+(?:, \*{0,2}\w+)*): \S")
 EXAMPLE = re.compile(r"example is at `(\w+)`")
 

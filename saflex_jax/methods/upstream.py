@@ -12,13 +12,14 @@ from saflex_jax.types import Batch, Method, TrainState
 def upstream(method: Method, augment: Augment) -> Method:
     """The method, with candidates augmented anew in every step.
 
-        from saflex_jax import augment
-        from saflex_jax.methods import saflex
-        from saflex_jax.methods.upstream import upstream
-
-        method = upstream(saflex.make(model, tx), augment.parse("shift(4) | flip"))
-
     Validation and clean samples are not augmented.
+
+    >>> import optax
+    >>> from saflex_jax import augment, models
+    >>> from saflex_jax.methods import saflex
+    >>> network = models.Classifier(models.SmallCNN((8,)), num_classes=10)
+    >>> method = saflex.make(models.from_linen(network), optax.adamw(1e-3))
+    >>> method = upstream(method, augment.parse("shift(4) | flip"))
 
     Args:
       method: any Method; its `init` and `predict` do not change.
@@ -39,6 +40,14 @@ def upstream(method: Method, augment: Augment) -> Method:
 
 def drawn(augment: Augment, state: TrainState, candidates: Batch) -> Batch:
     """The candidates, with traces, that a step of `upstream(method, augment)` trains on.
+
+    >>> import jax.numpy as jnp
+    >>> from saflex_jax import augment
+    >>> rows = jnp.arange(2)
+    >>> batch = Batch(jnp.ones((2, 3)), jnp.eye(2), rows >= 0, rows)
+    >>> state = TrainState(jnp.zeros((), jnp.int32), (), (), (), jax.random.key(0), ())
+    >>> drawn(augment.parse("feature_noise(0.1)"), state, batch).inputs.shape
+    (2, 3)
 
     Args:
       augment: the pipeline.

@@ -26,6 +26,9 @@ from saflex_jax.types import RunInfo
 def posterior(run: RunInfo | None = None) -> Refinement:
     """SAFLEX with its default rule: implicit direction on the head, `Posterior`.
 
+    >>> posterior(RunInfo(num_samples=1000, num_classes=10, num_trusted=50)).scoring.direction
+    'cg'
+
     Args:
       run: what is known about the run. Give it if the candidates come from a finite pool: beliefs
         are then averaged over each sample's visits.
@@ -35,6 +38,9 @@ def posterior(run: RunInfo | None = None) -> Refinement:
 
 def paper(run: RunInfo | None = None) -> Refinement:
     """SAFLEX as in the paper: the greedy direction over all parameters, `Simplex`, no memory.
+
+    >>> paper().scoring.direction, paper().rule.memory.decay
+    ('identity', None)
 
     Args:
       run: what is known about the run; only a memory reads it, and the paper has none.

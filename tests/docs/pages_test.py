@@ -10,6 +10,7 @@ import pytest
 
 import saflex_jax
 from experiments import fields
+from tests.docstrings_test import PUBLIC
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -39,6 +40,19 @@ def test_every_public_name_is_on_one_page():
             "saflex_jax.methods.sla.Options", "saflex_jax.rules.drw.DeferredReweighting",
             "saflex_jax.methods.upstream.upstream"} <= names.keys()  # fmt: skip
     assert "saflex_jax.core.scores.score" not in names  # stands where it is exported
+
+
+def test_pages_and_the_law_of_docstrings_know_the_same_names():
+    """So what has a page has an example and meanings, and what has these has a page."""
+    shown = {
+        path: thing
+        for path, thing in public_names.names().items()
+        if inspect.isfunction(thing) or inspect.isclass(thing)
+    }
+    lawful = {id(thing) for thing in PUBLIC.values()}
+    assert [path for path, thing in shown.items() if id(thing) not in lawful] == []
+    paged = {id(thing) for thing in shown.values()}
+    assert [path for path, thing in PUBLIC.items() if id(thing) not in paged] == []
 
 
 def test_every_page_of_names_is_a_page_of_the_site():
