@@ -116,6 +116,14 @@ def test_eval_every_must_be_a_multiple(counted, kwargs):
     assert not traced
 
 
+def test_eval_every_needs_something_to_evaluate_by(counted):
+    runner, traced = counted
+    options = {"num_steps": 8, "log_every": 4, "eval_every": 4}
+    with pytest.raises(ValueError, match="evaluate must be given with eval_every; given 4 alone"):
+        quiet_fit(runner, summing_state(), make_stream(), **options)
+    assert not traced
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [
