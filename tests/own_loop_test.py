@@ -57,15 +57,15 @@ def test_the_papers_rule(problem):
     found = run("The paper's rule", **head(problem))
     labels = found["targets"].labels
     np.testing.assert_allclose(labels.sum(1), 1, rtol=1e-5)
-    assert found["found"].scores.shape == found["scores"].shape == (40, CLASSES)
-    assert np.abs(found["found"].scores - found["scores"]).max() > 1e-3
+    assert found["result"].scores.shape == found["scores"].shape == (40, CLASSES)
+    assert np.abs(found["result"].scores - found["scores"]).max() > 1e-3
 
 
 def test_the_default_rule(problem):
     scope = run("The paper's rule", **head(problem))
     trusted = np.arange(40) < 8
     sums, y, trusted_count = saflex_jax.no_agreement(), problem["y"], 8
-    given = {"found": scope["found"], "y": y, "M": trusted_count, "trusted": trusted, "sums": sums}
+    given = {"result": scope["result"], "y": y, "M": trusted_count, "trusted": trusted, "sums": sums}
     found = run("The default rule", x_val=problem["x_val"], **given)
     assert 0 <= found["noise_rate"] <= 1
     np.testing.assert_array_equal(found["targets"].labels[trusted], y[trusted])
