@@ -55,7 +55,7 @@ NOISY = 0.4  # from this share of wrong labels on a task is very noisy
 POINTS = 100  # records have accuracies as shares; the page has points
 
 GALLERY_TITLE = (
-    "What was learned of samples of a noisy generator, by `python -m experiments.compare "
+    "What SAFLEX learned about the samples of a noisy generator, by `python -m experiments.compare "
     "--config=experiments/configs/generator.py --seeds=3`"
 )
 
@@ -337,7 +337,7 @@ def shortfalls(runs: Runs, arm: str) -> str:
         return ""
     partners, lost = fair_partners(runs, arm), counts(found)["loss"]
     said = f"On {len(below)} of {len(found)} tasks the best fair partner is better, on {lost} of "
-    said += "them by an interval that leaves out zero"
+    said += "them with an interval that excludes zero"
     tasks = (f"`{task}` {signed(interval(found[task]))}, {partners[task]}" for _, task in below)
     return said + ("." if not below else ": " + "; ".join(tasks) + ".")
 
@@ -437,38 +437,38 @@ def provenance(regimes: dict[str, Runs], files: list[str]) -> str:
 
 
 INTRODUCTION = """\
-Points of test accuracy, read once a run with the last parameters (with early stopping, with those
-that were best on the trusted samples). The *fair partner* of an arm is on each task the best of
-what a user would do without it: training on all samples (`upstream_train_val`), on the trusted
-samples alone (`trusted_only`), stopping early on these (`early_stopping`), on features a logistic
-regression (`linear_probe`), on tables one (`logistic`) and boosted trees (`boosted_trees`). Which
-one is best is taken from the same test runs, which favours the partner.
-`share_of_noisy_tasks_at_or_above_best_baseline` counts a task where no arm without the rule has a
-higher mean, those that are told the share of wrong labels (`small_loss`, `co_teaching`), too. "Very
-noisy": 40 % and more are wrong.
+Points of test accuracy, read once per run with the last parameters (with early stopping, with those
+that were best on the trusted samples). An arm's *fair partner* on a task is the best of what a user
+would do without it: train on all samples (`upstream_train_val`), on the trusted samples alone
+(`trusted_only`), or with early stopping on them (`early_stopping`); a logistic regression on
+features (`linear_probe`) or tables (`logistic`); boosted trees on tables (`boosted_trees`). The
+best one is known from the same test runs, which favours the partner.
+`share_of_noisy_tasks_at_or_above_best_baseline` counts a task if no arm without the rule has a
+higher mean, including arms that are told the share of wrong labels (`small_loss`, `co_teaching`).
+"Very noisy": at least 40 % are wrong.
 
-Differences are paired seed by seed. An interval over tasks is Student's t over the tasks' means: of
-the mean over such tasks, not of what one more task would gain, which scatters far more widely. "Of
-these tasks" is the interval that the seeds leave of the average over these tasks. An interval of a
-task is Student's t over its seeds; it is won or lost where that leaves out zero. ECE is the
-expected calibration error in points, 15 bins. `noise` is the share of wrong labels among the
-candidates, `val` the number of trusted samples. What a step costs: [cost.md](cost.md).
+Differences are paired seed by seed. An interval over tasks is Student's t over the tasks' means: it
+is for the mean over such tasks, not for the gain on one more task, which scatters far more. "Of
+these tasks" is the seeds' interval for the average over exactly these tasks. A task's interval is
+Student's t over its seeds; a task is won or lost if the interval excludes zero. ECE is the expected
+calibration error in points, 15 bins. `noise` is the share of wrong labels among the candidates,
+`val` the number of trusted samples. The cost of a step: [cost.md](cost.md).
 
-`upstream` trains on the training split alone. Of SAFLEX (defaults) the trusted samples are held out
-in `saflex`, train as well in `saflex_train_val`, are cut into five folds in `saflex_folds`, and are
-not used at all in `saflex_train_batch`; `saflex_paper` is the paper's rule, held out. `l2rw` and
-`meta_weight_net` hold them out, too; the other arms train on them.
+`upstream` trains on the training split alone. SAFLEX (defaults) holds the trusted samples out in
+`saflex`, also trains on them in `saflex_train_val`, cuts them into five folds in `saflex_folds`,
+and does not use them in `saflex_train_batch`; `saflex_paper` is the paper's rule, held out. `l2rw`
+and `meta_weight_net` also hold them out; the other arms train on them.
 
 Two regimes: heads on features of a pretrained network, and networks from scratch. With pretrained
-features every arm has the head and the decay that were best for it on right-labelled training
-samples of other seeds ([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid).
-From scratch all arms share one setting, and SAFLEX is the rule as it was before it learned which
-classes are confused and how far to believe a step (`by_class=False`, `lookahead=1`). The halves
-were named before any run: rules and options are chosen on "development". The half "report" of
-"pretrained" has been run twice: with whole steps (-.66 points over the best fair partner, worst
--4.7 with 10 trusted samples), and with the step that few trusted samples shorten, which that
-failure led to and which was chosen on "development" alone. The suite "small" had a half "report" of
-its own, on which three rules were run up to 2026-11-26; all its tasks are development now.
+features every arm has its best head and decay on right-labelled training samples of other seeds
+([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid). From scratch all arms
+share one setting, and SAFLEX is an earlier version of the rule, without confused classes and with
+whole steps (`by_class=False`, `lookahead=1`). The halves were named before any run: rules and
+options are chosen on "development". The half "report" of "pretrained" has been run twice: with
+whole steps (-.66 points over the best fair partner, worst -4.7 with 10 trusted samples), and with
+steps that are shorter for few trusted samples, a change prompted by that failure and chosen on
+"development" alone. The suite "small" had its own half "report", on which three rules were run up
+to 2026-11-26; all its tasks are development now.
 """
 
 

@@ -65,7 +65,13 @@ def test_the_default_rule(problem):
     scope = run("The paper's rule", **head(problem))
     trusted = np.arange(40) < 8
     sums, y, trusted_count = saflex_jax.no_agreement(), problem["y"], 8
-    given = {"result": scope["result"], "y": y, "M": trusted_count, "trusted": trusted, "sums": sums}
+    given = {
+        "result": scope["result"],
+        "y": y,
+        "M": trusted_count,
+        "trusted": trusted,
+        "sums": sums,
+    }
     found = run("The default rule", x_val=problem["x_val"], **given)
     assert 0 <= found["noise_rate"] <= 1
     np.testing.assert_array_equal(found["targets"].labels[trusted], y[trusted])

@@ -308,7 +308,7 @@ def test_the_tables_say_the_numbers(monkeypatch):
 
 def test_where_it_does_not_help_is_said():
     said = report.shortfalls(report.of_half(PARTNERED, "report"), "saflex")
-    assert said.startswith("On 1 of 3 tasks the best fair partner is better, on 0 of them by ")
+    assert said.startswith("On 1 of 3 tasks the best fair partner is better, on 0 of them with ")
     assert said.endswith(": `few` -1.00, linear_probe.")
     lost = report.by_task(lines("a", {"saflex": [50, 50], "trusted_only": [51, 51]}))
     assert "On 1 of 1 tasks the best fair partner is better, on 1 of them" in report.shortfalls(
