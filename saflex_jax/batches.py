@@ -1,4 +1,4 @@
-"""From rows of a data set to the batch of a step; one definition for the host and the device."""
+"""From row numbers of a data set to the batch of a step; one definition for host and device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVEL = np.float32(1 / 255)
 
 
 def floats(inputs: PyTree) -> PyTree:
-    """8-bit levels as f32 in [0, 1]; other leaves stay as they are.
+    """8-bit levels as f32 in [0, 1]; other leaves stay.
 
         uint8 x -> x * f32(1 / 255)
 
@@ -24,12 +24,15 @@ def floats(inputs: PyTree) -> PyTree:
 
     >>> floats(np.uint8([0, 51, 255])).round(6).tolist()
     [0.0, 0.20000000298023224, 1.0]
+
+    Args:
+      inputs: pytree of arrays.
     """
     return jax.tree.map(lambda x: x.astype("float32") * LEVEL if x.dtype == "uint8" else x, inputs)
 
 
 def take(pools: Streams, rows: Streams) -> Streams:
-    """The batch of these rows, 8-bit inputs as floats; NumPy in, NumPy out, and the same traced.
+    """The batch of these rows, with 8-bit inputs as floats; for NumPy and traced arrays.
 
     >>> pool = Batch(np.float32([5, 6, 7]), np.eye(3), np.ones(3, bool), np.arange(3))
     >>> take(Streams(pool), Streams(np.array([2, 0]))).candidates.inputs.tolist()
@@ -37,7 +40,7 @@ def take(pools: Streams, rows: Streams) -> Streams:
 
     Args:
       pools: whole data sets, a Batch of N rows each, or None.
-      rows: for each of them i[B] in [0, N); not checked where traced. -1 is padding: some sample,
+      rows: row numbers i[B] in [0, N) of each; not checked when traced. -1 is padding: any sample,
         masked.
     """
 
@@ -49,14 +52,14 @@ def take(pools: Streams, rows: Streams) -> Streams:
 
 
 def padded(streams: Streams, multiple: int) -> Streams:
-    """The host's batch with masked rows at the end of each part, so that sizes divide.
+    """The host's batch, padded with masked rows to sizes that divide.
 
     >>> padded(Streams(np.array([5, 6, 7])), 2).candidates.tolist()
     [5, 6, 7, -1]
 
     Args:
-      streams: rows of data sets, i[B], or the samples themselves.
-      multiple: of which all sizes shall be one.
+      streams: row numbers i[B] of data sets, or samples.
+      multiple: the divisor of all resulting sizes.
     """
 
     def pad(part: Any):
@@ -75,10 +78,13 @@ def padded(streams: Streams, multiple: int) -> Streams:
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
-    """Trees of one structure as one tree, whose leaves have a leading axis; NumPy in, NumPy out.
+    """Stacks trees of one structure along a new leading axis; NumPy in, NumPy out.
 
     >>> stack([{"x": np.zeros(3)}, {"x": np.ones(3)}])["x"].shape
     (2, 3)
+
+    Args:
+      trees: of one structure.
 
     Raises:
       ValueError: the trees' leaves differ in shape; names the leaf.

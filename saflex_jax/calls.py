@@ -10,17 +10,17 @@ from saflex_jax import checks
 
 
 def parse(accepted: Mapping[str, Callable], /, **option: str) -> Any:
-    """What the call gives that one option's text names; only names and literals are read.
+    """The result of the call in one option's text; reads only names and literals.
 
     >>> parse({"pair": complex}, value="pair(1, imag=2)")
     (1+2j)
 
     Args:
       accepted: name -> function.
-      option: one keyword; a name of `accepted`, alone or with arguments in parentheses.
+      **option: one keyword: a name of `accepted`, with or without arguments in parentheses.
 
     Raises:
-      ValueError: another form, an unknown name (names the nearest) or argument.
+      ValueError: another form, or an unknown name (suggests the nearest) or argument.
     """
     ((option_name, text),) = option.items()
     try:

@@ -1,9 +1,9 @@
-"""Clear errors for bad input: each names the argument, what was given and what is accepted.
+"""Clear errors for bad input: each names the argument, the given value and the accepted ones.
 
 Shapes and options are checked while tracing, so before compilation: `checks.positive(alpha=alpha)`
-raises "alpha must be positive and finite; given -1". Values of arrays are checked only where they
-can be read: on the host, where data enter the program. A traced array passes; there the loop's
-metrics stop a run that is not finite.
+raises "alpha must be positive and finite; given -1". Values of arrays are checked only if they are
+concrete: on the host, where data enter the program. Traced arrays pass; the loop's metrics stop a
+run that is not finite.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def whole(least: int = 0, /, **values: int) -> None:
 
 
 def choice(accepted: Iterable[str], /, **values: str) -> None:
-    """Raises unless value is one of `accepted`; names the nearest."""
+    """Raises unless value is one of `accepted`; suggests the nearest."""
     accepted = sorted(accepted)
     for name, value in values.items():
         if value not in accepted:
@@ -87,7 +87,7 @@ def nearest(value: str, accepted: Iterable[str]) -> str:
 
 
 def known(section: str, given: Iterable[str], accepted: Iterable[str]) -> None:
-    """Raises on a name in `given` that nobody reads; names the nearest accepted one."""
+    """Raises on an unknown name in `given`; suggests the nearest accepted one."""
     accepted = sorted(accepted)
     for name in given:
         if name not in accepted:
@@ -107,14 +107,14 @@ def same_shape(**arrays: Array) -> None:
 
 
 def rows(num_rows: int, /, **arrays: Array | None) -> None:
-    """Raises unless every array that is given has shape [num_rows]."""
+    """Raises unless every array (None passes) has shape [num_rows]."""
     for name, a in arrays.items():
         if a is not None and np.shape(a) != (num_rows,):
             raise ValueError(f"{name} must have shape [{num_rows}]; given {np.shape(a)}")
 
 
 def floating(**trees: PyTree) -> None:
-    """Raises unless every leaf is of a floating-point or complex dtype; names the first other."""
+    """Raises unless every leaf has a floating-point or complex dtype; names the first other."""
     for name, tree in trees.items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             dtype = jax.numpy.result_type(leaf)
@@ -148,7 +148,7 @@ def concrete(tree: PyTree) -> bool:
 def finite(**trees: PyTree) -> None:
     """Raises if a concrete floating-point leaf holds NaN or infinity; names its first row.
 
-    Leaves that are read when they are asked for (`data.images.Rows`) are left unread.
+    Leaves that read on access (`data.images.Rows`) stay unread.
     """
     for name, tree in trees.items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree if concrete(tree) else ())[0]:
@@ -164,7 +164,7 @@ def finite(**trees: PyTree) -> None:
 
 
 def given(**values: T | None) -> T:
-    """The one value; raises where it is None."""
+    """The one value; raises if it is None."""
     ((name, value),) = values.items()
     if value is None:
         raise ValueError(f"{name} must be given; this reads it")
@@ -172,7 +172,7 @@ def given(**values: T | None) -> T:
 
 
 def not_negative(**arrays: float | Array | None) -> None:
-    """Raises if a concrete array holds a number < 0; NaN passes, it surfaces in the loss."""
+    """Raises if a concrete array holds a number < 0; NaN passes and shows in the loss."""
     for name, given in arrays.items():
         if given is not None and concrete(given) and np.any(np.asarray(given) < 0):
             raise ValueError(f"{name} must be >= 0; given {np.min(np.asarray(given)):.6g}")
@@ -188,7 +188,7 @@ def keeps_some(**masks: Array | None) -> None:
 
 
 def pixels(**images: np.ndarray) -> None:
-    """Raises if floats [..., H, W, C] hold 8-bit levels in the place of [0, 1]."""
+    """Raises if floats [..., H, W, C] hold 8-bit levels instead of values in [0, 1]."""
     for name, x in images.items():
         if np.size(x) and np.max(x) > MOST_LEVEL:
             raise ValueError(
@@ -216,7 +216,7 @@ def simplex(mask: Array | None = None, /, **labels: Array) -> None:
 
 
 def integers(bound: int, /, **arrays: np.ndarray) -> None:
-    """Raises unless i[N] has its values in [0, bound): classes, or rows of a data set."""
+    """Raises unless i[N] lies in [0, bound): classes, or row numbers of a data set."""
     for name, given in arrays.items():
         a = np.asarray(given)
         if a.ndim != 1 or not np.issubdtype(a.dtype, np.integer):

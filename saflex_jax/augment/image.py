@@ -25,7 +25,7 @@ def levels(image: jax.Array) -> jax.Array:
 
 
 def grey(image: jax.Array) -> jax.Array:
-    """[..., C] -> [..., 1]: 0.299 R + 0.587 G + 0.114 B, or the mean where C is not three.
+    """[..., C] -> [..., 1]: 0.299 R + 0.587 G + 0.114 B, or the mean if C is not three.
 
     >>> grey(jnp.array([0.25, 0.25, 0.25])).tolist(), grey(jnp.array([0.0, 1.0])).tolist()
     ([0.25], [0.5])
@@ -67,7 +67,7 @@ def warp(
 
         x_in = m00 (x + 1/2) + m01 (y + 1/2) + m02 ,  y_in = m10 (x + 1/2) + m11 (y + 1/2) + m12
 
-    x to the right, y down, in pixels, centres at one half. What lies outside is `fill`.
+    x to the right, y down, in pixels, centres at one half. Outside pixels are `fill`.
 
     Args:
       image: f32[H, W, C], sides below 2^15.
@@ -125,7 +125,7 @@ def rotation(degrees: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def rotate(image: jax.Array, degrees: jax.Array, **options) -> jax.Array:
-    """Counter-clockwise about the centre; `options` are those of `warp`."""
+    """Counter-clockwise about the centre; see `warp` for `options`."""
     return warp(image, rotation(degrees, *image.shape[:2]), **options)
 
 
@@ -153,7 +153,7 @@ def translate_y(image: jax.Array, pixels: jax.Array, **options) -> jax.Array:
 
 
 def autocontrast(image: jax.Array) -> jax.Array:
-    """(x - min) / (max - min) in each channel; a channel of one value stays as it is."""
+    """(x - min) / (max - min) in each channel; a constant channel stays."""
     low, high = _over_pixels(jnp.min, image), _over_pixels(jnp.max, image)
     flat = high <= low
     scale = jnp.where(flat, 1.0, 1 / jnp.where(flat, 1.0, high - low))
@@ -165,7 +165,7 @@ def equalize(image: jax.Array) -> jax.Array:
 
         x <- floor((sum_{j < x} h_j + floor(s / 2)) / s) ,  s = floor((sum_j h_j - h_max x) / 255)
 
-    A channel with s = 0 (few pixels, or one value) stays as it is.
+    A channel with s = 0 (few pixels, or constant) stays.
 
     Source: Pillow, `ImageOps.equalize`.
     """
@@ -215,7 +215,7 @@ def color(image: jax.Array, factor: jax.Array) -> jax.Array:
 def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
     """Mean + factor (x - mean), with the mean of the grey image to the nearest level, as in Pillow.
 
-    Pillow rounds every grey pixel before, so its mean may fall to the next level.
+    Pillow first rounds every grey pixel, so its mean may differ by one level.
     """
     height, width, _ = image.shape
     mean = grey(_over_pixels(jnp.sum, image) / (height * width))[0]
@@ -224,7 +224,7 @@ def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Smooth + factor (x - smooth): 0 is smooth, 1 the image; the border stays as it is.
+    """Smooth + factor (x - smooth): 0 is smooth, 1 the image; the border stays.
 
     Smooth is the 3x3 mean with weight 5 at the centre, over 13.
 

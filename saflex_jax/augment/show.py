@@ -129,7 +129,7 @@ def _lines(entry: tuple[str, np.ndarray, list[str]]) -> int:
 
 
 def draw(sheet: dict[str, tuple[np.ndarray, list[str]]], out: pathlib.Path) -> None:
-    """Writes the sheet, a row for each entry, as many rows beside each other as have room."""
+    """Writes the sheet: one row per entry, in as many columns as fit."""
     from matplotlib.figure import Figure
 
     entries = [(textwrap.fill(name, 42), *row) for name, row in sheet.items()]

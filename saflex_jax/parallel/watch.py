@@ -34,8 +34,8 @@ class Watch:
     another process and has taken no step for `hung_after` seconds. Every process that notices
     reports it on stderr and exits with status 1. An error inside the context ends the process at
     once, where JAX would first wait for the others; after an error of JAX it first waits to see
-    which process was lost, since that is what breaks a collective. JAX itself
-    ends all others at once if process 0 is lost; a small process beside each then says so.
+    which process was lost, since that is what breaks a collective. If process 0 is lost, JAX ends
+    all others at once, and a small helper process of each reports it.
 
     >>> with Watch("no such folder") as watch:
     ...     watch.step(1)

@@ -167,9 +167,9 @@ class MetaWeightNet:
         V <- V + meta_tx(d L_val(theta^) / d V) ,   w_i = V(l_i)              (see `meta_gradient`)
 
     The weights lie in (0, 1) and, unlike other rules', are not rescaled to mean one: if V shrinks,
-    so does the step. Labels stay the prior. The utility is <grad L_val(theta^), grad l_i(theta)>; >
-    0 = more weight lowers the validation loss. The metric "val_loss" is that of the look-ahead
-    theta^, "weight" the mean weight.
+    so does the step. Labels stay the prior. The utility is <grad L_val(theta^), grad l_i(theta)>,
+    positive if more weight lowers the validation loss. The metric "val_loss" is that of the
+    look-ahead theta^, "weight" the mean weight.
 
     >>> MetaWeightNet(hidden=50, predicate="head").start
     0
