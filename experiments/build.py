@@ -509,6 +509,6 @@ def _early_stopping(
     elif checkpoints is None:
         yield train.Best(validation)
     else:
-        kept = checkpoints.beside("best", every=1, keep=1)
+        kept = checkpoints.sibling("best", every=1, keep=1)
         with contextlib.closing(kept):
             yield train.Best(validation, checkpoints=kept)

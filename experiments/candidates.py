@@ -133,7 +133,7 @@ def trace(pool: data.Pool, places: np.ndarray) -> Trace:
         columns |= {name: of(getattr(about, name)) for name in ("prompt", "strength", "generator")}
         flagged = about.flagged.any(1)
         columns["flagged"] = of(np.where(flagged, 1.0, np.nan))
-    return augment.made_trace(columns, np.arange(len(places)))
+    return augment.candidate_trace(columns, np.arange(len(places)))
 
 
 def _floats(inputs: np.ndarray | data.Rows) -> np.ndarray | data.Rows:

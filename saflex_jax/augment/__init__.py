@@ -23,7 +23,7 @@ from saflex_jax.augment.base import (
 from saflex_jax.augment.captions import swapped_classes, wrong_captions
 from saflex_jax.augment.corruptions import corrupt
 from saflex_jax.augment.fields import random_field
-from saflex_jax.augment.made import groups, made_trace
+from saflex_jax.augment.made import candidate_trace, groups
 from saflex_jax.augment.mixing import (
     cutmix,
     fmix,
@@ -57,6 +57,7 @@ __all__ = [
     "autoaugment",
     "blur",
     "by_operation",
+    "candidate_trace",
     "chain",
     "choice",
     "corrupt",
@@ -69,7 +70,6 @@ __all__ = [
     "gridmix",
     "groups",
     "identity",
-    "made_trace",
     "manifold_mixup",
     "mixup",
     "of_operations",

@@ -19,10 +19,10 @@ from saflex_jax.types import Batch, Trace
 MADE = ("candidate", "prompt", "strength", "generator", "flagged")
 
 
-def made_trace(columns: Mapping[str, np.ndarray], index: np.ndarray) -> Trace:
+def candidate_trace(columns: Mapping[str, np.ndarray], index: np.ndarray) -> Trace:
     """The trace of candidates from columns f[T], NaN where a column does not apply.
 
-    >>> trace = made_trace({"prompt": np.array([2.0, np.nan])}, np.array([5, 6]))
+    >>> trace = candidate_trace({"prompt": np.array([2.0, np.nan])}, np.array([5, 6]))
     >>> [OPERATIONS[place] for place in trace.operation[:, 0]]
     ['prompt', 'identity']
 
@@ -49,7 +49,7 @@ def groups(batch: Batch, name: str) -> jax.Array:
 
         g_i = magnitude of operation `name` in row i
 
-    >>> trace = made_trace({"prompt": np.array([2.0, np.nan])}, np.array([5, 6]))
+    >>> trace = candidate_trace({"prompt": np.array([2.0, np.nan])}, np.array([5, 6]))
     >>> rows = np.arange(2)
     >>> groups(Batch(np.zeros((2, 3)), np.eye(2), rows >= 0, rows, trace), "prompt").tolist()
     [2, -1]

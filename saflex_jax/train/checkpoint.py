@@ -124,7 +124,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
 
-    def beside(self, name: str, *, every: int, keep: int) -> Checkpoints:
+    def sibling(self, name: str, *, every: int, keep: int) -> Checkpoints:
         """Checkpoints of the same run in another folder next to this one.
 
         Args:

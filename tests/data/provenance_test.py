@@ -82,7 +82,7 @@ def traced(pool):
     about = pool.provenance
     columns = {"candidate": np.arange(3.0), "prompt": about.prompt, "strength": about.strength,
                "flagged": np.where(about.flagged.any(1), 1.0, np.nan)}  # fmt: skip
-    return pool.with_trace(augment.made_trace(columns, np.arange(3)))
+    return pool.with_trace(augment.candidate_trace(columns, np.arange(3)))
 
 
 def test_the_trace_of_a_candidate_travels_into_its_batch(tmp_path):
