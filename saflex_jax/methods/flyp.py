@@ -43,10 +43,10 @@ class Text:
       projected: whether a trained linear map projects its features.
       vocab_size: number of tokens in the vocabulary.
       context: tokens per caption.
-      width: of the transformer's blocks.
+      width: width of the transformer's blocks.
       heads: attention heads per block.
       remat: recompute activations in the backward pass, to save memory.
-      dtype: of its computation, "float32" or "bfloat16".
+      dtype: dtype of its computation, "float32" or "bfloat16".
 
     Raises:
       ValueError: another dtype, or a number out of range.

@@ -134,7 +134,7 @@ class ImageTower(nn.Module):
       size: side of the images in pixels; a multiple of patch.
       patch: side of a patch in pixels.
       width: D, of a token; a multiple of heads.
-      depth: blocks.
+      depth: number of blocks.
       heads: of each attention; width / 64 in the published weights up to L/14.
       mlp_width: hidden width of each block's perceptron.
       activation: "quick_gelu" (OpenAI's weights), "gelu" (most of OpenCLIP's) or "gelu_tanh"

@@ -94,7 +94,7 @@ class Scoring:
         the head, costs the validation samples' forward pass and products with features.
       mode: "jvp" or "finite_difference", see `core.scores.label_scores`.
       chunk: rows scored at a time, to bound memory; None = all at once.
-      compute_dtype: of both forward passes, see `core.scores.score`.
+      compute_dtype: dtype of both forward passes, see `core.scores.score`.
       val_every: compute a fresh validation gradient every `val_every` scorings; otherwise reuse the
         last.
       val_decay: in [0, 1), decay of an average of validation gradients (a plain mean at first); 0 =

@@ -22,7 +22,7 @@ class VisitMean:
     Attributes:
       decay: in [0, 1), of the exponential average that follows a plain mean; 0 = the last visit;
         None = no memory.
-      dtype: of the averages, "float32" or "bfloat16".
+      dtype: dtype of the averages, "float32" or "bfloat16".
       top: number of classes whose averages are kept per sample, the largest; the others are kept as
         one sum. top = 8 takes 56 bytes per sample at any K. For beliefs only; None = all classes.
     """
