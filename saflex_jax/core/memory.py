@@ -44,7 +44,8 @@ class Memory(NamedTuple):
 class TopMemory(NamedTuple):
     """Mean beliefs of N source samples, of which only the k largest entries are kept.
 
-    Memory per sample does not grow with K. The sum of the other entries counts as spread evenly.
+    Memory per sample does not grow with K. The given label's entry is always kept.
+    The sum of the other entries counts as spread evenly.
 
     >>> [x.shape[1:] for x in init(num_samples=10, num_classes=1000, top=8)]
     [(8,), (8,), (), ()]
@@ -119,6 +120,7 @@ def update(
     scores: jax.Array,
     mask: jax.Array,
     *,
+    given: jax.Array | None = None,
     decay: float = 0.9,
     reduce: Reduce = identity,
 ) -> tuple[Memory | TopMemory, jax.Array]:
@@ -140,6 +142,9 @@ def update(
       scores: f32[B, K], on a scale that does not drift (raw scores shrink during training); for a
         `TopMemory` beliefs, >= 0.
       mask: bool[B]; False rows are not remembered.
+      given: i32[B], a class of each sample, its label, that a `TopMemory` keeps however small its
+        mean is: among many classes a wrong label is rarely one of the largest, nor is a right one
+        at first.
       decay: in [0, 1); 0 remembers the last visit only.
       reduce: `identity` or a `Mean`: every device adds the rows of all devices.
 
@@ -152,15 +157,22 @@ def update(
     checks.decay(decay=decay)
     absent = memory.visits.shape[0]  # out of range: dropped by the scatter, filled by the gather
     index = jnp.where(mask, index, absent)
-    everyone, scores = gather((index, scores), reduce)
+    if isinstance(memory, Memory) or given is None:
+        everyone, scores = gather((index, scores), reduce)
+        given = None
+    else:  # in one array: what is gathered apart is one more exchange
+        about, scores = gather((jnp.stack((index, given)).T, scores), reduce)
+        everyone, given = about.T
     rows, place = jnp.unique(everyone, size=len(everyone), fill_value=absent, return_inverse=True)
+    if given is not None:
+        given = jax.ops.segment_max(given, place, len(rows))
     count = jax.ops.segment_sum(jnp.ones(len(place)), place, len(rows))
     fresh = jax.ops.segment_sum(scores, place, len(rows)) / jnp.maximum(count, 1)[:, None]
-    memory = _each_share(reduce, partial(_visited, decay=decay), memory, rows, fresh)
+    memory = _each_share(reduce, partial(_visited, decay=decay), memory, rows, fresh, given)
     return memory, recall(memory, index, scores.shape[1])
 
 
-def _visited(memory, rows: jax.Array, fresh: jax.Array, *, decay: float):
+def _visited(memory, rows: jax.Array, fresh: jax.Array, given: jax.Array | None, *, decay: float):
     """The memory after a visit of different `rows` i32[B], of which those out of range drop."""
     visits = memory.visits.at[rows].get(mode="fill", fill_value=0) + 1
     old = recall(memory, rows, fresh.shape[1])
@@ -172,7 +184,9 @@ def _visited(memory, rows: jax.Array, fresh: jax.Array, *, decay: float):
     visits = at_rows(memory.visits, visits)
     if isinstance(memory, Memory):
         return Memory(at_rows(memory.mean, new), visits)
-    values, classes = jax.lax.top_k(new, memory.values.shape[1])
+    ranks = new if given is None else new.at[jnp.arange(len(new)), given].set(jnp.inf)
+    _, classes = jax.lax.top_k(ranks, memory.values.shape[1])
+    values = jnp.take_along_axis(new, classes, axis=1)
     rest = jnp.maximum(jnp.sum(new, axis=1) - jnp.sum(values, axis=1), 0.0)
     return TopMemory(
         at_rows(memory.classes, classes),
@@ -182,19 +196,19 @@ def _visited(memory, rows: jax.Array, fresh: jax.Array, *, decay: float):
     )
 
 
-def _each_share(reduce: Reduce, visited, memory, rows: jax.Array, fresh: jax.Array):
+def _each_share(reduce: Reduce, visited, memory, rows: jax.Array, fresh: jax.Array, given):
     """`visited`; under jit on several devices by each of them on the rows that it holds.
 
     Of one array of all devices' rows, XLA looks the old values up for every device.
     """
     absent, shares = len(memory.visits), getattr(reduce, "devices", 1)
     if shares == 1 or absent % shares:
-        return visited(memory, rows, fresh)
+        return visited(memory, rows, fresh, given)
     own = absent // shares
     place = rows[None] - own * jnp.arange(shares)[:, None]
     place = jnp.where((place >= 0) & (place < own), place, own)
     split = jax.tree.map(lambda x: x.reshape(shares, own, *x.shape[1:]), memory)
-    new = jax.vmap(visited, (0, 0, None))(split, place, fresh)
+    new = jax.vmap(visited, (0, 0, None, None))(split, place, fresh, given)
     return jax.tree.map(lambda x: x.reshape(absent, *x.shape[2:]), new)
 
 

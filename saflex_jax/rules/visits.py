@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from saflex_jax import checks
 from saflex_jax.core import memory
@@ -23,8 +24,8 @@ class VisitMean:
       decay: in [0, 1), of the exponential average that follows a plain mean; 0 = the last visit;
         None = no memory.
       dtype: dtype of the averages, "float32" or "bfloat16".
-      top: number of classes whose averages are kept per sample, the largest; the others are kept as
-        one sum. top = 8 takes 56 bytes per sample at any K. For beliefs only; None = all classes.
+      top: number of classes whose averages are kept per sample, the given label's and the largest;
+        the others are kept as one sum. top = 8 takes 56 bytes per sample at any K. For beliefs only; None = all classes.
     """
 
     decay: float | None = 0.97
@@ -67,6 +68,12 @@ class VisitMean:
         """
         assert self.decay is not None  # or nothing is kept
         added, _ = memory.update(
-            kept, candidates.index, values, rows, decay=self.decay, reduce=reduce
+            kept,
+            candidates.index,
+            values,
+            rows,
+            given=jnp.argmax(candidates.labels, axis=1).astype(jnp.int32),
+            decay=self.decay,
+            reduce=reduce,
         )
         return added

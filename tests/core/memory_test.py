@@ -144,6 +144,23 @@ def test_the_rest_is_one_number_and_nothing_is_lost():
         np.testing.assert_allclose(remembered.sum(), 1, rtol=1e-5)
 
 
+def test_the_given_label_is_kept_however_small_its_mean():
+    classes, index = 50, np.array([3, 3, 0], np.int32)
+    beliefs = np.random.default_rng(0).dirichlet(np.ones(classes), 3).astype(np.float32)
+    beliefs[:2] = beliefs[0]
+    given = np.array([beliefs[0].argmin()] * 2 + [beliefs[2].argmin()], np.int32)
+    found, _ = memory.update(
+        memory.init(4, classes, top=3), index, beliefs, np.ones(3, bool), given=given
+    )
+    remembered = memory.recall(found, index, classes)
+    rows = np.arange(3)
+    np.testing.assert_allclose(remembered[rows, given], beliefs[rows, given], rtol=1e-6)
+    largest = beliefs.argsort(axis=1)[:, -2:]  # the other two places
+    for row in rows:
+        np.testing.assert_allclose(remembered[row, largest[row]], beliefs[row, largest[row]])
+    np.testing.assert_allclose(remembered.sum(1), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize("classes, top", [(1000, 8), (21_000, 8), (100_000, 7)])
 def test_a_sample_takes_at_most_64_bytes_whatever_the_classes(classes, top):
     arrays = memory.init(1024, classes, top=top)
