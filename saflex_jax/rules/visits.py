@@ -25,7 +25,8 @@ class VisitMean:
         None = no memory.
       dtype: dtype of the averages, "float32" or "bfloat16".
       top: number of classes whose averages are kept per sample, the given label's and the largest;
-        the others are kept as one sum. top = 8 takes 56 bytes per sample at any K. For beliefs only; None = all classes.
+        the others are kept as one sum. top = 8 takes 56 bytes per sample at any K. For beliefs
+        only; None = all classes.
     """
 
     decay: float | None = 0.97
