@@ -16,13 +16,12 @@ from ml_collections import ConfigDict
 
 from experiments import build, estimators, tables, task
 from experiments.configs import sources
-from saflex_jax import augment, checks, train
+from saflex_jax import augment, checks, data, train
 from saflex_jax.augment.made import MADE
 from saflex_jax.batches import take
 from saflex_jax.core import linear_solve, scores
 from saflex_jax.core.targets import prior_targets, score_scale
 from saflex_jax.core.tree import paths, under
-from saflex_jax.data import Provenance
 from saflex_jax.methods.upstream import drawn
 from saflex_jax.types import Method, Streams, Targets, TrainState
 
@@ -165,7 +164,8 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     """The table of a run's candidates, a row for each candidate and draw of its pipeline.
 
     Columns of operations are texts: "shift 2.0 | flip 1.0". "clean" and "bad" are there where it is
-    known of some labels that they are wrong, "file" where rows are files.
+    known of some labels that they are wrong, "file" where rows are files, "given_class" and
+    "learned_class" where classes have names.
 
     Raises:
       ValueError: as `look`; no draw.
@@ -192,6 +192,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
             "trusted": trusted,
             **known,
             "operations": _operations(found),
+            **_classes(run.data.source, given=given, learned=learned),
             **_files(run.data),
             **_made(run.data, found.candidate),
         })  # fmt: skip
@@ -205,6 +206,12 @@ def _operations(found: Looked) -> np.ndarray:
         " | ".join(f"{n} {m:.3g}" for n, m in zip(row, magnitudes) if n not in skipped)
         for row, magnitudes in zip(names.tolist(), found.magnitude.tolist())
     ])  # fmt: skip
+
+
+def _classes(source: data.Source, **labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The names of labels, where classes have names: columns "given_class" and the like."""
+    names = np.array(source.class_names)
+    return {f"{column}_class": names[of] for column, of in labels.items() if len(names) > of.max()}
 
 
 def _files(made: task.Data) -> dict[str, np.ndarray]:
@@ -229,7 +236,7 @@ def _made(made: task.Data, candidate: np.ndarray) -> dict[str, np.ndarray]:
     return {"source": made_of} | ({} if about is None else of_provenance(about, candidate))
 
 
-def of_provenance(about: Provenance, places: np.ndarray) -> dict[str, np.ndarray]:
+def of_provenance(about: data.Provenance, places: np.ndarray) -> dict[str, np.ndarray]:
     """Columns file, prompt, strength, generator and flags, those of which anything is known.
 
     Args:

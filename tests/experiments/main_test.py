@@ -378,7 +378,7 @@ def test_an_unknown_flag_names_the_nearest(tmp_path):
     job = process_.start(tmp_path / "run", "--config.train.stepss=3", env=process_.environment())
     code, stdout, stderr = job.finish()
     assert code != 0 and stdout == ""
-    assert 'Did you mean "steps" instead of "stepss"?' in stderr
+    assert "no field 'stepss'; did you mean 'steps'?" in stderr
     assert not (tmp_path / "run").exists()
 
 

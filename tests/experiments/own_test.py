@@ -280,6 +280,8 @@ def test_audit_and_export_name_files_and_know_no_truth_that_was_not_told(workdir
     rows = read(workdir / "candidates.csv")
     assert len({row["file"] for row in rows}) == len(rows) == 50
     assert all((images / row["file"]).exists() for row in rows) and "bad" not in rows[0]
+    assert all(row["given_class"] == row["file"][0] for row in rows)
+    assert {row["learned_class"] for row in rows} <= {"a", "b"}
     assert sum(row["trusted"] == "1" for row in rows) == 6
     audit.main([f"--workdir={workdir}", "--draws=1"])
     assert "of 44 labels are" in capsys.readouterr().out

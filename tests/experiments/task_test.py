@@ -541,7 +541,7 @@ def test_graded_labels_and_folders(tmp_path):
     "section, message",
     [
         ({"nois": 0.1}, "config.data has no field 'nois'; did you mean 'noise'"),
-        ({"name": "cifar"}, "config.data.name must be one of .*did you mean 'cifar10'"),
+        ({"name": "cifar"}, "config.data.name must be .*no 'cifar'; did you mean 'cifar10'"),
         ({"noise": 1.5}, r"config.data.noise must lie in \[0, 1\]; given 1.5"),
         ({"noise_kind": "pair"}, "config.data.noise_kind must be one of .*did you mean 'pairwise'"),
         ({"per_class": -1}, "config.data.per_class must be a whole number >= 0; given -1"),
@@ -552,7 +552,7 @@ def test_graded_labels_and_folders(tmp_path):
             {"pool": "p", "on_device": False},
             "config.data.pool must be a folder or a file; given 'p'",
         ),
-        ({"name": ""}, "config.data.name must be one of .*given ''"),
+        ({"name": ""}, "config.data.name must be .*there is no ''"),
         ({"task": "grades"}, "config.data.task must be one of .*given 'grades'"),
         ({"test_on": "usps", "test": 9}, "config.data.test must be 0 with test_on; given 9"),
         ({"labels": "worst", "noise": 0.1}, "config.data.noise must be 0 with labels='worst'"),
