@@ -57,7 +57,9 @@ def test_it_is_written_everywhere_and_only_there_and_once(address, tree, capsys)
     moved = texts(tree)
     assert address.repository(tree) == "me/other-name"
     assert moved["a.ipynb"] == FILES["a.ipynb"].replace("OWNER/saflex_jax", "me/other-name")
-    assert "git+https://github.com/me/other-name, https://github.com/else/where" in moved["setup.py"]
+    assert (
+        "git+https://github.com/me/other-name, https://github.com/else/where" in moved["setup.py"]
+    )
     assert moved["docs/page.md"].endswith("https://github.com/OWNER/saflex\n")
     assert moved["image.png"] == FILES["image.png"]
     assert address.main(tree, ["https://github.com/me/other-name"]) == 0

@@ -39,7 +39,7 @@ def test_runs_without_error_and_leaves_its_sources_alone(path):
 
 def test_by_hand_only_the_last_code_cell_uses_the_package():
     notebook = nbformat.read(ROOT / "colabs" / "01_score_by_hand.ipynb", as_version=4)
-    install, *cells = code_cells(notebook)
+    _, *cells = code_cells(notebook)  # without the installation
     uses = ["saflex_jax" in cell.source for cell in cells]
     assert uses == [False] * (len(uses) - 1) + [True]
 
