@@ -44,8 +44,8 @@ class Memory(NamedTuple):
 class TopMemory(NamedTuple):
     """Mean beliefs of N source samples, of which only the k largest entries are kept.
 
-    Memory per sample does not grow with K. The given label's entry is always kept.
-    The sum of the other entries counts as spread evenly.
+    Memory per sample does not grow with K. The given label's entry is always kept. The sum of the
+    other entries counts as spread evenly.
 
     >>> [x.shape[1:] for x in init(num_samples=10, num_classes=1000, top=8)]
     [(8,), (8,), (), ()]
@@ -142,9 +142,8 @@ def update(
       scores: f32[B, K], on a scale that does not drift (raw scores shrink during training); for a
         `TopMemory` beliefs, >= 0.
       mask: bool[B]; False rows are not remembered.
-      given: i32[B], a class of each sample, its label, that a `TopMemory` keeps however small its
-        mean is: among many classes a wrong label is rarely one of the largest, nor is a right one
-        at first.
+      given: i32[B], the given label of each row, whose entry a `TopMemory` always keeps: among many
+        classes a wrong label is rarely one of the largest, and a right one is not at first.
       decay: in [0, 1); 0 remembers the last visit only.
       reduce: `identity` or a `Mean`: every device adds the rows of all devices.
 
