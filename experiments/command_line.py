@@ -11,6 +11,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -19,7 +20,7 @@ import saflex_jax
 from experiments import task
 from saflex_jax import checks
 
-PACKAGES = tuple(str(pathlib.Path(file).parent) for file in (__file__, saflex_jax.__file__))
+PACKAGES = tuple(f"{pathlib.Path(file).parent}/" for file in (__file__, saflex_jax.__file__))
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 COLLECTIONS = str(pathlib.Path(config_flags.__file__).parent.parent)
 NO_CONFIGS = ("__init__", "methods", "sources")  # parts of configs
@@ -44,7 +45,7 @@ def raised_on_purpose(error: BaseException) -> bool:
     place = _innermost(error)
     ours = place.tb_frame.f_code.co_filename.startswith(PACKAGES)
     raised = place.tb_frame.f_code.co_code[place.tb_lasti] == RAISE
-    return ours and raised and not isinstance(error, AssertionError)
+    return ours and raised and not isinstance(error, AssertionError | app.UsageError)
 
 
 def _innermost(error: BaseException) -> types.TracebackType:
@@ -89,7 +90,7 @@ def run_plain(main: Callable[[], None]) -> None:
 def run_absl(
     main: Callable[[list[str]], None],
     *,
-    rewrite: Callable[[list[str]], list[str]] = lambda argv: argv,
+    rewrite: Callable[[list[str]], list[str]] = list,
 ) -> None:
     """Runs a command with absl's flags.
 
@@ -102,20 +103,24 @@ def run_absl(
     asked = HELP & set(sys.argv)
 
     def parse(argv):
-        rest = flags.FLAGS(argv)
+        with _usage_errors():
+            rest = flags.FLAGS(argv)
         if asked:
             print(help_of(module, whole="--helpfull" in asked))
             sys.exit(0)
         return rest
 
     def started(argv):
-        with in_a_line():
-            main(argv)
+        try:
+            with in_a_line():
+                main(argv)
+        except app.UsageError as error:
+            _refuse(error)
 
     with _usage_errors():
         # In place: the flag of a config looks at the arguments of the process.
         sys.argv = rewrite([argument for argument in sys.argv if argument not in HELP])
-        app.run(started, flags_parser=parse)
+    app.run(started, flags_parser=parse)
 
 
 @contextlib.contextmanager
@@ -133,8 +138,10 @@ def _usage_errors() -> Iterator[None]:
             raise
         else:
             reason = str(behind) if raised_on_purpose(behind) else _of_field(str(error))
-    else:
-        return
+        _refuse(reason)
+
+
+def _refuse(reason: object) -> NoReturn:
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
 

@@ -103,6 +103,23 @@ def test_only_what_was_raised_on_purpose_loses_its_traceback(call, is_users, mon
         call()
 
 
+def bug_behind_a_file():
+    try:
+        no_file()
+    except OSError:
+        bug()
+
+
+def test_a_bug_in_a_command_keeps_its_traceback_whatever_it_was_raised_behind(monkeypatch):
+    def main(argv):
+        bug_behind_a_file()
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(command_line.app, "run", lambda main, flags_parser: main(sys.argv))
+    with pytest.raises(IndexError):
+        command_line.run_absl(main)
+
+
 def test_a_config_is_taken_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wdbc = f"--config={command_line.CONFIGS / 'wdbc.py'}"
