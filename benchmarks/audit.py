@@ -1,6 +1,7 @@
 """How well wrong labels and samples of no class are found, beside cleanlab.
 
     python -m benchmarks.audit [--json] [--out FILE] [--seeds=3] [--data_dir=data] [--parts=pools]
+                               [--pools="cifar10n@crop, both"]
 
 "labels": human labels of CIFAR-10N on ResNet-18 features, by `saflex_jax.audit` with 500 trusted
 samples and without any, and by cleanlab as its documents say: logistic regression (C = .01, 5-fold
@@ -178,7 +179,10 @@ class Audit(reporting.Benchmark):
         for part in self.parts:
             checks.choice(PARTS, **{"--parts": part})
         self.labels: dict[str, list] = {name: [] for name in LABELS}
-        self.pools: dict[str, list] = {f"{n}, {kind}": [] for n in POOLS for kind in BAD}
+        every = [f"{name}, {kind}" for name in POOLS for kind in BAD]
+        self.pools: dict[str, list] = {name: [] for name in every if options.pools in name}
+        if not self.pools:
+            raise ValueError(f"--pools must be part of one of {every}; given {options.pools!r}")
         self.sizes: dict[str, dict] = {}
         for name in SETS if self.parts != ["size"] else ():  # a missing one is said first
             feature_set(name, self.folder, "")
@@ -187,6 +191,7 @@ class Audit(reporting.Benchmark):
     def add_options(parser):
         """Seeds and the folder of the features."""
         parser.add_argument("--seeds", type=int, default=3, help="of trusted samples and pools")
+        parser.add_argument("--pools", default="", help="only those whose name has this in it")
         parser.add_argument("--data_dir", default="data", help="where feature sets are")
         parser.add_argument("--parts", default=",".join(PARTS), help="those to measure")
 
@@ -211,10 +216,9 @@ class Audit(reporting.Benchmark):
                 runs.append(of_labels(name, seed, self.folder))
                 bar.update()
         for seed in range(self.seeds if "pools" in self.parts else 0):
-            for name in POOLS:
-                for kind in BAD:
-                    self.pools[f"{name}, {kind}"].append(of_pool(name, kind, seed, self.folder))
-                    bar.update()
+            for name, runs in self.pools.items():
+                runs.append(of_pool(*name.split(", "), seed, self.folder))
+                bar.update()
 
     def report(self):
         """Means over seeds and standard deviations; "measured": of how many seeds."""
