@@ -32,6 +32,14 @@ def tiny(**changes):
     return config
 
 
+def as_settings(text):
+    """A config's fields without those that came later and are off: results outlive them."""
+    plain = json.loads(text)
+    assert plain["train"].pop("keep_best") is False
+    assert not any(plain["data"].pop(name) for name in build.LATER)
+    return plain
+
+
 def of_sla(predict, **options):
     section = {"mode": "sla", "predict": predict, **options}
     return {"method": {"name": "sla", "rule": "as_given", "sla": section}}
@@ -53,8 +61,7 @@ def test_arms_are_changes_of_the_config_in_the_order_written():
     assert list(found) == list(changes)
     assert config.to_json() == before
     # All fields but those named are the config's; a number becomes one of the field's kind.
-    plain = json.loads(before)
-    assert plain["train"].pop("keep_best") is False  # not among the settings while it is off
+    plain = as_settings(before)
     for arm, changed in {
         "second": plain | {"augment": "flip(0.5)"},
         "first": plain
@@ -124,9 +131,7 @@ def test_other_bad_configs_are_refused():
 def test_a_runs_settings_leave_out_the_arms():
     config = tiny(arms={"a": {}})
     build.check(config)
-    expected = json.loads(tiny().to_json())
-    expected["train"].pop("keep_best")  # results and checkpoints outlive the field while it is off
-    assert build.settings(config) == expected
+    assert build.settings(config) == as_settings(tiny().to_json())
     assert arms.settings(config) == arms.settings(arms.of_seed(config, 5))
     assert arms.of_seed(config, 5).seed == 5 and config.seed == 0
 
