@@ -235,6 +235,12 @@ def test_a_baseline_is_every_arm_without_the_rule():
     assert share(*lines("t", {"boot": [50], "trusted_only": [50.1]}, noise=0.4)) == 0.0
     level = lines("t", {"saflex": [70, 81.1], "boot": [81.1, 70]}, noise=0.4)  # but for rounding
     assert report.at_or_above_best(report.by_task(level), "saflex") == 1.0
+    assert report.better_baselines(report.by_task(level), "saflex") == ""
+    told = lines("t", {"saflex": [50], "upstream": [51], "boot": [52.5]}, noise=0.4)
+    assert report.better_baselines(report.by_task(told), "saflex") == (
+        "On 1 of 1 tasks with wrong labels some arm without the rule has a higher mean: `t` -2.50, "
+        "boot."
+    )
 
 
 def test_calibration():
