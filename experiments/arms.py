@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -544,10 +544,11 @@ def table(summary: dict[str, dict], measure: str) -> str:
     return "\n".join(lines)
 
 
-def difference_text(interval: dict[str, float | None] | None) -> str:
+def difference_text(interval: Mapping[str, float | None] | None, digits: int = 4) -> str:
     """Of `paired_difference`: "+0.0139 (-0.0164 to +0.0442)"; empty for None."""
     if interval is None:
         return ""
-    if interval["low"] is None:
-        return f"{interval['mean']:+.4f}"
-    return f"{interval['mean']:+.4f} ({interval['low']:+.4f} to {interval['high']:+.4f})"
+    mean, low, high = (interval[name] for name in ("mean", "low", "high"))
+    if low is None:
+        return f"{mean:+.{digits}f}"
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"

@@ -22,7 +22,6 @@ import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from experiments import audit_page, command_line, finished, named_rows, tables, task
 from experiments.feature_sets import feature_set
@@ -84,7 +83,7 @@ def of_run(workdir: pathlib.Path, draws: int, truth: str = "") -> Found:
         "Utility: how far training on the row lowers the loss on the validation samples, in units "
         "of the scores' root mean square. One look is noisy; the groups are what to trust.",
     ]
-    if (table["right"] < 1).any():
+    if audit_page.has_posterior(table):
         notes.append(
             "Samples are sorted and dropped by 2 P(the given label is right) - 1, which the rule "
             "learned over all visits."
@@ -221,7 +220,7 @@ def verdict(table: tables.Table) -> str:
     table = {name: values[first] for name, values in table.items()}
     if "wrong" in table:
         judged, by = table["wrong"], "more likely wrong than right"
-    elif (table["right"] < 1).any():
+    elif audit_page.has_posterior(table):
         judged, by = table["right"] < 0.5, "more likely wrong than right, by the rule: right < .5"
     else:
         judged, by = table["believed"] != table["given"], "not what the network believes"
@@ -286,7 +285,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def command() -> None:
     """The program, with the arguments of the process."""
-    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
     command_line.run_plain(main)
 
 

@@ -90,8 +90,12 @@ def standing(table: tables.Table) -> np.ndarray:
     The first is what a run's rule learned over all visits. A utility is one look, which says more
     of a group than of a sample.
     """
-    learned = "right" in table and (table["right"] < 1).any()
-    return 2 * table["right"] - 1 if learned else table["utility"]
+    return 2 * table["right"] - 1 if has_posterior(table) else table["utility"]
+
+
+def has_posterior(table: tables.Table) -> bool:
+    """Whether a run's rule learned how likely the given labels are right."""
+    return "right" in table and bool((table["right"] < 1).any())
 
 
 # --- groups --------------------------------------------------------------------------------------

@@ -89,14 +89,5 @@ def table(
             spread = f" +- {own.std(ddof=1):.2f}" if len(own) > 1 else ""
             line += f"{own.mean():.2f}{spread}".rjust(22)
         apart = arms.paired_difference(scores(arm, tests[0]), base) if arm != names[0] else None
-        lines.append(f"{line}   {_points(apart)}".rstrip())
+        lines.append(f"{line}   {arms.difference_text(apart, digits=2)}".rstrip())
     return "\n".join(lines)
-
-
-def _points(interval: Mapping[str, float | None] | None) -> str:
-    """Of `arms.paired_difference`: "+1.90 (-0.10 to +3.90)", points and their interval of 95 %."""
-    if interval is None:
-        return ""
-    if interval["low"] is None:
-        return f"{interval['mean']:+.2f}"
-    return f"{interval['mean']:+.2f} ({interval['low']:+.2f} to {interval['high']:+.2f})"

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 import saflex_jax
@@ -82,6 +82,7 @@ def take_debug() -> None:
 
 def run_plain(main: Callable[[], None]) -> None:
     """Runs a command that parses its own arguments."""
+    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
     take_debug()
     with in_a_line():
         main()

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 
-from absl import logging
-
 from experiments import command_line, finished
 
 
@@ -26,7 +24,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def command() -> None:
     """The program, with the arguments of the process."""
-    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
     command_line.run_plain(main)
 
 

@@ -17,7 +17,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import command_line, finished, task
@@ -108,7 +107,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def command() -> None:
     """The program, with the arguments of the process."""
-    logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
     command_line.run_plain(main)
 
 

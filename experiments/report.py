@@ -318,11 +318,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def signed(gain: dict[str, float | None] | None) -> str:
     """Mean and interval, such as "+1.20 (+0.80 to +1.60)"; nothing for None."""
-    if gain is None:
-        return ""
-    if gain["low"] is None:
-        return f"{gain['mean']:+.2f}"
-    return f"{gain['mean']:+.2f} ({spread(gain)})"
+    return arms.difference_text(gain, digits=2)
 
 
 def spread(gain: dict[str, float | None] | None) -> str:

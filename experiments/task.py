@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -394,12 +395,23 @@ def _check_sizes(section: ConfigDict, classes: np.ndarray) -> None:
     if min([*held.values(), size - sum(held.values())]) >= least:
         return
     asked = " and ".join(f"config.data.{name}={number}" for name, number in held.items())
-    fits = {"val": max(least, size // 10), "test": max(least, size // 5)}
-    fix = " ".join(f"--config.data.{name}={fits[name]}" for name in held)
+    fits = held_out_sizes(classes, held)
+    fix = " ".join(f"--config.data.{name}={number}" for name, number in fits.items())
     raise ValueError(
         f"{asked} must leave samples of all {least} classes in each split; {section.name} has "
         f"{size} to split, {size - sum(held.values())} would be left to train on. Try {fix}"
     )
+
+
+def held_out_sizes(classes: np.ndarray, splits: Iterable[str]) -> dict[str, int]:
+    """Split -> samples to hold out: a tenth for val, a fifth for test; room for all classes.
+
+    Args:
+      classes: i[N], of what is split.
+      splits: of "val" and "test".
+    """
+    shares, least = {"val": 10, "test": 5}, len(np.unique(classes))
+    return {split: max(least, len(classes) // shares[split]) for split in splits}
 
 
 def sample(rows: np.ndarray, number: int, seed: int) -> np.ndarray:

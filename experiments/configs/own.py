@@ -117,9 +117,7 @@ def _held_out(name: str, source: data.Source) -> dict[str, int]:
             f"{counts[rare[0]]}. Leave the class out, or put samples into folders train, val and "
             "test"
         )
-    size, least = len(classes), np.count_nonzero(counts)
-    shares = {"val": 10, "test": 5}
-    return {split: max(least, size // shares[split]) for split in held}
+    return task.held_out_sizes(classes, held)
 
 
 def _pipeline(shape: tuple[int, ...]) -> str:

@@ -1,15 +1,13 @@
 """What is read off a finished run: tables of candidates and their provenance, predictions."""
 
-import csv
-import json
-
 import numpy as np
 import pytest
 
-from experiments import audit, build, export, finished, generating, pool_files, predict, task
+from experiments import audit, export, finished, generating, pool_files, predict, task
 from experiments.configs import digits
 from experiments.generators import Options
-from saflex_jax import parallel, train
+from saflex_jax import train
+from tests.experiments.runs_ import finish, read
 
 PROMPTS = ("color", "wrong class")
 PER_CLASS, VAL, DRAWS = 4, 20, 2
@@ -38,19 +36,7 @@ def workdir(tmp_path_factory):
     generating.make_plan(plan, changed(), [0], pool)
     generating.run(pool, progress=False)
     config = changed(pool)
-    data = task.make_data(config)
-    method = build.with_upstream(config, build.make_method(config, data.pools))
-    runner = parallel.RUNNERS["jit"](method.step)
-    kept = train.Checkpoints(run / "checkpoints", config=build.settings(config), every=20)
-    build.fit(config, data, method, runner, checkpoints=kept, progress=False)
-    kept.close()
-    (run / "result.json").write_text(json.dumps({"config": build.settings(config)}))
-    return run
-
-
-def read(file):
-    with open(file, newline="") as lines:
-        return list(csv.DictReader(lines))
+    return finish(config, run, every=20)
 
 
 def test_an_exported_table_has_every_candidate_with_where_it_comes_from(workdir, tmp_path, capsys):

@@ -1,7 +1,5 @@
 """Own data: a folder, an .npz file, a table; what a run says first, and what it leaves."""
 
-import csv
-import json
 import pathlib
 
 import numpy as np
@@ -10,7 +8,8 @@ from PIL import Image
 
 from experiments import audit, build, export, finished, main, named_rows, opening, predict, task
 from experiments.configs import digits, own, wdbc
-from saflex_jax import data, parallel, train
+from saflex_jax import data, train
+from tests.experiments.runs_ import finish, read
 
 RNG = np.random.default_rng(0)
 SIZE = 60
@@ -260,19 +259,7 @@ def workdir(images, tmp_path_factory):
     trusted = named(path / "t", *(f"{'ab'[row % 2]}/{row:03}.png" for row in range(1, 7)))
     fields = {"train.steps": 60, "augment": "shift(1)", "model.widths": (4, 8)}
     config = changed(own.get_config(f"{images}{own.TRUSTED}{trusted}"), **fields)
-    made = task.make_data(config)
-    method = build.with_upstream(config, build.make_method(config, made.pools))
-    kept = train.Checkpoints(path / "checkpoints", config=build.settings(config), every=60)
-    runner = parallel.RUNNERS["jit"](method.step)
-    build.fit(config, made, method, runner, checkpoints=kept, progress=False)
-    kept.close()
-    (path / "result.json").write_text(json.dumps({"config": build.settings(config)}))
-    return path
-
-
-def read(file):
-    with open(file, newline="") as lines:
-        return list(csv.DictReader(lines))
+    return finish(config, path, every=60)
 
 
 def test_audit_and_export_name_files_and_know_no_truth_that_was_not_told(workdir, images, capsys):
