@@ -17,8 +17,7 @@ import saflex_jax  # noqa: E402
 project = "saflex_jax"
 author = copyright = "The saflex_jax authors"
 release = version = saflex_jax.__version__
-repository = re.search(r"https://github.com/[\w./-]+", (ROOT / "CITATION.cff").read_text())
-repository = repository[0] if repository else "https://github.com/OWNER/saflex_jax"
+repository = re.search(r"https://github.com/[\w./-]+", (ROOT / "CITATION.cff").read_text())[0]
 
 # Notebooks are pages too, and Sphinx reads nothing outside of its folder. Their dates stay, so that
 # a second build skips them.
