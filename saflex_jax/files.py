@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator
 
 
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 def renamed(path: str | os.PathLike, *, sync: bool = False) -> Iterator[pathlib.Path]:
     """A file next to `path` that replaces it at the end; after an error nothing of it is left.
 
-    A reader sees the old file or the new one, and processes that write the same file do not clash.
+    A reader sees the old file or the new one. Threads, processes and hosts that write the same file
+    do not clash: the last one stays.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +31,7 @@ def renamed(path: str | os.PathLike, *, sync: bool = False) -> Iterator[pathlib.
       OSError: it cannot be written; the old file stays.
     """
     path = pathlib.Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield part
         if sync:

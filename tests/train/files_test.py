@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from saflex_jax.files import renamed
 from saflex_jax.train import FolderInUse, one_run_in, write_whole
 from saflex_jax.train.files import LOCK
 
@@ -51,3 +52,12 @@ def test_a_text_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "x", "after")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "before")]
+
+
+def test_writers_of_one_file_do_not_share_a_half_written_one(tmp_path):
+    with renamed(tmp_path / "x") as first:
+        first.write_text("first")
+        with renamed(tmp_path / "x") as second:
+            second.write_text("second")
+        assert (tmp_path / "x").read_text() == "second" and first.read_text() == "first"
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "first")]
