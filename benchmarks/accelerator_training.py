@@ -15,6 +15,7 @@ import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from benchmarks import timing
 from saflex_jax import augment, data, models, train
 from saflex_jax.batches import floats, take
 from saflex_jax.core.tree import cast_floats, identity
-from saflex_jax.methods import automix, mixtures, saflex, supervised
+from saflex_jax.methods import automix, elr, mixtures, saflex, supervised
 from saflex_jax.methods.upstream import upstream
 from saflex_jax.types import Batch, Method, Model, RunInfo, Streams
 
@@ -254,8 +255,8 @@ class NoisyLabels(Part):
 
     key = "noisy_labels"
     runs = (
-        ("worst", "train_val"), ("worst", "saflex"), ("worst", "trusted_only"),
-        ("worst", "upstream"), ("clean", "train_val"), ("clean", "saflex"), ("clean", "upstream"),
+        ("worst", "train_val"), ("worst", "saflex"), ("worst", "elr"), ("clean", "train_val"),
+        ("clean", "saflex"), ("worst", "trusted_only"), ("worst", "upstream"),
     )  # fmt: skip
 
     @property
@@ -263,7 +264,7 @@ class NoisyLabels(Part):
         return 1 + len(self.runs) * self.setting.seeds
 
     def run(self, images, bar, save):
-        setting, clean, programs = self.setting, images.labels["clean"], {}
+        setting, clean = self.setting, images.labels["clean"]
         size, steps = len(images.inputs), len(images.rows) // setting.batch
         model = in_bf16(models.Classifier(setting.backbone(), 10))
         pipeline = augment.parse(f"{setting.pipeline} | cutout({setting.cutout}, fill=0.47)")
@@ -271,31 +272,45 @@ class NoisyLabels(Part):
             size, 10, num_trusted=setting.trusted, num_val=setting.trusted,
             num_steps=setting.epochs * steps, steps_per_epoch=steps,
         )  # fmt: skip
+        kinds = {
+            "plain": partial(supervised.make, model),
+            "saflex": partial(saflex.make, model, run=run),
+            "elr": partial(elr.make, model, run=run),
+        }
+
+        def kind_of(arm):
+            return arm if arm in kinds else "plain"
 
         def make(kind, steps):
-            if kind == "saflex":
-                return upstream(saflex.make(model, tx(steps), run), pipeline)
-            return upstream(supervised.make(model, tx(steps)), pipeline)
+            return upstream(kinds[kind](tx(steps)), pipeline)
+
+        def given(labels, arm, seed):
+            rest, trusted = data.hold_out(images.rows, clean, size=setting.trusted, seed=seed)
+            rest = rest[~np.isin(images.prints[rest], images.prints[trusted])]
+            again = np.resize(trusted, max(setting.batch, len(trusted)))  # to fill a batch
+            rows = {"upstream": rest, "trusted_only": again}.get(arm, np.append(rest, trusted))
+            rows = epochs(rows, trusted, setting.batch, steps, seed)
+            return rows, held(images, labels, trusted)
 
         evaluate = evaluator(make("plain", 1), images)
 
         def one(labels, arm, seed):
             row = self.found.get(f"{labels}: {arm}", {"seconds": 0.0})
             self.clock.check(row["seconds"])
-            rest, trusted = data.hold_out(images.rows, clean, size=setting.trusted, seed=seed)
-            rest = rest[~np.isin(images.prints[rest], images.prints[trusted])]
-            rows = {"upstream": rest, "trusted_only": trusted}.get(arm, np.append(rest, trusted))
-            rows = partial(epochs, rows, trusted, setting.batch, steps, seed)
-            pools, kind = held(images, labels, trusted), "saflex" if arm == "saflex" else "plain"
-            if kind not in programs:
-                programs[kind] = Program(partial(make, kind), next(rows()), pools, self.clock)
-            program = programs[kind]
-            state, seconds = program.train(seed, rows(), pools, setting.epochs)
+            program = programs[kind_of(arm)].result()
+            state, seconds = program.train(seed, *given(labels, arm, seed), setting.epochs)
             row |= {"seconds": seconds, "compile_seconds": program.compile_seconds}
             row[f"seed {seed}"] = evaluate(state)
             row["mean"] = float(np.mean([row[name] for name in row if name.startswith("seed ")]))
             self.found[f"{labels}: {arm}"] = row
 
+        rows, pools = given("worst", "train_val", 0)
+        first = next(rows)
+        with ThreadPoolExecutor() as pool:  # all are compiled at once
+            programs = {
+                kind: pool.submit(Program, partial(make, kind), first, pools, self.clock)
+                for kind in dict.fromkeys(kind_of(arm) for _, arm in self.runs)
+            }
         for seed, (labels, arm) in itertools.product(range(setting.seeds), self.runs):
             self.attempt(f"{labels}: {arm}, seed {seed}", bar, partial(one, labels, arm, seed))
             save()

@@ -55,7 +55,7 @@ def test_costs_and_rates_are_written_as_soon_as_they_are_measured(tmp_path, monk
 
 
 def test_trainings_learn_and_are_written_one_by_one(tmp_path, monkeypatch, capsys):
-    runs = (("worst", "saflex"), ("clean", "upstream"))
+    runs = (("worst", "saflex"), ("worst", "trusted_only"), ("clean", "upstream"))
     monkeypatch.setattr(training.NoisyLabels, "runs", runs)
     monkeypatch.setattr(training.AutoMix, "arms", ("automix",))
     options = ["--tiny", "--parts", "noisy_labels", "automix", f"--out={tmp_path}"]
@@ -63,7 +63,7 @@ def test_trainings_learn_and_are_written_one_by_one(tmp_path, monkeypatch, capsy
     files = saved(tmp_path)
     assert not files["noisy_labels"]["why_null"] and not files["automix"]["why_null"]
     rows = files["noisy_labels"]["noisy_labels"]
-    assert list(rows) == ["worst: saflex", "clean: upstream"]
+    assert list(rows) == ["worst: saflex", "worst: trusted_only", "clean: upstream"]
     assert rows["clean: upstream"]["mean"] > 0.8 > rows["worst: saflex"]["seed 0"] > 0.5
     found = files["automix"]["automix"]
     assert found["epochs"] == 2 and found["arms"]["automix"]["seconds"] > 0
