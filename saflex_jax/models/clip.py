@@ -12,7 +12,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from saflex_jax import checks
-from saflex_jax.models.vit import Block, layer_norm
+from saflex_jax.models.norm import LayerNorm
+from saflex_jax.models.vit import Block
 from saflex_jax.types import PyTree
 
 # Of the colours that a family was trained on.
@@ -111,7 +112,7 @@ class AttentionPool(nn.Module):
         probe = jax.lax.broadcast_in_dim(probe[0, 0], (len(x), 1, width), (2,))
         attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, name="attention")
         x = attention(probe, x)[:, 0]
-        hidden = layer_norm(x, "norm", EPSILON["siglip"])
+        hidden = LayerNorm(EPSILON["siglip"], name="norm")(x)
         hidden = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(hidden)
         hidden = ACTIVATIONS[self.activation](hidden)
         return (x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden)).astype(jnp.float32)
@@ -179,9 +180,9 @@ class ImageTower(nn.Module):
             x = jnp.concatenate([first, x], axis=1)
         x = _add(x, self.param("positions", nn.initializers.normal(0.02), x.shape[1:]))
         if is_clip:
-            x = layer_norm(x, "first_norm", epsilon).astype(x.dtype)
-            return layer_norm(_blocks(self, x)[:, 0], "last_norm", epsilon)
-        x = layer_norm(_blocks(self, x), "last_norm", epsilon)
+            x = LayerNorm(epsilon, name="first_norm")(x).astype(x.dtype)
+            return LayerNorm(epsilon, name="last_norm")(_blocks(self, x)[:, 0])
+        x = LayerNorm(epsilon, name="last_norm")(_blocks(self, x))
         options = self.heads, self.mlp_width, self.activation, self.dtype
         pool = AttentionPool(*options, name="pool")
         return pool(x)
@@ -241,7 +242,7 @@ class TextTower(nn.Module):
             x = x[jnp.arange(len(x)), jnp.argmax(tokens, axis=1)]
         else:
             x = _blocks(self, x)[:, -1]
-        return layer_norm(x, "last_norm", EPSILON[self.family])
+        return LayerNorm(EPSILON[self.family], name="last_norm")(x)
 
 
 class Projections(nn.Module):

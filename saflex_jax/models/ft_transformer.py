@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from saflex_jax import checks
-from saflex_jax.models.vit import Block, layer_norm
+from saflex_jax.models.norm import LayerNorm, spread
+from saflex_jax.models.vit import Block
 from saflex_jax.types import PyTree
 
 
@@ -50,9 +51,6 @@ class Tokens(nn.Module):
                 return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
             return self.param(name, uniform, (number, self.width))
-
-        def spread(x, shape, *dims):  # one operation, for the reason given in `GroupNorm`
-            return jax.lax.broadcast_in_dim(x, shape, dims)
 
         rows, number = numeric.shape
         columns = []
@@ -120,7 +118,7 @@ class FTTransformer(nn.Module):
             last = number == self.depth - 1
             block = Block(self.heads, 2 * self.mlp_width, reglu, number > 0, name=f"block_{number}")
             x = block(x, kept=1 if last else None)
-        return nn.relu(layer_norm(x, "norm")[:, 0])
+        return nn.relu(LayerNorm(name="norm")(x)[:, 0])
 
 
 def _columns(x: PyTree, categories: Sequence[int]) -> tuple[jax.Array, jax.Array]:

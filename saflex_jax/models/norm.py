@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,13 +12,41 @@ import jax.numpy as jnp
 from saflex_jax import checks
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation over up to 8 groups of the channels of f32[B, ..., C].
+def spread(x: jax.Array, shape: tuple[int, ...], *axes: int) -> jax.Array:
+    """x repeated to `shape`, of which it has these axes, in one operation.
 
-    The same function as flax.linen.GroupNorm, with statistics broadcast in one operation instead of
-    through [B, 1, 1, C] reshapes. XLA moves those reshapes differently in the scores' forward pass
-    and in the training gradient's, and then computes both. Written like this, the two share one
-    forward pass (tested by counting operations).
+    Not by a reshape to axes of length one: XLA moves reshapes differently in the scores' forward
+    pass and in the training gradient's, takes the two for different, and computes both. The same
+    holds for a reshape of a layer's activations. Without any, they share one forward pass, on a CPU
+    (tests/cost_test.py counts operations) and on a GPU (docs/cost.md).
+
+    >>> spread(jnp.array([1, 2]), (2, 3), 0).tolist()
+    [[1, 1, 1], [2, 2, 2]]
+    """
+    return jax.lax.broadcast_in_dim(x, shape, axes)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis of f[..., C], in f32 or wider.
+
+    Not flax.linen.LayerNorm, for the reason given at `spread`.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return _normalised(self, x, partial(jnp.mean, axis=-1), range(x.ndim - 1))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over up to 8 groups of the channels of f[B, ..., C].
+
+    The same function as flax.linen.GroupNorm, written so that XLA sees which passes are the same
+    (`spread`).
 
     Source: Wu and He, "Group Normalization", ECCV 2018.
     """
@@ -29,21 +60,31 @@ class GroupNorm(nn.Module):
         groups = min(self.groups, channels)
         if channels % groups:
             raise ValueError(f"channels must be a multiple of {groups} groups; given {channels}")
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        grouped = x.reshape(*x.shape[:-1], groups, channels // groups)
-        inner = (*range(1, x.ndim - 1), x.ndim)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
 
-        def spread(statistic):  # f32[B, groups] -> the shape of `grouped`
-            return jax.lax.broadcast_in_dim(statistic, grouped.shape, (0, x.ndim - 1))
+        of_channel = jnp.arange(channels) // (channels // groups)
+        member = of_channel[:, None] == jnp.arange(groups)[None]  # bool[C, groups]
 
-        centred = grouped - spread(jnp.mean(grouped, axis=inner))
-        variance = jnp.mean(centred * centred, axis=inner)
-        normed = centred * spread(jax.lax.rsqrt(variance + self.epsilon))
-        last = (x.ndim - 1,)
-        return normed.reshape(x.shape) * jax.lax.broadcast_in_dim(
-            scale, x.shape, last
-        ) + jax.lax.broadcast_in_dim(bias, x.shape, last)
+        def mean(x):  # f[B, C], the same for all channels of a group
+            by_channel = jnp.mean(x, range(1, x.ndim - 1), dtype=wide)
+            shape = *by_channel.shape, groups
+            own = spread(member, shape, 1, 2)
+            of_group = jnp.sum(jnp.where(own, spread(by_channel, shape, 0, 1), 0), axis=1)
+            alike = jnp.sum(jnp.where(own, spread(of_group, shape, 0, 2), 0), axis=2)
+            return (alike * (groups / channels)).astype(x.dtype)
+
+        return _normalised(self, x, mean, (0, x.ndim - 1))
+
+
+def _normalised(module, x: jax.Array, mean: Callable, axes: Iterable[int]) -> jax.Array:
+    """The module's scale (x - m) / sqrt(v + epsilon) + bias, by a mean that keeps some axes."""
+    last = x.ndim - 1
+    scale = module.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = module.param("bias", nn.initializers.zeros, x.shape[-1:])
+    centred = x - spread(mean(x), x.shape, *axes)
+    rate = jax.lax.rsqrt(mean(centred * centred) + module.epsilon)
+    normed = centred * spread(rate, x.shape, *axes)
+    return normed * spread(scale, x.shape, last) + spread(bias, x.shape, last)
 
 
 class Norm(nn.Module):

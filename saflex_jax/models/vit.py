@@ -11,16 +11,7 @@ from jax.typing import DTypeLike
 
 from saflex_jax import checks
 from saflex_jax.models.feature_map import with_map
-from saflex_jax.models.norm import GroupNorm
-
-
-def layer_norm(x: jax.Array, name: str, epsilon: float = 1e-6) -> jax.Array:
-    """Layer normalisation of each token of f[B, T, D], in f32 or wider.
-
-    Not flax.linen.LayerNorm, for the reason given in `GroupNorm`.
-    """
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.promote_types(x.dtype, jnp.float32))
-    return GroupNorm(1, epsilon, name=name)(rows).reshape(x.shape)
+from saflex_jax.models.norm import LayerNorm, spread
 
 
 class Block(nn.Module):
@@ -56,10 +47,10 @@ class Block(nn.Module):
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"width must be a multiple of {self.heads} heads; given {width}")
-        seen = layer_norm(x, "attention_norm", self.epsilon) if self.norm_first else x
+        seen = LayerNorm(self.epsilon, name="attention_norm")(x) if self.norm_first else x
         attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, name="attention")
         x = x[:, :kept] + attention(seen[:, :kept], seen, mask=mask)
-        hidden = layer_norm(x, "mlp_norm", self.epsilon)
+        hidden = LayerNorm(self.epsilon, name="mlp_norm")(x)
         hidden = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(hidden)
         return x + nn.Dense(width, dtype=self.dtype, name="mlp_out")(self.activation(hidden))
 
@@ -114,9 +105,9 @@ class ViT(nn.Module):
         grid = x.shape
         x = x.reshape(len(x), -1, self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
-        x = x + jax.lax.broadcast_in_dim(positions, x.shape, (1, 2))
+        x = x + spread(positions, x.shape, 1, 2)
         maps, block = [], nn.remat(Block) if self.remat else Block
         for number in range(self.depth):
             x = block(self.heads, self.mlp_width, name=f"block_{number}")(x)
             maps.append(x.reshape(grid))
-        return with_map(jnp.mean(layer_norm(x, "norm"), axis=1), maps, stage)
+        return with_map(jnp.mean(LayerNorm(name="norm")(x), axis=1), maps, stage)
