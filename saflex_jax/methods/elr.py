@@ -9,6 +9,7 @@ Source: Liu et al., "Early-Learning Regularization Prevents Memorization of Nois
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ import optax
 
 from saflex_jax import checks
 from saflex_jax.core import memory, parents, steps
-from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.losses import weighted_soft_cross_entropy
+from saflex_jax.core.memory import Memory, TopMemory
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import MethodSpec, as_given, no_clean
-from saflex_jax.types import Method, Model, RunInfo
+from saflex_jax.methods import supervised
+from saflex_jax.methods.base import MethodSpec, no_clean
+from saflex_jax.rules import AsGiven
+from saflex_jax.types import Method, Model, PyTree, Rule, RunInfo
 
 MANY = 2**30
 LEAST = 1e-4  # probabilities are cut at it and at 1 - LEAST, so that the logarithm stays finite
@@ -45,87 +49,115 @@ class Options:
         checks.decay(decay=self.decay)
 
 
+class PastAndRule(NamedTuple):
+    """`TrainState.extra` of ELR.
+
+    Attributes:
+      past: averages of each sample's own predictions, f32[N, K].
+      rule: the rule's arrays.
+    """
+
+    past: Memory | TopMemory
+    rule: PyTree
+
+
 def make(
     model: Model,
     tx: optax.GradientTransformation,
+    rule: Rule | None = None,
     options: Options = Options(),
     *,
     run: RunInfo,
 ) -> Method:
-    """Plain training with a regulariser that pulls towards early predictions.
+    """Training with a regulariser that pulls towards early predictions, on a rule's targets.
 
         t_i <- beta t_i + (1 - beta) p_i ,  p_i = softmax(f(x_i))     from 0, without gradient
-        L = mean_i CE(f(x_i), q_i) + lambda mean_i log(1 - <p_i, t_i>)
+        L = mean_i w_i CE(f(x_i), y_i) + lambda mean_i log(1 - <p_i, t_i>) ,   w, y by the rule
 
     The gradient of the second term raises the probability of the classes in t_i. For right labels
-    it keeps the pull that cross-entropy loses; for wrong ones it cancels the pull to the label. A
-    visit enters t before the loss reads it. p comes from the step's own forward pass, in training
-    mode, as in the source, so a step costs as much as a plain one.
+    it keeps the pull that cross-entropy loses; for wrong ones it cancels the pull to the label, and
+    a row without weight learns from it alone. A visit enters t before the loss reads it. p comes
+    from the step's own forward pass, in training mode, as in the source, so without a rule a step
+    costs as much as a plain one.
 
     Rows mixed upstream get the mixture of their parents' averages (`core.parents`) and are not
     remembered. Rows with a parent that was never seen unmixed are not regularised, so the pipeline
-    must leave some rows unmixed. Trusted samples are not treated differently.
+    must leave some rows unmixed. Trusted samples are not treated differently: a rule that compares
+    them with the others needs both trained on alike.
 
     >>> from saflex_jax.models import MLP, Classifier, from_linen
-    >>> run = RunInfo(num_samples=1000, num_classes=10)
-    >>> method = make(from_linen(Classifier(MLP(), 10)), optax.sgd(0.1), run=run)
+    >>> from saflex_jax.rules import RULES
+    >>> run = RunInfo(num_samples=1000, num_classes=10, num_trusted=50)
+    >>> model = from_linen(Classifier(MLP(), 10))
+    >>> method = make(model, optax.sgd(0.1), RULES["saflex"].make(run), run=run)
 
     Args:
       model: see `types.Model`.
       tx: optax transformation.
+      rule: what to train on (see `saflex_jax.rules`); None = as given: the source's method.
       options: see `Options`.
       run: gives the number of samples and classes.
 
     Returns:
-      Method. The metric "candidate_loss" is the cross-entropy, "regulariser" the mean logarithm.
+      Method. The metric "candidate_loss" is the loss of the candidates with its regulariser,
+      "regulariser" the mean logarithm.
 
     Raises:
       ValueError: clean samples (not supported).
     """
+    plain = supervised.make(model, tx, rule)
+    rule = AsGiven() if rule is None else rule
 
     def init(key, inputs):
-        params, model_state = model.init(key, inputs)
         empty = memory.init(run.num_samples, run.num_classes)
         # As if nothing had been said at many visits: the first ones have no plain mean.
         empty = empty._replace(visits=jnp.full_like(empty.visits, MANY))
-        return steps.init_state(key, params, model_state, tx, empty)
+        state = plain.init(key, inputs)
+        return state._replace(extra=PastAndRule(empty, state.extra))
 
     def step(state, streams, *, reduce=identity):
         no_clean("elr", streams.clean)
         batch = streams.candidates
-        key = steps.step_key(state, batch.index)
-
-        def forward(params):
-            return model.train(params, state.model_state, batch.inputs, key)
-
         # The compiler shares this pass with that of the gradient.
-        probs = jax.nn.softmax(jax.lax.stop_gradient(forward(state.params)[0]))
-        rows = batch.mask & parents.is_whole(batch)
-        kept, _ = memory.update(
-            state.extra, batch.index, probs, rows, decay=options.decay, reduce=reduce
+        key = steps.step_key(state, batch.index)
+        logits, _ = model.train(state.params, state.model_state, batch.inputs, key)
+        logits = jnp.where(batch.mask[:, None], jax.lax.stop_gradient(logits), 0.0)
+        probs = jax.nn.softmax(logits)
+        past, _ = memory.update(
+            state.extra.past,
+            batch.index,
+            probs,
+            batch.mask & parents.is_whole(batch),
+            decay=options.decay,
+            reduce=reduce,
         )
         averages = parents.mixture(
-            batch, lambda index: memory.recall(kept, index), jnp.zeros_like(probs)
+            batch, lambda index: memory.recall(past, index), jnp.zeros_like(probs)
         )
 
-        def loss_fn(params):
-            logits, model_state = forward(params)
-            losses = weighted_cross_entropy(logits, batch.labels, mask=batch.mask)
-            pulls = regulariser(jnp.where(batch.mask[:, None], logits, 0.0), averages)
-            value = masked_mean(losses + options.strength * pulls, batch.mask, reduce=reduce)
-            metrics = {
-                "candidate_loss": steps.total(losses, batch.mask, reduce),
-                "regulariser": steps.total(pulls, batch.mask, reduce),
-            }
-            return value, (model_state, metrics)
+        def loss(logits, targets, candidates):
+            losses = weighted_soft_cross_entropy(logits, targets, candidates)
+            pulls = regulariser(jnp.where(candidates.mask[:, None], logits, 0.0), averages)
+            return losses + jnp.where(candidates.mask, options.strength * pulls, 0.0)
 
-        state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
-        return state._replace(extra=kept), metrics
+        state, metrics = steps.bilevel_step(
+            state._replace(extra=state.extra.rule),
+            streams,
+            logits_fn=model.logits,
+            train_fn=model.train,
+            tx=tx,
+            rule=rule,
+            loss=loss,
+            reduce=reduce,
+        )
+        pulls = regulariser(logits, averages)
+        metrics |= {"regulariser": steps.total(pulls, batch.mask, reduce)}
+        return state._replace(extra=PastAndRule(past, state.extra)), metrics
 
-    def predict(state, inputs):
-        return model.logits(state.params, state.model_state, inputs)
+    def targets(state, streams):
+        return plain.targets(state._replace(extra=state.extra.rule), streams)
 
-    return Method(init, step, predict, as_given)
+    return Method(init, step, plain.predict, targets)
 
 
 def regulariser(logits: jax.Array, averages: jax.Array) -> jax.Array:
@@ -149,4 +181,4 @@ def regulariser(logits: jax.Array, averages: jax.Array) -> jax.Array:
     return jnp.log1p(-jnp.sum(probs * averages, axis=-1))
 
 
-SPEC = MethodSpec(make, takes=("options", "run"), options=Options())
+SPEC = MethodSpec(make, takes=("rule", "options", "run"), options=Options())

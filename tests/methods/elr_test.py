@@ -31,9 +31,9 @@ STRENGTH, DECAY = 2.5, 0.6
 RUN = RunInfo(ROWS, CLASSES)
 
 
-def make(model=LINEAR, tx=TX, run=RUN, **changes):
+def make(model=LINEAR, tx=TX, run=RUN, rule=None, **changes):
     options = {"strength": STRENGTH, "decay": DECAY} | changes
-    return elr.make(model, tx, elr.Options(**options), run=run)
+    return elr.make(model, tx, rule, elr.Options(**options), run=run)
 
 
 def by_hand(kernel, batch, averages):
@@ -65,12 +65,13 @@ def test_steps_by_hand(runner):
         expected, cross_entropy, pulls = by_hand(kernel, batch, t)
         state, metrics = run.step(state, run.put_batch(Streams(batch)))
         np.testing.assert_allclose(state.params["kernel"], expected, atol=2e-6)
-        np.testing.assert_allclose(metrics["loss"][0], cross_entropy + STRENGTH * pulls, rtol=1e-5)
-        np.testing.assert_allclose(np.divide(*metrics["candidate_loss"]), cross_entropy, rtol=1e-5)
+        loss = cross_entropy + STRENGTH * pulls
+        np.testing.assert_allclose(metrics["loss"][0], loss, rtol=1e-5)
+        np.testing.assert_allclose(np.divide(*metrics["candidate_loss"]), loss, rtol=1e-5)
         np.testing.assert_allclose(np.divide(*metrics["regulariser"]), pulls, rtol=1e-5)
         rows = batch.index[batch.mask]
-        np.testing.assert_allclose(state.extra.mean[rows], t[batch.mask], atol=1e-6)
-        seen = np.asarray(state.extra.visits) - elr.MANY
+        np.testing.assert_allclose(state.extra.past.mean[rows], t[batch.mask], atol=1e-6)
+        seen = np.asarray(state.extra.past.visits) - elr.MANY
         np.testing.assert_array_equal(seen[rows], visits)
         assert seen.sum() == visits * len(rows)
 
@@ -100,8 +101,11 @@ def test_mixed_rows_have_the_mixture_of_their_parents():
     batch = Batch(inputs, mixed, np.ones(5, bool), index, Trace(0 * partner, share, partner))
     empty = memory.init(ROWS, CLASSES)
     state = start_state(method)._replace(
-        extra=memory.Memory(
-            empty.mean.at[:ROWS].set(kept), empty.visits.at[:ROWS].set(9 * kept.any(1))
+        extra=elr.PastAndRule(
+            memory.Memory(
+                empty.mean.at[:ROWS].set(kept), empty.visits.at[:ROWS].set(9 * kept.any(1))
+            ),
+            (),
         )
     )
     kernel = np.asarray(state.params["kernel"], np.float64)
@@ -112,8 +116,8 @@ def test_mixed_rows_have_the_mixture_of_their_parents():
     t[4] = share[4] * kept[4] + (1 - share[4]) * t[1]  # which was just remembered
     after, _ = step_under("jit 1", {"": method}, {"": state}, batch)[""]
     np.testing.assert_allclose(after.params["kernel"], by_hand(kernel, batch, t)[0], atol=2e-6)
-    np.testing.assert_allclose(after.extra.mean[:2], t[:2], atol=1e-6)
-    np.testing.assert_array_equal(after.extra.mean[2:ROWS], kept[2:])
+    np.testing.assert_allclose(after.extra.past.mean[:2], t[:2], atol=1e-6)
+    np.testing.assert_array_equal(after.extra.past.mean[2:ROWS], kept[2:])
 
 
 def test_a_step_costs_a_plain_one():
