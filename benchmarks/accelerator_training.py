@@ -32,6 +32,7 @@ from saflex_jax.batches import floats, take
 from saflex_jax.core.tree import cast_floats, identity
 from saflex_jax.methods import automix, elr, mixtures, saflex, supervised
 from saflex_jax.methods.upstream import upstream
+from saflex_jax.rules import RULES
 from saflex_jax.types import Batch, Method, Model, RunInfo, Streams
 
 Make = Callable[[Any], Method]  # of the number of steps, which may be traced
@@ -255,8 +256,9 @@ class NoisyLabels(Part):
 
     key = "noisy_labels"
     runs = (
-        ("worst", "train_val"), ("worst", "saflex"), ("worst", "elr"), ("clean", "train_val"),
-        ("clean", "saflex"), ("worst", "trusted_only"), ("worst", "upstream"),
+        ("worst", "train_val"), ("worst", "saflex"), ("worst", "elr"), ("worst", "saflex_elr"),
+        ("clean", "train_val"), ("clean", "saflex"), ("worst", "trusted_only"),
+        ("worst", "upstream"),
     )  # fmt: skip
 
     @property
@@ -276,6 +278,7 @@ class NoisyLabels(Part):
             "plain": partial(supervised.make, model),
             "saflex": partial(saflex.make, model, run=run),
             "elr": partial(elr.make, model, run=run),
+            "saflex_elr": partial(elr.make, model, rule=RULES["saflex"].make(run), run=run),
         }
 
         def kind_of(arm):
