@@ -244,14 +244,16 @@ def posterior_targets(
     share = _divide(jnp.minimum(believed, prior), prior, 0.0)
     met = _elsewhere(others, noise)
     right, wrong = stays * share, met * (1 - share)
-    right = jnp.where(as_given[:, None], 1.0, _divide(right, right + wrong, 1.0))
-    # A sum of what is moved, which is exactly zero where nothing is.
+    # Exactly one, and nothing is moved, where nothing speaks against the label: on a GPU x / x is
+    # not always one.
+    is_right = as_given[:, None] | (wrong == 0)
+    right = jnp.where(is_right, 1.0, right / jnp.where(is_right, 1.0, right + wrong))
     moved = prior * (1 - right)
     lost = jnp.sum(moved, axis=-1)
     weights = 1 - lost + certain * lost
     arriving = others * _elsewhere(_divide(moved, met, 0.0), noise.T)
     labels = prior - moved + certain[:, None] * arriving
-    labels = _divide(labels, weights[:, None], prior)
+    labels = jnp.where(lost[:, None] == 0, prior, _divide(labels, weights[:, None], prior))
     weights = rescale(jnp.where(mask, weights, 0.0), mask, reduce=reduce)
     labels = jnp.where(mask[:, None], labels, prior)
     return jax.lax.stop_gradient(Targets(weights, labels, jnp.where(mask, 1 - 2 * lost, 0.0)))

@@ -29,7 +29,8 @@ def spread(x: jax.Array, shape: tuple[int, ...], *axes: int) -> jax.Array:
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis of f[..., C], in f32 or wider.
 
-    Not flax.linen.LayerNorm, for the reason given at `spread`.
+    Not flax.linen.LayerNorm, for the reason given at `spread`. Rows lie on one axis: with tokens on
+    an axis of their own, a ViT's step takes twice the time on a GPU.
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
@@ -38,8 +39,9 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return _normalised(self, x, partial(jnp.mean, axis=-1), range(x.ndim - 1))
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        rows = x.reshape(-1, x.shape[-1]).astype(wide)
+        return _normalised(self, rows, partial(jnp.mean, axis=-1), (0,)).reshape(x.shape)
 
 
 class GroupNorm(nn.Module):
