@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from saflex_jax import Batch, RunInfo, Streams
+from saflex_jax import Batch, RunInfo, Streams, Targets
 from saflex_jax._compat import enable_x64
 from saflex_jax.core import memory
 from saflex_jax.methods import elr, supervised
+from saflex_jax.rules import Posterior, Refinement, Scoring
 from saflex_jax.types import Trace
 from tests import cost_test, problems
 from tests.problems import hard_labels, log_softmax, softmax
@@ -28,7 +29,12 @@ from tests.rules.regression import (
 )
 
 STRENGTH, DECAY = 2.5, 0.6
-RUN = RunInfo(ROWS, CLASSES)
+RUN, SMALL = RunInfo(ROWS, CLASSES), RunInfo(6, problems.CLASSES)
+
+
+def posterior(**options):
+    """SAFLEX's rule for the run SMALL."""
+    return Refinement(Scoring(), Posterior(SMALL, **options))
 
 
 def make(model=LINEAR, tx=TX, run=RUN, rule=None, **changes):
@@ -36,13 +42,28 @@ def make(model=LINEAR, tx=TX, run=RUN, rule=None, **changes):
     return elr.make(model, tx, rule, elr.Options(**options), run=run)
 
 
-def by_hand(kernel, batch, averages):
+class OfRows:
+    """A rule that knows nothing of the network: other weights and labels, from the given labels."""
+
+    def init(self, params):
+        return ()
+
+    def apply(self, arrays, state, logits_fn, streams, *, reduce):
+        labels = streams.candidates.labels
+        weights, labels = 0.5 + labels[:, 0], 0.7 * labels + 0.3 / CLASSES
+        return Targets(weights, labels, weights), arrays, {"applied": (weights.sum(), 1.0)}
+
+
+def by_hand(kernel, batch, averages, weights=None, labels=None):
     """The kernel after gradient descent, f64, and the two means of the loss."""
-    x, labels, t = (a[batch.mask] for a in (np.float64(batch.inputs), batch.labels, averages))
+    weights = np.ones(len(batch.mask)) if weights is None else weights
+    labels = batch.labels if labels is None else labels
+    w, labels, t = (a[batch.mask] for a in (weights[:, None], labels, averages))
+    x = np.float64(batch.inputs)[batch.mask]
     p = softmax(x @ kernel)
     agreed = (p * t).sum(1, keepdims=True)
-    pull = p - labels + STRENGTH * p * (agreed - t) / (1 - agreed)
-    cross_entropy = -np.mean(np.sum(labels * log_softmax(x @ kernel), 1))
+    pull = w * (p - labels) + STRENGTH * p * (agreed - t) / (1 - agreed)
+    cross_entropy = -np.mean(np.sum(w * labels * log_softmax(x @ kernel), 1))
     return kernel - LR * x.T @ pull / len(x), cross_entropy, np.log(1 - agreed).mean()
 
 
@@ -53,22 +74,24 @@ def by_hand(kernel, batch, averages):
     "runner",
     [pytest.param(r, marks=pytest.mark.slow if r == "jit 1" else ()) for r in RUNNERS],
 )
-def test_steps_by_hand(runner):
-    batch, method = candidates(labels=hard_labels), make()
+def test_steps_by_hand_on_the_targets_of_a_rule(runner):
+    batch, method = candidates(labels=hard_labels), make(rule=OfRows())
     batch = batch._replace(inputs=0.3 * batch.inputs)  # no probability is cut
+    of_rule = 0.5 + batch.labels[:, 0], 0.7 * batch.labels + 0.3 / CLASSES
     make_runner, devices, _ = RUNNERS[runner]
     run = make_runner(method.step, devices=jax.devices()[:devices])
     t, state = np.zeros((ROWS, CLASSES)), run.put_state(start_state(method))
     for visits in (1, 2, 3):
         kernel = np.asarray(state.params["kernel"], np.float64)
         t = DECAY * t + (1 - DECAY) * softmax(batch.inputs @ kernel)
-        expected, cross_entropy, pulls = by_hand(kernel, batch, t)
+        expected, cross_entropy, pulls = by_hand(kernel, batch, t, *of_rule)
         state, metrics = run.step(state, run.put_batch(Streams(batch)))
         np.testing.assert_allclose(state.params["kernel"], expected, atol=2e-6)
         loss = cross_entropy + STRENGTH * pulls
         np.testing.assert_allclose(metrics["loss"][0], loss, rtol=1e-5)
         np.testing.assert_allclose(np.divide(*metrics["candidate_loss"]), loss, rtol=1e-5)
         np.testing.assert_allclose(np.divide(*metrics["regulariser"]), pulls, rtol=1e-5)
+        assert "applied" in metrics
         rows = batch.index[batch.mask]
         np.testing.assert_allclose(state.extra.past.mean[rows], t[batch.mask], atol=1e-6)
         seen = np.asarray(state.extra.past.visits) - elr.MANY
@@ -76,17 +99,36 @@ def test_steps_by_hand(runner):
         assert seen.sum() == visits * len(rows)
 
 
-def test_without_strength_it_is_plain_training_bit_for_bit():
-    p = problems.problem("cnn", masked=1, norm="batch")
-    tx, run = optax.adam(1e-2), RunInfo(6, problems.CLASSES)
-    after = []
-    for method in (supervised.make(p.model, tx), make(p.model, tx, run, strength=0.0)):
-        # Not compiled as a whole: JAX 0.12 fuses the two programs differently, which rounds.
-        state = method.init(jax.random.key(0), p.streams.candidates)
-        for _ in range(3):
-            state, _ = method.step(state, p.streams)
-        after.append(jax.device_get(state._replace(key=(), extra=())))
-    jax.tree.map(np.testing.assert_array_equal, *after)
+def after_steps(make_method, **options):
+    """The state, without its key, and the targets of the next step.
+
+    Not compiled as a whole: JAX 0.12 fuses two programs differently, which rounds.
+    """
+    p, tx = problems.problem("mlp", masked=1), optax.adam(1e-2)
+    labels = hard_labels(np.random.default_rng(0), 6, problems.CLASSES)  # else all rows are mixed
+    streams = p.streams._replace(candidates=p.streams.candidates._replace(labels=labels))
+    method = make_method(p.model, tx, **options)
+    state = method.init(jax.random.key(0), streams.candidates)
+    for _ in range(3):
+        state, _ = method.step(state, streams)
+    return jax.device_get((state._replace(key=()), method.targets(state, streams)))
+
+
+@pytest.mark.parametrize("rule", [None, posterior(noise_rate=0.4)], ids=["as given", "saflex"])
+def test_without_strength_it_is_the_rule_alone_bit_for_bit(rule):
+    alone, learned = after_steps(supervised.make, rule=rule)
+    found, targets = after_steps(make, run=SMALL, rule=rule, strength=0.0)
+    found = found._replace(extra=found.extra.rule)
+    jax.tree.map(np.testing.assert_array_equal, (found, targets), (alone, learned))
+    assert (learned.weights[0] == 1) == (rule is None)
+
+
+def test_while_no_label_is_wrong_it_is_the_method_without_a_rule_bit_for_bit():
+    alone, _ = after_steps(make, run=SMALL)
+    found, _ = after_steps(make, run=SMALL, rule=posterior(noise_rate=0.0))
+    assert alone.extra.past.mean.any()
+    found, alone = (state._replace(extra=state.extra.past) for state in (found, alone))
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
 
 
 def test_mixed_rows_have_the_mixture_of_their_parents():
