@@ -47,6 +47,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "saflex": _arm(False, {"rule": "saflex"}),
     "saflex_train_val": _arm(True, {"rule": "saflex"}),
     "saflex_paper": _arm(False, {"rule": "saflex_paper"}),
+    # The rule inside ELR, which leaves no beliefs to be sharpened: better on all noisy tasks of
+    # "development" than either alone (2026-11-27).
+    "saflex_elr": _arm(
+        True, {"name": "elr", "rule": "saflex", "saflex": {"rule": {"sharpness": 1.0}}}
+    ),
     # Baselines. Those that do not read the trusted samples otherwise train on them.
     "confident_learning": _arm(True, data={"cleaning": "confident"}),
     "neighbours": _arm(True, data={"cleaning": "neighbours"}),
