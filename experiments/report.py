@@ -470,8 +470,9 @@ calibration error in points, 15 bins. `noise` is the share of wrong labels among
 
 `upstream` trains on the training split alone. SAFLEX (defaults) holds the trusted samples out in
 `saflex`, also trains on them in `saflex_train_val`, cuts them into five folds in `saflex_folds`,
-and does not use them in `saflex_train_batch`; `saflex_paper` is the paper's rule, held out. `l2rw`
-and `meta_weight_net` also hold them out; the other arms train on them.
+and does not use them in `saflex_train_batch`; `saflex_paper` is the paper's rule, held out.
+`saflex_elr` is the rule inside ELR, with unsharpened beliefs (`sharpness=1`), and trains on them.
+`l2rw` and `meta_weight_net` also hold them out; the other arms train on them.
 
 Two regimes: heads on features of a pretrained network, and networks from scratch. With pretrained
 features every arm has its best head and decay on right-labelled training samples of other seeds
