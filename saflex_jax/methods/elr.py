@@ -2,6 +2,10 @@
 
     logits -> average of a sample's own predictions -> cross-entropy + pull towards that average
 
+With a rule, the cross-entropy is of the rule's weights and labels. ELR keeps what a wrong label
+would overwrite, a rule finds which labels are wrong: on pretrained features SAFLEX inside ELR does
+better than either (docs/noisy_labels.md).
+
 Source: Liu et al., "Early-Learning Regularization Prevents Memorization of Noisy Labels", NeurIPS
 2020; where the paper is silent, the repository shengliu66/ELR.
 """
@@ -22,7 +26,6 @@ from saflex_jax.core.memory import Memory, TopMemory
 from saflex_jax.core.tree import identity
 from saflex_jax.methods import supervised
 from saflex_jax.methods.base import MethodSpec, no_clean
-from saflex_jax.rules import AsGiven
 from saflex_jax.types import Method, Model, PyTree, Rule, RunInfo
 
 MANY = 2**30
@@ -64,9 +67,9 @@ class PastAndRule(NamedTuple):
 def make(
     model: Model,
     tx: optax.GradientTransformation,
-    rule: Rule | None = None,
     options: Options = Options(),
     *,
+    rule: Rule | None = None,
     run: RunInfo,
 ) -> Method:
     """Training with a regulariser that pulls towards early predictions, on a rule's targets.
@@ -89,13 +92,13 @@ def make(
     >>> from saflex_jax.rules import RULES
     >>> run = RunInfo(num_samples=1000, num_classes=10, num_trusted=50)
     >>> model = from_linen(Classifier(MLP(), 10))
-    >>> method = make(model, optax.sgd(0.1), RULES["saflex"].make(run), run=run)
+    >>> method = make(model, optax.sgd(0.1), rule=RULES["saflex"].make(run), run=run)
 
     Args:
       model: see `types.Model`.
       tx: optax transformation.
-      rule: what to train on (see `saflex_jax.rules`); None = as given: the source's method.
       options: see `Options`.
+      rule: what to train on (see `saflex_jax.rules`); None = as given: the source's method.
       run: gives the number of samples and classes.
 
     Returns:
@@ -106,7 +109,6 @@ def make(
       ValueError: clean samples (not supported).
     """
     plain = supervised.make(model, tx, rule)
-    rule = AsGiven() if rule is None else rule
 
     def init(key, inputs):
         empty = memory.init(run.num_samples, run.num_classes)
@@ -140,16 +142,9 @@ def make(
             pulls = regulariser(jnp.where(candidates.mask[:, None], logits, 0.0), averages)
             return losses + jnp.where(candidates.mask, options.strength * pulls, 0.0)
 
-        state, metrics = steps.bilevel_step(
-            state._replace(extra=state.extra.rule),
-            streams,
-            logits_fn=model.logits,
-            train_fn=model.train,
-            tx=tx,
-            rule=rule,
-            loss=loss,
-            reduce=reduce,
-        )
+        of_rule = state._replace(extra=state.extra.rule)
+        regularised = supervised.make(model, tx, rule, loss=loss)
+        state, metrics = regularised.step(of_rule, streams, reduce=reduce)
         pulls = regulariser(logits, averages)
         metrics |= {"regulariser": steps.total(pulls, batch.mask, reduce)}
         return state._replace(extra=PastAndRule(past, state.extra)), metrics
@@ -181,4 +176,4 @@ def regulariser(logits: jax.Array, averages: jax.Array) -> jax.Array:
     return jnp.log1p(-jnp.sum(probs * averages, axis=-1))
 
 
-SPEC = MethodSpec(make, takes=("rule", "options", "run"), options=Options())
+SPEC = MethodSpec(make, takes=("options", "rule", "run"), options=Options())

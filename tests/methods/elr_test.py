@@ -39,7 +39,7 @@ def posterior(**options):
 
 def make(model=LINEAR, tx=TX, run=RUN, rule=None, **changes):
     options = {"strength": STRENGTH, "decay": DECAY} | changes
-    return elr.make(model, tx, rule, elr.Options(**options), run=run)
+    return elr.make(model, tx, elr.Options(**options), rule=rule, run=run)
 
 
 class OfRows:
