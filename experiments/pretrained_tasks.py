@@ -47,8 +47,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "saflex": _arm(False, {"rule": "saflex"}),
     "saflex_train_val": _arm(True, {"rule": "saflex"}),
     "saflex_paper": _arm(False, {"rule": "saflex_paper"}),
-    # The rule inside ELR, which leaves no beliefs to be sharpened: better on all noisy tasks of
-    # "development" than either alone (2026-11-27).
+    # The rule inside ELR, whose network is not underconfident: its beliefs count as they are. On
+    # all 10 noisy tasks of "development" tried, its mean is no lower than that of either alone
+    # (+.8 and +.5 points on average over ELR and SAFLEX, seeds 100 to 102, 2026-11-27).
     "saflex_elr": _arm(
         True, {"name": "elr", "rule": "saflex", "saflex": {"rule": {"sharpness": 1.0}}}
     ),
