@@ -13,8 +13,8 @@ off has lost nothing:
     augment       "images_per_second": pipeline and size -> rate.
     noisy_labels  "noisy_labels": "labels: arm" -> test accuracy of each "seed", "seconds" of a
                   training, "compile_seconds" (of all programs at once). Arms: the upstream
-                  pipeline, on training + trusted samples, on the trusted ones alone, ELR, SAFLEX.
-                  Labels: CIFAR-10N's worst, and right ones.
+                  pipeline, on training + trusted samples, on the trusted ones alone, ELR, SAFLEX,
+                  SAFLEX inside ELR. Labels: CIFAR-10N's worst, and right ones.
     automix       "automix": "epochs" that fitted; "arms" -> "accuracy" and seconds of AutoMix,
                   mixup, and the control; "masks": epoch -> mean distance of the masks from 1/2 and
                   from the share .3 (.2 where they are 1/2), and their deviation within an image.

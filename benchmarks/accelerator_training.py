@@ -32,7 +32,7 @@ from saflex_jax.batches import floats, take
 from saflex_jax.core.tree import cast_floats, identity
 from saflex_jax.methods import automix, elr, mixtures, saflex, supervised
 from saflex_jax.methods.upstream import upstream
-from saflex_jax.rules import RULES
+from saflex_jax.rules import Posterior, Refinement, Scoring
 from saflex_jax.types import Batch, Method, Model, RunInfo, Streams
 
 Make = Callable[[Any], Method]  # of the number of steps, which may be traced
@@ -274,11 +274,12 @@ class NoisyLabels(Part):
             size, 10, num_trusted=setting.trusted, num_val=setting.trusted,
             num_steps=setting.epochs * steps, steps_per_epoch=steps,
         )  # fmt: skip
+        inside_elr = Refinement(Scoring(), Posterior(run, sharpness=1.0))  # docs/noisy_labels.md
         kinds = {
             "plain": partial(supervised.make, model),
             "saflex": partial(saflex.make, model, run=run),
             "elr": partial(elr.make, model, run=run),
-            "saflex_elr": partial(elr.make, model, rule=RULES["saflex"].make(run), run=run),
+            "saflex_elr": partial(elr.make, model, rule=inside_elr, run=run),
         }
 
         def kind_of(arm):

@@ -299,7 +299,7 @@ def test_the_tables_say_the_numbers(monkeypatch):
     }  # fmt: skip
     assert accuracies["wrong"]["saflex"] == accuracies["wrong"]["mwn"] == "**50.00**"
 
-    summary = cells(report.summary({"here": runs, "there": {}}))
+    summary = cells(report.summary({"here": runs, "there": {}}, "saflex"))
     assert summary["`tasks`"] == {"": "`tasks`", "here": "3", "there": "0"}
     assert summary["`worst_gain_over_best_fair_partner`"]["here"] == "-1.00 (few)"
     assert summary["`share_of_noisy_tasks_at_or_above_best_baseline`"]["here"] == "0.50"
@@ -325,6 +325,7 @@ def test_where_it_does_not_help_is_said():
 
 def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "ARM", "saflex")
+    monkeypatch.setattr(report, "JUDGED", ("saflex", "l2rw"))
     first, second = tmp_path / "new.jsonl", tmp_path / "pretrained.jsonl"
     features = lines("p", {"upstream": [50, 50], "trusted_only": [52, 52], "saflex": [53, 54]},
                      suite="pretrained", regime="pretrained", noise=0.4)  # fmt: skip
@@ -342,9 +343,11 @@ def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, monk
         *(table(runs) for table in (report.overview, report.of_tasks, report.accuracies)
           for runs in (REPORT, report.of_half(RUNS, "development"), pretrained)),
         report.shortfalls(REPORT, "saflex"), report.shortfalls(pretrained, "saflex"),
+        "**`l2rw`, scratch, report.**", "`l2rw`, points of test accuracy:",
         "](results_partner.png)", "](results_noise.png)", "](results_val.png)",
     ):  # fmt: skip
         assert part in text
+    assert "**`l2rw`, pretrained" not in text  # it did not run there
     order = ("Where it does not help", "Against the best fair partner", "## Pretrained, report",
              "## Scratch, report", "## Scratch, development")  # fmt: skip
     assert sorted(order, key=text.index) == [*order]
