@@ -234,15 +234,13 @@ def _tested(network, params, test: Batch) -> dict[str, Any]:
 
 
 def _seen(member: Member, state) -> dict[str, Any]:
-    """Utilities, their errors (-1: unknown) and last shares, where they were looked at."""
+    """Utilities, their errors (-1: unknown) and last shares by class, where they were looked at."""
     if not member.looked_at:
         return {}
     found = pooled.pooled(state.extra.pools)
     how = adjusted.Options()
-    share = adjusted.shares(
-        jax.tree.map(lambda x: x[:, 0], found), jnp.asarray(member.start),
-        floor=how.floor, margin=how.margin, strength=member.adjust,
-    )  # fmt: skip
+    share = adjusted.shares(found, jnp.asarray(member.start), floor=how.floor, margin=how.margin,
+                            strength=member.adjust)  # fmt: skip
     error = np.where(np.isfinite(found.error), found.error, -1.0)
     arrays = {"utility": found.mean, "error": error, "share": share}
     return {name: np.round(np.asarray(x), 5).tolist() for name, x in arrays.items()}

@@ -49,7 +49,8 @@ TAG = "crop"  # feature set whose test rows are read
 
 def settings() -> list:
     """What fixes a record beside its task and seed; records of other settings are made again."""
-    return [STRENGTHS, DRAWS, SETTINGS, PER_CLASS, FOLDS, STEPS, BATCH, WIDTH, TAG]
+    constants = [STRENGTHS, DRAWS, SETTINGS, PER_CLASS, FOLDS, STEPS, BATCH, WIDTH, TAG]
+    return [*constants, repr(adjusted.Options())]
 
 
 class Few(NamedTuple):

@@ -29,8 +29,8 @@ class Alternatives(NamedTuple):
 
     Attributes:
       names: of the alternatives.
-      draw: (key, batch, log_p f[C]) -> (augmented batch, cell i32[B]). log_p need not be
-        normalised; -inf is never drawn.
+      draw: (key, batch, log_p f[C], or f[B, C] by row) -> (augmented batch, cell i32[B]). log_p
+        need not be normalised; -inf is never drawn.
     """
 
     names: tuple[str, ...]
@@ -169,7 +169,11 @@ def of_views(group: Sequence[int] | np.ndarray, names: Sequence[str]) -> Alterna
 
 
 def _drawn(key: jax.Array, batch: Batch, log_p: jax.Array, number: int) -> jax.Array:
-    """The alternative of each row, by its index alone, i32[B]."""
-    checks.rows(number, log_p=log_p)
-    draw = jax.vmap(lambda k: jax.random.categorical(k, log_p))
-    return draw(sample_keys(key, batch)).astype(jnp.int32)
+    """The alternative of each row, by its index and log_p alone, i32[B]."""
+    rows = len(batch.index)
+    if np.shape(log_p) not in ((number,), (rows, number)):
+        raise ValueError(
+            f"log_p must have shape [{number}] or [{rows}, {number}]; given {np.shape(log_p)}"
+        )
+    log_p = jnp.broadcast_to(log_p, (rows, number))
+    return jax.vmap(jax.random.categorical)(sample_keys(key, batch), log_p).astype(jnp.int32)

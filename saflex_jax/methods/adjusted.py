@@ -1,9 +1,11 @@
 """An upstream pipeline that adjusts itself: it draws operations with harmful utilities less often.
 
-    utility of a row  ->  mean per alternative and step  ->  probability that it helps  ->  share
+    utility of a row  ->  mean per alternative, class and step  ->  probability that it helps  ->
+    share of the alternative in the class
 
 It goes in front of any method, like `upstream`. An operation at several strengths counts as several
-alternatives, so the shares set both how often it is drawn and how strong it is.
+alternatives, so the shares set both how often it is drawn and how strong it is. A row's class is
+the most probable one of its label.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Options:
     """
 
     decay: float = 0.999
-    floor: float = 0.05
+    floor: float = 0.01
     margin: float = 0.5
     strength: float | jax.Array = 1.0
     scoring: Scoring = Scoring()
@@ -65,6 +67,37 @@ class Options:
         checks.at_least_zero(strength=self.strength)
 
 
+def by_class(found: Pooled) -> Pooled:
+    """What each alternative is worth in each class, f32[C, K], where evidence may be thin.
+
+        s_ck = m_c + w_ck d_ck ,   d_ck = m_ck - m_c - a_k ,   w_ck = t_c / (t_c + e_ck^2)
+
+    m_c is the utility over all rows. d says how a class differs, beyond a_k, the median difference
+    of the alternatives there, which is no reason to prefer one. t_c, the mean of d^2 - e^2 over
+    classes, estimates the variance of the true d. A class of which nothing is known has the overall
+    utility, and so has every class of an alternative whose classes differ by no more than chance.
+
+    >>> mean = jnp.array([[0.5, 1.0, 0.0], [0.5, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    >>> stats = Pooled(jnp.full((3, 3), 9.0), mean, jnp.full((3, 3), 0.1))
+    >>> [[round(float(u), 2) for u in row] for row in by_class(stats).mean]
+    [[0.98, 0.02], [0.02, 0.98], [0.5, 0.5]]
+
+    Args:
+      found: each f32[C, 1 + K]: of all rows, and by class.
+
+    Source: Efron and Morris, "Stein's estimation rule and its competitors", 1973, for w.
+    """
+    mean, error = found.mean[:, :1], found.error[:, :1]
+    known = jnp.isfinite(found.error[:, 1:])
+    square = jnp.where(known, found.error[:, 1:], 0.0) ** 2
+    apart = jnp.where(known, found.mean[:, 1:] - mean, jnp.nan)
+    apart = jnp.where(known, apart - jnp.nanmedian(apart, 0, keepdims=True), 0.0)
+    number = jnp.maximum(jnp.sum(known, 1, keepdims=True), 1)
+    between = jnp.maximum(jnp.sum(apart**2 - square, 1, keepdims=True) / number, 0.0)
+    weight = between / jnp.maximum(between + square, 1e-30)
+    return Pooled(found.count[:, 1:], mean + weight * apart, jnp.sqrt(error**2 + weight * square))
+
+
 def shares(
     found: Pooled,
     start: jax.Array,
@@ -73,31 +106,42 @@ def shares(
     margin: float = 0.0,
     strength: float | jax.Array = 1.0,
 ) -> jax.Array:
-    """How often to draw each alternative, f32[C], given its utility.
+    """How often to draw each alternative in each class, f32[C, K], given its utilities.
 
-        p_c = floor p0_c + (1 - floor) p0_c h_c^a / sum_j p0_j h_j^a
-        h_c = min(1, 2 P(u_c > margin max(0, max_j m_j)))
+        p_ck = floor p0_c + (1 - floor) p0_c h_ck^a / sum_j p0_j h_jk^a
+        h_ck = min(1, 2 P(s_c > l), 2 P(s_ck > l)) ,   l = margin max(0, max_j s_j)
 
-    with P from the mean's Gaussian. Alternatives that help, help more, or are unknown are drawn
-    alike, so a pipeline without harm stays unchanged. With a margin, an alternative that helps much
-    less than the best counts as harmful, too.
+    with s_ck of `by_class`, s_c its mean over classes, and P from the mean's Gaussian. An
+    alternative must help overall and in the class: what helps one class alone costs the others
+    accuracy that a look one step ahead does not show. The mean over classes, and not over rows,
+    because a class in which the alternative is drawn no more still counts. Alternatives that help,
+    help more, or are unknown are drawn alike, so a pipeline without harm stays unchanged. With a
+    margin, an alternative that helps much less than the best counts as harmful, too.
 
-    >>> found = Pooled(jnp.array([9.0, 9.0]), jnp.array([0.3, -0.3]), jnp.array([0.1, 0.1]))
-    >>> [round(float(p), 3) for p in shares(found, jnp.array([0.5, 0.5]), floor=0.1)]
-    [0.948, 0.052]
+    >>> means = jnp.array([[0.3, 0.3, 0.3], [0.3, 0.3, 0.3], [0.2, -0.6, 1.0]])  # of two classes
+    >>> stats = Pooled(jnp.full((3, 3), 9.0), means, jnp.full((3, 3), 0.05))
+    >>> found = shares(stats, jnp.array([0.4, 0.1, 0.5]), floor=0.1)
+    >>> [[round(float(p), 2) for p in row] for row in found]
+    [[0.76, 0.4], [0.19, 0.1], [0.05, 0.5]]
 
     Args:
-      found: each f32[C].
+      found: each f32[C, 1 + K]: of all rows, and by class.
       start: p0, f32[C], the shares at the start; they sum to one.
       floor: in [0, 1].
       margin: in [0, 1).
       strength: a >= 0.
     """
-    known = jnp.isfinite(found.error)
-    largest = jnp.max(jnp.where(known & (start > 0), found.mean, 0.0), initial=0.0)
-    helps = jnp.minimum(2 * ndtr((found.mean - margin * largest) / found.error), 1.0)
-    kept = start * jnp.maximum(helps, 1e-6) ** strength
-    return floor * start + (1 - floor) * kept / jnp.sum(kept)
+    own = by_class(found)
+    overall, error = own.mean.mean(1, keepdims=True), found.error[:, :1]
+    known = jnp.isfinite(error[:, 0]) & (start > 0)
+    least = margin * jnp.max(jnp.where(known, overall[:, 0], 0.0), initial=0.0)
+
+    def helps(mean, error):
+        return jnp.minimum(2 * ndtr((mean - least) / jnp.maximum(error, 1e-30)), 1.0)
+
+    helpful = jnp.minimum(helps(overall, error), helps(own.mean, own.error))
+    kept = start[:, None] * jnp.maximum(helpful, 1e-6) ** strength
+    return floor * start[:, None] + (1 - floor) * kept / jnp.sum(kept, 0, keepdims=True)
 
 
 def adjusted(
@@ -114,9 +158,9 @@ def adjusted(
 
         method = adjusted(saflex.make(model, tx, run), of_operations())
 
-    Metrics: "share/NAME", "utility/NAME" of every alternative. A utility is <label, scores> over
-    the batch's root mean square. The mean over an alternative's rows in one step is one
-    observation, because they share one validation gradient.
+    Metrics: "share/NAME", the mean over classes, and "utility/NAME" of every alternative. A utility
+    is <label, scores> over the batch's root mean square. The mean over an alternative's rows, or
+    those of one class, in one step is one observation, because they share one validation gradient.
 
     Args:
       method: any Method. It needs validation samples, which should not be trained on.
@@ -141,15 +185,17 @@ def adjusted(
     def inside(state):
         return state._replace(extra=state.extra.method)
 
-    def now(state):
+    def now(pools):
         return shares(
-            _overall(state.extra.pools), start,
+            pooled.pooled(pools), start,
             floor=options.floor, margin=options.margin, strength=options.strength,
         )  # fmt: skip
 
     def augmented(state, streams):
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
-        drawn, cell = alternatives.draw(key, streams.candidates, jnp.log(now(state)))
+        of_class = streams.candidates.labels.argmax(-1)
+        log_p = jnp.log(now(state.extra.pools)).T[of_class]
+        drawn, cell = alternatives.draw(key, streams.candidates, log_p)
         return streams._replace(candidates=drawn), cell
 
     def step(state, streams, *, reduce=identity):
@@ -164,7 +210,8 @@ def adjusted(
         return new._replace(extra=Adjusted(new.extra, pools)), metrics | said(state, pools)
 
     def said(state, pools):
-        share, utility = now(state), _overall(pools).mean
+        share = now(state.extra.pools).mean(1)
+        utility = pooled.pooled(pools).mean[:, 0]
         one = jnp.ones(())
         named = list(enumerate(alternatives.names))
         return {f"share/{name}": (share[c], one) for c, name in named} | {
@@ -178,11 +225,6 @@ def adjusted(
         return method.predict(inside(state), inputs)
 
     return Method(init, step, predict, targets if method.targets else None)
-
-
-def _overall(pools: Pools) -> Pooled:
-    """Each f32[C]."""
-    return jax.tree.map(lambda x: x[:, 0], pooled.pooled(pools))
 
 
 def _utility(method: Method, state: TrainState, streams, scoring: Scoring, reduce) -> jax.Array:

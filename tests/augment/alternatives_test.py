@@ -37,6 +37,15 @@ def test_a_row_draws_by_its_index_alone():
     np.testing.assert_array_equal(whole[rows], part)
 
 
+def test_rows_may_have_probabilities_of_their_own():
+    log_p = jnp.array([[0.0, -jnp.inf], [-jnp.inf, 0.0]])[jnp.arange(SIZE) % 2]
+    _, cell = DRAW(jax.random.key(0), VIEWS, log_p)
+    np.testing.assert_array_equal(cell, np.arange(SIZE) % 2)
+    alike = jnp.log(jnp.array([0.3, 0.9]))
+    _, by_row = DRAW(jax.random.key(0), VIEWS, jnp.tile(alike, (SIZE, 1)))
+    np.testing.assert_array_equal(by_row, DRAW(jax.random.key(0), VIEWS, alike)[1])
+
+
 def test_operations_at_strengths_are_those_of_the_policy():
     alternatives = of_operations((0.5, 1.0), operations=("identity", "brightness", "rotate"))
     assert alternatives.names == (
@@ -82,7 +91,10 @@ def test_whole_pipelines_with_traces_of_several_lengths():
             ),
             "must keep the number of rows; 'v' does not",
         ),
-        (lambda: DRAW(jax.random.key(0), VIEWS, jnp.zeros(3)), r"log_p must have shape \[2\]"),
+        (
+            lambda: DRAW(jax.random.key(0), VIEWS, jnp.zeros(3)),
+            r"log_p must have shape \[2\] or \[2000, 2\]",
+        ),
     ],
 )
 def test_bad_input(make, message):

@@ -20,22 +20,78 @@ START = jnp.array([0.4, 0.1, 0.5])
 
 
 def found(mean, error=0.1):
-    mean = jnp.array(mean)
-    return Pooled(jnp.full(3, 9.0), mean, jnp.full(3, error))
+    """Alike in both of two classes."""
+    mean = jnp.tile(jnp.array(mean)[:, None], 3)
+    return Pooled(jnp.full((3, 3), 9.0), mean, jnp.full((3, 3), error))
+
+
+def drawn(stats, **options):
+    """Shares f64[C] that both classes have."""
+    share = np.asarray(shares(stats, START, **{"floor": 0.1, **options}))
+    np.testing.assert_allclose(share[:, 0], share[:, 1], rtol=1e-6)
+    return share[:, 0]
 
 
 def test_shares_are_a_distribution_that_harm_alone_moves():
-    np.testing.assert_allclose(shares(found([0.0, 0.3, 9.0]), START, floor=0.1), START, rtol=1e-6)
-    unknown = shares(found([-1.0, -2.0, 0.0], jnp.inf), START, floor=0.1)
-    np.testing.assert_allclose(unknown, START, rtol=1e-6)
-    harmed = [float(shares(found([0.3, 0.3, u]), START, floor=0.1)[2]) for u in (0, -0.1, -0.2, -9)]
+    np.testing.assert_allclose(drawn(found([0.0, 0.3, 9.0])), START, rtol=1e-6)
+    np.testing.assert_allclose(drawn(found([-1.0, -2.0, 0.0], jnp.inf)), START, rtol=1e-6)
+    np.testing.assert_allclose(drawn(found([0.0, 0.0, 0.0], 0.0)), START, rtol=1e-6)
+    harmed = [drawn(found([0.3, 0.3, u]))[2] for u in (0, -0.1, -0.2, -9)]
     assert harmed == sorted(harmed, reverse=True) and harmed[0] == pytest.approx(0.5)
     assert harmed[-1] == pytest.approx(0.1 * 0.5, rel=1e-3)
-    np.testing.assert_allclose(shares(found([0.3, -9, -9]), START, floor=0.0).sum(), 1, rtol=1e-6)
-    lazy = shares(found([0.4, 0.1, 0.8], 0.01), START, floor=0.0, margin=0.25)
+    np.testing.assert_allclose(drawn(found([0.3, -9, -9]), floor=0.0).sum(), 1, rtol=1e-6)
+    lazy = drawn(found([0.4, 0.1, 0.8], 0.01), floor=0.0, margin=0.25)
     np.testing.assert_allclose(lazy, START / 0.9 * np.array([1, 0, 1]), atol=1e-3)  # .1 < .2 < .4
-    off = shares(found([0.3, -9.0, -9.0]), START, floor=0.0, strength=0.0)
+    off = drawn(found([0.3, -9.0, -9.0]), floor=0.0, strength=0.0)
     np.testing.assert_allclose(off, START, rtol=1e-6)
+
+
+CLASSES = 10
+
+
+def with_classes(overall, by_class, error=0.02, own_error=0.05):
+    """Statistics of alternatives with the utility of one class, and of the nine others."""
+    overall, (first, others) = np.array(overall), np.array(by_class).T
+    mean = np.column_stack([overall, first, *[others] * (CLASSES - 1)])
+    errors = np.column_stack(
+        [np.full(len(overall), error), np.full((len(overall), CLASSES), own_error)]
+    )
+    return Pooled(jnp.full(mean.shape, 9.0), jnp.array(mean), jnp.array(errors))
+
+
+def test_what_harms_one_class_is_drawn_less_there_alone():
+    harmless = [0.2, 0.2]
+    seen = with_classes([0.2, 0.2, 0.2], [harmless, harmless, [-0.9, 0.3]])
+    share = np.asarray(shares(seen, START, floor=0.01, margin=0.5))
+    np.testing.assert_allclose(share.sum(0), 1, rtol=1e-6)
+    assert share[2, 0] < 0.02
+    np.testing.assert_allclose(share[:, 1:], np.tile(START[:, None], CLASSES - 1), rtol=1e-6)
+    # What is left goes to the others in proportion.
+    np.testing.assert_allclose(share[0, 0] / share[1, 0], 4, rtol=1e-5)
+
+
+def test_without_evidence_a_class_has_the_overall_shares():
+    overall = [0.2, 0.2, -0.03]
+    known = with_classes(overall, [[0.2, 0.2], [0.2, 0.2], [-0.03, -0.03]])
+    for own in (jnp.inf, 5.0):  # classes unknown, or apart by less than chance
+        mean = [[0.2, 0.2], [0.2, 0.2], [-0.9, 0.3]]
+        thin = with_classes(overall, mean, own_error=own)
+        share = shares(thin, START, floor=0.01, margin=0.5)
+        np.testing.assert_allclose(share, shares(known, START, floor=0.01, margin=0.5), rtol=1e-5)
+        assert 0.001 < share[2, 0] < 0.3
+
+
+def test_what_a_class_gives_to_every_alternative_prefers_none():
+    mean = [[-0.6, 0.2]] * 3  # all of them look harmful in the first class
+    share = shares(with_classes([0.2, 0.2, 0.2], mean), START, floor=0.0, margin=0.5)
+    np.testing.assert_allclose(share, np.tile(START[:, None], CLASSES), rtol=1e-6)
+
+
+def test_help_to_the_class_that_is_still_drawn_does_not_bring_harm_back():
+    # Nine classes are harmed; nearly all rows drawn are of the tenth, and so is the overall mean.
+    mean = [[0.2, 0.2], [0.2, 0.2], [0.6, -0.5]]
+    share = shares(with_classes([0.2, 0.2, 0.4], mean), START, floor=0.01, margin=0.5)
+    assert float(share[2].max()) < 0.02
 
 
 # Two classes on a line, told apart by the first input; the second is noise.
@@ -117,11 +173,13 @@ def test_without_strength_it_is_the_pipeline_with_fixed_shares():
                                runs()[0.0][0].params["head"]["kernel"], rtol=1e-4)  # fmt: skip
 
 
-def test_harm_to_one_class_is_seen_by_class():
-    state, _ = trained(make(ONE_SIDED, strength=0.0))
+def test_harm_to_one_class_is_seen_by_class_and_drawn_less_there():
+    state, _ = trained(make(ONE_SIDED))
     mean = np.asarray(pooled(state.extra.pools).mean)
     none, left = mean
     assert left[2] < 0 < left[1] and none[1] > 0 and none[2] > 0  # columns: all, class 0, class 1
+    share = shares(pooled(state.extra.pools), jnp.array([0.5, 0.5]), floor=0.01, margin=0.5)
+    assert share[1, 1] < 0.02 and share[1, 0] == pytest.approx(0.5)
 
 
 def test_members_of_a_sweep_have_shares_of_their_own():
