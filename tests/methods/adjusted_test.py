@@ -82,7 +82,7 @@ def test_without_evidence_a_class_has_the_overall_shares():
 
 
 def test_what_a_class_gives_to_every_alternative_prefers_none():
-    mean = [[-0.6, 0.2]] * 3  # all of them look harmful in the first class
+    mean = [[-0.1, 0.2], [-0.13, 0.2], [-0.07, 0.2]]  # in the first class all of them look harmful
     share = shares(with_classes([0.2, 0.2, 0.2], mean), START, floor=0.0, margin=0.5)
     np.testing.assert_allclose(share, np.tile(START[:, None], CLASSES), rtol=1e-6)
 
