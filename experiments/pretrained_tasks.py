@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments import tuning
-from experiments.arms import PLAIN, STANDING
+from experiments.arms import PLAIN, STANDING, WITH_ELR
 from experiments.configs import digits, methods, sources
 from experiments.feature_sets import corrupted_tag, feature_folder
 from experiments.suite_tasks import Task, generator
@@ -47,16 +47,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "saflex": _arm(False, {"rule": "saflex"}),
     "saflex_train_val": _arm(True, {"rule": "saflex"}),
     "saflex_paper": _arm(False, {"rule": "saflex_paper"}),
-    # The rule inside ELR, whose network is not underconfident: its beliefs count as they are. On
-    # all 10 noisy tasks of "development" tried, its mean is no lower than that of either alone
-    # (+.8 and +.5 points on average over ELR and SAFLEX, seeds 100 to 102, 2026-11-27).
-    "saflex_elr": _arm(
-        True, {"name": "elr", "rule": "saflex", "saflex": {"rule": {"sharpness": 1.0}}}
-    ),
+    "saflex_elr": WITH_ELR["saflex_elr"],
     # Baselines. Those that do not read the trusted samples otherwise train on them.
     "confident_learning": _arm(True, data={"cleaning": "confident"}),
     "neighbours": _arm(True, data={"cleaning": "neighbours"}),
-    "elr": _arm(True, {"name": "elr"}),
+    "elr": WITH_ELR["elr"],
     "dividemix": _arm(True, {"name": "dividemix"}),
     "l2rw": _arm(False, {"rule": "l2rw"}),
     "small_loss": _arm(True, {"rule": "small_loss"}),

@@ -238,7 +238,7 @@ def _images(spec: _Images, *, full: bool) -> Task:
 
 
 def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> ConfigDict:
-    """What all tasks have in common; SAFLEX's options are those of the rule as it was.
+    """What all tasks have in common; SAFLEX's options are its defaults.
 
     The two baselines that leave out the samples of large loss are told the share of wrong labels,
     as in their papers; no other arm knows it, and without wrong labels they are plain training. The
@@ -249,8 +249,6 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
     forget = {"forget": noise, "ramp": steps // 4}
     config.method = methods.all_methods(
         rule="saflex",
-        # As it was run: what this leaves out came later.
-        saflex={"rule": {"by_class": False, "lookahead": 1.0}},
         label_smoothing={"epsilon": 0.1},
         bootstrap={"hard": True, "beta": 0.5, "start": steps // 4},
         **{name: forget for name in TOLD},
@@ -295,7 +293,7 @@ def all_arms(noise: float) -> dict[str, dict]:
         for name, trains in BASELINES.items()
         if noise or name not in TOLD
     }
-    return {**arms.STANDING, **PROTOCOLS, **baselines}
+    return {**arms.STANDING, **PROTOCOLS, **baselines, **(arms.WITH_ELR if noise else {})}
 
 
 # Of a step, in those of the upstream pipeline, where batch statistics take a pass of their own.

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments import arms, pretrained_tasks, tuning
+from experiments import arms, tuning
 from experiments.configs import digits, methods, sources
 from experiments.suite_tasks import CUTMIX, MIXUP, TABLES, Task, table_splits
 from experiments.tuning import Changes, Choices
@@ -152,8 +152,7 @@ def arms_of(noise: float) -> dict[str, Changes]:
     }
     if noise:
         found["small_loss"] = {"method": {"rule": "small_loss"}, "data": {"train_on_val": True}}
-        # As chosen on features (`pretrained_tasks`), where no table is.
-        found |= {name: pretrained_tasks.ARMS[name] for name in ("elr", "saflex_elr")}
+        found |= arms.WITH_ELR  # as chosen on features, where no table is
     return found
 
 
