@@ -125,12 +125,12 @@ def members() -> list[Member]:
         found = np.array([name in names for name in NAMES], np.float32)
         return found / found.sum()
 
-    starts = {"harmless": equal(HARMLESS)}
+    starts, strength = {"harmless": equal(HARMLESS)}, float(adjusted.Options().strength)
     for name in DESTROYING:
         starts[name] = (1 - SHARE) * equal(HARMLESS) + SHARE * equal({name})
     return [
         Member("all", equal(NAMES), looked_at=True),
-        *(Member(f"{name}, adjusted", start, 1.0, True) for name, start in starts.items()),
+        *(Member(f"{name}, adjusted", start, strength, True) for name, start in starts.items()),
         *(Member(f"without {name}", equal({*NAMES} - {name})) for name in NAMES),
         *(Member(f"{name}, fixed", start) for name, start in starts.items()),
     ]

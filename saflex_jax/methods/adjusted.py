@@ -49,7 +49,7 @@ class Options:
         largest early on, before the network has memorised the samples.
       floor: in [0, 1], part of every starting share that is kept, so that no alternative is lost.
       margin: in [0, 1), the part of the largest utility that an alternative must reach.
-      strength: >= 0; 0 adjusts nothing and only remembers. May be traced.
+      strength: >= 0, the sharper the larger; 0 adjusts nothing and only remembers. May be traced.
       scoring: of utilities. The greedy direction separates operations less well
         (docs/generation.md).
     """
@@ -57,7 +57,7 @@ class Options:
     decay: float = 0.999
     floor: float = 0.01
     margin: float = 0.5
-    strength: float | jax.Array = 1.0
+    strength: float | jax.Array = 2.0
     scoring: Scoring = Scoring()
 
     def __post_init__(self):
