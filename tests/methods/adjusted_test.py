@@ -17,6 +17,7 @@ from saflex_jax.rules import Scoring
 
 GREEDY = Scoring(direction="identity", predicate="")
 START = jnp.array([0.4, 0.1, 0.5])
+SHARES = jax.jit(shares)  # one compilation for each shape
 
 
 def found(mean, error=0.1):
@@ -27,7 +28,8 @@ def found(mean, error=0.1):
 
 def drawn(stats, **options):
     """Shares f64[C] that both classes have."""
-    share = np.asarray(shares(stats, START, **{"floor": 0.1, **options}))
+    options = {"floor": 0.1, "margin": 0.0, "strength": 1.0, **options}
+    share = np.asarray(SHARES(stats, START, **options))
     np.testing.assert_allclose(share[:, 0], share[:, 1], rtol=1e-6)
     return share[:, 0]
 
@@ -49,20 +51,18 @@ def test_shares_are_a_distribution_that_harm_alone_moves():
 CLASSES = 10
 
 
-def with_classes(overall, by_class, error=0.02, own_error=0.05):
-    """Statistics of alternatives with the utility of one class, and of the nine others."""
-    overall, (first, others) = np.array(overall), np.array(by_class).T
+def drawn_by_class(overall, by_class, own_error=0.05):
+    """Shares f32[C, K], given an alternative's utilities in the first class and in each other."""
+    first, others = np.array(by_class).T
     mean = np.column_stack([overall, first, *[others] * (CLASSES - 1)])
-    errors = np.column_stack(
-        [np.full(len(overall), error), np.full((len(overall), CLASSES), own_error)]
-    )
-    return Pooled(jnp.full(mean.shape, 9.0), jnp.array(mean), jnp.array(errors))
+    error = np.full(mean.shape, own_error)
+    error[:, 0] = 0.02
+    stats = Pooled(np.full(mean.shape, 9.0), mean, error)
+    return np.asarray(SHARES(stats, START, floor=0.01, margin=0.5, strength=1.0))
 
 
 def test_what_harms_one_class_is_drawn_less_there_alone():
-    harmless = [0.2, 0.2]
-    seen = with_classes([0.2, 0.2, 0.2], [harmless, harmless, [-0.9, 0.3]])
-    share = np.asarray(shares(seen, START, floor=0.01, margin=0.5))
+    share = drawn_by_class([0.2, 0.2, 0.2], [[0.2, 0.2], [0.2, 0.2], [-0.9, 0.3]])
     np.testing.assert_allclose(share.sum(0), 1, rtol=1e-6)
     assert share[2, 0] < 0.02
     np.testing.assert_allclose(share[:, 1:], np.tile(START[:, None], CLASSES - 1), rtol=1e-6)
@@ -70,28 +70,24 @@ def test_what_harms_one_class_is_drawn_less_there_alone():
     np.testing.assert_allclose(share[0, 0] / share[1, 0], 4, rtol=1e-5)
 
 
-def test_without_evidence_a_class_has_the_overall_shares():
-    overall = [0.2, 0.2, -0.03]
-    known = with_classes(overall, [[0.2, 0.2], [0.2, 0.2], [-0.03, -0.03]])
-    for own in (jnp.inf, 5.0):  # classes unknown, or apart by less than chance
-        mean = [[0.2, 0.2], [0.2, 0.2], [-0.9, 0.3]]
-        thin = with_classes(overall, mean, own_error=own)
-        share = shares(thin, START, floor=0.01, margin=0.5)
-        np.testing.assert_allclose(share, shares(known, START, floor=0.01, margin=0.5), rtol=1e-5)
-        assert 0.001 < share[2, 0] < 0.3
+@pytest.mark.parametrize("own_error", [jnp.inf, 5.0], ids=["unknown", "by chance"])
+def test_without_evidence_a_class_has_the_overall_shares(own_error):
+    overall, mean = [0.2, 0.2, -0.03], [[0.2, 0.2], [0.2, 0.2], [-0.9, 0.3]]
+    alike = drawn_by_class(overall, np.tile(np.array(overall)[:, None], 2))
+    np.testing.assert_allclose(drawn_by_class(overall, mean, own_error), alike, rtol=1e-5)
+    assert 0.001 < alike[2, 0] < 0.3
 
 
 def test_what_a_class_gives_to_every_alternative_prefers_none():
     mean = [[-0.1, 0.2], [-0.13, 0.2], [-0.07, 0.2]]  # in the first class all of them look harmful
-    share = shares(with_classes([0.2, 0.2, 0.2], mean), START, floor=0.0, margin=0.5)
+    share = drawn_by_class([0.2, 0.2, 0.2], mean)
     np.testing.assert_allclose(share, np.tile(START[:, None], CLASSES), rtol=1e-6)
 
 
 def test_help_to_the_class_that_is_still_drawn_does_not_bring_harm_back():
     # Nine classes are harmed; nearly all rows drawn are of the tenth, and so is the overall mean.
-    mean = [[0.2, 0.2], [0.2, 0.2], [0.6, -0.5]]
-    share = shares(with_classes([0.2, 0.2, 0.4], mean), START, floor=0.01, margin=0.5)
-    assert float(share[2].max()) < 0.02
+    share = drawn_by_class([0.2, 0.2, 0.4], [[0.2, 0.2], [0.2, 0.2], [0.6, -0.5]])
+    assert share[2].max() < 0.02
 
 
 # Two classes on a line, told apart by the first input; the second is noise.
