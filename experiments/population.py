@@ -5,10 +5,12 @@
 Utilities that look one step ahead do not see augmentation that keeps its label and is merely too
 strong. Here RandAugment's strength m and its probability p are continuous options of one vmapped
 sweep. Each setting trains on four fifths of the few samples and is judged by the loss on the other
-fifth, for each of the fifths; the best one trains on all of them. Beside it every fixed setting,
-also on all, and the pipeline that adjusts itself by utilities. The test split decides nothing.
+fifth, for each of the fifths. Settings about as good as the best are mixed, and the mixture trains
+on all samples. Beside it every fixed setting, also on all, and the pipeline that adjusts itself by
+utilities. The test split decides nothing.
 
     views of strengths 0, 4, ..., 20 of each sample, once  ->  share of each from (m, p)  ->  sweep
+    ->  held-out losses  ->  share of each strength in the mixture  ->  one run
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import stats
 from tqdm import tqdm
 
 from experiments import arms, features, pool_files, sweeps, task
@@ -50,7 +53,7 @@ TAG = "crop"  # feature set whose test rows are read
 def settings() -> list:
     """What fixes a record beside its task and seed; records of other settings are made again."""
     constants = [STRENGTHS, DRAWS, SETTINGS, PER_CLASS, FOLDS, STEPS, BATCH, WIDTH, TAG]
-    return [*constants, repr(adjusted.Options())]
+    return [*constants, repr(adjusted.Options()), mixed.__name__]
 
 
 class Few(NamedTuple):
@@ -124,34 +127,48 @@ def _views(name, folder, whole, places, weights) -> np.ndarray:
     return np.concatenate(parts, 1)
 
 
+def mixed(losses: np.ndarray) -> np.ndarray:
+    """The share of each strength in the mixture of settings, f64[G].
+
+        p = sum_s w_s p(m_s, p_s) / sum_s w_s ,   w_s = (2 P(d_s < 0))^2
+
+    with d_s the mean over samples of l_si - l_bi, b the best setting, and P from the mean's
+    Gaussian. The best alone would be chosen by chance among settings that are alike.
+
+    Args:
+      losses: l, f[S, n], of SETTINGS on each sample, which did not train.
+    """
+    apart = losses - losses[losses.mean(1).argmin()]
+    error = apart.std(1, ddof=1) / np.sqrt(losses.shape[1])
+    weight = (2 * stats.norm.cdf(-apart.mean(1) / np.maximum(error, 1e-12))) ** 2
+    each = np.stack([shares(*setting) for setting in SETTINGS])
+    return weight / weight.sum() @ each
+
+
 def run_seed(few: Few, seed: int) -> dict:
-    """Trains all settings on all parts; which was chosen, and the accuracy of each."""
+    """Trains all settings on all parts, then their mixture; the accuracy of each."""
     number, classes = len(few.labels), int(few.labels.max()) + 1
     fold = np.empty(number, int)
     fold[generator("folds", seed).permutation(number)] = np.arange(number) % FOLDS
     parts = [np.flatnonzero(fold != k) for k in range(FOLDS)] + [np.arange(number)]
-    whole = [(setting, part) for setting in SETTINGS for part in range(FOLDS + 1)]
-    options = {"strength": np.array([s[0] for s, _ in whole], np.float32),
-               "probability": np.array([s[1] for s, _ in whole], np.float32)}  # fmt: skip
     network = models.from_linen(Classifier(MLP((WIDTH,)), classes))
     tx = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=1.0)
     plain = supervised.make(network, tx)
     alternatives = of_views(group_of_views(), [f"{m:g}" for m in STRENGTHS])
 
     def step(state, streams, *, reduce, options):
-        log_p = jnp.log(shares(options["strength"], options["probability"]))
-
         def augment(key, batch):
-            return alternatives.draw(key, batch, log_p)[0]
+            return alternatives.draw(key, batch, jnp.log(options["share"]))[0]
 
         return upstream(plain, augment).step(state, streams, reduce=reduce)
 
     rows = np.arange(number, dtype=np.int32)
     labels = np.eye(classes, dtype=np.float32)[few.labels]
     pools = Streams(Batch(few.views, labels, rows >= 0, rows))
-    streams = [data.PartStream(Streams(parts[part]), batch_size=BATCH, seed=seed * 100 + part)
-               for _, part in whole]  # fmt: skip
-    state = _train(step, plain, pools, streams, options, seed)
+
+    def stream(part):
+        rows = Streams(parts[part])
+        return data.PartStream(rows, batch_size=BATCH, seed=seed * 100 + part)
 
     @jax.jit
     def outcome(params):
@@ -160,13 +177,22 @@ def run_seed(few: Few, seed: int) -> dict:
         right = network.logits(params, {}, few.test).argmax(1) == few.test_labels
         return losses, jnp.mean(right)
 
-    found = [jax.tree.map(np.asarray, outcome(parallel.member(state, m).params))
-             for m in range(len(whole))]  # fmt: skip
-    loss = [float(np.mean([found[s * (FOLDS + 1) + k][0][fold == k].mean() for k in range(FOLDS)]))
-            for s in range(len(SETTINGS))]  # fmt: skip
+    def trained(on, share):
+        streams, options = [stream(part) for part in on], {"share": share.astype(np.float32)}
+        state = _train(step, plain, pools, streams, options, seed)
+        return [jax.tree.map(np.asarray, outcome(parallel.member(state, m).params))
+                for m in range(len(on))]  # fmt: skip
+
+    each = np.repeat([shares(*setting) for setting in SETTINGS], FOLDS + 1, axis=0)
+    found = trained([*range(FOLDS + 1)] * len(SETTINGS), each)
+    places = [s * (FOLDS + 1) + fold for s in range(len(SETTINGS))]  # who did not train on each
+    losses = np.array([[found[run][0][row] for row, run in enumerate(of)] for of in places])
     accuracy = [float(found[s * (FOLDS + 1) + FOLDS][1]) for s in range(len(SETTINGS))]
+    share = mixed(losses)
+    last = trained([FOLDS], share[None])
     utility = _adjusted(plain, alternatives, pools, few, network, seed)
-    return {"loss": loss, "accuracy": accuracy, "chosen": int(np.argmin(loss)), **utility}
+    return {"loss": losses.mean(1).tolist(), "accuracy": accuracy, "share": share.tolist(),
+            "mixed": float(last[0][1]), **utility}  # fmt: skip
 
 
 def _adjusted(plain, alternatives, pools, few, network, seed) -> dict:
@@ -199,17 +225,23 @@ def report(records: Sequence[dict]) -> str:
     for s, (m, p) in enumerate(SETTINGS):
         mean, loss = accuracy[:, s].mean(), np.mean([r["loss"][s] for r in records])
         lines.append(f"{m:4g} {p:4g} {mean:16.2f} {loss:14.4f}")
-    chosen = np.array([accuracy[n, r["chosen"]] for n, r in enumerate(records)])
     best = accuracy.mean(0).max()
-    by_utility = 100 * np.array([r["by_utility"] for r in records])
-    own = ", ".join(f"m={SETTINGS[r['chosen']][0]:g} p={SETTINGS[r['chosen']][1]:g}"
-                    for r in records)  # fmt: skip
+    by_loss = np.array([accuracy[n, np.argmin(r["loss"])] for n, r in enumerate(records)])
+    mixture, by_utility = (
+        100 * np.array([r[key] for r in records]) for key in ("mixed", "by_utility")
+    )
     lines += [
         f"best fixed setting, by the test split: {best:.2f}",
-        f"population, by held-out loss: {chosen.mean():.2f} ({chosen.mean() - best:+.2f}); {own}",
-        f"adjusted by utilities alone: {by_utility.mean():.2f} ({by_utility.mean() - best:+.2f})",
+        _beside("population, mixed by held-out losses", mixture, best),
+        _beside("the one of least held-out loss", by_loss, best),
+        _beside("adjusted by utilities alone", by_utility, best),
     ]
     return "\n".join(lines)
+
+
+def _beside(name: str, accuracy: np.ndarray, best: float) -> str:
+    spread = np.std(accuracy, ddof=min(1, len(accuracy) - 1))
+    return f"{name}: {accuracy.mean():.2f} +- {spread:.2f} ({accuracy.mean() - best:+.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,18 @@ def test_every_view_has_the_strength_that_it_was_made_with():
     assert population.group_of_views().tolist() == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]
 
 
+def test_settings_that_are_alike_are_mixed_and_worse_ones_left_out():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(len(population.SETTINGS), 300))
+    noise -= noise.mean(1, keepdims=True)
+    losses = 1.5 + rng.normal(size=300) + 0.1 * noise  # samples differ by more than settings
+    first, second = (population.SETTINGS.index(s) for s in ((4.0, 0.5), (12.0, 1.0)))
+    losses[[first, second]] -= 0.5
+    np.testing.assert_allclose(population.mixed(losses), [0.25, 0.25, 0, 0.5, 0, 0], atol=1e-6)
+    losses[second] += 0.05  # more than chance
+    np.testing.assert_allclose(population.mixed(losses), [0.5, 0.5, 0, 0, 0, 0], atol=1e-6)
+
+
 def test_pipelines_are_distributions_and_leave_out_what_they_say():
     by_name = {m.name: m for m in operations.members()}
     for member in by_name.values():
