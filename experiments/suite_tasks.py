@@ -273,9 +273,14 @@ BASELINES = {
 }
 TOLD = ("small_loss", "co_teaching")  # of these those that know the share of wrong labels
 # Of SAFLEX, beside those of arms.STANDING: what directs the learning, and the rule of the paper.
+# The first two are of the rule as it was when they ran; what this leaves out came later.
+_BEFORE = {"saflex": {"rule": {"by_class": False, "lookahead": 1.0}}}
 PROTOCOLS: dict[str, dict] = {
-    "saflex_folds": {"data": {"train_on_val": True, "folds": 5}},
-    "saflex_train_batch": {"data": {"train_on_val": False, "val_from": "train"}},
+    "saflex_folds": {"data": {"train_on_val": True, "folds": 5}, "method": _BEFORE},
+    "saflex_train_batch": {
+        "data": {"train_on_val": False, "val_from": "train"},
+        "method": _BEFORE,
+    },
     "saflex_paper": {
         "data": {"train_on_val": False},
         "method": {"rule": "saflex_paper"},
