@@ -482,12 +482,17 @@ and does not use them in `saflex_train_batch`; `saflex_paper` is the paper's rul
 
 Two regimes: heads on features of a pretrained network, and networks from scratch. With pretrained
 features every arm has its best head and decay on right-labelled training samples of other seeds
-([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid). From scratch all arms
-share one setting, and SAFLEX is an earlier version of the rule, without confused classes and with
-whole steps (`by_class=False`, `lookahead=1`). The halves were named before any run: rules and
-options are chosen on "development". The half "report" of "pretrained" has been run twice: with
-whole steps (-.66 points over the best fair partner, worst -4.7 with 10 trusted samples), and with
-steps that are shorter for few trusted samples, a change prompted by that failure and chosen on
+([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid). From scratch, the suite
+"tables" trains MLPs to convergence, each arm with its best decay, chosen likewise
+(`experiments/table_tasks.py`); its half "report" was run once, and its half "development" and the
+transformers were not. In the suite "small" all arms share one setting, and `saflex_folds` and
+`saflex_train_batch` are of an earlier version of the rule, without confused classes and with whole
+steps (`by_class=False`, `lookahead=1`).
+
+The halves were named before any run: rules and options are chosen on "development". The half
+"report" of "pretrained" has been run twice: with whole steps (-.66 points over the best fair
+partner, worst -4.7 with 10 trusted samples), and with steps that are shorter for few trusted
+samples, a change prompted by that failure and chosen on
 "development" alone. The baselines, tuned alike, ran after both, on its tasks with wrong labels
 alone (`elr` on two more tasks, for the README). They showed what the rule lacks; `saflex_elr` was
 then chosen on "development" and run once. The suite "small" had its own half "report", on which
