@@ -492,11 +492,11 @@ steps (`by_class=False`, `lookahead=1`).
 The halves were named before any run: rules and options are chosen on "development". The half
 "report" of "pretrained" has been run twice: with whole steps (-.66 points over the best fair
 partner, worst -4.7 with 10 trusted samples), and with steps that are shorter for few trusted
-samples, a change prompted by that failure and chosen on
-"development" alone. The baselines, tuned alike, ran after both, on its tasks with wrong labels
-alone (`elr` on two more tasks, for the README). They showed what the rule lacks; `saflex_elr` was
-then chosen on "development" and run once. The suite "small" had its own half "report", on which
-three rules were run up to 2026-11-26; all its tasks are development now.
+samples, a change prompted by that failure and chosen on "development" alone. The baselines, tuned
+alike, ran after both, on its tasks with wrong labels alone (`elr` on two more, for the README).
+They showed what the rule lacks; `saflex_elr` was then chosen on "development" and run once. The
+suite "small" had its own half "report", on which three rules were run up to 2026-11-26; all its
+tasks are development now.
 """
 
 
