@@ -247,7 +247,7 @@ def posterior_targets(
     # Exactly one, and nothing is moved, where nothing speaks against the label: on a GPU x / x is
     # not always one.
     is_right = as_given[:, None] | (wrong == 0)
-    right = jnp.where(is_right, 1.0, right / jnp.where(is_right, 1.0, right + wrong))
+    right = jnp.where(is_right, 1.0, _divide(right, right + wrong, 1.0))
     moved = prior * (1 - right)
     lost = jnp.sum(moved, axis=-1)
     weights = 1 - lost + certain * lost

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from saflex_jax import checks
-from saflex_jax.models.norm import LayerNorm
+from saflex_jax.models.norm import LayerNorm, spread
 from saflex_jax.models.vit import Block
 from saflex_jax.types import PyTree
 
@@ -89,7 +89,7 @@ def _check_tower(tower: nn.Module) -> None:
 
 def _add(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Tokens f[B, T, D] plus f[T, D], in the tokens' dtype."""
-    return x + jax.lax.broadcast_in_dim(positions.astype(x.dtype), x.shape, (1, 2))
+    return x + spread(positions.astype(x.dtype), x.shape, 1, 2)
 
 
 class AttentionPool(nn.Module):
@@ -109,7 +109,7 @@ class AttentionPool(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
-        probe = jax.lax.broadcast_in_dim(probe[0, 0], (len(x), 1, width), (2,))
+        probe = spread(probe[0, 0], (len(x), 1, width), 2)
         attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype, name="attention")
         x = attention(probe, x)[:, 0]
         hidden = LayerNorm(EPSILON["siglip"], name="norm")(x)
@@ -176,7 +176,7 @@ class ImageTower(nn.Module):
         if is_clip:
             init = nn.initializers.normal(self.width**-0.5)
             first = self.param("class", init, (self.width,)).astype(x.dtype)
-            first = jax.lax.broadcast_in_dim(first, (len(x), 1, self.width), (2,))
+            first = spread(first, (len(x), 1, self.width), 2)
             x = jnp.concatenate([first, x], axis=1)
         x = _add(x, self.param("positions", nn.initializers.normal(0.02), x.shape[1:]))
         if is_clip:
