@@ -16,8 +16,8 @@ def spread(x: jax.Array, shape: tuple[int, ...], *axes: int) -> jax.Array:
     """x repeated to `shape`, of which it has these axes, in one operation.
 
     Not by a reshape to axes of length one: XLA moves reshapes differently in the scores' forward
-    pass and in the training gradient's, takes the two for different, and computes both. The same
-    holds for a reshape of a layer's activations. Without any, they share one forward pass, on a CPU
+    pass and in the training gradient's, takes the two for different, and computes both. A reshape
+    into groups of channels does the same. Without them the two share one forward pass, on a CPU
     (tests/cost_test.py counts operations) and on a GPU (docs/cost.md).
 
     >>> spread(jnp.array([1, 2]), (2, 3), 0).tolist()
