@@ -2,9 +2,9 @@
 
     logits -> average of a sample's own predictions -> cross-entropy + pull towards that average
 
-With a rule, the cross-entropy is of the rule's weights and labels. ELR keeps what a wrong label
-would overwrite, a rule finds which labels are wrong: on pretrained features SAFLEX inside ELR does
-better than either (docs/noisy_labels.md).
+With a rule, the cross-entropy is of the rule's weights and labels, and the pull is as strong as the
+rule finds labels wrong. ELR keeps what a wrong label would overwrite, a rule finds which labels are
+wrong: on pretrained features SAFLEX inside ELR does better than either (docs/noisy_labels.md).
 
 Source: Liu et al., "Early-Learning Regularization Prevents Memorization of Noisy Labels", NeurIPS
 2020; where the paper is silent, the repository shengliu66/ELR.
@@ -26,9 +26,11 @@ from saflex_jax.core.memory import Memory, TopMemory
 from saflex_jax.core.tree import identity
 from saflex_jax.methods import supervised
 from saflex_jax.methods.base import MethodSpec, no_clean
-from saflex_jax.types import Method, Model, PyTree, Rule, RunInfo
+from saflex_jax.rules import AsGiven
+from saflex_jax.types import Batch, Method, Model, PyTree, Reduce, Rule, RunInfo, Targets
 
 MANY = 2**30
+ENOUGH = 0.1  # share of labels that a rule finds wrong, from which on ELR has its full strength
 LEAST = 1e-4  # probabilities are cut at it and at 1 - LEAST, so that the logarithm stays finite
 
 
@@ -75,13 +77,17 @@ def make(
     """Training with a regulariser that pulls towards early predictions, on a rule's targets.
 
         t_i <- beta t_i + (1 - beta) p_i ,  p_i = softmax(f(x_i))     from 0, without gradient
-        L = mean_i w_i CE(f(x_i), y_i) + lambda mean_i log(1 - <p_i, t_i>) ,   w, y by the rule
+        L = mean_i w_i CE(f(x_i), y_i) + lambda s mean_i log(1 - <p_i, t_i>) ,   w, y by the rule
+        s = min(1, 10 mean_i sum_k (q_ik - w_i y_ik)_+)               1 with labels as given
 
     The gradient of the second term raises the probability of the classes in t_i. For right labels
     it keeps the pull that cross-entropy loses; for wrong ones it cancels the pull to the label, and
     a row without weight learns from it alone. A visit enters t before the loss reads it. p comes
     from the step's own forward pass, in training mode, as in the source, so without a rule a step
     costs as much as a plain one.
+
+    s asks how much of the given labels q the rule moves elsewhere in this batch: where it finds
+    none wrong, there is nothing to keep, and this is plain training.
 
     Rows mixed upstream get the mixture of their parents' averages (`core.parents`) and are not
     remembered. Rows with a parent that was never seen unmixed are not regularised, so the pipeline
@@ -98,7 +104,7 @@ def make(
       model: see `types.Model`.
       tx: optax transformation.
       options: see `Options`.
-      rule: what to train on (see `saflex_jax.rules`); None = as given: the source's method.
+      rule: what to train on (see `saflex_jax.rules`); None = as given: the source's method, s = 1.
       run: gives the number of samples and classes.
 
     Returns:
@@ -109,6 +115,7 @@ def make(
       ValueError: clean samples (not supported).
     """
     plain = supervised.make(model, tx, rule)
+    learns = not (rule is None or isinstance(rule, AsGiven))
 
     def init(key, inputs):
         empty = memory.init(run.num_samples, run.num_classes)
@@ -140,7 +147,10 @@ def make(
         def loss(logits, targets, candidates):
             losses = weighted_soft_cross_entropy(logits, targets, candidates)
             pulls = regulariser(jnp.where(candidates.mask[:, None], logits, 0.0), averages)
-            return losses + jnp.where(candidates.mask, options.strength * pulls, 0.0)
+            strength = options.strength
+            if learns:
+                strength *= jnp.minimum(1.0, moved(targets, candidates, reduce=reduce) / ENOUGH)
+            return losses + jnp.where(candidates.mask, strength * pulls, 0.0)
 
         of_rule = state._replace(extra=state.extra.rule)
         regularised = supervised.make(model, tx, rule, loss=loss)
@@ -174,6 +184,26 @@ def regulariser(logits: jax.Array, averages: jax.Array) -> jax.Array:
     checks.same_shape(logits=logits, averages=averages)
     probs = jnp.clip(jax.nn.softmax(logits), LEAST, 1 - LEAST)
     return jnp.log1p(-jnp.sum(probs * averages, axis=-1))
+
+
+def moved(targets: Targets, candidates: Batch, *, reduce: Reduce = identity) -> jax.Array:
+    """How much of its given label a row loses to a rule on average, f32[] in [0, 1].
+
+        mean_i sum_k (q_ik - w_i y_ik)_+
+
+    >>> prior = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> batch = Batch(inputs=(), labels=prior, mask=jnp.ones(2, bool), index=jnp.arange(2))
+    >>> float(moved(Targets(jnp.ones(2), jnp.eye(2)[::-1], jnp.zeros(2)), batch))
+    1.0
+
+    Args:
+      targets: w and y, of B rows.
+      candidates: q, Batch of B.
+      reduce: mean over the data-parallel axis.
+    """
+    left = jnp.maximum(candidates.labels - targets.weights[:, None] * targets.labels, 0.0)
+    lost, count = steps.total(jnp.sum(left, axis=-1), candidates.mask, reduce)
+    return lost / jnp.maximum(count, 1.0)
 
 
 SPEC = MethodSpec(make, takes=("options", "rule", "run"), options=Options())

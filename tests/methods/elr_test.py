@@ -10,7 +10,7 @@ from saflex_jax import Batch, RunInfo, Streams, Targets
 from saflex_jax._compat import enable_x64
 from saflex_jax.core import memory
 from saflex_jax.methods import elr, supervised
-from saflex_jax.rules import Posterior, Refinement, Scoring
+from saflex_jax.rules import AsGiven, Posterior, Refinement, Scoring
 from saflex_jax.types import Trace
 from tests import cost_test, problems
 from tests.problems import hard_labels, log_softmax, softmax
@@ -49,12 +49,16 @@ class OfRows:
         return ()
 
     def apply(self, arrays, state, logits_fn, streams, *, reduce):
-        labels = streams.candidates.labels
-        weights, labels = 0.5 + labels[:, 0], 0.7 * labels + 0.3 / CLASSES
+        weights, labels = of_rows(streams.candidates.labels)
         return Targets(weights, labels, weights), arrays, {"applied": (weights.sum(), 1.0)}
 
 
-def by_hand(kernel, batch, averages, weights=None, labels=None):
+def of_rows(labels):
+    """Weights, and labels of which little moves: less than what gives ELR its full strength."""
+    return 0.95 + 0.1 * labels[:, 0], 0.98 * labels + 0.02 / CLASSES
+
+
+def by_hand(kernel, batch, averages, weights=None, labels=None, strength=STRENGTH):
     """The kernel after gradient descent, f64, and the two means of the loss."""
     weights = np.ones(len(batch.mask)) if weights is None else weights
     labels = batch.labels if labels is None else labels
@@ -62,7 +66,7 @@ def by_hand(kernel, batch, averages, weights=None, labels=None):
     x = np.float64(batch.inputs)[batch.mask]
     p = softmax(x @ kernel)
     agreed = (p * t).sum(1, keepdims=True)
-    pull = w * (p - labels) + STRENGTH * p * (agreed - t) / (1 - agreed)
+    pull = w * (p - labels) + strength * p * (agreed - t) / (1 - agreed)
     cross_entropy = -np.mean(np.sum(w * labels * log_softmax(x @ kernel), 1))
     return kernel - LR * x.T @ pull / len(x), cross_entropy, np.log(1 - agreed).mean()
 
@@ -77,17 +81,20 @@ def by_hand(kernel, batch, averages, weights=None, labels=None):
 def test_steps_by_hand_on_the_targets_of_a_rule(runner):
     batch, method = candidates(labels=hard_labels), make(rule=OfRows())
     batch = batch._replace(inputs=0.3 * batch.inputs)  # no probability is cut
-    of_rule = 0.5 + batch.labels[:, 0], 0.7 * batch.labels + 0.3 / CLASSES
+    of_rule = weights, labels = of_rows(batch.labels)
+    left = np.maximum(batch.labels - weights[:, None] * labels, 0).sum(1)
+    strength = 10 * left[batch.mask].mean() * STRENGTH
+    assert 0 < strength < STRENGTH
     make_runner, devices, _ = RUNNERS[runner]
     run = make_runner(method.step, devices=jax.devices()[:devices])
     t, state = np.zeros((ROWS, CLASSES)), run.put_state(start_state(method))
     for visits in (1, 2, 3):
         kernel = np.asarray(state.params["kernel"], np.float64)
         t = DECAY * t + (1 - DECAY) * softmax(batch.inputs @ kernel)
-        expected, cross_entropy, pulls = by_hand(kernel, batch, t, *of_rule)
+        expected, cross_entropy, pulls = by_hand(kernel, batch, t, *of_rule, strength)
         state, metrics = run.step(state, run.put_batch(Streams(batch)))
         np.testing.assert_allclose(state.params["kernel"], expected, atol=2e-6)
-        loss = cross_entropy + STRENGTH * pulls
+        loss = cross_entropy + strength * pulls
         np.testing.assert_allclose(metrics["loss"][0], loss, rtol=1e-5)
         np.testing.assert_allclose(np.divide(*metrics["candidate_loss"]), loss, rtol=1e-5)
         np.testing.assert_allclose(np.divide(*metrics["regulariser"]), pulls, rtol=1e-5)
@@ -123,11 +130,16 @@ def test_without_strength_it_is_the_rule_alone_bit_for_bit(rule):
     assert (learned.weights[0] == 1) == (rule is None)
 
 
-def test_while_no_label_is_wrong_it_is_the_method_without_a_rule_bit_for_bit():
-    alone, _ = after_steps(make, run=SMALL)
+def test_while_its_rule_finds_no_label_wrong_it_is_plain_training_bit_for_bit():
+    alone, _ = after_steps(supervised.make)
     found, _ = after_steps(make, run=SMALL, rule=posterior(noise_rate=0.0))
-    assert alone.extra.past.mean.any()
-    found, alone = (state._replace(extra=state.extra.past) for state in (found, alone))
+    assert found.extra.past.mean.any()
+    found = found._replace(extra=())
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
+
+
+def test_the_rule_as_given_is_the_method_without_a_rule():
+    alone, found = (after_steps(make, run=SMALL, rule=rule)[0] for rule in (None, AsGiven()))
     jax.tree.map(np.testing.assert_array_equal, found, alone)
 
 
