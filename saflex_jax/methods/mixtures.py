@@ -118,13 +118,22 @@ def mixed(batch: Batch, mixture: Mixture, masks: jax.Array) -> Batch:
 
         x_b <- sum_i M_ib x_p(i, b) ,  q_b <- sum_i l_i q_p(i, b)
 
-    `index` is the sample with the largest share.
+    `index` is the sample with the largest share, and the trace starts with its columns. The others
+    are its partners, one column each, in the order of their shares; a magnitude is the share of all
+    before its partner among these and the partner.
     """
     inputs = jnp.sum(masks[..., None] * batch.inputs[mixture.rows], 0).astype(batch.inputs.dtype)
     labels = jnp.sum(mixture.shares[:, None, None] * batch.labels[mixture.rows], 0)
-    candidates = batch._replace(inputs=inputs, labels=labels)
-    candidates = record(candidates, "automix", mixture.shares[0], batch.index[mixture.rows[1]])
-    return candidates._replace(index=batch.index[mixture.rows[jnp.argmax(mixture.shares)]])
+    order = jnp.argsort(-mixture.shares)
+    rows, shares = mixture.rows[order], mixture.shares[order, None]
+    index, trace = jax.tree.map(lambda x: x[rows[0]], (batch.index, batch.trace))
+    candidates = batch._replace(inputs=inputs, labels=labels, index=index, trace=trace)
+    # A row that met padding is a partner of its own, which counts as the row itself.
+    apart = jnp.where(rows == rows[:1], 0.0, shares)
+    so_far = 1 - jnp.sum(apart, 0, keepdims=True) + jnp.cumsum(apart, 0)
+    for partner, magnitude in zip(rows[1:], (1 - apart / so_far)[1:]):
+        candidates = record(candidates, "automix", magnitude, batch.index[partner])
+    return candidates
 
 
 def constant_masks(mixture: Mixture, shape: Sequence[int]) -> jax.Array:
@@ -150,7 +159,10 @@ def make_masks(
 def look(
     model: Model, block: nn.Module, state: TrainState, batch: Batch, mixture: Mixture
 ) -> tuple[jax.Array, Batch]:
-    """Masks and mixed candidates as a step at `state` computes them, for inspection."""
+    """Masks of a mixture by the networks of `state`, and what they mix, for inspection.
+
+    As in a step, but for what it makes of masks further: `constant_at_margin`, `automix.with_mean`.
+    """
     key = steps.step_key(state, batch.index)
     outputs, _ = model.train(state.extra.momentum, state.model_state["k"], batch.inputs, key)
     size, phi = batch.inputs.shape[1:3], state.params["mix_block"]

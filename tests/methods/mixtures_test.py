@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from saflex_jax.augment import OPERATIONS
+from saflex_jax.core import parents
 from saflex_jax.methods import adautomix, automix, mixtures
 from saflex_jax.methods.mixtures import PREDICTIONS, MixtureOptions
 from saflex_jax.models import Heads, SmallCNN, from_linen
@@ -119,12 +120,24 @@ def test_a_mixture(of):
     np.testing.assert_allclose(made.labels, target, atol=1e-6)  # whatever the masks
     np.testing.assert_array_equal(made.index, batch.index[of.rows[np.argmax(of.shares)]])
     np.testing.assert_array_equal(made.mask, batch.mask)
-    column = jax.tree.map(lambda x: np.asarray(x)[:, 0], made.trace)
-    assert [OPERATIONS[i] for i in column.operation] == ["automix"] * SIZE
-    np.testing.assert_array_equal(column.magnitude, of.shares[0])
-    np.testing.assert_array_equal(column.partner, batch.index[of.rows[1]])
+    assert {OPERATIONS[i] for i in np.unique(made.trace.operation)} == {"automix"}
     again = jax.eval_shape(mixtures.mixed, made, of, masks)
-    assert again.trace.operation.shape == (SIZE, 2)
+    assert again.trace.operation.shape == (SIZE, 2 * (len(of.shares) - 1))
+
+
+@pytest.mark.parametrize("of", [*MIDDLE, MARGIN[1], *THREE])
+def test_what_is_known_of_the_parents_mixes_as_their_labels(of):
+    batch, images = STREAMS.candidates, len(of.shares)
+    batch = batch._replace(index=np.arange(SIZE, dtype=np.int32))
+    beliefs = np.random.default_rng(0).dirichlet(np.ones(CLASSES), SIZE)
+    made = mixed(batch, of, np.ones((images, SIZE, *PIXELS), np.float32))
+    largest = of.rows[np.argmax(of.shares)]
+    own = of.shares @ (np.asarray(of.rows) == largest)
+    np.testing.assert_allclose(parents.own_share(made), own, atol=1e-6)
+    found = parents.mixture(made, lambda index: beliefs[index], np.zeros((SIZE, CLASSES)))
+    wanted = np.einsum("n,nbk->bk", of.shares, beliefs[np.asarray(of.rows)])
+    wanted = np.where((own >= parents.WHOLE)[:, None], beliefs[largest], wanted)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 # --- the two networks ------------------------------------------------------------------------
