@@ -137,8 +137,10 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> Li
     """(A + damping I) x = b by `maxiter` conjugate-gradient iterations.
 
     A must be symmetric positive semi-definite. Gauss-Newton always is; a Hessian only at a minimum.
-    The loop has a fixed length, so that devices need not agree on an end; once it has converged, x
-    stays. It replaces `jax.scipy.sparse.linalg.cg`, which XLA's CPU backend computes wrongly under
+    The loop has a fixed length, so that devices need not agree on an end; once it has converged, or
+    nothing but rounding curves along the next direction, x stays. The latter happens where A +
+    damping I is singular and b is not in its range: such a system has no solution, and its residual
+    is large. It replaces `jax.scipy.sparse.linalg.cg`, which XLA's CPU backend computes wrongly under
     vmap around a network (JAX 0.10 to 0.12, docs/sharp_edges.md).
 
     >>> x, info = cg_solve(damping=0.0)(lambda v: 4 * v, jnp.ones(2))
@@ -161,20 +163,26 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> Li
         # Solved for b of length one, so that the end is the same whatever the scale of b is.
         size = jnp.sqrt(dot(rhs, rhs))
         unit = jax.tree.map(lambda b: b / jnp.where(size > 0, size, 1.0), rhs)
-        end = max(tol, float(jnp.finfo(size.dtype).eps)) ** 2
+        eps = float(jnp.finfo(size.dtype).eps)
+        end = max(tol, eps) ** 2
 
         def body(_, carry):
-            x, residual, direction, square = carry
+            x, residual, direction, square, length, most, done = carry
             product = matvec(direction)
-            done = square <= end  # beyond it step lengths become 0 / 0
-            length = jnp.where(done, 0.0, square / jnp.where(done, 1.0, dot(direction, product)))
-            x, residual = axpy(length, direction, x), axpy(-length, product, residual)
+            bent = dot(direction, product)
+            most = jnp.maximum(most, bent / jnp.where(length > 0, length, 1.0))  # curvature so far
+            # Beyond the end step lengths become 0 / 0; without curvature they have no limit.
+            done |= (square <= end) | (bent <= 10 * eps * most * length)
+            far = jnp.where(done, 0.0, square / jnp.where(done, 1.0, bent))
+            x, residual = axpy(far, direction, x), axpy(-far, product, residual)
             new = dot(residual, residual)
             turn = jnp.where(done, 0.0, new / jnp.where(done, 1.0, square))
-            return x, residual, axpy(turn, direction, residual), new
+            direction, length = axpy(turn, direction, residual), new + turn**2 * length
+            return x, residual, direction, new, length, most, done
 
-        zeros = jax.tree.map(jnp.zeros_like, unit)
-        x, *_ = jax.lax.fori_loop(0, maxiter, body, (zeros, unit, unit, dot(unit, unit)))
+        zeros, one = jax.tree.map(jnp.zeros_like, unit), dot(unit, unit)
+        carry = zeros, unit, unit, one, one, jnp.zeros_like(one), jnp.zeros_like(one, bool)
+        x, *_ = jax.lax.fori_loop(0, maxiter, body, carry)
         x = jax.tree.map(lambda u: size * u, x)
         return x, _info(matvec, x, rhs)
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,24 @@ def test_cg_survives_iterations_beyond_the_solution_at_any_size_of_the_gradient(
     x, info = jax.jit(jax.vmap(lambda b: solve(matvec, b)))(rhs)
     np.testing.assert_allclose(x / sizes, np.linalg.solve(A, (rhs / sizes).T).T, atol=1e-4)
     assert (info.residual < 1e-5).all()
+
+
+def test_cg_on_a_singular_system_solves_what_has_a_solution_and_stays_finite():
+    rng = np.random.default_rng(3)
+    factor = rng.normal(size=(N, N - 3))
+    singular = factor @ factor.T
+    within = singular @ rng.normal(size=N)
+
+    def solved(rhs, maxiter):
+        solve = linear_solve.cg_solve(maxiter=maxiter, damping=0.0)
+        product = functools.partial(jnp.dot, jnp.asarray(singular, jnp.float32), precision="highest")
+        return jax.jit(lambda b: solve(product, b)[0])(rhs.astype(np.float32))
+
+    best = np.linalg.pinv(singular, hermitian=True) @ within
+    np.testing.assert_allclose(solved(within, 100), best, rtol=1e-3, atol=1e-3)
+    beyond = within + 0.1 * rng.normal(size=N)  # no solution: directions without curvature
+    np.testing.assert_array_equal(solved(beyond, 20), solved(beyond, 100))
+    assert np.abs(solved(beyond, 100)).max() < 1e3
 
 
 def test_right_hand_side_of_zero():
