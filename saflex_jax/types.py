@@ -241,6 +241,7 @@ class RunInfo(NamedTuple):
       upstream: text of the pipeline that made the candidates (`augment.parse`).
       axis_name: mapped axis of the step, for batch statistics under pmap; None under jit.
       blocks: labels are k * blocks + m with m always right (SLA's views).
+      views: rows that each sample makes, labelled alike (SLA's); N and num_trusted count rows.
       captions: [K, T, ...], T captions of each class, as a text tower reads them.
     """
 
@@ -255,6 +256,7 @@ class RunInfo(NamedTuple):
     upstream: str = "identity"
     axis_name: str | None = None
     blocks: int = 1
+    views: int = 1
     captions: np.ndarray | None = None
 
 

@@ -93,6 +93,21 @@ def draws_key(state: TrainState) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x7DA06A7C)
 
 
+def pipeline_key(state: TrainState) -> jax.Array:
+    """The key of the pipeline in front of a method at this step; the same on every device.
+
+    It differs from the network's key, but for a sample of index 0x5AF1EC, and from the method's.
+
+    >>> state = init_state(jax.random.key(0), jnp.zeros(2), {}, optax.sgd(0.1))
+    >>> bool(pipeline_key(state) == draws_key(state))
+    False
+
+    Args:
+      state: TrainState.
+    """
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
+
+
 def total(
     values: jax.Array, mask: jax.Array, reduce: Reduce = identity
 ) -> tuple[jax.Array, jax.Array]:

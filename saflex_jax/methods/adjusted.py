@@ -21,6 +21,7 @@ from saflex_jax import checks
 from saflex_jax.augment.alternatives import Alternatives
 from saflex_jax.core import pooled
 from saflex_jax.core.pooled import Pooled, Pools
+from saflex_jax.core.steps import pipeline_key
 from saflex_jax.core.targets import score_scale
 from saflex_jax.core.tree import gather, identity
 from saflex_jax.rules.scoring import Scoring
@@ -50,7 +51,7 @@ class Options:
       floor: in [0, 1], part of every starting share that is kept, so that no alternative is lost.
       margin: in [0, 1), the part of the largest utility that an alternative must reach.
       strength: >= 0, the sharper the larger; 0 adjusts nothing and only remembers. May be traced.
-      scoring: of utilities. The greedy direction separates operations less well
+      scoring: of utilities, with a fresh validation gradient each. The greedy direction separates operations less well
         (docs/generation.md).
     """
 
@@ -65,6 +66,11 @@ class Options:
         checks.fraction(floor=self.floor)
         checks.decay(margin=self.margin)
         checks.at_least_zero(strength=self.strength)
+        if self.scoring.val_every > 1 or self.scoring.val_decay > 0:
+            raise ValueError(
+                "scoring must compute the validation gradient on every step (val_every = 1, "
+                f"val_decay = 0), since its utilities are averaged anyway; given {self.scoring}"
+            )
 
 
 def by_class(found: Pooled) -> Pooled:
@@ -192,7 +198,9 @@ def adjusted(
         )  # fmt: skip
 
     def augmented(state, streams):
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
+        key = pipeline_key(state)
+        if streams.candidates.trace is not None:  # a pipeline upstream drew with this key
+            key = jax.random.fold_in(key, streams.candidates.trace.operation.shape[1])
         of_class = streams.candidates.labels.argmax(-1)
         log_p = jnp.log(now(state.extra.pools)).T[of_class]
         drawn, cell = alternatives.draw(key, streams.candidates, log_p)

@@ -133,6 +133,7 @@ def seen(run: RunInfo, options: Options) -> RunInfo:
         counts=counts,
         labels=None if run.labels is None else labels,
         blocks=run.blocks * labels_a_class,
+        views=run.views * views,
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-
 from saflex_jax.augment import Augment
+from saflex_jax.core.steps import pipeline_key
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Batch, Method, TrainState
 
@@ -12,7 +11,8 @@ from saflex_jax.types import Batch, Method, TrainState
 def upstream(method: Method, augment: Augment) -> Method:
     """The method, with candidates augmented anew in every step.
 
-    Validation and clean samples are not augmented.
+    Validation and clean samples are not augmented. Give one pipeline: a second one around it would
+    draw with the same key; `augment.chain` joins them.
 
     >>> import optax
     >>> from saflex_jax import augment, models
@@ -54,6 +54,4 @@ def drawn(augment: Augment, state: TrainState, candidates: Batch) -> Batch:
       state: before the step.
       candidates: before augmentation.
     """
-    # The method's own draws of this step fold a sample index in next, never this constant.
-    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
-    return augment(key, candidates)
+    return augment(pipeline_key(state), candidates)

@@ -153,7 +153,9 @@ class Posterior:
     @property
     def _num_known(self) -> int:
         """Samples whose label is known to be right, whether they train or not; 0 = unknown."""
-        return self._num_trusted or (0 if self.run is None else self.run.num_val)
+        if self.run is None:
+            return 0
+        return self.run.num_trusted // self.run.views or self.run.num_val
 
     @property
     def _by_class(self) -> bool:

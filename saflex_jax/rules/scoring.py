@@ -93,7 +93,8 @@ class Scoring:
       predicate: the scored parameters, as a predicate on paths or a path; "" = all. The default,
         the head, costs the validation samples' forward pass and products with features.
       mode: "jvp" or "finite_difference", see `core.scores.label_scores`.
-      chunk: rows scored at a time, to bound memory; None = all at once.
+      chunk: rows scored at a time, to bound memory along "identity" and "adam" (the others need
+        the whole batch's pass); None = all at once.
       compute_dtype: dtype of both forward passes, see `core.scores.score`.
       val_every: compute a fresh validation gradient every `val_every` scorings; otherwise reuse the
         last.

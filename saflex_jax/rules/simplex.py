@@ -43,6 +43,8 @@ class Simplex:
         targets.check(**self._options())
         if self.run is None and self.memory.decay is not None:
             raise ValueError(f"memory needs run, for the number of samples; given {self.memory}")
+        if self.memory.decay is not None and self.scale == "raw":
+            raise ValueError("scale must be 'rms' with a memory, of scaled scores; given 'raw'")
 
     def _options(self) -> dict:
         return dict(

@@ -39,6 +39,8 @@ class VisitMean:
             checks.decay(decay=self.decay)
         if self.top is not None:
             checks.whole(1, top=self.top)
+        if self.decay is None and (self.dtype, self.top) != ("float32", None):
+            raise ValueError(f"dtype and top must be the defaults without a memory; given {self}")
 
     def init(self, run: RunInfo | None) -> Memory | TopMemory | None:
         """An empty memory; None if decay is None or the run is unknown.

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from saflex_jax import Batch, Streams, augment, parallel
+from saflex_jax.augment.alternatives import Alternatives
 from saflex_jax.core.pooled import Pooled, pooled
 from saflex_jax.data import IndexStream, sizes
 from saflex_jax.methods import adjusted, supervised
@@ -197,6 +198,30 @@ def test_members_of_a_sweep_have_shares_of_their_own():
     assert isinstance(state.extra, Adjusted)
 
 
+def test_behind_a_pipeline_it_draws_with_another_key():
+    def added(key, batch):
+        noise = jax.random.normal(key, batch.inputs.shape)
+        return augment.record(batch._replace(inputs=batch.inputs + noise), "negated", 1.0)
+
+    def subtracted(key, batch, log_p):
+        del log_p
+        noise = jax.random.normal(key, batch.inputs.shape)
+        return batch._replace(inputs=batch.inputs - noise), jnp.zeros(SIZE, jnp.int32)
+
+    def shown(state, streams, *, reduce):
+        return state, {"inputs": streams.candidates.inputs}
+
+    plain = supervised.make(linear(), optax.sgd(0.1))._replace(step=shown)
+    inner = adjusted.adjusted(plain, Alternatives(("subtracted",), subtracted))
+    state = inner.init(jax.random.key(0), POOLS.candidates.inputs[:1])
+    same, apart = (
+        method.step(state, POOLS)[1]["inputs"] - POOLS.candidates.inputs
+        for method in (upstream(inner, lambda key, batch: added(key, batch)._replace(trace=None)),
+                       upstream(inner, added))
+    )  # fmt: skip
+    assert np.abs(same).max() < 1e-5 and apart.std() > 1
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"start must have shape \[3\]"):
         make(start=(0.5, 0.5))
@@ -204,6 +229,8 @@ def test_bad_input():
         make(start=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="floor must lie in"):
         Options(floor=2.0)
+    with pytest.raises(ValueError, match="scoring must compute the validation gradient on every"):
+        Options(scoring=Scoring(val_every=2))
     method = make()
     state = method.init(jax.random.key(0), POOLS.candidates.inputs[:1])
     with pytest.raises(ValueError, match="adjusted needs validation samples"):

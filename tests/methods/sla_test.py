@@ -12,7 +12,9 @@ import pytest
 
 from saflex_jax import Batch, Model, RunInfo, Streams, Targets
 from saflex_jax.core.losses import CandidateLoss, weighted_soft_cross_entropy
+from saflex_jax.core.posterior import Agreement, estimate_noise_rate
 from saflex_jax.core.steps import init_state
+from saflex_jax.core.tree import identity
 from saflex_jax.methods import sla, supervised
 from saflex_jax.models import Classifier, SmallCNN, from_linen
 from saflex_jax.parallel import jit_runner, pmap_runner
@@ -389,6 +391,14 @@ def test_a_run_is_seen_as_one_of_views():
         assert of_views[:3] == (2 * SIZE, classes, 4)
         np.testing.assert_array_equal(of_views.labels(), priors)
         np.testing.assert_allclose(of_views.counts, priors.sum(0), rtol=1e-6)
+        # A view tells no more about how often labels are wrong than its sample does.
+        rule, sums = Posterior(of_views), Agreement(jnp.array([0.9, 1]), jnp.array([0.3, 1]), 1e6)
+        _, metrics = rule.targets(
+            rule.init()._replace(agreement=sums), None,
+            sla.expand(STREAMS.candidates, options), reduce=identity,
+        )  # fmt: skip
+        wanted = estimate_noise_rate(sums, classes, num_trusted=run.num_trusted)
+        assert metrics["noise_rate"][0] == wanted > 0
 
 
 PREDICTED = ("rotation", "color_perm3")

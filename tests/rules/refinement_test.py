@@ -318,6 +318,8 @@ def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
         (lambda: VisitMean(1.0), "decay .*1.0"),
         (lambda: VisitMean(-0.1), "decay .*-0.1"),
         (lambda: VisitMean(math.nan), "decay .*nan"),
+        (lambda: VisitMean(None, top=2), "dtype and top must be the defaults without a memory"),
+        (lambda: Simplex(scale="raw", run=RUN, memory=VisitMean()), "scale must be 'rms' with a"),
     ],
 )
 def test_a_part_refuses_when_it_is_made(make, message):
