@@ -139,8 +139,8 @@ def cg_solve(*, maxiter: int = 10, tol: float = 0.0, damping: float = 0.1) -> Li
     A must be symmetric positive semi-definite. Gauss-Newton always is; a Hessian only at a minimum.
     The loop has a fixed length, so that devices need not agree on an end; once it has converged, or
     nothing but rounding curves along the next direction, x stays. The latter happens where A +
-    damping I is singular and b is not in its range: such a system has no solution, and its residual
-    is large. It replaces `jax.scipy.sparse.linalg.cg`, which XLA's CPU backend computes wrongly under
+    damping I is singular; if b is not in its range, no x solves the system and the residual is
+    large. It replaces `jax.scipy.sparse.linalg.cg`, which XLA's CPU backend computes wrongly under
     vmap around a network (JAX 0.10 to 0.12, docs/sharp_edges.md).
 
     >>> x, info = cg_solve(damping=0.0)(lambda v: 4 * v, jnp.ones(2))

@@ -1,7 +1,8 @@
 """Losses per sample, and the global mean that turns them into one number.
 
 A candidate loss is what a step trains its candidates on: (logits f32[B, K], targets: Targets,
-candidates: Batch) -> f32[B], weighted by `targets.weights` and exactly 0 on padding.
+candidates: Batch) -> f32[B], weighted by `targets.weights` and exactly 0 on padding. One that
+compares rows says in its attribute `rows_together` how many neighbours must not be parted.
 """
 
 from __future__ import annotations
@@ -250,6 +251,7 @@ def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
         alike = jnp.repeat(jensen_shannon(stacked.swapaxes(0, 1)), views)
         return clean + jnp.where(mask, targets.weights * strength * alike, 0.0)
 
+    loss.rows_together = views  # type: ignore[attr-defined]
     return loss
 
 

@@ -250,11 +250,12 @@ def inner_step(
       reduce: mean over the data-parallel axis.
 
     Raises:
-      ValueError: microbatches do not divide a device's rows, or clean samples are given with them.
+      ValueError: microbatches do not divide a device's rows (for a loss that compares rows, its
+        groups of rows), or clean samples are given with them.
     """
     size = candidates.labels.shape[0]
     if microbatches > 1:
-        _check_parts(size, microbatches, clean, reduce)
+        _check_parts(size, microbatches, clean, reduce, getattr(loss, "rows_together", 1))
         count = reduce(jnp.sum(candidates.mask, dtype=jnp.float32))
 
         def part_loss(params, part, model_state):
@@ -288,11 +289,15 @@ def inner_step(
     return gradient_step(state, loss_fn, tx=tx, reduce=reduce)
 
 
-def _check_parts(size: int, number: int, clean: Batch | None, reduce: Reduce) -> None:
+def _check_parts(
+    size: int, number: int, clean: Batch | None, reduce: Reduce, together: int
+) -> None:
     devices = reduce.devices if isinstance(reduce, Everywhere) else 1
-    if size % (devices * number):
+    if size % (devices * number * together):
+        rows = f" in groups of {together} rows" * (together > 1)
         raise ValueError(
-            f"microbatches must divide the {size // devices} candidates of a device; given {number}"
+            f"microbatches must divide the {size // devices} candidates of a device{rows}; "
+            f"given {number}"
         )
     if clean is not None:
         raise ValueError(f"microbatches must be 1 beside clean samples; given {number}")

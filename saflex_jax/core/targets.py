@@ -90,8 +90,8 @@ def solve_targets(
       scores: S, f32[B, K]; > 0 = lowers the validation loss.
       prior: q, f32[B, K], the upstream pipeline's labels.
       prior_strength: beta >= 0, in units of the scale. math.inf returns the prior itself; with
-        tolerance=math.inf, too, this is the plain upstream pipeline. (A finite beta sharpens a *mixed* prior towards its largest class;
-        see `anchor`.)
+        tolerance=math.inf, too, this is the plain upstream pipeline. (A finite beta sharpens a
+        *mixed* prior towards its largest class; see `anchor`.)
       temperature: tau > 0; the lower, the harder the labels.
       tolerance: >= 0, in units of the scale: drop samples whose utility is below -tolerance. 0 is
         the paper's rule, math.inf drops nothing.

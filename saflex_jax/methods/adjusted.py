@@ -51,8 +51,8 @@ class Options:
       floor: in [0, 1], part of every starting share that is kept, so that no alternative is lost.
       margin: in [0, 1), the part of the largest utility that an alternative must reach.
       strength: >= 0, the sharper the larger; 0 adjusts nothing and only remembers. May be traced.
-      scoring: of utilities, with a fresh validation gradient each. The greedy direction separates operations less well
-        (docs/generation.md).
+      scoring: of utilities, with a fresh validation gradient each. The greedy direction separates
+        operations less well (docs/generation.md).
     """
 
     decay: float = 0.999

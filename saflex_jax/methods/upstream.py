@@ -41,7 +41,7 @@ def upstream(method: Method, augment: Augment) -> Method:
 def drawn(augment: Augment, state: TrainState, candidates: Batch) -> Batch:
     """The candidates, with traces, that a step of `upstream(method, augment)` trains on.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from saflex_jax import augment
     >>> rows = jnp.arange(2)
     >>> batch = Batch(jnp.ones((2, 3)), jnp.eye(2), rows >= 0, rows)

@@ -109,7 +109,7 @@ def test_cg_on_a_singular_system_solves_what_has_a_solution_and_stays_finite():
 
     def solved(rhs, maxiter):
         solve = linear_solve.cg_solve(maxiter=maxiter, damping=0.0)
-        product = functools.partial(jnp.dot, jnp.asarray(singular, jnp.float32), precision="highest")
+        product = functools.partial(jnp.dot, singular.astype(np.float32), precision="highest")
         return jax.jit(lambda b: solve(product, b)[0])(rhs.astype(np.float32))
 
     best = np.linalg.pinv(singular, hermitian=True) @ within

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.pods import collectives
 from saflex_jax import TrainState
 from saflex_jax.core import memory, tree
+from saflex_jax.core.losses import augmix_loss
 from saflex_jax.methods import supervised
 from saflex_jax.models import MLP, Classifier, from_linen
 from saflex_jax.parallel import jit_runner, runners
@@ -134,7 +135,8 @@ def trained(**options):
     """The state after some steps of a network without batch statistics; padding in each batch."""
     model = from_linen(Classifier(MLP((16, 16)), setup_.CLASSES))
     rule = Refinement(Scoring(), Posterior(setup_.RUN, noise_rate=0.4))
-    method = supervised.make(model, setup_.TX, rule, microbatches=options.pop("microbatches", 1))
+    own = {name: options.pop(name) for name in ("microbatches", "loss") if name in options}
+    method = supervised.make(model, setup_.TX, rule, **own)
     batches = setup_.make_batches("posterior_memory_padding")
     runner = jit_runner(method.step, **options)
     state = runner.put_state(jax.jit(method.init)(jax.random.key(0), batches[0].candidates.inputs))
@@ -173,6 +175,9 @@ def test_added_gradients_are_the_whole_batch_s(expected, devices, parts):
 def test_parts_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match=r"microbatches must divide the 2 candidates .* given 4"):
         trained(microbatches=4)
+    # Two parts would hold half of each device's pair of views, and compare halves of two pairs.
+    with pytest.raises(ValueError, match="a device in groups of 2 rows; given 2"):
+        trained(microbatches=2, loss=augmix_loss(views=2))
 
 
 @pytest.mark.parametrize("devices", [1, 8])
