@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from saflex_jax.augment import Augment, parse
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.models import Classifier
 from saflex_jax.types import Batch, Method, PyTree, RunInfo, Streams, Targets, TrainState
@@ -39,6 +40,11 @@ def samples(run: RunInfo, options: Any) -> RunInfo:
     """The run as the rule sees it, for methods that show it the samples themselves."""
     del options
     return run
+
+
+def pipeline(augment: Augment | str) -> Augment:
+    """An augmentation that is given as itself or as its text (`augment.parse`)."""
+    return parse(augment) if isinstance(augment, str) else augment
 
 
 class MethodSpec(NamedTuple):

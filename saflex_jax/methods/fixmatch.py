@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from saflex_jax import checks
-from saflex_jax.augment import Augment, parse
+from saflex_jax.augment import Augment
 from saflex_jax.core import steps
 from saflex_jax.core.losses import (
     CandidateLoss,
@@ -26,13 +26,9 @@ from saflex_jax.core.losses import (
     weighted_soft_cross_entropy,
 )
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import MethodSpec
+from saflex_jax.methods.base import MethodSpec, pipeline
 from saflex_jax.rules import AsGiven
 from saflex_jax.types import Method, Model, Params, PyTree, Rule, RunInfo, TrainState
-
-
-def _pipeline(augment: Augment | str) -> Augment:
-    return parse(augment) if isinstance(augment, str) else augment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Options:
 
     def __post_init__(self):
         for augment in (self.weak, self.strong):
-            _pipeline(augment)
+            pipeline(augment)
         checks.fraction(threshold=self.threshold)
         checks.amount(unlabelled_weight=self.unlabelled_weight)
         checks.decay(ema=self.ema)
@@ -128,7 +124,7 @@ def make(
     """
     rule = AsGiven() if rule is None else rule
     upstream = "identity" if run is None else run.upstream
-    weak, strong = _pipeline(options.weak or upstream), _pipeline(options.strong)
+    weak, strong = pipeline(options.weak or upstream), pipeline(options.strong)
 
     def init(key, inputs):
         params, model_state = model.init(key, inputs)

@@ -17,17 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from saflex_jax import checks
-from saflex_jax.augment import Augment, parse, sample_keys
+from saflex_jax.augment import Augment, sample_keys
 from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import identity
-from saflex_jax.methods.base import MethodSpec, as_given, no_clean
+from saflex_jax.methods.base import MethodSpec, as_given, no_clean, pipeline
 from saflex_jax.types import Batch, Method, Model
-
-
-def _pipeline(augment: Augment | str) -> Augment:
-    return parse(augment) if isinstance(augment, str) else augment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Options:
     mh_steps: int = 2
 
     def __post_init__(self):
-        _pipeline(self.augment)
+        pipeline(self.augment)
         checks.amount(epsilon=self.epsilon, dual_rate=self.dual_rate)
         checks.whole(1, mh_steps=self.mh_steps)
 
@@ -97,7 +93,7 @@ def make(
       ValueError: an augmentation that changes the number of rows, or clean samples (the candidates
         are the clean samples here).
     """
-    propose = _pipeline(options.augment)
+    propose = pipeline(options.augment)
 
     def init(key, inputs):
         return steps.init_state(key, *model.init(key, inputs), tx, jnp.zeros(()))
