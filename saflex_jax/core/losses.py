@@ -22,6 +22,21 @@ CandidateLoss = Callable[[jax.Array, Targets, Batch], jax.Array]
 Decoupled = Literal["both", "less", "more"]
 
 
+def at_least_f32(logits: jax.Array) -> jax.Array:
+    """Logits in f32, or in a wider dtype if they have it.
+
+    The log-probability of a class that is nearly sure rounds to 0 in bfloat16, and its gradient
+    with it.
+
+    >>> at_least_f32(jnp.zeros((1, 2), jnp.bfloat16)).dtype.name
+    'float32'
+
+    Args:
+      logits: f[...].
+    """
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
 def weighted_cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
@@ -54,6 +69,7 @@ def weighted_cross_entropy(
     checks.same_shape(labels=labels, logits=logits)
     checks.rows(logits.shape[0], weights=weights, mask=mask)
     checks.not_negative(weights=weights)
+    logits = at_least_f32(logits)
     if mask is not None:
         logits = jnp.where(mask[:, None], logits, 0.0)
     losses = -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)
@@ -108,7 +124,7 @@ def jensen_shannon(logits: jax.Array) -> jax.Array:
     """
     if logits.ndim != 3:
         raise ValueError(f"logits must have shape [V, B, K]; given {logits.shape}")
-    log_probs = jax.nn.log_softmax(logits)
+    log_probs = jax.nn.log_softmax(at_least_f32(logits))
     probs = jnp.exp(log_probs)
     mixture = jnp.clip(jnp.mean(probs, axis=0), 1e-7, 1.0)
     return jnp.mean(jnp.sum(probs * (log_probs - jnp.log(mixture)[None]), axis=-1), axis=0)
@@ -160,6 +176,7 @@ def decoupled_mixup(
     Source: Liu et al., "Harnessing Hard Mixed Samples with Decoupled Regularizer", NeurIPS 2023.
     """
     checks.rows(logits.shape[0], own=own, partner=partner, share=share)
+    logits = at_least_f32(logits)
     own_label, partner_label = (jax.nn.one_hot(c, logits.shape[1]) for c in (own, partner))
     soft = share[:, None] * own_label + (1 - share[:, None]) * partner_label
     return weighted_cross_entropy(logits, soft) + _decoupled(
@@ -243,7 +260,7 @@ def augmix_loss(views: int = 3, strength: float = 12.0) -> CandidateLoss:
         rows, classes = logits.shape
         if rows % views:
             raise ValueError(f"logits must have a multiple of {views} rows; given {rows}")
-        mask = candidates.mask
+        logits, mask = at_least_f32(logits), candidates.mask
         clean = weighted_soft_cross_entropy(logits, targets, candidates)
         clean = jnp.where(jnp.arange(rows) % views == 0, views * clean, 0.0)
         # Padding must be finite to have no gradient below.
@@ -283,7 +300,7 @@ def decoupled_mixup_loss(
     _check_decoupled(**options)
 
     def loss(logits, targets, candidates):
-        mask = candidates.mask
+        logits, mask = at_least_f32(logits), candidates.mask
         finite = jnp.where(mask[:, None], logits, 0.0)
         (most, next_most), (own, partner) = (x.T for x in jax.lax.top_k(candidates.labels, 2))
         share = most / jnp.where(mask, most + next_most, 1.0)
@@ -350,7 +367,7 @@ def ldam_loss(counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.
         classes = logits.shape[1]
         checks.rows(classes, counts=counts)
         mask = candidates.mask
-        z = scale * jnp.where(mask[:, None], logits, 0.0)
+        z = scale * jnp.where(mask[:, None], at_least_f32(logits), 0.0)
         # log sum_(j != k) exp z_j. For the largest k the difference to the sum of all would be
         # rounding alone, so it is summed directly; elsewhere at most half of the sum goes.
         largest = jax.nn.one_hot(jnp.argmax(z, -1), classes, dtype=bool)

@@ -11,7 +11,7 @@ import numpy as np
 
 from saflex_jax import checks
 from saflex_jax.batches import floats
-from saflex_jax.core.losses import weighted_cross_entropy
+from saflex_jax.core.losses import at_least_f32, weighted_cross_entropy
 from saflex_jax.types import Method, PyTree, TrainState
 
 
@@ -108,7 +108,7 @@ def probabilities(
 
 @functools.cache
 def _softmax(predict: Callable) -> Callable:
-    return jax.jit(lambda state, x: jax.nn.softmax(predict(state, x)))
+    return jax.jit(lambda state, x: jax.nn.softmax(at_least_f32(predict(state, x))))
 
 
 def _padded(

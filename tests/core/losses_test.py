@@ -12,6 +12,7 @@ from saflex_jax.core.losses import (
     decoupled_mixup,
     decoupled_mixup_loss,
     jensen_shannon,
+    ldam_loss,
     masked_mean,
     weighted_cross_entropy,
     weighted_soft_cross_entropy,
@@ -328,6 +329,33 @@ def test_decoupled_mixup_loss_reads_the_parents_off_the_prior_in_any_order(mode)
     learned = np.asarray(loss(logits, targets, batch)) - of_prior
     difference = ((prior - targets.labels) * problems.log_softmax(logits)).sum(1)
     np.testing.assert_allclose(learned, targets.weights * difference, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        weighted_soft_cross_entropy,
+        augmix_loss(2),
+        decoupled_mixup_loss(),
+        ldam_loss(np.array([9.0, 3.0, 1.0]), scale=1.0),
+    ],
+)
+def test_logits_in_bfloat16_lose_nothing_in_a_loss(loss):
+    batch, targets = made_batch(np.random.default_rng(6), 4, 3)
+    targets.labels[0] = [1, 0, 0]
+    logits = jnp.array([[9.3, 1.1, -0.7], [3.3, 0.2, 1.9], [0.0, 9.0, 1.0], [1.0, 1.0, 1.0]])
+    logits = logits.astype(jnp.bfloat16)
+
+    @jax.jit
+    def losses_and_gradient(z):
+        losses, pull = jax.vjp(lambda z: loss(z, targets, batch), z)
+        return losses, *pull(jnp.ones_like(losses))
+
+    expected, gradient = losses_and_gradient(logits.astype(jnp.float32))
+    losses, rounded = losses_and_gradient(logits)
+    np.testing.assert_array_equal(losses, expected)
+    np.testing.assert_array_equal(rounded, gradient.astype(jnp.bfloat16))
+    assert losses.dtype == jnp.float32 and losses[0] > 0 and rounded[0, 0] != 0
 
 
 @pytest.mark.parametrize("make", [augmix_loss, decoupled_mixup_loss])

@@ -1,8 +1,10 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from saflex_jax.train import make_evaluator, probabilities
+from saflex_jax.types import Method
 from tests.train.setup_ import CLASSES, FEATURES, make_method, pool
 
 
@@ -73,6 +75,13 @@ def test_probabilities_of_every_row_with_one_compilation(size, batch_size):
     assert found.shape == (size, CLASSES)
     np.testing.assert_allclose(found, odds / odds.sum(1, keepdims=True), atol=1e-6)
     assert len(traced) == 1
+
+
+def test_probabilities_of_logits_in_bfloat16_are_those_in_full():
+    logits = np.float32([[3.0, 0.5, -1.0], [0.25, 0.0, 0.0]])
+    method = Method(None, None, lambda state, inputs: inputs.astype(jnp.bfloat16))
+    found = probabilities(method, None, logits)
+    np.testing.assert_array_equal(found, np.asarray(jax.nn.softmax(logits)))
 
 
 def test_8_bit_inputs_are_scored_as_floats():
