@@ -76,6 +76,16 @@ class Problem(NamedTuple):
         return self.model.logits(params, self.model_state, inputs)
 
 
+def with_logits(model: Model, dtype: str) -> Model:
+    """The same network with its logits cast."""
+
+    def train(*args):
+        logits, model_state = model.train(*args)
+        return logits.astype(dtype), model_state
+
+    return model._replace(train=train, logits=lambda *args: model.logits(*args).astype(dtype))
+
+
 def _drawn(rng, path, shape):
     """Variables from NumPy: nothing to compile, and none is zero or one as after a common init."""
     if path[-1].key in ("scale", "var"):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core.losses import masked_mean
+from saflex_jax.core.losses import at_least_f32, masked_mean
 from saflex_jax.core.tree import identity, merge, select
 from saflex_jax.types import LogitsFn, Params, PathPredicate, PyTree, Reduce
 
@@ -51,7 +51,7 @@ def hessian(
 def linear_logits(
     logits_fn: LogitsFn, params: Params, inputs: PyTree, *, predicate: PathPredicate | None = None
 ) -> tuple[jax.Array, Callable[[Params], jax.Array]]:
-    """The logits f32[B, K] and their linear part, u -> J u, in the selected parameters.
+    """The logits and their linear part, u -> J u, in the selected parameters; both f32[B, K].
 
     The network runs here, once; neither a solver's loop nor a branch runs it again. If the step
     also trains on these candidates, XLA shares this pass with the training gradient. The linear
@@ -64,14 +64,18 @@ def linear_logits(
     [[1.0, 1.0], [1.0, 1.0]]
 
     Args:
-      logits_fn: (params, inputs) -> f32[B, K].
+      logits_fn: (params, inputs) -> f[B, K].
       params: pytree.
       inputs: leading axis B.
       predicate: the parameters that u holds; None = all.
     """
     selected = select(params, predicate)
     checks.floating(params=selected)
-    logits, push = jax.linearize(lambda part: logits_fn(merge(part, params), inputs), selected)
+
+    def of(part):
+        return at_least_f32(logits_fn(merge(part, params), inputs))
+
+    logits, push = jax.linearize(of, selected)
     product, saved = jax.closure_convert(push, selected)
     return logits, jax.tree_util.Partial(lambda saved, u: product(u, *saved), saved)
 
@@ -106,7 +110,8 @@ def gauss_newton(
     """
     pull = jax.linear_transpose(push, params)
     probs = jax.nn.softmax(logits)
-    share = jax.grad(lambda ones: masked_mean(ones, mask, reduce=reduce))(jnp.ones(len(probs)))
+    ones = jnp.ones(len(probs), probs.dtype)
+    share = jax.grad(lambda values: masked_mean(values, mask, reduce=reduce))(ones)
 
     def matvec(u: PyTree) -> PyTree:
         change = push(u)

@@ -230,7 +230,7 @@ def posterior_targets(
     mask = jnp.ones(size, bool) if mask is None else mask
     checks.simplex(mask, prior=prior)
     _check_probs(probs, mask)
-    noise, stays = _checked(noise, num_classes)
+    noise, stays = _checked(noise, num_classes, jnp.result_type(prior, probs))
 
     def beyond(p):  # o
         return _normalised(p - jnp.minimum(p, prior))
@@ -271,11 +271,13 @@ def _check_probs(probs: jax.Array, mask: jax.Array) -> None:
         )
 
 
-def _checked(noise: float | jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+def _checked(
+    noise: float | jax.Array, num_classes: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """The noise, and C_kk; not finite where it is traced and no probability."""
     if np.ndim(noise) == 0:
         checks.fraction(noise=noise)
-        noise = jnp.asarray(noise)
+        noise = jnp.asarray(noise, dtype)
         noise = jnp.where((noise >= 0) & (noise <= 1), noise, jnp.nan)
         return noise, 1 - noise
     if np.shape(noise) != (num_classes, num_classes):
@@ -284,7 +286,7 @@ def _checked(noise: float | jax.Array, num_classes: int) -> tuple[jax.Array, jax
             f"given {np.shape(noise)}"
         )
     checks.not_negative(noise=noise)
-    noise = jnp.asarray(noise)
+    noise = jnp.asarray(noise, dtype)
     return noise, jnp.diag(noise)[None]
 
 
@@ -292,7 +294,7 @@ def _elsewhere(x: jax.Array, noise: jax.Array) -> jax.Array:
     """sum_k x_k C_kj over k other than j, f32[B, K]; without the matrix of one share."""
     if noise.ndim == 0:
         return noise / (x.shape[1] - 1) * (jnp.sum(x, axis=-1, keepdims=True) - x)
-    return jnp.dot(x, noise * (1 - jnp.eye(len(noise))), precision="highest")
+    return jnp.dot(x, noise * (1 - jnp.eye(len(noise), dtype=noise.dtype)), precision="highest")
 
 
 def _divide(x: jax.Array, y: jax.Array, otherwise: jax.Array | float) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from saflex_jax import checks
 from saflex_jax.core import curvature as curvatures
 from saflex_jax.core.linear_solve import identity_solve
-from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.losses import at_least_f32, masked_mean, weighted_cross_entropy
 from saflex_jax.core.tree import axpy, cast_floats, identity, merge, restrict, select
 from saflex_jax.types import LinearSolve, LogitsFn, Params, PathPredicate, PyTree, Reduce, SolveInfo
 
@@ -250,7 +250,7 @@ def label_scores(
     start = restrict(params, direction)
 
     def logits(part):
-        return logits_fn(merge(part, params), inputs)
+        return at_least_f32(logits_fn(merge(part, params), inputs))
 
     if mode == "jvp":
         out, change = jax.jvp(logits, (start,), (direction,))
@@ -343,7 +343,7 @@ def scorer(
             return _along(push(direction), log_probs), log_probs, info
         start = restrict(params, direction)
         moved = _difference(
-            lambda part: logits_fn(merge(part, params), inputs),
+            lambda part: at_least_f32(logits_fn(merge(part, params), inputs)),
             log_probs,
             start,
             direction,

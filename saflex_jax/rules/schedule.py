@@ -80,8 +80,10 @@ class Schedule:
 
 def _with_equal_metrics(branches: list[Branch], arrays: PyTree) -> list[Branch]:
     """The branches, each with the metrics of all; those that it lacks are (0, 0)."""
-    names = {name for branch in branches for name in jax.eval_shape(branch, arrays)[2]}
-    missing = dict.fromkeys(names, (jnp.zeros(()), jnp.zeros(())))
+    like: Metrics = {}
+    for branch in branches:
+        like |= jax.eval_shape(branch, arrays)[2]
+    missing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def completed(branch):
         def run(arrays):

@@ -188,8 +188,8 @@ class Scoring:
             return gradient, jax.nn.softmax(of_val[0]), (val_loss, jnp.ones(()))
 
         def stale(kept, turn):
-            del turn
-            return kept, jnp.zeros_like(val.labels), (jnp.zeros(()), jnp.zeros(()))
+            _, *like = jax.eval_shape(fresh, kept, turn)
+            return kept, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
         def score(kept, turn):
             if self.val_every == 1:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from saflex_jax._compat import enable_x64
 from saflex_jax.core import linear_solve
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.scores import label_scores, score, validation_gradient
@@ -17,11 +18,15 @@ from tests.problems import CLASSES, assert_close
 HEAD = under("head")
 
 
-def scores_of(p, **options):
+def compiled(function, *args):
+    return jax.jit(function)(*args)
+
+
+def scores_of(p, *, run=compiled, **options):
     """`score` on a problem's own streams, compiled."""
     candidates, val = p.streams.candidates, p.streams.val
-    run = partial(score, p.logits_fn, mask=candidates.mask, val_mask=val.mask, **options)
-    return jax.jit(run)(p.params, candidates.inputs, val.inputs, val.labels)
+    scored = partial(score, p.logits_fn, mask=candidates.mask, val_mask=val.mask, **options)
+    return run(scored, p.params, candidates.inputs, val.inputs, val.labels)
 
 
 def hand_gradients(p, predicate):
@@ -135,6 +140,20 @@ def test_chunks_and_modes_in_single_precision(mode):
     assert_close(chunked.scores, whole.scores, rounding)
     assert_close(chunked.log_probs, whole.log_probs, 1e-6)
     assert_close(whole.scores, exact.scores, 1e-6 if mode == "jvp" else 1e-2)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("mode", ["jvp", "finite_difference"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_logits_in_bfloat16_and_an_f32_network_under_x64_are_scored_in_f32(double, mode, chunk):
+    p = problems.problem("mlp")
+    model = problems.with_logits(p.model, "float32" if double else "bfloat16")
+    with enable_x64(double):
+        found = scores_of(
+            p._replace(model=model), run=jax.eval_shape, predicate=HEAD, mode=mode, chunk=chunk,
+            solve=linear_solve.cg_solve(maxiter=3),
+        )  # fmt: skip
+    assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}
 
 
 def test_rows_stay_independent_under_batch_norm():

@@ -11,11 +11,13 @@ import numpy as np
 import optax
 import pytest
 
+from saflex_jax._compat import enable_x64
 from saflex_jax.core import parents, posterior
 from saflex_jax.core.steps import init_state
-from saflex_jax.rules import Posterior, Refinement, Schedule, Scoring, Simplex, VisitMean
+from saflex_jax.methods import supervised
+from saflex_jax.rules import RULES, Posterior, Refinement, Schedule, Scoring, Simplex, VisitMean
 from saflex_jax.types import RunInfo, Streams, Trace
-from tests.problems import CLASSES, assert_close, softmax
+from tests.problems import CLASSES, assert_close, softmax, with_logits
 from tests.rules.stepping import (
     DECAY,
     POOL,
@@ -36,6 +38,7 @@ from tests.rules.stepping import (
 )
 
 RUN = RunInfo(POOL, CLASSES)
+TRUSTING = RunInfo(POOL, CLASSES, num_trusted=3)
 GREEDY = Scoring("identity", predicate="")
 simplex = functools.partial(
     Simplex, prior_strength=PRIOR_STRENGTH, temperature=TEMPERATURE, tolerance=0.0
@@ -126,6 +129,26 @@ def test_the_kept_gradient_has_the_dtype_of_the_params(dtype, options):
     apply = functools.partial(rule.apply, logits_fn=PROBLEM.logits_fn, streams=streams_of(0))
     _, after, _ = jax.eval_shape(apply, before, state)
     assert {x.dtype.name for x in jax.tree.leaves(after.gradient)} == {dtype}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RULES["saflex"].make(TRUSTING),
+        Refinement(Scoring(val_every=2), Simplex()),
+        Refinement(Scoring(mode="finite_difference", chunk=3), Simplex(), Schedule(every=2)),
+        Refinement(Scoring(), Posterior(TRUSTING), Schedule(start=1, every=2)),
+    ],
+)
+def test_steps_of_logits_in_bfloat16_and_of_an_f32_network_under_x64(rule, double):
+    model = with_logits(PROBLEM.model, "float32" if double else "bfloat16")
+    method = supervised.make(model, optax.sgd(0.1), rule)
+    with enable_x64(double):
+        state = jax.eval_shape(method.init, jax.random.key(0), streams_of(0).candidates.inputs)
+        after, metrics = jax.eval_shape(method.step, state, streams_of(0))
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    assert metrics["val_loss"][0].dtype == jnp.float32
 
 
 def sharp(evidence):
