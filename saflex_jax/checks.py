@@ -155,7 +155,8 @@ def finite(**trees: PyTree) -> None:
             if not isinstance(leaf, np.ndarray | np.generic | jax.Array | float | int):
                 continue
             a = np.asarray(leaf)
-            if np.issubdtype(a.dtype, np.floating) and not np.isfinite(a).all():
+            # NumPy's own issubdtype does not know bfloat16.
+            if jax.numpy.issubdtype(a.dtype, jax.numpy.floating) and not np.isfinite(a).all():
                 where = np.argwhere(~np.isfinite(a))[0].tolist()
                 raise ValueError(
                     f"{name}{jax.tree_util.keystr(path)} must be finite; "

@@ -13,7 +13,7 @@ from PIL import Image
 import saflex_jax
 from experiments import build, task
 from experiments.configs import digits, wdbc
-from saflex_jax import augment, data
+from saflex_jax import augment, checks, data
 from saflex_jax.core.linear_solve import cg_solve, neumann_solve
 from saflex_jax.core.losses import weighted_cross_entropy
 from saflex_jax.core.posterior import posterior_targets
@@ -44,6 +44,10 @@ def encode(*column):
         (lambda: score(val_mask=jnp.zeros(4, bool)), "val_mask must be True for at least one row"),
         (lambda: score(val_mask=jnp.ones(3, bool)), r"val_mask must have shape \[4\]; given \(3,"),
         (lambda: score(mask=jnp.ones(3, bool)), r"mask must have shape \[4\]; given \(3,\)"),
+        (
+            lambda: checks.finite(x=jnp.array([0, jnp.inf], jnp.bfloat16)),
+            r"x must be finite; given inf at \[1\]",
+        ),
         (lambda: score(W.astype(int)), "params must be floating-point .* given int32"),
         (lambda: posterior_targets(Q, Q, jnp.float32(1.5)), r"noise must lie in \[0, 1\]; given"),
         (lambda: posterior_targets(Q, 3 * Q, 0.4), "not logits; given .* sums up to 3"),
