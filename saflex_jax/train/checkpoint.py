@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -58,8 +59,8 @@ class Checkpoints:
       keep: number of latest checkpoints to keep.
       grows: names of numbers in the config that a resume may increase, for instance "train.steps"
         to extend the run.
-      skip_damaged: whether `load` renames a damaged newest checkpoint to STEP.damaged, reports it
-        on stderr and loads the one before.
+      skip_damaged: whether `load` renames a damaged newest checkpoint to STEP.damaged (then
+        STEP.damaged1, ...), reports it on stderr and loads the one before.
 
     >>> import tempfile
     >>> state = TrainState(jax.numpy.int32(7), {}, {}, (), jax.random.key(0))
@@ -120,9 +121,12 @@ class Checkpoints:
 
     def _set_aside(self, *steps: int) -> None:
         """Renames folders, so that the run can come to these steps again."""
+        if jax.process_index() != 0:
+            return
         for step in steps:
-            if jax.process_index() == 0:
-                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+            # The run may have come back to a step that was damaged before.
+            places = (self.directory / f"{step}.damaged{n or ''}" for n in itertools.count())
+            (self.directory / str(step)).rename(next(p for p in places if not p.exists()))
 
     def sibling(self, name: str, *, every: int, keep: int) -> Checkpoints:
         """Checkpoints of the same run in another folder next to this one.

@@ -313,6 +313,7 @@ def test_60_flipped_bits_are_caught(tmp_path, opened):
 def test_a_damaged_newest_checkpoint_is_named_and_skipped_if_asked_for(
     folder, opened, capfd, damage
 ):
+    shutil.copytree(folder / "3", folder / "3.damaged")  # of an earlier damage at this step
     if damage == "bits":
         flip(max((folder / "3").rglob("d/*"), key=lambda p: p.stat().st_size), 0.5)
     else:  # Orbax does not open the folder any more
@@ -328,7 +329,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_skipped_if_asked_for(
     checkpoints.save(3, make_state(3), {"step": 3})  # the run comes to this step again
     checkpoints.close()
     assert_same_bits(opened(folder).load(make_state())[0], make_state(3))
-    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "3", "3.damaged"]
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "3", "3.damaged", "3.damaged1"]
 
 
 def test_all_damaged(folder, opened):
