@@ -468,7 +468,8 @@ def fit_sweep(
         states = [parallel.member(result.state, m) for m in range(len(configs))]
     else:
         states = [best.of_member(m) for m in range(len(configs))]
-    histories = train.of_members(result.history)
+    # Of a sweep that stopped before its first record, or resumed at its end, nobody has a record.
+    histories = train.of_members(result.history) if result.history else [[] for _ in configs]
     return [result._replace(state=s, history=h) for s, h in zip(states, histories)]
 
 

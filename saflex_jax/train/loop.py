@@ -136,6 +136,11 @@ def _check_finite(step: int, metrics: dict[str, tuple], checkpoints: Checkpoints
     raise Diverged(f"step {step}{who} is not finite: {terms}; last good checkpoint: {last}")
 
 
+def _shown(value: float | list[float | None]) -> str:
+    """A value for the progress bar; of a sweep the mean of the members that have one."""
+    return f"{np.mean([v for v in np.atleast_1d(value) if v is not None]):.4g}"
+
+
 def _filled(value: float | list[float | None]) -> float | list[float]:
     """A value of an evaluation; 0 for a member of a sweep that has none."""
     return [v or 0.0 for v in value] if isinstance(value, list) else value
@@ -306,8 +311,8 @@ def fit(
                 history.append({"step": step, **record})
                 if writer is not None:
                     writer.write(step, record)
-                shown = (k for k in ("loss", "eval/accuracy") if k in record)
-                bar.set_postfix({k: f"{np.mean(record[k]):.4g}" for k in shown})
+                names = (k for k in ("loss", "eval/accuracy") if k in record)
+                bar.set_postfix({k: _shown(record[k]) for k in names})
                 window = _Window()
             if checkpoints is not None and saving:
                 position = {**cast(Stream, stream).get_state(), WINDOW: window.state()}

@@ -23,8 +23,18 @@ def of_members(history: list[dict]) -> list[list[dict]]:
     Args:
       history: of `fit` with a `parallel.sweep_runner`: lists with one value per member, except for
         "step" and the time.
+
+    Raises:
+      ValueError: no record, or none of a sweep: nothing tells the number of members.
     """
-    number = max(len(v) for v in history[0].values() if isinstance(v, list))
+    number = max(
+        (len(v) for r in history[:1] for v in r.values() if isinstance(v, list)), default=0
+    )
+    if not number:
+        raise ValueError(
+            "history must hold records with one value per member, or their number is unknown; "
+            f"given {history[:1]}"
+        )
     shared = ("step", "seconds_per_step")
 
     def of_member(record, m):

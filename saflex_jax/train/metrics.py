@@ -85,7 +85,8 @@ class MetricsWriter:
 
         Args:
           step: number of steps taken.
-          values: name -> number.
+          values: name -> number; of a sweep a list with one number per member, None where it has
+            none. TensorBoard gets them as "name/member".
         """
         if self._file is None:
             return
@@ -99,7 +100,11 @@ class MetricsWriter:
             ) from error
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                each = {name: value}
+                if isinstance(value, list):
+                    each = {f"{name}/{m}": v for m, v in enumerate(value) if v is not None}
+                for tag, number in each.items():
+                    self._board.add_scalar(tag, number, step)
 
     def close(self) -> None:
         """Flushes and closes."""

@@ -116,6 +116,16 @@ def test_the_best_record_is_what_a_run_ends_with_also_after_a_stop(tmp_path):
     assert [p.name for p in (tmp_path / "killed" / "best").iterdir()] == [str(best)]
 
 
+def test_members_of_a_sweep_without_a_record_have_empty_histories(monkeypatch):
+    config = small(**{"train.keep_best": False})
+    data = task.make_data(config)
+    method = build.make_method(config, data.pools)
+    monkeypatch.setattr(train, "fit", lambda runner, state, *_, **__: train.FitResult(state, [], 0))
+    runner = parallel.sweep_runner(method.step, devices=jax.devices()[:1])
+    results = build.fit_sweep([config, config], [data, data], method, runner)
+    assert [result.history for result in results] == [[], []]
+
+
 def assert_same(found, expected):
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_array_equal(a, b)

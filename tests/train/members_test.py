@@ -38,18 +38,15 @@ def without_time(records):
     return [{k: v for k, v in r.items() if k != "seconds_per_step"} for r in records]
 
 
-def test_members_have_the_records_of_their_single_runs():
-    evaluates = [lambda state: {"params": float(state.params)}] * 2
-    evaluates.append(lambda state: {"params": float(state.params), "own": 1.0})
+def test_members_have_the_records_of_their_single_runs(capsys):
+    evaluates = [lambda state: {"params": float(state.params)}]
+    evaluates += [lambda state, a=a: {"params": float(state.params), "accuracy": a} for a in (0, 1)]
     states = [start(number) for number in range(3)]
     options = {"num_steps": 8, "eval_every": 3}
-    result = quiet_fit(
-        SWEEP,
-        stack_states(states),
-        [make_stream() for _ in states],
-        evaluate=evaluate_each(evaluates),
-        **options,
-    )
+    streams = StackedStream([make_stream() for _ in states])
+    evaluate = evaluate_each(evaluates)
+    result = fit(SWEEP, stack_states(states), streams, log_every=3, evaluate=evaluate, **options)
+    assert "eval/accuracy=0.5" in capsys.readouterr().err  # the mean of those that have one
     histories = of_members(result.history)
     for number, state in enumerate(states):
         alone = fit(
@@ -62,7 +59,15 @@ def test_members_have_the_records_of_their_single_runs():
             r["seconds_per_step"] / 3 for r in result.history
         ]
     assert "rare" in histories[0][0] and "rare" not in histories[0][2]
-    assert ["eval/own" in h[0] for h in histories] == [False, False, True]
+    assert ["eval/accuracy" in h[0] for h in histories] == [False, True, True]
+
+
+def test_no_record_tells_no_number_of_members():
+    done = stack_states([start(0)._replace(step=np.int32(3)), start(1)._replace(step=np.int32(3))])
+    result = quiet_fit(SWEEP, done, [make_stream(), make_stream()], num_steps=3)
+    assert result.history == []
+    with pytest.raises(ValueError, match=r"history must hold records .*; given \[\]"):
+        of_members(result.history)
 
 
 def test_a_sweep_that_was_stopped_continues_bit_for_bit(tmp_path):

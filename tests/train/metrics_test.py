@@ -1,5 +1,6 @@
 import jax
 import pytest
+import tensorboardX
 
 from saflex_jax.train import MetricsWriter
 from tests.train.setup_ import read_records
@@ -33,6 +34,23 @@ def test_a_record_is_on_disk_when_write_returns(tmp_path):
         writer.write(step, {"loss": 0.1})
         assert read_records(tmp_path / "metrics.jsonl")[-1] == {"step": step, "loss": 0.1}
     writer.close()
+
+
+def test_tensorboard_has_the_values_of_each_member_of_a_sweep(tmp_path, monkeypatch):
+    found = []
+
+    class Noting(tensorboardX.SummaryWriter):
+        def add_scalar(self, tag, value, step):
+            found.append((tag, value, step))
+            super().add_scalar(tag, value, step)
+
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", Noting)
+    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer.write(3, {"loss": [0.5, 0.25], "rare": [None, 1.0], "seconds_per_step": 2.0})
+    writer.close()
+    assert found == [
+        ("loss/0", 0.5, 3), ("loss/1", 0.25, 3), ("rare/1", 1.0, 3), ("seconds_per_step", 2.0, 3)
+    ]  # fmt: skip
 
 
 def test_a_new_run_keeps_nothing(tmp_path):
