@@ -15,7 +15,12 @@ from saflex_jax.core.losses import at_least_f32, weighted_cross_entropy
 from saflex_jax.types import Method, PyTree, TrainState
 
 
-@functools.cache  # one compilation for all sets and seeds of a method
+# One compilation for all sets and seeds of a method. Bounded, for an entry keeps its method's
+# `predict` alive, with all that it closes over; more than the arms that a comparison goes through.
+_of_method = functools.lru_cache(maxsize=32)
+
+
+@_of_method
 def _compiled(predict: Callable) -> Callable:
     @jax.jit
     def sums(state, x, y, mask):
@@ -106,7 +111,7 @@ def probabilities(
     return np.concatenate([np.asarray(softmax(state, x))[mask] for x, _, mask in rows])
 
 
-@functools.cache
+@_of_method
 def _softmax(predict: Callable) -> Callable:
     return jax.jit(lambda state, x: jax.nn.softmax(at_least_f32(predict(state, x))))
 

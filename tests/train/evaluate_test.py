@@ -1,9 +1,12 @@
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saflex_jax.train import make_evaluator, probabilities
+from saflex_jax.train import evaluate, make_evaluator, probabilities
 from saflex_jax.types import Method
 from tests.train.setup_ import CLASSES, FEATURES, make_method, pool
 
@@ -64,6 +67,24 @@ def test_sets_of_one_method_share_a_compilation():
         state = method.init(jax.random.key(seed), data.inputs[:1])
         make_evaluator(method, data.inputs, data.labels, batch_size=4)(state)
     assert traced == [(4, FEATURES)]
+
+
+def test_a_method_is_let_go_after_many_others():
+    def other():
+        return lambda state, inputs: inputs
+
+    predict = other()
+    make_evaluator(Method(None, None, predict), np.eye(2), np.eye(2))(None)
+    probabilities(Method(None, None, predict), None, np.eye(2))
+    held = weakref.ref(predict)
+    del predict
+    gc.collect()
+    assert held() is not None  # another set of the method compiles nothing
+    for compiled in (evaluate._compiled, evaluate._softmax):
+        for _ in range(32):
+            compiled(other())
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("size, batch_size", [(23, 5), (20, 5), (3, 8)])
