@@ -169,7 +169,8 @@ def make(
             read = _within_batch(run.num_classes, options, reduce)
 
         def logits_fn(params, inputs):
-            def apply(part):
+            def apply(part, number=None):
+                del number
                 return model.logits(params, state.model_state, part), state.model_state
 
             return read(apply, inputs)[0]
@@ -182,8 +183,9 @@ def make(
         key, mask = steps.step_key(state, candidates.index), candidates.mask
 
         def loss_fn(params):
-            def apply(part):
-                return model.train(params, state.model_state, part, key)
+            def apply(part, number=None):
+                own = key if number is None else jax.random.fold_in(key, number)
+                return model.train(params, state.model_state, part, own)
 
             _, by_class, model_state = read(apply, candidates.inputs)
             losses = targets.weights * jnp.sum(targets.labels * by_class, axis=-1)
@@ -296,6 +298,8 @@ def _against_prompts(prompts: jax.Array, options: Options) -> Callable:
 def _in_parts(apply: Callable, inputs: dict, parts: int) -> tuple[dict, dict]:
     """`apply` of the inputs, one part after the other; of the gradient likewise.
 
+    Parts are numbered, so that dropout differs between them.
+
     Source: Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under Memory
     Limited Setup", 2021: embeddings first, the loss on all of them, then each part once more for
     its share of the gradient. That is what `jax.checkpoint` of a part in a loop differentiates to.
@@ -309,7 +313,8 @@ def _in_parts(apply: Callable, inputs: dict, parts: int) -> tuple[dict, dict]:
     def split(x):  # every device has rows of every part
         return jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1)
 
-    out = jax.lax.map(jax.checkpoint(lambda part: apply(part)[0]), jax.tree.map(split, inputs))
+    numbered = jax.tree.map(split, inputs), jnp.arange(parts)
+    out = jax.lax.map(jax.checkpoint(lambda part: apply(*part)[0]), numbered)
     joined = {
         name: jnp.swapaxes(out[name], 0, 1).reshape(size, *out[name].shape[2:]) for name in inputs
     }

@@ -53,11 +53,11 @@ def batches(number=STEPS):
     return [Streams(drawn(ROWS, PADDING), drawn(VAL, 0)) for _ in range(number)]
 
 
-def make(loss="contrastive", rule=None, network=NETWORK, **options):
+def make(loss="contrastive", rule=None, network=NETWORK, wrapped=lambda model: model, **options):
     given = flyp.Options(loss, **options)
     if loss == "sigmoid":
         network = network.clone(sigmoid=True)
-    return flyp.make(from_linen(network), TX, given, rule=rule, run=RUN)
+    return flyp.make(wrapped(from_linen(network)), TX, given, rule=rule, run=RUN)
 
 
 def started(method):
@@ -164,13 +164,25 @@ def test_a_step_follows_the_gradient_of_the_contrastive_loss():
     "loss",
     ["contrastive", *(pytest.param(x, marks=pytest.mark.slow) for x in flyp.LOSSES[1:])],
 )
-def test_parts_have_the_gradient_of_the_whole_batch(loss):
+def test_parts_have_the_gradient_of_the_whole_batch_and_keys_of_their_own(loss):
     (batch,) = batches(1)
-    whole, parts = make(loss), make(loss, parts=4)
+    keys = set()
+
+    def noting(model):
+        def train(params, model_state, inputs, key):
+            if "image" in inputs:
+                jax.debug.callback(lambda k: keys.add(tuple(k.tolist())), jax.random.key_data(key))
+            return model.train(params, model_state, inputs, key)
+
+        return model._replace(train=train)
+
+    whole, parts = make(loss), make(loss, parts=4, wrapped=noting)
     found = [jax.jit(m.step)(started(m), batch)[0].params for m in (parts, whole)]
     np.testing.assert_allclose(
         *map(lambda x: jax.flatten_util.ravel_pytree(x)[0], found), atol=1e-6
     )
+    jax.effects_barrier()
+    assert len(keys) == 4  # each part's, in both of its passes
 
 
 @pytest.mark.slow
