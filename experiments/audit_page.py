@@ -104,7 +104,7 @@ def has_posterior(table: tables.Table) -> bool:
 def groups(table: tables.Table, class_names: Sequence[str]):
     """(title, names [M], members bool[N] each) of everything that the table can be grouped by."""
     found = [("By class, as given", dict(enumerate(class_names)), table["given"])]
-    if "operations" in table:
+    if "operations" in table and (table["operations"] != "").any():
         yield "By operation and magnitude", *_by_operation(table["operations"])
     for name, title in (("generator", "By generator"), ("group", "By group")):
         if name in table:

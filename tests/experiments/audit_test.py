@@ -67,6 +67,12 @@ def test_groups_are_ordered_by_what_they_are_worth():
         assert all(0 <= row[end] <= 100 for row in chart["rows"] for end in ("from", "at", "to"))
 
 
+def test_a_run_without_operations_has_no_chart_of_them():
+    table = {**candidates(), "operations": np.full(SIZE, "")}
+    titles = [title for title, *_ in audit_page.groups(table, "abc")]
+    assert titles == ["By class, as given", "By generator", "By prompt and strength"]
+
+
 def test_a_threshold_says_what_it_drops_and_finds():
     table = candidates()
     at_zero = next(row for row in audit_page._thresholds(table) if row["at"] == 0.0)
