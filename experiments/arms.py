@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from experiments import build, estimators, figures, task
+from experiments import build, estimators, figures, json_lines, task
 from saflex_jax import configure, parallel
 from saflex_jax.batches import take
 from saflex_jax.types import Method, Streams, Targets, TrainState
@@ -435,7 +435,7 @@ def run_all(
       configs: arm -> its config, of `configs`.
       seeds: of the runs.
       log: a file of records, which grows by each finished run.
-      resume: keep those of its records whose settings are the arm's; else it starts anew.
+      resume: repeat no run of it whose settings are the arm's; else the file starts anew.
       progress: show progress bars on stderr.
       **options: of `run`.
 
@@ -443,11 +443,13 @@ def run_all(
       (arm, seed) -> record, of all runs unless interrupted.
     """
     fixed = {arm: settings(config) for arm, config in configs.items()}
-    kept = [r for r in read_records(log) if r["settings"] == fixed.get(r["arm"])] if resume else []
-    records = {(r["arm"], r["seed"]): r for r in kept}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
-
+    if not resume:
+        log.unlink(missing_ok=True)
+    records = {
+        (r["arm"], r["seed"]): r
+        for r in json_lines.read(log)
+        if r["settings"] == fixed.get(r["arm"]) and r["seed"] in seeds
+    }
     groups = [(seed, group) for seed in seeds for group in trainings(configs)]
     left = [
         (seed, {arm: of_seed(config, seed) for arm, config in group.items()
@@ -464,18 +466,8 @@ def run_all(
         seed, _ = left[place]
         for arm, record in finished.items():
             records[arm, seed] = {"arm": arm, "seed": seed, "settings": fixed[arm], **record}
-        with log.open("a") as file:
-            file.write("".join(json.dumps(records[arm, seed]) + "\n" for arm in finished))
+        json_lines.append(log, *(records[arm, seed] for arm in finished))
     return records
-
-
-def read_records(path: pathlib.Path) -> list[dict]:
-    """The records of a file of JSON lines; none if there is no file.
-
-    A killed process may have left half a last line: only what ends in a newline counts.
-    """
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 # --- What they say

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import arms, task
-from saflex_jax import train
+from saflex_jax import checks, train
 from saflex_jax.types import Method, TrainState
 
 SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=1, allow_override=True)
@@ -32,11 +32,16 @@ def run(settings: Mapping[str, ConfigDict], tests: Tests) -> None:
     Args:
       settings: name -> config with arms.
       tests: each is read once an arm and seed.
+
+    Raises:
+      ValueError: --arms that a config does not have.
     """
     for name, config in settings.items():
         config.unlock()
         config.update(json.loads(SET.value))
         configs = arms.configs(config)
+        for arm in ARMS.value:
+            checks.choice(configs, **{"--arms": arm})
         configs = {arm: c for arm, c in configs.items() if arm in (ARMS.value or configs)}
         seeds = range(FIRST.value, FIRST.value + SEEDS.value)
         records = arms.run_all(

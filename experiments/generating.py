@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import generators, pool_files, task
+from experiments import generators, json_lines, pool_files, task
 from experiments.generators import LABEL, Options, Originals, Request
 from experiments.locking import locked
 from saflex_jax import checks, data
@@ -219,14 +219,14 @@ def run(folder: pathlib.Path, shard: tuple[int, int] = (0, 1), *, progress: bool
             return 0
         sources = originals(about, rows)
         ready = generators.find(about["generator"]).make(Options(**about["options"]), sources)
-        log = pool_files.ShardFile(folder / pool_files.SHARDS / f"{name}.jsonl")
+        log = folder / pool_files.SHARDS / f"{name}.jsonl"
         bar = tqdm(desc=f"shard {index}/{number}", total=len(mine), initial=len(mine) - len(left),
                    unit="image", disable=None if progress else True)  # fmt: skip
         try:
             with bar:
                 for row in left:
                     record = _make_one(folder, row, sources, ready)
-                    log.append(record | {"generator": about["generator"]})
+                    json_lines.append(log, record | {"generator": about["generator"]})
                     made += 1
                     bar.update()
         finally:

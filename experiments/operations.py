@@ -26,7 +26,7 @@ import optax
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments import arms, pool_files, style, sweeps, task
+from experiments import arms, json_lines, style, sweeps, task
 from experiments.configs import digits, sources
 from saflex_jax import augment, data, models, parallel, rules
 from saflex_jax.augment import Alternatives, of_views
@@ -382,10 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--data", default="data", help="where experiments.prepare put data sets")
     add("--workdir", type=pathlib.Path, default=pathlib.Path("runs/operations"))
     given = parser.parse_args(arguments)
-    given.workdir.mkdir(parents=True, exist_ok=True)
-    log = pool_files.ShardFile(given.workdir / "runs.jsonl")
-    known = arms.read_records(given.workdir / "runs.jsonl")
-    records = [r for r in known if r["settings"] == settings()]
+    log = given.workdir / "runs.jsonl"
+    records = [r for r in json_lines.read(log) if r["settings"] == settings()]
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     for seed in seeds:
         for name in given.tasks.split(","):
@@ -398,8 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found += train_members(made, planted, seed, rule="saflex")
             about = {"task": name, "seed": seed, "settings": settings()}
             own = [about | record for record in found]
-            for record in own:
-                log.append(record)
+            json_lines.append(log, *own)
             records += own
     wanted = [r for r in records if r["seed"] in seeds and r["task"] in given.tasks.split(",")]
     print(report(wanted))

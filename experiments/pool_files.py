@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments import json_lines
 from experiments.locking import locked
 from saflex_jax.data.provenance import METADATA, read_lines
 from saflex_jax.files import renamed, write_whole
@@ -31,11 +32,6 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a file by one rename; a failure leaves what was there."""
     with renamed(path) as part:
         part.write_bytes(content)
-
-
-def as_lines(records: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object a line."""
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def write_plan(folder: pathlib.Path, about: Mapping[str, Any], rows: Sequence[dict]) -> str:
@@ -53,7 +49,7 @@ def write_plan(folder: pathlib.Path, about: Mapping[str, Any], rows: Sequence[di
       ValueError: the folder holds another plan, or something else.
     """
     labels = "file,label\n" + "".join(f"{row['file_name']},{row['label']}\n" for row in rows)
-    files = {PLAN: json.dumps(about, indent=1), ROWS: as_lines(rows), LABELS: labels}
+    files = {PLAN: json.dumps(about, indent=1), ROWS: json_lines.text(rows), LABELS: labels}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, folder.name) as scratch:
         if folder.exists():
@@ -88,28 +84,6 @@ def read_plan(folder: pathlib.Path) -> tuple[dict, list[dict]]:
     return about, read_lines(folder / ROWS)
 
 
-class ShardFile:
-    """The records of one shard; a record is whole, or not there, when `append` returns."""
-
-    def __init__(self, path: pathlib.Path):
-        path.parent.mkdir(exist_ok=True)
-        if path.exists():  # half a last line, of a process that was killed
-            whole = path.read_bytes().rpartition(b"\n")
-            os.truncate(path, len(whole[0] + whole[1]))
-        self._path = path
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; cut off again where the disk is full."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("ab") as file:
-                file.write(as_lines([record]).encode())
-        except OSError:
-            if self._path.exists():
-                os.truncate(self._path, size)
-            raise
-
-
 def made(folder: pathlib.Path) -> dict[str, dict]:
     """file_name -> record, of all shards; of what two made alike, either.
 
@@ -117,7 +91,7 @@ def made(folder: pathlib.Path) -> dict[str, dict]:
     """
     records = {}
     for path in sorted((folder / SHARDS).glob("*.jsonl")):
-        records |= {r["file_name"]: r for r in read_lines(path, open_end=True)}
+        records |= {r["file_name"]: r for r in json_lines.read(path)}
     return records
 
 
@@ -141,12 +115,12 @@ def join(folder: pathlib.Path) -> int:
                     record[filtered] = by_name[name]["score"]
                     flags += [filtered] if by_name[name]["flagged"] else []
             lines.append(record | {"flags": flags})
-        write_whole(folder / METADATA, as_lines(lines))
+        write_whole(folder / METADATA, json_lines.text(lines))
     return len(lines)
 
 
 def write_flags(folder: pathlib.Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes what a filter says, {"file_name", "score", "flagged"} each, and joins."""
     (folder / FLAGS).mkdir(exist_ok=True)
-    write_whole(folder / FLAGS / f"{name}.jsonl", as_lines(records))
+    write_whole(folder / FLAGS / f"{name}.jsonl", json_lines.text(records))
     join(folder)

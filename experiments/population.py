@@ -29,7 +29,7 @@ import optax
 from scipy import stats
 from tqdm import tqdm
 
-from experiments import arms, features, pool_files, sweeps, task
+from experiments import features, json_lines, sweeps, task
 from experiments.feature_sets import feature_set
 from saflex_jax import data, models, parallel
 from saflex_jax.augment import of_views
@@ -255,16 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--workdir", type=pathlib.Path, default=pathlib.Path("runs/population"))
     given = parser.parse_args(arguments)
     given.workdir.mkdir(parents=True, exist_ok=True)
-    log = pool_files.ShardFile(given.workdir / f"{given.task}.jsonl")
+    log = given.workdir / f"{given.task}.jsonl"
     now = json.loads(json.dumps(settings()))
-    known = arms.read_records(given.workdir / f"{given.task}.jsonl")
-    records = {r["seed"]: r for r in known if r["settings"] == now}
+    records = {r["seed"]: r for r in json_lines.read(log) if r["settings"] == now}
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     for seed in seeds:
         if seed not in records:
             few = make_few(given.task, given.data, seed, given.workdir)
             records[seed] = {"seed": seed, "settings": now, **run_seed(few, seed)}
-            log.append(records[seed])
+            json_lines.append(log, records[seed])
     print(report([records[seed] for seed in seeds]))
     return 0
 

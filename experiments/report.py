@@ -30,7 +30,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy import stats
 
-from experiments import arms, report_figures, style
+from experiments import arms, json_lines, report_figures, style
 from experiments.suite_tasks import HALVES
 from saflex_jax import checks
 
@@ -620,7 +620,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     files = given.results or [name for name in RESULTS if pathlib.Path(name).exists()]
     try:
-        regimes = by_regime(r for f in files for r in arms.read_records(pathlib.Path(f)))
+        regimes = by_regime(r for f in files for r in json_lines.read(pathlib.Path(f)))
     except ValueError as error:
         parser.error(str(error))
     if given.json:

@@ -53,7 +53,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import arms, pretrained_tasks, suite_tasks, table_tasks, tuning
+from experiments import arms, json_lines, pretrained_tasks, suite_tasks, table_tasks, tuning
 from experiments.configs import sources
 from experiments.datasets import DATASETS
 from experiments.suite_tasks import Task
@@ -411,22 +411,6 @@ def described(suite: str, name: str, task: Task) -> dict[str, Any]:
     }
 
 
-def kept(path: pathlib.Path) -> list[dict]:
-    """The records of a file; cuts off half a last line, so that records can be appended."""
-    if path.exists():
-        whole = path.read_bytes().rpartition(b"\n")[:2]
-        os.truncate(path, sum(map(len, whole)))
-    return arms.read_records(path)
-
-
-def append(path: pathlib.Path, record: dict) -> None:
-    """Appends a line; it is on the disk when this returns."""
-    with path.open("ab") as file:
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def rehash(path: pathlib.Path, suite: str, configs: dict[str, dict[str, ConfigDict]]) -> int:
     """Gives the records of each arm's last settings today's hash; no other byte changes.
 
@@ -533,8 +517,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{changed} records with a new hash: {given.rehash}", file=sys.stderr)
         return 0
     results, errors = given.workdir / f"{name}.jsonl", given.workdir / "errors.jsonl"
-    records = arms.read_records(results) if given.dry_run else kept(results)
-    done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in records}
+    done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in json_lines.read(results)}
     todo = jobs(tasks, by_task, done)
     if given.dry_run:
         print(_plan(tasks, todo, given.jobs))
@@ -567,14 +550,15 @@ def main(arguments: list[str] | None = None) -> int:
                 about = described(name, job.task, task)
                 if given.tune:  # no test split was read
                     values = {k.replace("test_", "select_"): v for k, v in values.items()}
-                append(results, about | fixed | values | {"versions": versions, "date": _now()})
+                more = {"versions": versions, "date": _now()}
+                json_lines.append(results, about | fixed | values | more)
             bar.update(len(by_arm))
 
         def fail(job, seed, error):
             nonlocal failed
             failed += len(job.arms)
-            append(errors, {"task": job.task, "arms": [*job.arms], "seed": seed, "error": error,
-                            "date": _now()})  # fmt: skip
+            json_lines.append(errors, {"task": job.task, "arms": [*job.arms], "seed": seed,
+                                       "error": error, "date": _now()})  # fmt: skip
             bar.update(len(job.arms))
             bar.write(f"failed: {job.task}, {', '.join(job.arms)}, seed {seed}", file=sys.stderr)
 
@@ -585,7 +569,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + stop.signal
     print(f"results: {results}", file=sys.stderr)
     if given.tune:
-        choices = tuning.choose(*_tuned(tasks, by_task, arms.read_records(results)))
+        choices = tuning.choose(*_tuned(tasks, by_task, json_lines.read(results)))
         if choices:
             tuning.write(choices)
         print(f"{sum(map(len, choices.values()))} choices: {tuning.CHOICES}", file=sys.stderr)

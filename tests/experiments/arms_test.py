@@ -464,8 +464,11 @@ def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path, monkey
     for of_run, record in resumed.items():
         assert without_time(record) == without_time(whole[of_run])
     again = log.read_text().splitlines()
-    assert again[:2] == kept and len(again) == 4
+    assert again[:3] == [json.dumps(other), *kept] and len(again) == 5
     assert run_all(True) == (resumed, []) and log.read_text().splitlines() == again
+    one = {"hard": configs["hard"]}  # the other arm's runs stay
+    assert list(arms.run_all(one, (1,), log, resume=True)) == [("hard", 1)]
+    assert log.read_text().splitlines() == again
 
     monkeypatch.setattr(arms, "sweeps", lambda config: False)
     results = iter([{"plain": {}}, None])  # interrupted in the second run

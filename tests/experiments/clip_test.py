@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -47,13 +48,24 @@ def config(folder, rule="saflex"):
     return made
 
 
+def give(monkeypatch, **flags):
+    defaults = {"SEEDS": 2, "FIRST": 3, "RESUME": False, "ARMS": [], "SET": "{}"}
+    for name, value in (defaults | flags).items():
+        monkeypatch.setattr(clip, name, SimpleNamespace(value=value))
+
+
+def test_an_unknown_arm_is_refused_and_the_log_stays(folder, tmp_path, monkeypatch):
+    log = tmp_path / "some.jsonl"
+    log.write_text('{"arm": "flyp", "seed": 3, "settings": {}}\n')
+    give(monkeypatch, WORKDIR=str(tmp_path), ARMS=["flip"], RESUME=True)
+    with pytest.raises(ValueError, match=r"--arms must be one of .* given 'flip'; did you mean"):
+        clip.run({"some": config(folder)}, {"test": {}})
+    assert log.read_text().count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_config_trains_both_arms_and_reads_every_test_set(folder, tmp_path, capsys, monkeypatch):
-    given = {"SEEDS": 2, "FIRST": 3, "WORKDIR": str(tmp_path), "RESUME": False, "ARMS": [],
-             "SET": '{"optimizer": {"learning_rate": 0.002}}'}  # fmt: skip
-    for name, value in given.items():
-        flag = type("Flag", (), {"value": value})
-        monkeypatch.setattr(clip, name, flag)
+    give(monkeypatch, WORKDIR=str(tmp_path), SET='{"optimizer": {"learning_rate": 0.002}}')
     clip.run({"some": config(folder)}, {"test": {}, "fog:3": {"corrupt": "fog:3"}})
     title, *rows = capsys.readouterr().out.strip().splitlines()
     assert title.split() == ["some", "test", "fog:3", "test:", "more"]

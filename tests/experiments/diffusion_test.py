@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="generators of diffusers need torch"
 diffusers = pytest.importorskip("diffusers", reason="generators of diffusers")
 transformers = pytest.importorskip("transformers", reason="generators of diffusers")
 
-from experiments import generators, pool_files, pool_filters  # noqa: E402
+from experiments import generators, json_lines, pool_files, pool_filters  # noqa: E402
 from experiments.generators import Options, Originals, Request  # noqa: E402
 
 WORDS = ("a", "photo", "of", "cat", "dog", "rain")
@@ -117,13 +117,13 @@ def test_clip_flags_what_looks_more_like_a_negative(tmp_path, tokenizer):
     rows = [{"file_name": f"{n}/0.png", "source": n, "label": 0, "prompt": WORDS[n]}
             for n in range(4)]  # fmt: skip
     pool_files.write_plan(folder, {"shape": [12, 10, 1]}, rows)
-    log = pool_files.ShardFile(folder / "shards" / "0-of-1.jsonl")
+    log = folder / "shards" / "0-of-1.jsonl"
     from experiments.generating import as_png
 
     for n, row in enumerate(rows):
         (folder / str(n)).mkdir()
         pool_files.write_bytes(folder / row["file_name"], as_png(np.roll(IMAGE, n, 0)))
-        log.append(row)
+        json_lines.append(log, row)
     options = {"model": str(model), "negatives": ["dog rain"]}
     pool_filters.clip(folder, threshold=0.0, **options)
     records = [json.loads(x) for x in (folder / "metadata.jsonl").read_text().splitlines()]

@@ -16,6 +16,7 @@ from experiments import (
     generate,
     generating,
     generators,
+    json_lines,
     pool_files,
     pool_filters,
     task,
@@ -180,14 +181,14 @@ def test_an_interrupted_run_goes_on(pool, tmp_path, monkeypatch):
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     """A limit on the size of files stands in for it: writes beyond are cut off, then refused."""
     folder = planned(tmp_path / "pool")
-    log = pool_files.ShardFile(folder / "shards" / "0-of-1.jsonl")
-    log.append({"file_name": "a"})
+    log = folder / "shards" / "0-of-1.jsonl"
+    json_lines.append(log, {"file_name": "a"})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
     try:
         for write in (
-            lambda: log.append({"file_name": "b" * 100}),
+            lambda: json_lines.append(log, {"file_name": "b" * 100}),
             lambda: pool_files.write_whole(folder / "labels.csv", "x" * 100),
         ):
             with pytest.raises(OSError) as raised:

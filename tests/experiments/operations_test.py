@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import operations, pool_figure, pool_files, population
+from experiments import json_lines, operations, pool_figure, pool_files, population
 from experiments.generating import as_png
 
 
@@ -70,11 +70,11 @@ def test_a_figure_takes_any_prompt(tmp_path, monkeypatch):
     about = {"shape": [8, 8, 1], "class_names": ["no", "yes"],
              "data": {"name": "digits", "dir": "data", "size": 0, "task": ""}}  # fmt: skip
     pool_files.write_plan(folder, about, rows)
-    log = pool_files.ShardFile(folder / "shards" / "0-of-1.jsonl")
+    log = folder / "shards" / "0-of-1.jsonl"
     for row in rows:
         (folder / str(row["source"])).mkdir(exist_ok=True)
         pool_files.write_bytes(folder / row["file_name"], as_png(np.zeros((8, 8, 1), np.uint8)))
-        log.append(row)
+        json_lines.append(log, row)
     pool_files.join(folder)
     flagged = [{"file_name": "0/1.png", "score": 0.0, "flagged": True}]
     pool_files.write_flags(folder, "x", flagged)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import arms, report, report_figures, style
+from experiments import report, report_figures, style
 
 
 def line(task, arm, seed, accuracy, **more):
@@ -445,10 +445,3 @@ def test_without_results_the_kept_ones_are_read(tmp_path, monkeypatch, capsys):
     (tmp_path / report.RESULTS[-1]).write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     assert report.main(["--json", "--arm=saflex"]) == 0
     assert json.loads(capsys.readouterr().out) == {"scratch": report.headline(REPORT, "saflex")}
-
-
-def test_reading_leaves_out_half_a_line(tmp_path):
-    path = tmp_path / "x.jsonl"
-    assert arms.read_records(path) == []
-    path.write_text('{"a": 1}\n{"b"')
-    assert arms.read_records(path) == [{"a": 1}]

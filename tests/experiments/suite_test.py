@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from experiments import arms, suite, suite_tasks, task
+from experiments import arms, json_lines, suite, suite_tasks, task
 from experiments.configs import digits, wdbc
 from experiments.suite import Job
 from saflex_jax.train import StopRequest
@@ -247,7 +247,7 @@ def test_the_projects_own_results_count_as_finished(small_configs):
         for name, by_arm in small_configs.items()
         for arm, config in by_arm.items()
     }
-    records = arms.read_records(RESULTS)
+    records = json_lines.read(RESULTS)
     assert records and {r["suite"] for r in records} == {"small"}
     assert all(r["settings"] == todays[r["task"], r["arm"]] for r in records)
 
@@ -278,28 +278,12 @@ def test_a_new_hash_is_that_of_an_arms_last_settings_and_nothing_else_changes(tm
     assert suite.main(command) == 0 and "0 records with a new hash" in capsys.readouterr().err
     assert path.read_text() == "\n".join([*lines, '{"half a li'])
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in suite.kept(path)}
+    done = {(r["task"], r["arm"], r["seed"], r["settings"]) for r in json_lines.read(path)}
     task = {"wdbc": SMALL["wdbc"]._replace(seeds=3)}
     assert short(suite.jobs(task, {"wdbc": {"saflex": arm}}, done)) == [("wdbc", "saflex", (2,))]
     with pytest.raises(SystemExit):
         suite.main(["--rehash=nowhere", "--tasks=^wdbc$"])
     assert "--rehash must be a file of records; given nowhere" in capsys.readouterr().err
-
-
-def test_half_a_line_is_cut_off_before_more_is_appended(tmp_path):
-    path = tmp_path / "runs.jsonl"
-    assert suite.kept(path) == []
-    suite.append(path, {"a": 1})
-    suite.append(path, {"b": 2})
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"c": ')
-    assert arms.read_records(path) == [{"a": 1}, {"b": 2}]  # reading leaves it as it is
-    assert suite.kept(path) == [{"a": 1}, {"b": 2}]
-    assert path.read_bytes() == whole
-    suite.append(path, {"d": 4})
-    assert suite.kept(path) == [{"a": 1}, {"b": 2}, {"d": 4}]
-    path.write_bytes(b'{"c": ')
-    assert suite.kept(path) == [] and path.read_bytes() == b""
 
 
 # --- jobs ----------------------------------------------------------------------------------------
@@ -567,8 +551,8 @@ def test_dry_run_says_what_is_left(tmp_path, capsys):
     assert re.search(r"^wdbc +development +0\.00 +113 +400 +9 ", out, re.M)
     assert "1 tasks, 9 runs left, estimated time with 2 CPU core(s): 0.0 h" in out
     config = suite.configs(SMALL["wdbc"], "")["saflex"]
-    suite.append(tmp_path / "small.jsonl", {"task": "wdbc", "arm": "saflex", "seed": 2,
-                                            "settings": suite.settings_hash(config)})  # fmt: skip
+    done = {"task": "wdbc", "arm": "saflex", "seed": 2, "settings": suite.settings_hash(config)}
+    json_lines.append(tmp_path / "small.jsonl", done)
     suite.main([*given, "--arms=^saflex$"])
     assert "1 tasks, 2 runs left" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {"small.jsonl"}  # nothing is run
@@ -636,7 +620,7 @@ def test_killed_and_resumed_every_run_is_made_once(tmp_path):
     stderr = job.communicate(timeout=process_.LIMIT)[1]
     assert job.returncode == 1, stderr
     assert results.read_bytes().startswith(kept)
-    records = arms.read_records(results)
+    records = json_lines.read(results)
     made = sorted((r["task"], r["arm"], r["seed"]) for r in records)
     assert made == sorted(itertools.product(["wdbc", "wdbc_noisy"], ["saflex", "upstream"], [0, 1]))
     failed = [json.loads(line) for line in errors.read_text().splitlines()]
@@ -653,4 +637,4 @@ def test_killed_and_resumed_every_run_is_made_once(tmp_path):
         assert r["noise"] == SMALL[r["task"]].noise and r["val"] == 113
     job = subprocess.run([*command, "--tasks=^wdbc"], cwd=process_.ROOT, timeout=process_.LIMIT,
                          env=process_.environment())  # fmt: skip
-    assert job.returncode == 0 and arms.read_records(results) == records and not errors.exists()
+    assert job.returncode == 0 and json_lines.read(results) == records and not errors.exists()
