@@ -7,7 +7,8 @@ View 0 of a row is the image as it is; the others are draws of the pipeline, mad
 the images' own size and resized after. Rows of the official test split get view 0 alone. The set
 is DIR/features/NAME/TAG in the format of `saflex_jax.data.features`; TAG is made of the options
 unless it is given, and printed. `config.data.features=TAG` trains on it. Interrupted, the same
-command goes on where it stopped.
+command goes on where it stopped. A finished set is ready if its options, labels, file names, splits
+and images are today's; else it is refused, and says what differs.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ _out = flags.DEFINE_string(
 )
 _tag = flags.DEFINE_string("tag", "", "Name of the set; empty = made of the options.")
 
+SPLITS = "train", "val", "test"
 IMAGES = 64  # that the network sees at once
 
 
@@ -204,6 +206,43 @@ def shape_of(extract: Callable, source: data.Source, views: int) -> tuple[int, i
     return views, features.shape[-1], operation.shape[-1]
 
 
+def differences(
+    folder: pathlib.Path, source: data.Source, rows: np.ndarray, fixed: dict[str, Any]
+) -> list[str]:
+    """What a set, or one that was begun, has otherwise than one of today's data set and options.
+
+    Args:
+      folder: of the set.
+      source: the data set, whose images are read again.
+      rows: i[N], of which the set is to be.
+      fixed: the options.
+
+    Returns:
+      Names of options; where they agree, of what is known of the rows, and "images".
+    """
+    given = files.read_options(folder)
+    if names := [name for name in {**given, **fixed} if given.get(name) != fixed.get(name)]:
+        return names
+    found = data.from_features(folder)
+    old, new = _known(found.source, np.arange(len(rows))), _known(source, rows)
+    old["rows"], new["rows"] = found.rows, rows
+    filled = found.prints.view("u8").reshape(-1, 2).any(1)
+    old["images"] = found.prints[filled]
+    new["images"] = data.fingerprints(data.subset(source.inputs, rows[filled]), chunk=IMAGES)
+    both = [name for name in old if name in new]  # older sets do not have all
+    return [name for name in both if not np.array_equal(old[name], new[name])]
+
+
+def _known(source: data.Source, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What a data set says of rows beside their inputs: labels, file names, splits."""
+    return {
+        "labels": source.labels[rows],
+        "class names": np.array(source.class_names),
+        **{name: values[rows] for name, values in source.extra.items()},
+        **{f"{name} split": np.isin(rows, source.splits.get(name, [])) for name in SPLITS},
+    }
+
+
 def compute(name: str, options: Options, weights: str, out: pathlib.Path, tag: str = "") -> str:
     """Makes one feature set, or goes on with it, at out/features/name/tag.
 
@@ -219,7 +258,7 @@ def compute(name: str, options: Options, weights: str, out: pathlib.Path, tag: s
 
     Raises:
       ValueError: options out of range; inputs that are no images; a pipeline that changes labels;
-        another set under this tag.
+        a set of other options or data under this tag.
       RuntimeError: another process computes it.
     """
     options.check()
@@ -231,15 +270,18 @@ def compute(name: str, options: Options, weights: str, out: pathlib.Path, tag: s
     extractors = {v: make_extractor(*network, options, v) for v in (options.views, 1)}
     shape = shape_of(extractors[options.views], source, options.views)
     fixed = {**options._asdict(), "rows": [len(seen), len(tested)]}
+    today = source, np.concatenate([seen, tested]), fixed
     folder = feature_folder(str(out), name, tag)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, tag):
         if folder.exists():
-            if files.read_options(folder) != fixed:
-                raise ValueError(f"--tag must be a new name; {folder} holds a set of other options")
+            if names := differences(folder, *today):
+                raise ValueError(
+                    f"--tag must be a new name; {folder} holds a set of other {', '.join(names)}"
+                )
             return f"ready: {folder}"
         part = folder.with_name(f".{tag}.part")
-        if not (part / "done.json").exists() or files.read_options(part) != fixed:
+        if not (part / "done.json").exists() or differences(part, *today):
             shutil.rmtree(part, ignore_errors=True)
             names = tuple(augment.OPERATIONS)
             files.create(

@@ -1,12 +1,14 @@
 """Features computed once by `experiments.features`, and runs on them."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from experiments import build, task
 from experiments import features as command
@@ -195,6 +197,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(out, monkeypatch):
     np.testing.assert_array_equal(found.source.inputs[:], whole.source.inputs[:])
     np.testing.assert_array_equal(found.prints, whole.prints)
     assert not [p.name for p in folder.iterdir() if p.name.endswith(".part")]
+
+
+def test_another_data_set_or_other_labels_are_not_ready(out, tmp_path):
+    """Folders of one name, as many images in each; then an image is moved to its right class."""
+    for name in "ab":
+        for n in range(6):
+            file = tmp_path / name / "images" / ("cat", "dog")[n % 2] / f"{n}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(RNG.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(file)
+    first, second = (str(tmp_path / name / "images") for name in "ab")
+    made(out, first, tag="own")
+    assert made(out, first, tag="own")[1].startswith("ready")
+    with pytest.raises(ValueError, match=r"images/own holds a set of other images$"):
+        made(out, second, tag="own")
+    os.rename(f"{first}/cat/0.png", f"{first}/dog/0.png")
+    forget()
+    with pytest.raises(ValueError, match=r"images/own holds a set of other labels, file, images$"):
+        made(out, first, tag="own")
 
 
 def test_what_was_begun_with_other_options_is_begun_anew(out, monkeypatch):
