@@ -168,9 +168,11 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     "learned_class" where classes have names.
 
     Raises:
-      ValueError: as `look`; no draw.
+      ValueError: as `look`; no draw; a run whose labels were hidden.
     """
     checks.whole(1, draws=draws)
+    if run.config.data.unlabelled:
+        raise ValueError("the run must have labels to judge; given one of unlabelled=True")
     data, tables = run.data, []
     given = data.pools.candidates.labels.argmax(1)
     number = len(given)

@@ -113,6 +113,12 @@ def test_bad_input_is_said_and_nothing_is_written(workdir, tmp_path, program, op
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_hidden_labels_are_not_judged():
+    run = finished.Run(changed(**{"data.unlabelled": True}), None, None, None)
+    with pytest.raises(ValueError, match="labels to judge; given one of unlabelled=True"):
+        finished.columns(run)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     (tmp_path / "result.json").write_text("{}")
     for program, options in ((export, []), (predict, ["--source=digits"])):
