@@ -8,23 +8,27 @@ For a table or an .npz file it is ROW or ROW,CLASS, rows counted from 0. A first
 from __future__ import annotations
 
 import csv
+from collections.abc import Collection
 
 import numpy as np
 
 from saflex_jax import checks, data
 
 
-def read(source: data.Source, path: str, argument: str) -> tuple[np.ndarray, np.ndarray]:
+def read(
+    source: data.Source, path: str, argument: str, tested: Collection[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """The rows that a file names, i[n], and their labels i[n], -1 where it gives none.
 
     Args:
       source: the data set.
       path: the file.
       argument: that named it, for errors.
+      tested: rows that it must not name.
 
     Raises:
       ValueError: no such file, or an empty one; a line that names no sample, one that was named
-        before, or no class. Names the line.
+        before or is tested, or no class. Names the line.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -46,6 +50,8 @@ def read(source: data.Source, path: str, argument: str) -> tuple[np.ndarray, np.
             raise ValueError(f"{where} must name a sample, as {files[0]!r}; given {name!r}{near}")
         if places[name] in rows:
             raise ValueError(f"{where} names {name!r}, which was named before")
+        if places[name] in tested:
+            raise ValueError(f"{where} must name no sample of the test split; given {name!r}")
         rows[places[name]] = _class(label[0].strip(), classes, where) if label else -1
     return np.array(list(rows)), np.array(list(rows.values()))
 
@@ -65,11 +71,12 @@ def trusted(source: data.Source, path: str) -> data.Source:
       path: of `config.data.trusted`.
 
     Raises:
-      ValueError: as `read`; labels that are no classes.
+      ValueError: as `read`; labels that are no classes; a sample of the official test split.
     """
     if source.labels.ndim > 1:
         raise ValueError("config.data.trusted must be '' where labels are no classes")
-    rows, given = read(source, path, "config.data.trusted")
+    tested = set(source.splits.get("test", np.array([])).tolist())
+    rows, given = read(source, path, "config.data.trusted", tested)
     labels, told = source.labels.copy(), given >= 0
     labels[rows[told]] = given[told]
     official = dict(source.splits)

@@ -373,6 +373,10 @@ def make_split(section: ConfigDict, source: data.Source, seed: int) -> data.Spli
         values = source.extra[name].astype(str)
         checks.choice(set(values.tolist()), **{f"config.data.test_on: {name}": value})
         rest, official["test"] = rest[values[rest] != value], np.flatnonzero(values == value)
+        if section.trusted and np.isin(official["val"], official["test"]).any():
+            raise ValueError(
+                f"config.data.trusted must name no tested sample; given some with {section.test_on}"
+            )
     _check_sizes(section, groups[rest])
     if section.val and section.test:
         parts = data.stratified_split(groups[rest], val=section.val, test=section.test, seed=seed)

@@ -210,6 +210,20 @@ def test_a_bad_list_is_refused_by_its_line(images, tmp_path, lines, message):
         named_rows.read(task.opened(str(images), "data", 0, "", False), file, "--trusted")
 
 
+def test_tested_samples_are_not_trusted(images, tmp_path):
+    source = task.opened(str(images), "data", 0, "", False)
+    tested = source._replace(splits={"train": np.arange(2, 60), "test": np.arange(2)})
+    file = named(tmp_path / "t", *source.extra["file"][[5, 0]])
+    with pytest.raises(ValueError, match=r"line 2 must name no sample of the test split; given"):
+        named_rows.trusted(tested, file)
+    assert named_rows.read(tested, file, "--truth")[0].tolist() == [5, 0]
+    group = source._replace(extra={**source.extra, "cell": np.arange(60) % 2})
+    section = own.get_config(f"{images}{own.TRUSTED}{file}").data
+    section.update({"test_on": "cell=1", "test": 0})
+    with pytest.raises(ValueError, match=r"trusted must name no tested sample; .* cell=1"):
+        task.make_split(section, named_rows.trusted(group, file), 0)
+
+
 def test_rows_of_a_table_are_named_by_their_number(tmp_path):
     source = data.wdbc()
     rows, labels = named_rows.read(source, named(tmp_path / "t", "7", "0,benign"), "--trusted")
