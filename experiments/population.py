@@ -16,6 +16,7 @@ utilities. The test split decides nothing.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pathlib
 import sys
@@ -86,14 +87,16 @@ def shares(strength: jax.Array, probability: jax.Array) -> jax.Array:
 
 
 def make_few(name: str, folder: str, seed: int, cache: pathlib.Path) -> Few:
-    """Chooses the samples, and computes their views once."""
+    """Chooses the samples, and computes their views once, in a file named by what they are of."""
     whole = feature_set(name, folder, TAG)
     seen = len(whole.source.views)
     labels = whole.source.labels[:seen]
     places = data.few_shot(labels, per_class=PER_CLASS, seed=seed)
-    file = cache / f"{name}_{seed}.npy"
+    options = whole.options
+    made_of = json.dumps([STRENGTHS, DRAWS, dict(options), whole.rows[places].tolist()]).encode()
+    digest = hashlib.sha256(made_of + whole.prints[places].tobytes()).hexdigest()[:12]
+    file = cache / f"{name}_{seed}_{digest}.npy"
     if not file.exists():
-        options = whole.options
         weights = f"{folder}/weights/{options['backbone']}.pkl"
         if file_digest(weights) != options["weights"]:
             raise ValueError(f"{weights} must be the weights of the set {TAG}; it has others")

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import json_lines, operations, pool_figure, pool_files, population
 from experiments.generating import as_png
+from saflex_jax import data
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,30 @@ def test_effects_pair_utility_with_what_an_operation_adds():
     pooled, adds = operations.effects(runs, place=0)
     np.testing.assert_allclose(pooled, -0.1 * np.arange(len(names)))
     np.testing.assert_allclose(adds, -0.01 * np.arange(len(names)), atol=1e-12)
+
+
+def test_views_of_other_strengths_or_images_are_computed_anew(tmp_path, monkeypatch):
+    size = 2 * population.PER_CLASS
+    source = data.Source(np.eye(2)[np.arange(size) % 2], np.arange(size) % 2, 2)
+    prints = data.fingerprints(np.arange(size)[:, None], chunk=size)
+    options = {"backbone": "resnet18", "weights": "1"}
+    found = data.Features(
+        source._replace(views=source.inputs[:, None]), np.arange(size), prints, None, (), options
+    )
+    made = []
+    monkeypatch.setattr(population, "feature_set", lambda *_: found)
+    monkeypatch.setattr(population, "file_digest", lambda _: "1")
+    monkeypatch.setattr(population, "_views", lambda *_: made.append(1) or found.source.views)
+
+    def computed():
+        population.make_few("mnist", "data", 0, tmp_path)
+        return len(made)
+
+    assert computed() == computed() == 1
+    monkeypatch.setattr(population, "STRENGTHS", (0.0, 2.0))
+    assert computed() == 2
+    found = found._replace(prints=prints[::-1])
+    assert computed() == 3
 
 
 def test_a_figure_takes_any_prompt(tmp_path, monkeypatch):
