@@ -239,7 +239,7 @@ def verdict(table: tables.Table) -> str:
 
 def _check_options(given: argparse.Namespace) -> None:
     """Raises ValueError on an option that what is audited has no use for."""
-    of_features = ("labels", "trusted", "pool", "seed")
+    of_features = ("labels", "trusted", "pool", "data_dir", "seed")
     what, others = (
         ("--workdir", of_features) if given.workdir else ("--features", ("draws", "truth"))
     )
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pool", default="", help="folder with metadata.jsonl of the file's files")
     parser.add_argument("--truth", default="", help="right labels of a run: FILE,CLASS a line")
     parser.add_argument("--draws", type=int, help="of the run's pipeline, a row each; default: 2")
-    parser.add_argument("--data_dir", default="data", help="of data sets and features")
+    parser.add_argument("--data_dir", default="", help="of sets of features; default: data")
     parser.add_argument("--out", type=pathlib.Path, help="default: --workdir, or runs/audit")
     parser.add_argument("--parquet", action="store_true", help="audit.parquet, not audit.csv")
     parser.add_argument("--seed", type=int, default=0, help="of an audit by features")
@@ -270,8 +270,9 @@ def main(argv: list[str] | None = None) -> None:
         found = of_run(given.workdir, 2 if given.draws is None else given.draws, given.truth)
     else:
         found = of_features(
-            given.features, given.labels, given.trusted, given.pool, given.data_dir, given.seed
-        )
+            given.features, given.labels, given.trusted, given.pool, given.data_dir or "data",
+            given.seed,
+        )  # fmt: skip
     page = audit_page.page(
         found.table, title=found.title, class_names=found.class_names,
         transition=found.transition, images=images_of(found), notes=found.notes,

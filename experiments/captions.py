@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
-import tempfile
 
 import numpy as np
 from absl import app, flags
 
+from experiments.locking import locked
 from saflex_jax import checks, data, models
 from saflex_jax.data.captions import FLYP_TEMPLATES, PHOTO, caption_table, filled
 from saflex_jax.data.prepared import read_description, write_prepared
@@ -104,10 +103,14 @@ def _write_groups(root, source, rows, labels, class_names):
         splits=splits,
     )  # fmt: skip
     arrays = {"inputs": np.asarray(source.inputs)[rows], "labels": labels}
-    part = pathlib.Path(tempfile.mkdtemp(dir=root, prefix=".emoji_groups."))
-    write_prepared(part, about, arrays)
-    shutil.rmtree(root / "emoji_groups", ignore_errors=True)
-    os.rename(part, root / "emoji_groups")
+    folder = root / "emoji_groups"
+    with locked(root, folder.name) as scratch:
+        new = scratch / "new"
+        new.mkdir()
+        write_prepared(new, about, arrays)
+        if folder.exists():
+            os.rename(folder, scratch / "old")
+        os.rename(new, folder)
 
 
 CAPTIONS = {"cifar10n": cifar10n, "emoji": emoji}

@@ -98,7 +98,7 @@ def test_the_committed_arms_differ_by_their_configuration_alone(module):
         assert a == b
 
 
-def test_captions_of_emoji_are_the_names_of_their_groups(tmp_path):
+def test_captions_of_emoji_are_the_names_of_their_groups(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers", reason="the extra clip is not installed")
     from saflex_jax.data import Description, from_prepared, write_prepared
 
@@ -120,6 +120,19 @@ def test_captions_of_emoji_are_the_names_of_their_groups(tmp_path):
     assert kept.class_names == ("a", "c") and len(kept.labels) == 4 * captions.LEAST
     np.testing.assert_array_equal(np.bincount(kept.labels[kept.splits["test"]]), captions.LEAST)
     np.testing.assert_array_equal(kept.inputs[:, 0, 0, 0], np.flatnonzero(labels != 1))
+    modes = [(tmp_path / name).stat().st_mode for name in ("emoji", "emoji_groups")]
+    assert modes[0] == modes[1]  # whoever reads the one reads the other
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(captions, "write_prepared", full)
+    with pytest.raises(OSError, match="no space left"):
+        captions.emoji(tmp_path)
+    assert from_prepared(tmp_path / "emoji_groups").class_names == ("a", "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".emoji_groups.lock", "emoji", "emoji_groups"
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
