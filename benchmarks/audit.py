@@ -139,7 +139,7 @@ def of_pool(name: str, kind: str, seed: int, folder: str) -> dict[str, float]:
     x[replaced] = other[rng.permutation(len(other))[np.arange(outside) % len(other)]]
     given, classes = right.copy(), right.max() + 1
     given[mislabelled] = (right[mislabelled] + rng.integers(1, classes, wrong)) % classes
-    found = audit(x, given, trusted=known)
+    found = audit(x, given, trusted=known, seed=seed)
     dropped = (found.utility < 0) & ~known
     row = {}
     for what, flagged, bad in (
