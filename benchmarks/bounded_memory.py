@@ -147,7 +147,7 @@ class BoundedMemory(reporting.Benchmark):
             points = values["test_accuracy"] - [run["test_accuracy"] for run in dense]
             rows.setdefault(task, {})[kept] = {
                 "accuracy": float(values["test_accuracy"].mean()),
-                "spread": float(values["test_accuracy"].std()),
+                "spread": float(values["test_accuracy"].std(ddof=min(1, len(runs) - 1))),
                 "points": float(100 * points.mean()),
                 "worst_points": float(100 * points.min()),
                 "auc": float(values["auc"].mean()),
