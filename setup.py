@@ -41,14 +41,9 @@ DOCS = [
 # betty-ml is left out: pip 24.1 and later refuse its own requirements (benchmarks/peers.py).
 BENCH = [
     "albumentations>=2.0.8,<3",
-    "augmax>=0.4.1,<0.5",
     "cleanlab>=2.9,<3",
-    "keras>=3.15,<4",
     "kornia>=0.9,<0.10",
-    "lineax>=0.1.1,<0.2",
-    "optimistix>=0.1,<0.2",
     "torch==2.13.0",
-    "torchopt>=0.7.3,<0.8",
 ]
 # Generators of candidates and their filter (docs/generation.md); torch as above.
 GENERATE = DATA + EXPERIMENTS + ["diffusers>=0.42,<0.43", "torch>=2.6", "transformers>=5.24,<6"]
