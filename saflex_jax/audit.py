@@ -144,7 +144,8 @@ def audit(
       labels: i[N] in [0, K).
       trusted: bool[N], samples whose label is known to be right; None = none.
       source: i[N]; samples of one source (draws of a generator, crops of one image) stay in one
-        fold. None = every sample is its own source.
+        fold, save trusted ones of fewer than two sources a fold, on which all heads train. None =
+        every sample is its own source.
       groups: [N], any values; utility is pooled over the rows of each. None = no groups.
       num_classes: K; None = the largest label plus one.
       head: how to train the heads.
@@ -201,23 +202,27 @@ def from_logits(
 
 
 def _folds(trusted: np.ndarray, source: np.ndarray | None, folds: int, seed: int) -> np.ndarray:
-    """The fold of each sample, i[N]; trusted samples too few to spare are in none, -1."""
-    size = len(trusted)
-    owner = np.arange(size) if source is None else np.unique(source, return_inverse=True)[1]
-    fold = np.empty(size, np.int64)
-    for number, rows in enumerate((np.flatnonzero(~trusted), np.flatnonzero(trusted))):
-        owners = np.unique(owner[rows])
-        of_owner = np.full(size, -1)
-        if len(owners) >= 2 * folds:
-            order = generator("audit folds", seed, number).permutation(len(owners))
-            of_owner[owners[order]] = np.arange(len(owners)) % folds
-        elif number == 0:
-            raise ValueError(
-                f"there must be at least {2 * folds} samples that are not trusted, of different "
-                f"sources, for {folds} folds; given {len(owners)}"
-            )
-        fold[rows] = of_owner[owner[rows]]
-    return fold
+    """The fold of each sample, i[N], the same for all of a source.
+
+    Trusted samples too few to spare are in none, -1; other samples of their sources are in one.
+    """
+    owner = np.arange(len(trusted))
+    if source is not None:
+        owner = np.unique(source, return_inverse=True)[1]
+    known, others = np.unique(owner[trusted]), np.unique(owner[~trusted])
+    if len(others) < 2 * folds:
+        raise ValueError(
+            f"there must be at least {2 * folds} samples that are not trusted, of different "
+            f"sources, for {folds} folds; given {len(others)}"
+        )
+    spared = len(known) >= 2 * folds
+    # Every fold has its share of the sources that have trusted samples.
+    strata = (np.setdiff1d(others, known), known) if spared else (others,)
+    of_owner = np.full(len(trusted), -1)
+    for number, owners in enumerate(strata):
+        order = generator("audit folds", seed, number).permutation(len(owners))
+        of_owner[owners[order]] = np.arange(len(owners)) % folds
+    return np.where(trusted & (not spared), -1, of_owner[owner])
 
 
 def _held_out(

@@ -96,6 +96,18 @@ def test_samples_of_one_source_share_a_fold_and_folds_are_even():
     assert (few[:9] == -1).all() and (few[9:] >= 0).all()
 
 
+@pytest.mark.parametrize("sources", [50, 20])
+def test_crops_of_a_trusted_image_share_its_fold(sources):
+    source = np.arange(200) % sources
+    trusted = np.arange(200) < 20
+    fold = _folds(trusted, source, 5, seed=0)
+    assert all(len(set(fold[source == s])) == 1 for s in range(sources))
+    assert set(np.bincount(fold)) == {40} and set(np.bincount(fold[trusted])) == {4}
+    few = _folds(np.arange(200) < 9, source, 5, seed=0)
+    assert (few[:9] == -1).all()
+    assert all(len(set(few[9:][source[9:] == s]) - {-1}) == 1 for s in range(sources))
+
+
 def test_logits_of_another_network_give_the_same_kind_of_table():
     belief = np.where(np.eye(CLASSES)[RIGHT] > 0, 5.0, 0.0).astype(np.float32)
     found = from_logits(belief, GIVEN)
