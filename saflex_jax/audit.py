@@ -52,7 +52,7 @@ class Head:
       weight_decay: of AdamW. Strong, so that a head cannot memorise wrong labels.
       learning_rate: at the first step; it falls to 0 by a cosine.
       steps: of each head.
-      batch_size: samples per step.
+      batch_size: samples per step, at most those that a head has.
       folds: number of heads; each trains on all folds but its own.
     """
 
@@ -252,18 +252,15 @@ def _held_out(
     streams, states = [], []
     method = _method(RunInfo(number, size, num_trusted=number - others if told else 0), head)
     init = jax.jit(method.init)
-    for k in range(head.folds):
+    parts = [np.flatnonzero((fold != k) & inside) for k in range(head.folds)]
+    vals = [np.flatnonzero(fold[others:] != k) if told else None for k in range(head.folds)]
+    # Folds differ in size, and the members of a sweep have one shape.
+    batch_size = min(head.batch_size, *map(len, parts))
+    val_batch_size = max(1, min(VAL, min(map(len, vals)) - 1)) if told else None
+    for k, part in enumerate(map(Streams, parts, vals)):
         own = int(generator("audit head", seed, k).integers(2**31))
-        val = np.flatnonzero(fold[others:] != k) if told else None
-        part = Streams(np.flatnonzero((fold != k) & inside), val)
         streams.append(
-            PartStream(
-                part,
-                batch_size=head.batch_size,
-                # Folds differ in size by one, and the members of a sweep have one shape.
-                val_batch_size=None if val is None else min(VAL, len(val) - 1),
-                seed=own,
-            )
+            PartStream(part, batch_size=batch_size, val_batch_size=val_batch_size, seed=own)
         )
         states.append(init(jax.random.key(own), x[:1]))
     devices = jax.devices()[: 1 if head.folds % len(jax.devices()) else None]

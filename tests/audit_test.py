@@ -108,6 +108,19 @@ def test_crops_of_a_trusted_image_share_its_fold(sources):
     assert all(len(set(few[9:][source[9:] == s]) - {-1}) == 1 for s in range(sources))
 
 
+def test_the_smallest_fold_sets_the_batches(monkeypatch):
+    """Of 39 samples and a trusted one, each head has 32 or 33, the trusted one too."""
+
+    def stopped(runner, states, stream, **_):
+        batch = next(stream)
+        assert batch.candidates.shape == (5, 32) and batch.val.shape == (5, 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        audit(X[:40], GIVEN[:40], trusted=np.arange(40) == 3, head=Head(widths=()))
+
+
 def test_logits_of_another_network_give_the_same_kind_of_table():
     belief = np.where(np.eye(CLASSES)[RIGHT] > 0, 5.0, 0.0).astype(np.float32)
     found = from_logits(belief, GIVEN)
