@@ -74,7 +74,7 @@ def feature_noise(deviation: float) -> Augment:
     return per_example("feature_noise", noisy)
 
 
-def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -> Augment:
+def feature_mask(probability: float, value: float = 0.0, *, category: int = -1) -> Augment:
     """Overwrites random columns, as if they had not been measured.
 
     >>> batch = Batch(jnp.ones((1, 3)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
@@ -84,10 +84,10 @@ def feature_mask(probability: float, value: float = 0.0, *, category: int = 0) -
     Args:
       probability: of each column, independently. The trace's magnitude is the realised share.
       value: of masked numeric columns; 0 is the mean of a standardised column.
-      category: code of masked categorical columns; reserve it for "missing".
+      category: code of masked categorical columns; -1 is "missing", as `data.fit_encoder` codes it.
     """
     checks.fraction(probability=probability)
-    checks.at_least_zero(category=category)
+    checks.whole(-1, category=category)
     fills = {"numeric": value, "categorical": category}
 
     def masked(key, row):

@@ -16,6 +16,7 @@ from saflex_jax.augment.tabular import (
     smote,
     tabular_cutmix,
 )
+from saflex_jax.data import Column, fit_encoder
 
 KEY = jax.random.key(11)
 SIZE, NUMERIC, CATEGORICAL = 300, 5, 4
@@ -128,6 +129,15 @@ def test_noise_is_normal_and_on_numeric_columns_alone():
     assert stats.pearsonr(noise[:-1], noise[1:]).pvalue > 1e-3
     np.testing.assert_array_equal(augmented.inputs["categorical"], batch.inputs["categorical"])
     np.testing.assert_array_equal(augmented.trace.magnitude, np.full((SIZE, 1), 0.5))
+
+
+def test_a_masked_category_is_one_that_was_not_measured():
+    columns = [Column("age", None), Column("job", ("clerk", "nurse"))]
+    encode = fit_encoder(np.array([[30.0, 0], [40, 1]]), columns)
+    table, unmeasured = (encode(np.array([[30.0, job], [40, job]])) for job in (0, np.nan))
+    batch = Batch(table, np.eye(2), np.ones(2, bool), np.arange(2))
+    masked = feature_mask(1.0)(KEY, batch).inputs
+    np.testing.assert_array_equal(masked["categorical"], unmeasured["categorical"])
 
 
 def test_mask_overwrites_its_share_of_columns():
@@ -252,7 +262,7 @@ def test_classmates_are_uniform_over_the_unmasked_others():
     [
         (partial(feature_noise, -0.5), "deviation"),
         (partial(feature_mask, 1.5), "probability"),
-        (partial(feature_mask, 0.5, category=-1), "category"),
+        (partial(feature_mask, 0.5, category=-2), "category"),
         (partial(tabular_cutmix, 0.0), "alpha"),
         (partial(tabular_cutmix, 1.0, probability=-0.1), "probability"),
         (partial(smote, probability=np.nan), "probability"),
