@@ -192,10 +192,10 @@ def _sign(uniform: jax.Array) -> jax.Array:
 
 def _dirichlet(key: jax.Array, alpha: float, size: int) -> jax.Array:
     """f32[size] ~ Dirichlet(alpha, ..., alpha)."""
-    # The general sampler takes seconds to compile; exponentials do not.
-    gamma = jax.random.exponential if alpha == 1 else partial(jax.random.gamma, a=alpha)
-    parts = gamma(key, shape=(size,))
-    return parts / parts.sum()
+    if alpha == 1:  # the general sampler takes seconds to compile; exponentials do not
+        parts = jax.random.exponential(key, (size,))
+        return parts / parts.sum()
+    return jax.nn.softmax(jax.random.loggamma(key, alpha, (size,)))  # gammas may all be 0
 
 
 def _layers(images: jax.Array, operation: jax.Array, value: jax.Array, **options) -> jax.Array:
