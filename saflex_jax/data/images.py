@@ -178,7 +178,12 @@ def image_rows(
 
 def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """The image files directly in a folder, by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return [p for p in visible(folder) if p.suffix.lower() in SUFFIXES]
+
+
+def visible(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What is directly in a folder, by name, without hidden names such as macOS's `._0.png`."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
 def _decoder(

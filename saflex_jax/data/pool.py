@@ -17,7 +17,7 @@ import numpy as np
 from saflex_jax import checks
 from saflex_jax._compat import optional
 from saflex_jax.batches import floats
-from saflex_jax.data.images import Rows, image_rows, images_in, subset
+from saflex_jax.data.images import Rows, image_rows, images_in, subset, visible
 from saflex_jax.data.provenance import METADATA, Provenance, read_provenance
 from saflex_jax.types import Trace
 
@@ -163,7 +163,7 @@ class Pool:
         """
         folder = pathlib.Path(path)
         candidates = []  # (source, draw, name, file)
-        for source in (p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
+        for source in (p for p in visible(folder) if p.is_dir()):
             for p in images_in(source):  # folders without images hold other things
                 number = _number("source", source.name, source)
                 if num_sources is not None and number >= num_sources:

@@ -18,7 +18,7 @@ import numpy as np
 
 from saflex_jax import checks
 from saflex_jax._compat import optional
-from saflex_jax.data.images import SUFFIXES, Rows, image_rows, images_in, joined
+from saflex_jax.data.images import SUFFIXES, Rows, image_rows, images_in, joined, visible
 from saflex_jax.data.tables import Column, read_table
 
 TASKS = ("multiclass", "multilabel", "ordinal")
@@ -290,7 +290,7 @@ def from_folder(
     """Image files [SPLIT/]CLASS/FILE, decoded on access; SPLIT is train, val or test.
 
     Classes are the names of the folders, sorted, over all splits. `extra["file"]` has the files'
-    names, from the folder on.
+    names, from the folder on. Hidden names, such as `.ipynb_checkpoints`, are skipped.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -316,12 +316,12 @@ def from_folder(
     root = pathlib.Path(path)
     named = [s for s in SPLITS if (root / s).is_dir()]
     files, folders, sizes = [], [], {}
-    others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in named)
+    others = [p.name for p in visible(root) if p.is_dir() and p.name not in named]
     if named and others:
         raise ValueError(f"{root} must hold splits {SPLITS} or classes; given {named} and {others}")
     for top in [root / s for s in named] or [root]:
         before = len(files)
-        for folder in sorted(p for p in top.iterdir() if p.is_dir()):
+        for folder in (p for p in visible(top) if p.is_dir()):
             images = images_in(folder)
             if not images:
                 raise ValueError(f"{folder} must hold images {SUFFIXES}; given none")

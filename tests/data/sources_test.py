@@ -238,6 +238,16 @@ def test_folder_without_splits_is_read_when_asked_for(tmp_path):
         source.inputs[[0, 2]]
 
 
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_hidden_files_and_folders_of_a_folder_are_skipped(tmp_path, split):
+    for name in ("a/0.png", "b/0.png", ".ipynb_checkpoints/0.png"):
+        save(tmp_path / f"{split}{name}", 0)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / f"{split}a" / "._0.png").write_bytes(b"no image")
+    source = data.from_folder(tmp_path)
+    assert source.extra["file"].tolist() == [f"{split}a/0.png", f"{split}b/0.png"]
+
+
 def test_files_are_decoded_in_the_order_asked_for_whatever_the_case_of_their_suffix(tmp_path):
     pixels = [save(tmp_path / c / f"{n}.{s}", n) for n, (c, s) in enumerate(zip("aab", SUFFIXES))]
     places = [2, 0, 1, 0]
