@@ -17,7 +17,7 @@ import numpy as np
 
 from saflex_jax import checks
 from saflex_jax.augment import policies
-from saflex_jax.augment.base import OPERATIONS, Augment, _with_equal_traces, record, sample_keys
+from saflex_jax.augment.base import OPERATIONS, Augment, _picked, record, sample_keys
 from saflex_jax.types import Batch
 
 
@@ -61,15 +61,7 @@ def of_pipelines(pipelines: Mapping[str, Augment]) -> Alternatives:
         cell_key, *keys = jax.random.split(key, 1 + len(names))
         cell = _drawn(cell_key, batch, log_p, len(names))
         made = [pipeline(k, batch) for pipeline, k in zip(pipelines.values(), keys)]
-        for name, branch in zip(names, made):
-            if branch.index.shape != batch.index.shape:
-                raise ValueError(f"alternatives must keep the number of rows; {name!r} does not")
-
-        def pick(*leaves):
-            which = cell.reshape(-1, *[1] * (leaves[0].ndim - 1))
-            return jnp.select([which == n for n in range(len(leaves))], leaves, leaves[0])
-
-        return jax.tree.map(pick, *_with_equal_traces(made)), cell
+        return _picked(batch, cell, dict(zip(names, made))), cell
 
     return Alternatives(names, draw)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -214,21 +214,26 @@ def choice(*augments: Augment, p: Sequence[float] | None = None) -> Augment:
         choice_key, *keys = jax.random.split(key, 1 + len(augments))
         draw = jax.vmap(lambda k: jax.random.choice(k, len(p), p=jnp.asarray(p)))
         drawn = draw(sample_keys(choice_key, batch))
-        branches = [a(k, batch) for a, k in zip(augments, keys)]
-        for number, branch in enumerate(branches):
-            if branch.index.shape != batch.index.shape:
-                raise ValueError(
-                    f"choice needs augmentations that keep the number of rows; number {number} "
-                    f"made {branch.index.shape[0]} of {batch.index.shape[0]}"
-                )
-
-        def keep(*leaves):
-            which = drawn.reshape(-1, *[1] * (leaves[0].ndim - 1))
-            return jnp.select([which == n for n in range(len(leaves))], leaves, leaves[0])
-
-        return jax.tree.map(keep, *_with_equal_traces(branches))
+        made = [a(k, batch) for a, k in zip(augments, keys)]
+        return _picked(batch, drawn, {f"number {n}": branch for n, branch in enumerate(made)})
 
     return augment
+
+
+def _picked(batch: Batch, drawn: jax.Array, branches: Mapping[str, Batch]) -> Batch:
+    """Row b of branch drawn[b], i32[B]; the branches, by name, are made of `batch`."""
+    for name, branch in branches.items():
+        if branch.index.shape != batch.index.shape:
+            raise ValueError(
+                f"augmentations to draw from must keep the number of rows; {name} made "
+                f"{len(branch.index)} of {len(batch.index)}"
+            )
+
+    def pick(*leaves):
+        which = drawn.reshape(-1, *[1] * (leaves[0].ndim - 1))
+        return jnp.select([which == n for n in range(len(leaves))], leaves, leaves[0])
+
+    return jax.tree.map(pick, *_with_equal_traces(list(branches.values())))
 
 
 def _with_equal_traces(batches: Sequence[Batch]) -> list[Batch]:

@@ -89,7 +89,7 @@ def test_whole_pipelines_with_traces_of_several_lengths():
             lambda: of_pipelines({"v": augment.views(augment.identity, augment.identity)}).draw(
                 jax.random.key(0), VIEWS, jnp.zeros(1)
             ),
-            "must keep the number of rows; 'v' does not",
+            "must keep the number of rows; v made 4000 of 2000",
         ),
         (
             lambda: DRAW(jax.random.key(0), VIEWS, jnp.zeros(3)),
