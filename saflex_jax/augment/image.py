@@ -124,31 +124,6 @@ def rotation(degrees: jax.Array, height: int, width: int) -> jax.Array:
     return jnp.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]])
 
 
-def rotate(image: jax.Array, degrees: jax.Array, **options) -> jax.Array:
-    """Counter-clockwise about the centre; see `warp` for `options`."""
-    return warp(image, rotation(degrees, *image.shape[:2]), **options)
-
-
-def shear_x(image: jax.Array, slope: jax.Array, **options) -> jax.Array:
-    """x_in = x + slope y, from the upper left corner."""
-    return warp(image, jnp.array([[1, slope, 0], [0, 1, 0]], jnp.float32), **options)
-
-
-def shear_y(image: jax.Array, slope: jax.Array, **options) -> jax.Array:
-    """y_in = y + slope x, from the upper left corner."""
-    return warp(image, jnp.array([[1, 0, 0], [slope, 1, 0]], jnp.float32), **options)
-
-
-def translate_x(image: jax.Array, pixels: jax.Array, **options) -> jax.Array:
-    """x_in = x + pixels: to the left."""
-    return warp(image, jnp.array([[1, 0, pixels], [0, 1, 0]], jnp.float32), **options)
-
-
-def translate_y(image: jax.Array, pixels: jax.Array, **options) -> jax.Array:
-    """y_in = y + pixels: upwards."""
-    return warp(image, jnp.array([[1, 0, 0], [0, 1, pixels]], jnp.float32), **options)
-
-
 # --- tone
 
 

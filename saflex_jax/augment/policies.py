@@ -77,7 +77,7 @@ def apply(
 
 
 def _matrix(shape: tuple[int, int], operation: jax.Array, value: jax.Array) -> jax.Array:
-    """f32[2, 3], the affine map of a geometric operation."""
+    """f32[2, 3], the affine map of a geometric operation: x_in = x + slope y, x_in = x + pixels."""
 
     def entry(name):
         return jnp.where(operation == _NUMBER[name], value, 0.0)

@@ -8,8 +8,10 @@ from scipy import ndimage
 
 from saflex_jax.augment import image as ops
 from saflex_jax.augment import rows
+from saflex_jax.augment.base import OPERATIONS
+from saflex_jax.augment.policies import apply
 from saflex_jax.augment.rows import map_rows
-from tests.augment.photos import assert_like_pillow, crops
+from tests.augment.photos import GEOMETRIC, assert_like_pillow, crops
 
 VALUES = {
     "autocontrast": [None],
@@ -31,10 +33,14 @@ VALUES = {
 
 @functools.cache
 def jitted(name, **options):
+    if name in GEOMETRIC:
+        place = np.array([OPERATIONS.index(name)])
+        layer = functools.partial(apply, names=[name], **options)
+        return jax.jit(lambda image, value: layer(image[None], place, value[None])[0])
     op = getattr(ops, name)
     if VALUES[name] == [None]:
         return jax.jit(lambda image, value: op(image))
-    return jax.jit(functools.partial(op, **options))
+    return jax.jit(op)
 
 
 def as_floats(pixels):

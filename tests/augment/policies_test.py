@@ -26,7 +26,7 @@ from saflex_jax.augment.policies import (
     trivialaugment,
     values,
 )
-from tests.augment.photos import assert_like_pillow, crops
+from tests.augment.photos import GEOMETRIC, assert_like_pillow, crops
 
 KEY = jax.random.key(3)
 MAKE = {
@@ -114,13 +114,20 @@ def test_published_policies_hold_25_pairs_of_known_operations():
 
 # --- the images
 
+
+def geometric(name):
+    """It alone on one image; tests/augment/image_test.py compares it with Pillow's."""
+    place = jnp.array([OPERATIONS.index(name)])
+    return lambda x, v: apply(x[None], place, v[None], names=[name])[0]
+
+
 SINGLE = {
     "identity": (lambda x, v: x, 0.0),
     "autocontrast": (lambda x, v: ops.autocontrast(x), 0.0),
     "equalize": (lambda x, v: ops.equalize(x), 0.0),
     "invert": (lambda x, v: ops.invert(x), 0.0),
 } | {
-    name: (getattr(ops, name), value)
+    name: (geometric(name) if name in GEOMETRIC else getattr(ops, name), value)
     for name, value in {
         "rotate": 20.0, "shear_x": 0.2, "shear_y": -0.2, "translate_x": 4.3, "translate_y": -6.0,
         "solarize": 0.4, "posterize": 3.0, "brightness": 1.4, "color": 0.2, "contrast": 0.3,
