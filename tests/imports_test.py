@@ -52,7 +52,7 @@ ROOMS = {
         {"jax", "numpy"},
     ),
     "data": (
-        {"data", "batches", "types", "checks", "_compat"},
+        {"data", "batches", "types", "checks", "files", "_compat"},
         {"array_record", "grain", "jax", "numpy", "PIL", "sklearn", "tensorflow_datasets"},
     ),
     "train": (

@@ -19,6 +19,7 @@ from saflex_jax._compat import optional
 from saflex_jax.batches import floats
 from saflex_jax.data.images import Rows, image_rows, images_in, subset, visible
 from saflex_jax.data.provenance import METADATA, Provenance, read_provenance
+from saflex_jax.files import renamed
 from saflex_jax.types import Trace
 
 MOST_SOURCES = 2**27  # an array of their counts is 1 GB
@@ -364,19 +365,16 @@ def write_array_record(
     inputs, labels, source = map(np.asarray, (inputs, labels, source))
     classes = int(labels.max(initial=0)) + 1 if labels.ndim == 1 else None
     Pool.from_arrays(inputs, labels, source, num_classes=classes)  # raises on bad arrays
-    partial = pathlib.Path(f"{os.fspath(path)}.partial")
-    writer = _array_record().ArrayRecordWriter(str(partial), "group_size:1")  # random access
     try:
-        for x, y, i in zip(inputs, labels, source):
-            packed = io.BytesIO()
-            np.savez(packed, inputs=floats(x).astype(np.float32), labels=y, source=i)
-            writer.write(packed.getvalue())
-        writer.close()
-        os.replace(partial, path)
+        with renamed(path) as part:
+            writer = _array_record().ArrayRecordWriter(str(part), "group_size:1")  # random access
+            for x, y, i in zip(inputs, labels, source):
+                packed = io.BytesIO()
+                np.savez(packed, inputs=floats(x).astype(np.float32), labels=y, source=i)
+                writer.write(packed.getvalue())
+            writer.close()
     except RuntimeError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _within(name: str, values: np.ndarray, bound: float | np.ndarray) -> np.ndarray:

@@ -128,7 +128,23 @@ def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         records(path, inputs=1 - INPUTS)
     assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["x"] and "x.partial" in written[-1]
+    part, old = written[-1]
+    assert old == "x" and part.startswith(".x.")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_of_two_writers_of_a_file_the_last_one_stays(tmp_path, monkeypatch):
+    path, savez = tmp_path / "x", np.savez
+
+    def second(*args, **kwargs):  # while the first writes
+        monkeypatch.undo()
+        records(path, inputs=1 - INPUTS)
+        savez(*args, **kwargs)
+
+    monkeypatch.setattr("saflex_jax.data.pool.np.savez", second)
+    first = records(path).read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert records(tmp_path / "alone").read_bytes() == first
 
 
 # --- errors
