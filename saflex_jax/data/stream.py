@@ -8,7 +8,6 @@ permutation per epoch, because a per-sample pipeline costs more than the step of
 
 from __future__ import annotations
 
-import abc
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,14 +34,14 @@ def sizes(pools: Streams) -> Streams:
     return Streams(*(None if pool is None else len(pool.labels) for pool in pools))
 
 
-class _Stream(abc.ABC):
+class _Stream:
     """An endless iterator; its position is the number of batches it gave."""
 
     _step = 0
 
-    @abc.abstractmethod
     def _next(self) -> Streams:
         """The batch at the position."""
+        return self.batch(self._step)
 
     def __iter__(self) -> _Stream:
         return self
@@ -153,9 +152,6 @@ class IndexStream(_Stream):
 
     batch = rows  # what `next` gives; `ArrayStream` gives the samples themselves
 
-    def _next(self) -> Streams:
-        return self.batch(self._step)
-
 
 class PartStream(_Stream):
     """An `IndexStream` over a part of the data; its batches are rows of the whole.
@@ -189,9 +185,6 @@ class PartStream(_Stream):
         )  # fmt: skip
 
     batch = rows
-
-    def _next(self) -> Streams:
-        return self.batch(self._step)
 
 
 class FoldStream(_Stream):
@@ -269,9 +262,6 @@ class FoldStream(_Stream):
         return self._streams[fold].rows(turn)
 
     batch = rows
-
-    def _next(self) -> Streams:
-        return self.batch(self._step)
 
 
 class ArrayStream(IndexStream):
@@ -354,9 +344,6 @@ class StackedStream(_Stream):
           step: number of the batch.
         """
         return stack([stream.batch(step) for stream in self._streams])
-
-    def _next(self) -> Streams:
-        return self.batch(self._step)
 
 
 class Prefetched(_Stream):
