@@ -25,12 +25,10 @@ from saflex_jax.data.sources import (
 )
 from saflex_jax.data.splits import (
     Split,
-    by_group,
     check_split,
     few_shot,
     fingerprints,
     hold_out,
-    in_order,
     long_tail,
     stratified_split,
     without_copies,
@@ -64,7 +62,6 @@ __all__ = [
     "Split",
     "StackedStream",
     "Table",
-    "by_group",
     "category_sizes",
     "check_split",
     "digits",
@@ -79,7 +76,6 @@ __all__ = [
     "from_table",
     "from_tfds",
     "hold_out",
-    "in_order",
     "instance_noise",
     "joined",
     "long_tail",

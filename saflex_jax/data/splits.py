@@ -18,7 +18,7 @@ from saflex_jax.data.seeds import generator
 class Split(NamedTuple):
     """Row numbers of a data set, each i[n], sorted.
 
-    >>> in_order(6, val=1, test=2).val.tolist()
+    >>> Split(*np.split(np.arange(6), [3, 4])).val.tolist()
     [3]
 
     Attributes:
@@ -82,57 +82,6 @@ def hold_out(
     _enough(labels[index], rest=len(index) - size, held=size)
     rest, held = _hold_out(index, labels, size, seed)
     return np.sort(rest), np.sort(held)
-
-
-def by_group(
-    groups: np.ndarray, *, train: Any, test: Any, val: int, labels: np.ndarray, seed: int
-) -> Split:
-    """Trains and validates on one group and tests on all of another: out of distribution.
-
-    >>> groups = np.array(["a", "b", "a", "a", "c", "a"])
-    >>> by_group(groups, train="a", test="b", val=1, labels=np.zeros(6, int), seed=0).test.tolist()
-    [1]
-
-    Args:
-      groups: [N], the group of each sample (a domain, a site, a camera); any values.
-      train: the group for train and a stratified val.
-      test: the group for test.
-      val: number of samples, at least one per class.
-      labels: i[N], classes.
-      seed: of the shuffle.
-
-    Raises:
-      ValueError: a group without samples, the same group twice, or as for `hold_out`.
-    """
-    groups, labels = np.asarray(groups), np.asarray(labels)
-    checks.rows(len(labels), groups=groups)
-    known = np.unique(groups).tolist()
-    for name, value in {"train": train, "test": test}.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of the groups {known}; given {value!r}")
-    if train == test:
-        raise ValueError(f"test must be another group than train; given {test!r} for both")
-    rest, held = hold_out(np.flatnonzero(groups == train), labels, size=val, seed=seed)
-    return Split(rest, held, np.flatnonzero(groups == test))
-
-
-def in_order(size: int, *, val: int, test: int) -> Split:
-    """Train first, then val, then test: for time series, whose distribution drifts.
-
-    >>> [rows.tolist() for rows in in_order(6, val=1, test=2)]
-    [[0, 1, 2], [3], [4, 5]]
-
-    Args:
-      size: N, number of samples.
-      val, test: number of samples, at least one.
-
-    Raises:
-      ValueError: a split would be empty.
-    """
-    checks.whole(1, size=size, val=val, test=test)
-    if val + test >= size:
-        raise ValueError(f"val + test must be less than {size} samples; given {val} + {test}")
-    return Split(*np.split(np.arange(size), [size - test - val, size - test]))
 
 
 def few_shot(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
@@ -270,7 +219,7 @@ def without_copies(split: Split, prints: np.ndarray) -> tuple[Split, dict[str, i
 def check_split(split: Split, labels: np.ndarray, num_classes: int, *, novel: bool = False) -> None:
     """Raises unless the split can be trained and evaluated on.
 
-    >>> check_split(in_order(6, val=2, test=2), np.arange(6) % 2, num_classes=2)
+    >>> check_split(Split(*np.split(np.arange(6), 3)), np.arange(6) % 2, num_classes=2)
 
     Args:
       split: places in a data set.

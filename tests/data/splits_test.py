@@ -5,12 +5,10 @@ from sklearn.model_selection import train_test_split
 
 from saflex_jax.data.splits import (
     Split,
-    by_group,
     check_split,
     few_shot,
     fingerprints,
     hold_out,
-    in_order,
     stratified_split,
     without_copies,
 )
@@ -82,32 +80,6 @@ def test_hold_out_parts_the_given_samples_in_proportion(size):
         assert (np.abs(np.bincount(LABELS[part], minlength=3) - expected) < 1).all()
     assert same((rest, held), hold_out(index, LABELS, size=size, seed=0))
     assert not same((held,), hold_out(index, LABELS, size=size, seed=1)[1:])
-
-
-@pytest.mark.parametrize("names", [["mono", "poly", "film"], [3, 1, 2]])
-def test_by_group_trains_on_one_group_and_tests_on_another(names):
-    which = np.random.default_rng(2).integers(3, size=300)
-    groups = np.array(names)[which]
-
-    def make(seed):
-        return by_group(groups, train=names[0], test=names[1], val=20, labels=LABELS, seed=seed)
-
-    split = make(0)
-    np.testing.assert_array_equal(split.test, np.flatnonzero(which == 1))
-    both = np.sort(np.concatenate([split.train, split.val]))
-    np.testing.assert_array_equal(both, np.flatnonzero(which == 0))
-    counts = np.bincount(LABELS[split.val], minlength=3)
-    assert (np.abs(counts - 20 * np.bincount(LABELS[both]) / len(both)) < 1).all()
-    assert all((np.diff(part) > 0).all() for part in split)
-    again, other = (make(seed) for seed in (0, 1))
-    assert same(split, again) and not same(split, other)
-
-
-@pytest.mark.parametrize("val, test", [(1, 1), (3, 5), (5, 4)])
-def test_in_order_keeps_the_order_of_time(val, test):
-    split = in_order(10, val=val, test=test)
-    assert isinstance(split, Split) and [len(part) for part in split[1:]] == [val, test]
-    assert np.concatenate(split).tolist() == list(range(10))
 
 
 def test_few_shot_draws_the_same_number_of_every_class():
@@ -258,12 +230,6 @@ def test_a_class_that_train_lacks_is_named():
         check_split(GOOD, labels, 2)
 
 
-def grouped(**changes):
-    groups = np.array(["mono", "poly"])[np.arange(300) % 2]
-    given = {"groups": groups, "train": "mono", "test": "poly", "val": 30, "labels": LABELS}
-    return by_group(**(given | changes), seed=0)
-
-
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -285,15 +251,6 @@ def grouped(**changes):
             lambda: stratified_split(np.eye(3)[LABELS], val=9, test=9, seed=0),
             r"labels must have shape \[300\]; given \(300, 3\)",
         ),
-        (lambda: grouped(train="film"), r"train must be one of .*\['mono', 'poly'\]; given 'film'"),
-        (lambda: grouped(test="film"), r"test must be one of .*\['mono', 'poly'\]; given 'film'"),
-        (lambda: grouped(test="mono"), "test must be another group than train; given 'mono'"),
-        (lambda: grouped(labels=LABELS[:9]), r"groups must have shape \[9\]; given \(300,\)"),
-        (lambda: grouped(val=1), "the held split must hold .*given 1 of 150"),
-        (lambda: in_order(10, val=0, test=2), "val must be a whole number >= 1; given 0"),
-        (lambda: in_order(10, val=2, test=0), "test must be a whole number >= 1; given 0"),
-        (lambda: in_order(9.5, val=2, test=2), "size must be a whole number >= 1; given 9.5"),
-        (lambda: in_order(9, val=4, test=5), r"val \+ test must be less than 9 .*given 4 \+ 5"),
         (
             lambda: few_shot(LABELS, per_class=61, seed=0),
             "labels must have 61 samples of every class; class 2 has 60",
