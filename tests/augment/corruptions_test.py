@@ -25,7 +25,6 @@ TRACED = {
     "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "fog", "brightness",
     "contrast", "saturate",
 }  # fmt: skip
-DEAR = {"motion_blur", "snow", "jpeg_compression"}  # to compile, at five severities
 SMALL, LARGE = "small", "large"  # the severities of CIFAR-10-C and of ImageNet-C
 SIDE = 32
 jitted = jax.jit(corrupt, static_argnames=("name", "severity"))
@@ -93,10 +92,9 @@ def test_smaller_side_and_severity_choose_the_constants(shape, severity, monkeyp
     np.testing.assert_allclose(images_out[1], min(1 + expected, 1), atol=1e-6)  # clipped
 
 
-@pytest.mark.parametrize("severities", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEAR)) for n in NAMES]
-)
+@pytest.mark.slow  # the tests of each kind know its constants, save of motion_blur and snow
+@pytest.mark.parametrize("severities", [SMALL, LARGE])
+@pytest.mark.parametrize("name", NAMES)
 def test_severity_is_monotone_in_the_distance_to_the_clean_image(name, severities):
     images = photos(size=SIDE if severities == SMALL else 64)
     worse = [corrupted(images, name, severity, severities) for severity in SEVERITIES]
