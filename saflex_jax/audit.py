@@ -74,7 +74,7 @@ class Head:
 class Audit:
     """The result for N samples of K classes; `columns` makes a table.
 
-    An example is at `audit`.
+    An example is at `from_logits`.
 
     Attributes:
       given: i[N], labels as given.
@@ -129,14 +129,7 @@ def audit(
 ) -> Audit:
     """Audits labels from features of any network, with or without trusted samples.
 
-    >>> rng = np.random.default_rng(0)
-    >>> labels = rng.integers(2, size=200)
-    >>> features = rng.normal(size=(200, 4)) + 6 * labels[:, None]
-    >>> labels[7] = 1 - labels[7]  # a wrong one
-    >>> quick = Head(widths=(), steps=60, batch_size=32, learning_rate=0.1, weight_decay=0.1)
-    >>> result = audit(features, labels, head=quick)
-    >>> np.flatnonzero(result.wrong).tolist(), int(result.learned[7]) == 1 - int(labels[7])
-    ([7], True)
+    An example is at `from_logits`; docs/noisy_labels.md has one of this function.
 
     Args:
       features: f[N, D], finite: from a frozen network, or columns of numbers. They are

@@ -44,7 +44,7 @@ def of_pipelines(pipelines: Mapping[str, Augment]) -> Alternatives:
     >>> both = of_pipelines({"none": parse("identity"), "flip": parse("flip(1.0)")})
     >>> image = jnp.arange(2.0).reshape(1, 1, 2, 1)
     >>> batch = Batch(image, jnp.ones((1, 1)), jnp.ones(1, bool), jnp.arange(1))
-    >>> flipped, cell = both.draw(jax.random.key(0), batch, jnp.log(jnp.array([0.0, 1.0])))
+    >>> flipped, cell = jax.jit(both.draw)(jax.random.key(0), batch, np.array([-np.inf, 0.0]))
     >>> flipped.inputs.ravel().tolist(), cell.tolist()
     ([1.0, 0.0], [1])
 
@@ -124,8 +124,8 @@ def of_views(group: Sequence[int] | np.ndarray, names: Sequence[str]) -> Alterna
 
     >>> views = jnp.arange(3.0).reshape(1, 3, 1)
     >>> batch = Batch(views, jnp.ones((1, 1)), jnp.ones(1, bool), jnp.arange(1))
-    >>> weak_or_strong = of_views([0, 0, 1], ["weak", "strong"])
-    >>> weak_or_strong.draw(jax.random.key(0), batch, jnp.array([-jnp.inf, 0.0]))[0].inputs.tolist()
+    >>> draw = jax.jit(of_views([0, 0, 1], ["weak", "strong"]).draw)
+    >>> draw(jax.random.key(0), batch, np.array([-np.inf, 0.0]))[0].inputs.tolist()
     [[2.0]]
 
     Args:

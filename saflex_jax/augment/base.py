@@ -172,7 +172,7 @@ def chain(*augments: Augment) -> Augment:
     >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
     >>> double = per_example("flip", lambda key, x: (2 * x, 2.0))
     >>> batch = Batch(jnp.zeros((1, 2)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
-    >>> chain(plus, double)(jax.random.key(0), batch).inputs.tolist()
+    >>> jax.jit(chain(plus, double))(jax.random.key(0), batch).inputs.tolist()
     [[2.0, 2.0]]
 
     Args:
@@ -194,7 +194,7 @@ def choice(*augments: Augment, p: Sequence[float] | None = None) -> Augment:
 
     >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
     >>> batch = Batch(jnp.zeros((1, 2)), jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
-    >>> choice(identity, plus, p=(0, 1))(jax.random.key(0), batch).inputs.tolist()
+    >>> jax.jit(choice(identity, plus, p=(0, 1)))(jax.random.key(0), batch).inputs.tolist()
     [[1.0, 1.0]]
 
     Args:
@@ -259,7 +259,7 @@ def views(*augments: Augment) -> Augment:
 
     >>> plus = per_example("shift", lambda key, x: (x + 1, 1.0))
     >>> batch = Batch(jnp.array([[0.0], [5.0]]), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
-    >>> views(identity, plus)(jax.random.key(0), batch).inputs.ravel().tolist()
+    >>> jax.jit(views(identity, plus))(jax.random.key(0), batch).inputs.ravel().tolist()
     [0.0, 1.0, 5.0, 6.0]
 
     Args:

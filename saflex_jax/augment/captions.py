@@ -23,7 +23,7 @@ def wrong_captions(probability: float = 0.3) -> Augment:
     1 where a label was drawn.
 
     >>> batch = Batch(jnp.zeros((3, 1)), jnp.eye(3), jnp.ones(3, bool), jnp.arange(3))
-    >>> wrong_captions(1.0)(jax.random.key(0), batch).labels.sum(1).tolist()
+    >>> jax.jit(wrong_captions(1.0))(jax.random.key(0), batch).labels.sum(1).tolist()
     [1.0, 1.0, 1.0]
 
     Args:
@@ -58,7 +58,7 @@ def swapped_classes(probability: float = 0.3) -> Augment:
     Magnitude in the trace: s, or 0 where no class was drawn.
 
     >>> batch = Batch(jnp.zeros((2, 1)), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
-    >>> swapped_classes(1.0)(jax.random.key(0), batch).labels.tolist()
+    >>> jax.jit(swapped_classes(1.0))(jax.random.key(0), batch).labels.tolist()
     [[0.0, 1.0], [1.0, 0.0]]
 
     Args:

@@ -146,7 +146,8 @@ def random_field(
     >>> from saflex_jax import Batch
     >>> images = jnp.ones((1, 4, 4, 3))
     >>> batch = Batch(images, jnp.eye(1), jnp.ones(1, bool), jnp.arange(1))
-    >>> random_field(length=2.0, translate=1.0)(jax.random.key(0), batch).inputs.shape
+    >>> augment = random_field(length=2.0, translate=1.0)
+    >>> jax.eval_shape(augment, jax.random.key(0), batch).inputs.shape
     (1, 4, 4, 3)
 
     Args:

@@ -243,7 +243,7 @@ def mixup(alpha: float, *, probability: float = 1.0, per_sample: bool = True) ->
     Integer leaves are codes (see `mix`): a table's categories stay categories.
 
     >>> batch = Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
-    >>> mixed = mixup(1.0)(jax.random.key(0), batch)
+    >>> mixed = jax.jit(mixup(1.0))(jax.random.key(0), batch)
     >>> bool((mixed.inputs == mixed.labels).all())  # labels are mixed by the same share
     True
 
@@ -280,7 +280,7 @@ def manifold_mixup(
     Its name in the trace is "mixup".
 
     >>> batch = Batch(jnp.eye(2), jnp.eye(2), jnp.ones(2, bool), jnp.arange(2))
-    >>> sorted(manifold_mixup(1.0)(jax.random.key(0), batch).inputs)
+    >>> sorted(jax.eval_shape(manifold_mixup(1.0), jax.random.key(0), batch).inputs)
     ['inputs', 'layer', 'partner', 'share']
 
     Args:
