@@ -87,7 +87,7 @@ def _as_read(folder: pathlib.Path) -> dict[str, int]:
     with optional("Pillow"):
         from PIL import Image
 
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in data.images.SUFFIXES)
+    files = data.images.images_in(folder, deep=True)
     shapes, modes = collections.Counter(), set()
     for file in files[:: max(1, len(files) // PEEKED)]:
         try:

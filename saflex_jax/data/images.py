@@ -176,9 +176,15 @@ def image_rows(
     return Rows(read, len(files), first.shape, np.uint8)
 
 
-def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The image files directly in a folder, by name."""
-    return [p for p in visible(folder) if p.suffix.lower() in SUFFIXES]
+def images_in(folder: pathlib.Path, *, deep: bool = False) -> list[pathlib.Path]:
+    """The image files directly in a folder, by name; `deep`: in its folders, too."""
+    files = []
+    for p in visible(folder):
+        if deep and p.is_dir():
+            files += images_in(p, deep=True)
+        elif p.suffix.lower() in SUFFIXES:
+            files.append(p)
+    return files
 
 
 def visible(folder: pathlib.Path) -> list[pathlib.Path]:

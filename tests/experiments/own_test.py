@@ -70,6 +70,7 @@ def changed(config, **fields):
 def test_images_of_several_sizes_and_kinds_are_made_alike(tmp_path):
     folder(tmp_path, size=(80, 100))
     picture(0, "RGBA", (90, 200)).save(tmp_path / "a" / "x.png")
+    (tmp_path / "a" / "._x.png").write_text("no image, but hidden")
     config = own.get_config(str(tmp_path))
     assert (config.data.size, config.data.channels) == (64, 3)
     assert task.make_data(config).pools.candidates.inputs.shape[1:] == (64, 64, 3)
