@@ -498,8 +498,8 @@ alike, ran after both, on its tasks with wrong labels alone (`elr` on two more, 
 They showed what the rule lacks; `saflex_elr` was then chosen on "development" and run twice: with
 ELR at full strength throughout (pretrained -.51 points on right labels, worst -3.8; with wrong ones
 +1.71; from scratch -.49 and -2.49), and as it is, a change prompted by the loss on right labels and
-chosen on "development" alone. The suite "small" had its own half "report", on which three rules were run up to 2026-11-26; all its
-tasks are development now.
+chosen on "development" alone. The suite "small" had its own half "report", on which three rules
+were run up to 2026-11-26; all its tasks are development now.
 """
 
 

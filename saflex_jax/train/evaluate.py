@@ -14,7 +14,6 @@ from saflex_jax.batches import floats
 from saflex_jax.core.losses import at_least_f32, weighted_cross_entropy
 from saflex_jax.types import Method, PyTree, TrainState
 
-
 # One compilation for all sets and seeds of a method. Bounded, for an entry keeps its method's
 # `predict` alive, with all that it closes over; more than the arms that a comparison goes through.
 _of_method = functools.lru_cache(maxsize=32)
