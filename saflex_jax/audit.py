@@ -246,11 +246,12 @@ def _held_out(
     method = _method(RunInfo(number, size, num_trusted=number - others if told else 0), head)
     init = jax.jit(method.init)
     parts = [np.flatnonzero((fold != k) & inside) for k in range(head.folds)]
-    vals = [np.flatnonzero(fold[others:] != k) if told else None for k in range(head.folds)]
+    vals = [np.flatnonzero(fold[others:] != k) for k in range(head.folds)]
     # Folds differ in size, and the members of a sweep have one shape.
-    batch_size = min(head.batch_size, *map(len, parts))
-    val_batch_size = max(1, min(VAL, min(map(len, vals)) - 1)) if told else None
-    for k, part in enumerate(map(Streams, parts, vals)):
+    batch_size = min(head.batch_size, *(len(rows) for rows in parts))
+    val_batch_size = max(1, min(VAL, *(len(rows) - 1 for rows in vals))) if told else None
+    for k, rows in enumerate(parts):
+        part = Streams(rows, vals[k] if told else None)
         own = int(generator("audit head", seed, k).integers(2**31))
         streams.append(
             PartStream(part, batch_size=batch_size, val_batch_size=val_batch_size, seed=own)

@@ -138,7 +138,8 @@ def _check_finite(step: int, metrics: dict[str, tuple], checkpoints: Checkpoints
 
 def _shown(value: float | list[float | None]) -> str:
     """A value for the progress bar; of a sweep the mean of the members that have one."""
-    return f"{np.mean([v for v in np.atleast_1d(value) if v is not None]):.4g}"
+    values = value if isinstance(value, list) else [value]
+    return f"{np.mean([v for v in values if v is not None]):.4g}"
 
 
 def _filled(value: float | list[float | None]) -> float | list[float]:
