@@ -11,7 +11,14 @@ import tqdm
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks import augment_throughput, input_pipeline, reporting, timing
+from benchmarks import (
+    audit,
+    augment_throughput,
+    bounded_memory,
+    input_pipeline,
+    reporting,
+    timing,
+)
 from saflex_jax import parallel
 from saflex_jax.augment import policies
 
@@ -300,3 +307,26 @@ def test_pillow_runs_the_operations_of_randaugment(sign):
         # pixels may fall to either.
         assert (off > 1.5).mean() < (0.02 if name == "rotate" else 1e-9), name
         assert name == "identity" or (found != image).any(), name
+
+
+def test_the_seed_of_a_pool_is_its_audits(monkeypatch):
+    labels, seeds = np.arange(1000) % 2, []
+    monkeypatch.setattr(audit, "opened", lambda *_: (np.zeros((1000, 2)), labels, {}))
+
+    def audited(x, given, *, trusted, seed=0):
+        seeds.append(seed)
+        return types.SimpleNamespace(utility=-np.ones(1000), outside=labels == 1)
+
+    monkeypatch.setattr(audit, "audit", audited)
+    for seed in (3, 4):
+        audit.of_pool("mnist@plain", "both", seed, "data")
+    assert seeds == [3, 4]
+
+
+def test_the_spread_over_seeds_is_the_samples():
+    options = types.SimpleNamespace(task=("made",), top=(), seeds=2)
+    benchmark = bounded_memory.BoundedMemory(options)
+    runs = [{"test_accuracy": accuracy, "auc": 0.5, "bytes": 4} for accuracy in (0.5, 0.7)]
+    benchmark.runs = {("made", bounded_memory.ALL): runs}
+    row = benchmark.report()["tasks"]["made"][bounded_memory.ALL]
+    assert row["spread"] == pytest.approx(np.std([0.5, 0.7], ddof=1))
