@@ -18,7 +18,9 @@ from saflex_jax.types import Method, TrainState
 
 SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=1, allow_override=True)
 FIRST = flags.DEFINE_integer("first", 0, "The first seed.", lower_bound=0, allow_override=True)
-WORKDIR = flags.DEFINE_string("workdir", "runs/clip", "Runs go here.", allow_override=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Runs go here; empty = runs/ and the command's name.", allow_override=True
+)
 RESUME = flags.DEFINE_bool("resume", False, "Keep the finished runs.", allow_override=True)
 ARMS = flags.DEFINE_list("arms", [], "These arms alone; none = all.", allow_override=True)
 SET = flags.DEFINE_string("set", "{}", "JSON: nested changes of each config.", allow_override=True)
@@ -26,16 +28,18 @@ SET = flags.DEFINE_string("set", "{}", "JSON: nested changes of each config.", a
 Tests = Mapping[str, Mapping[str, object]]  # test set -> changes of `config.data` that give it
 
 
-def run(settings: Mapping[str, ConfigDict], tests: Tests) -> None:
+def run(command: str, settings: Mapping[str, ConfigDict], tests: Tests) -> None:
     """Every arm of every setting on every seed; prints accuracies in % on all test sets.
 
     Args:
+      command: its name, of the folder of runs.
       settings: name -> config with arms.
       tests: each is read once an arm and seed.
 
     Raises:
       ValueError: --arms that a config does not have.
     """
+    workdir = pathlib.Path(WORKDIR.value or f"runs/{command}")
     for name, config in settings.items():
         config.unlock()
         config.update(json.loads(SET.value))
@@ -45,7 +49,7 @@ def run(settings: Mapping[str, ConfigDict], tests: Tests) -> None:
         configs = {arm: c for arm, c in configs.items() if arm in (ARMS.value or configs)}
         seeds = range(FIRST.value, FIRST.value + SEEDS.value)
         records = arms.run_all(
-            configs, seeds, pathlib.Path(WORKDIR.value) / f"{name}.jsonl", resume=RESUME.value,
+            configs, seeds, workdir / f"{name}.jsonl", resume=RESUME.value,
             progress=False, look=False, measure=measured(tests, config),
         )  # fmt: skip
         if len(records) < len(configs) * len(seeds):

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         tests = {"test": {}}
         for config in settings.values():
             config.data.select = _SELECT.value
-    clip.run(settings, tests)
+    clip.run("clip_cifar", settings, tests)
 
 
 if __name__ == "__main__":

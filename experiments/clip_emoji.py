@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     settings = {f"{name} captions": clip_emoji.get_config(name) for name in clip_emoji.CAPTIONS}
     for config in settings.values():
         config.data.select = _SELECT.value
-    clip.run(settings, {"other vendor": {}} if not _SELECT.value else {"same vendor": {}})
+    tests = {"other vendor": {}} if not _SELECT.value else {"same vendor": {}}
+    clip.run("clip_emoji", settings, tests)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from experiments import generating, pool_filters
+from experiments import command_line, generating, pool_filters
 from experiments.generators import GENERATORS, Options
 
-CONFIG = "experiments/configs/generated.py"
+CONFIG = "generated"
 
 
 def plan(given: argparse.Namespace, changes: Sequence[str]) -> str:
@@ -57,7 +57,7 @@ def filtered(given: argparse.Namespace, changes: Sequence[str]) -> str:
     if given.by == "clip":
         found = pool_filters.clip(
             given.out, threshold=given.threshold, model=given.model, revision=given.revision,
-            negatives=given.negative, device=given.device or "cpu",
+            negatives=given.negative, device=given.device,
         )  # fmt: skip
     else:
         options = {"weights": given.weights, "backbone": given.backbone, "size": given.size}
@@ -66,14 +66,13 @@ def filtered(given: argparse.Namespace, changes: Sequence[str]) -> str:
 
 
 def read_config(path: str, changes: Sequence[str]) -> ConfigDict:
-    """The config of a file, with changes of the form --config.data.per_class=5.
+    """The config of a file, or of a name, with changes of the form --config.data.per_class=5.
 
     Raises:
       ValueError: no such file, or a change of another form or of no field.
     """
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"--config must be a file; given {path}")
-    config = runpy.run_path(path)["get_config"]()
+    _, argument = command_line.with_config_file(["", f"--config={path}"])
+    config = runpy.run_path(argument.removeprefix("--config="))["get_config"]()
     for change in changes:
         name, equals, text = change.partition("=")
         if not name.startswith("--config.") or not equals:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from experiments import generating, pool_files
 from experiments.features import Options as FeatureOptions
 from experiments.features import load_network, make_extractor
+from experiments.generators.diffusion import fastest_device
 from saflex_jax import checks
 from saflex_jax._compat import optional
 from saflex_jax.data.images import image_rows
@@ -80,7 +81,7 @@ def clip(
     model: str,
     revision: str = "",
     negatives: Sequence[str],
-    device: str = "cpu",
+    device: str = "",
 ) -> dict[str, int]:
     """Flags candidates that look more like a negative prompt than like their own.
 
@@ -92,7 +93,7 @@ def clip(
       model: a CLIP of transformers: "openai/clip-vit-base-patch32", or a folder.
       revision: of the model; "" = the newest.
       negatives: prompts of what is not wanted: "a blank image", "a cartoon".
-      device: torch's.
+      device: torch's; empty = the fastest there is.
 
     Returns:
       As of `confidence`.
@@ -110,6 +111,7 @@ def clip(
     with optional("transformers and torch", extra="generate"):
         import torch
         import transformers
+    device = device or fastest_device(torch)
     kept = {"revision": revision} if revision else {}
     network = transformers.CLIPModel.from_pretrained(model, **kept).to(device).eval()
     processor = transformers.CLIPProcessor.from_pretrained(model, **kept)

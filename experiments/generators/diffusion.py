@@ -48,7 +48,7 @@ def generator(
     pipeline = getattr(diffusers, pipeline_class).from_pretrained(
         options.model, dtype=getattr(torch, options.dtype), **kept
     )
-    pipeline.to(options.device or _device(torch))
+    pipeline.to(options.device or fastest_device(torch))
     pipeline.set_progress_bar_config(disable=True)
     takes = inspect.signature(pipeline.__call__).parameters
 
@@ -73,7 +73,8 @@ def generator(
     return Generator(make, about)
 
 
-def _device(torch: Any) -> str:
+def fastest_device(torch: Any) -> str:
+    """Of those that torch has."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

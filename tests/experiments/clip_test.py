@@ -59,14 +59,14 @@ def test_an_unknown_arm_is_refused_and_the_log_stays(folder, tmp_path, monkeypat
     log.write_text('{"arm": "flyp", "seed": 3, "settings": {}}\n')
     give(monkeypatch, WORKDIR=str(tmp_path), ARMS=["flip"], RESUME=True)
     with pytest.raises(ValueError, match=r"--arms must be one of .* given 'flip'; did you mean"):
-        clip.run({"some": config(folder)}, {"test": {}})
+        clip.run("clip_some", {"some": config(folder)}, {"test": {}})
     assert log.read_text().count("\n") == 1
 
 
 @pytest.mark.slow
 def test_a_config_trains_both_arms_and_reads_every_test_set(folder, tmp_path, capsys, monkeypatch):
     give(monkeypatch, WORKDIR=str(tmp_path), SET='{"optimizer": {"learning_rate": 0.002}}')
-    clip.run({"some": config(folder)}, {"test": {}, "fog:3": {"corrupt": "fog:3"}})
+    clip.run("clip_some", {"some": config(folder)}, {"test": {}, "fog:3": {"corrupt": "fog:3"}})
     title, *rows = capsys.readouterr().out.strip().splitlines()
     assert title.split() == ["some", "test", "fog:3", "test:", "more"]
     assert " to " not in rows[0] and " to " in rows[1]

@@ -368,9 +368,10 @@ def test_pools_that_do_not_fit_are_refused(pool, tmp_path):
 # --- the command
 
 
-def test_the_command_plans_runs_and_filters(tmp_path, capsys):
+def test_the_command_plans_runs_and_filters(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # not a clone: configs are found by name
     out = f"--out={tmp_path / 'pool'}"
-    plan = ["plan", out, "--config=experiments/configs/digits.py", "--config.data.per_class=2",
+    plan = ["plan", out, "--config=digits", "--config.data.per_class=2",
             "--prompt=color", "--draws=1", "--strength=.2,.4"]  # fmt: skip
     for arguments in (plan, ["run", out], ["filter", out, "--threshold=.5"]):
         assert generate.main(arguments) == 0
