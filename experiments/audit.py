@@ -7,9 +7,10 @@
 Of a finished run (`saflex train`) a row is a candidate under one draw of its pipeline, utility
 says how far training on it lowers the loss on the validation samples, in units of the scores' RMS.
 Of features it is 2 P(the given label is right) - 1, by `saflex_jax.audit`. --features is a set of
-`experiments.features`, NAME@TAG, or an .npz file of arrays: features f[N, D], labels i[N]; where
-they are known trusted bool[N], source, group, file_name [N], clean i[N], class_names [K] and images
-[N, H, W, C]. --pool adds prompt, strength, model and flags of its metadata.jsonl by file_name.
+`experiments.features`, NAME@TAG, or an .npz file of arrays: features f[N, D], labels [N], integers or
+texts; where they are known trusted bool[N], source, group, file_name [N], clean [N], class_names
+[K] and images [N, H, W, C]. --pool adds prompt, strength, model and flags of its metadata.jsonl by
+file_name.
 
 Writes audit.csv (or .parquet) and audit.html to --out. The test split is not read.
 """
@@ -153,6 +154,15 @@ def _of_file(name: str, labels: str, trusted: int, folder: str, seed: int) -> di
         if key not in given:
             raise ValueError(f"{name} must have an array {key}; given {sorted(given)}")
     checks.known(name, given, ("features", "labels", "trusted", "images", "class_names", *TOLD))
+    texts = [key for key in ("labels", "clean") if key in given and given[key].dtype.kind == "U"]
+    if texts:
+        classes = np.unique(np.concatenate([given[key] for key in texts]))
+        classes = given.setdefault("class_names", classes).tolist()
+        for key in texts:
+            values, places = np.unique(given[key], return_inverse=True)
+            for value in values.tolist():
+                checks.choice(classes, **{f"{name}: {key}": value})
+            given[key] = np.array([classes.index(value) for value in values.tolist()])[places]
     return given
 
 

@@ -25,6 +25,7 @@ from saflex_jax.core.losses import masked_mean
 from saflex_jax.core.posterior import posterior_targets, sharpened
 from saflex_jax.data import PartStream, StackedStream, fit_scale
 from saflex_jax.data.seeds import generator
+from saflex_jax.data.sources import MOST_CLASSES
 from saflex_jax.methods import supervised
 from saflex_jax.rules import Refinement, Schedule, Scoring
 from saflex_jax.rules.posterior import Posterior
@@ -134,7 +135,7 @@ def audit(
     Args:
       features: f[N, D], finite: from a frozen network, or columns of numbers. They are
         standardised here.
-      labels: i[N] in [0, K).
+      labels: i[N] in [0, K); of texts, `np.unique(texts, return_inverse=True)[1]`.
       trusted: bool[N], samples whose label is known to be right; None = none.
       source: i[N]; samples of one source (draws of a generator, crops of one image) stay in one
         fold, save trusted ones of fewer than two sources a fold, on which all heads train. None =
@@ -431,9 +432,10 @@ def _checked(features, labels, trusted, source, groups, num_classes, *, name="fe
     if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating) or x.size == 0:
         raise ValueError(f"{name} must be floats [N, D]; given {x.dtype}{list(x.shape)}")
     checks.finite(**{name: x})
+    checks.rows(len(x), labels=y, trusted=trusted, source=source, groups=groups)
+    checks.integers(MOST_CLASSES, labels=y)
     size = int(y.max(initial=0)) + 1 if num_classes is None else num_classes
     checks.whole(2, num_classes=size)
-    checks.rows(len(x), labels=y, trusted=trusted, source=source, groups=groups)
     checks.integers(size, labels=y)
     known = np.zeros(len(y), bool) if trusted is None else np.asarray(trusted)
     if known.dtype != bool:

@@ -135,6 +135,8 @@ def test_logits_of_another_network_give_the_same_kind_of_table():
         (dict(features=np.where(X == X[3, 2], np.nan, X)), "features must be finite; given nan at"),
         (dict(labels=GIVEN[1:]), "labels must have shape"),
         (dict(labels=GIVEN - 1), "labels must lie in"),
+        (dict(labels=GIVEN.astype(str)), r"labels must be integers of shape \[N\]; given <U"),
+        (dict(labels=GIVEN.astype(float)), "labels must be integers .* given float64"),
         (dict(num_classes=2), "labels must lie in"),
         (dict(trusted=KNOWN.astype(int)), "trusted must be bool"),
         (dict(trusted=KNOWN[1:]), "trusted must have shape"),

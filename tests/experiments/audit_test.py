@@ -193,6 +193,25 @@ def test_an_audit_of_arrays_and_a_pool(arrays):
     assert (arrays / "out" / "audit.html").read_text().count("data:image/png") >= SIZE // 2
 
 
+def test_labels_may_be_texts_as_in_what_trains(arrays):
+    with np.load(arrays / "mine.npz") as file:
+        given = dict(file)
+    names = np.array(["dog", "cat"])
+    texts = {key: names[given[key]] for key in ("labels", "clean")}
+
+    def read(**changes):
+        np.savez(arrays / "texts.npz", **{**given, **texts, **changes})
+        return audit._of_file(str(arrays / "texts.npz"), "", 0, "", 0)
+
+    found = read()
+    assert found["class_names"].tolist() == ["cat", "dog"]
+    for key in texts:
+        np.testing.assert_array_equal(found[key], 1 - given[key])
+        np.testing.assert_array_equal(read(class_names=names)[key], given[key])
+    with pytest.raises(ValueError, match=r"texts.npz: labels must be one of .*given 'cat'"):
+        read(class_names=np.array(["cats", "dog"]))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("{", "line 2 must be JSON"), ('["x"]', "line 2 must be a JSON object"),
