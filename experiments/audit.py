@@ -7,8 +7,8 @@
 Of a finished run (`saflex train`) a row is a candidate under one draw of its pipeline, utility
 says how far training on it lowers the loss on the validation samples, in units of the scores' RMS.
 Of features it is 2 P(the given label is right) - 1, by `saflex_jax.audit`. --features is a set of
-`experiments.features`, NAME@TAG, or an .npz file of arrays: features f[N, D], labels [N], integers or
-texts; where they are known trusted bool[N], source, group, file_name [N], clean [N], class_names
+`experiments.features`, NAME@TAG, or an .npz file of arrays: features f[N, D], labels [N], integers
+or texts; where they are known trusted bool[N], source, group, file_name [N], clean [N], class_names
 [K] and images [N, H, W, C]. --pool adds prompt, strength, model and flags of its metadata.jsonl by
 file_name.
 

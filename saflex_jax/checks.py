@@ -9,6 +9,7 @@ run that is not finite.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -95,7 +96,39 @@ def known(section: str, given: Iterable[str], accepted: Iterable[str]) -> None:
             raise ValueError(f"{section} has no field {name!r}{near}; known fields: {accepted}")
 
 
+def function(accepted: str, arguments: int, /, **values: Callable) -> None:
+    """Raises unless each is a function that takes so many arguments; `accepted` says of what."""
+    for name, value in values.items():
+        try:
+            inspect.signature(value).bind(*range(arguments))
+        except TypeError as error:
+            kind = repr(value) if isinstance(value, str) else type(value).__name__
+            given = getattr(value, "__name__", kind)
+            raise ValueError(f"{name} must be a function {accepted}; given {given}") from error
+        except ValueError:  # built in: it has no signature
+            pass
+
+
 # --- shapes
+
+
+def arrays(**values: Array) -> None:
+    """Raises unless each is an array."""
+    for name, value in values.items():
+        if not isinstance(value, jax.Array | np.ndarray):
+            fields = ", ".join(getattr(value, "_fields", ()))
+            given = f"{type(value).__name__}({fields})" if fields else type(value).__name__
+            raise ValueError(f"{name} must be an array; given {given}")
+
+
+def soft(**labels: Array) -> None:
+    """Raises unless each is floats [B, K]: class numbers have no mean."""
+    for name, y in labels.items():
+        if np.ndim(y) != 2 or not jax.numpy.issubdtype(y.dtype, jax.numpy.floating):
+            raise ValueError(
+                f"{name} must be floats [B, K], a distribution over the classes; given "
+                f"{y.dtype}{list(y.shape)}: jax.nn.one_hot makes them of classes"
+            )
 
 
 def same_shape(**arrays: Array) -> None:

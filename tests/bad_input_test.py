@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from saflex_jax import augment, checks, data
 from saflex_jax.core.linear_solve import cg_solve, neumann_solve
 from saflex_jax.core.losses import weighted_cross_entropy
 from saflex_jax.core.posterior import posterior_targets
+from saflex_jax.core.targets import solve_targets
 from saflex_jax.data.images import MOST_PIXELS, image_rows
 from saflex_jax.data.tables import Column
+from saflex_jax.types import Batch
 
 X, Y, W = jnp.eye(4, 3), jnp.eye(4, 2)[jnp.array([0, 1, 1, 0])], jnp.zeros((3, 2))
-Q = jnp.eye(2)
+Q, CLASSES = jnp.eye(2), jnp.array([0, 1, 1, 0])
 FLOATS = np.zeros((2, 3), np.float32)
 
 
@@ -31,6 +34,19 @@ def linear(params, x):
 
 def score(params=W, labels=Y, **options):
     return saflex_jax.score(linear, params, X, X, labels, **options)
+
+
+def with_state(params, x):
+    return linear(params, x), {}
+
+
+def mixed(augmentation, labels=Y):
+    batch = Batch(X, labels, jnp.ones(4, bool), jnp.arange(4))
+    made = augment.parse(augmentation) if isinstance(augmentation, str) else augmentation
+    return made(jax.random.key(0), batch)
+
+
+half = augment.per_example("flip", lambda key, x: x / 2)
 
 
 def encode(*column):
@@ -48,6 +64,21 @@ def encode(*column):
             lambda: checks.finite(x=jnp.array([0, jnp.inf], jnp.bfloat16)),
             r"x must be finite; given inf at \[1\]",
         ),
+        (lambda: score(predicate="head"), r"predicate .*under\('head'\); given 'head'"),
+        (lambda: score(solve=cg_solve), r"solve must .* such as cg_solve\(\); given cg_solve"),
+        (lambda: score(labels=Y.tolist()), "val_labels must be an array; given list"),
+        (lambda: saflex_jax.score(W, linear, X, X, Y), r"logits_fn must .* logits \[B, K\]; given"),
+        (lambda: saflex_jax.score(with_state, W, X, X, Y), "logits must be an array; given tuple"),
+        (
+            lambda: solve_targets(score(), Y),
+            r"scores must be an array; given Scores\(scores, l",
+        ),
+        (lambda: solve_targets(Y, Y.tolist()), "prior must be an array; given list"),
+        (lambda: mixed("mixup(1.0)", CLASSES), r"labels must be floats \[B, K\].*int32\[4\]: jax"),
+        (lambda: mixed("mixup(1.0)", Y.astype(int)), r"labels must be floats .* int32\[4, 2\]"),
+        (lambda: mixed("smote()", CLASSES), "labels must be floats"),
+        (lambda: mixed("swapped_classes(0.5)", CLASSES), "labels must be floats"),
+        (lambda: mixed(half), r"augment.per_example\('flip'\) must return \(input, magnitude\); g"),
         (lambda: score(W.astype(int)), "params must be floating-point .* given int32"),
         (lambda: posterior_targets(Q, Q, jnp.float32(1.5)), r"noise must lie in \[0, 1\]; given"),
         (lambda: posterior_targets(Q, 3 * Q, 0.4), "not logits; given .* sums up to 3"),

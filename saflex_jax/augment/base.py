@@ -139,12 +139,18 @@ def per_example(name: str, op: Callable[[jax.Array, PyTree], tuple[PyTree, jax.A
       op: (key, one input) -> (input, magnitude f32[]).
 
     Raises:
-      ValueError: a name that is not in OPERATIONS.
+      ValueError: a name that is not in OPERATIONS; (when called) an op that returns other things.
     """
     _check_operation(name=name)
 
     def augment(key, batch):
-        inputs, magnitude = jax.vmap(op)(sample_keys(key, batch), batch.inputs)
+        made = jax.vmap(op)(sample_keys(key, batch), batch.inputs)
+        if not isinstance(made, tuple | list) or len(made) != 2:
+            raise ValueError(
+                f"op of augment.per_example({name!r}) must return (input, magnitude); given "
+                f"{type(made).__name__ if isinstance(made, tuple | list) else 'one value'}"
+            )
+        inputs, magnitude = made
         return record(batch._replace(inputs=inputs), name, magnitude)
 
     return augment

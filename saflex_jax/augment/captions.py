@@ -70,6 +70,7 @@ def swapped_classes(probability: float = 0.3) -> Augment:
     checks.fraction(probability=probability)
 
     def augment(key: jax.Array, batch: Batch) -> Batch:
+        checks.soft(labels=batch.labels)
         classes = batch.labels.shape[1]
         checks.whole(2, num_classes=classes)
 

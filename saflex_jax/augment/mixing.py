@@ -111,6 +111,7 @@ def labelled(
     batch: Batch, inputs: PyTree, partner: jax.Array, share: jax.Array, name: str
 ) -> Batch:
     """The batch with these mixed inputs, labels mixed by `share` f32[B], and the trace of both."""
+    checks.soft(labels=batch.labels)
     labels = blend(batch.labels, batch.labels[partner], share)
     return record(batch._replace(inputs=inputs, labels=labels), name, share, batch.index[partner])
 

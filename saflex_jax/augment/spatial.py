@@ -263,6 +263,7 @@ def soft_crop(
 
     def augment(key, batch):
         checks.images(inputs=batch.inputs)
+        checks.soft(labels=batch.labels)
         size, height, width, _ = batch.inputs.shape
         classes = batch.labels.shape[1]
         chance = 1 / classes

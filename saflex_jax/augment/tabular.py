@@ -181,6 +181,7 @@ def smote(*, probability: float = 1.0) -> Augment:
 
 def classmates(key: jax.Array, batch: Batch) -> jax.Array:
     """i32[B], for each row another unmasked one of its class, drawn uniformly; itself if alone."""
+    checks.soft(labels=batch.labels)
     size, classes = batch.labels.shape
     label = jnp.where(batch.mask, jnp.argmax(batch.labels, 1), classes)  # padding: apart
     order = jnp.argsort(label, stable=True)  # classes are runs of it

@@ -33,7 +33,11 @@ def at_least_f32(logits: jax.Array) -> jax.Array:
 
     Args:
       logits: f[...].
+
+    Raises:
+      ValueError: another thing, such as (logits, state).
     """
+    checks.arrays(logits=logits)
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 

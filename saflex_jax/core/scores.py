@@ -407,9 +407,14 @@ def score(
 
     Raises:
       ValueError: shapes disagree, no validation sample, labels outside the simplex, parameters that
-        are not floats, or a network of one logit.
+        are not floats, a network of one logit, or an argument that is no function or no array.
     """
     check(mode, compute_dtype)
+    checks.function("(params, inputs) -> logits [B, K]", 2, logits_fn=logits_fn)
+    checks.function("(matvec, rhs) -> (x, info), such as cg_solve()", 2, solve=solve)
+    if predicate is not None:
+        checks.function("of a path, such as under('head')", 1, predicate=predicate)
+    checks.arrays(val_labels=val_labels)
     checks.rows(jax.tree.leaves(inputs)[0].shape[0], mask=mask)
     number = jax.tree.leaves(val_inputs)[0].shape[0]
     checks.rows(number, val_mask=val_mask)

@@ -107,12 +107,13 @@ def solve_targets(
       the loss shows it instead of silently dropping samples.
 
     Raises:
-      ValueError: shapes disagree; fewer than two classes; temperature <= 0; negative
+      ValueError: no arrays; shapes disagree; fewer than two classes; temperature <= 0; negative
         prior_strength or tolerance; an unknown option; and, on concrete arrays, scores not finite
         or prior not in the simplex.
 
     Source: SAFLEX (ICLR 2024), section 4; scale, tolerance and anchor are this project's.
     """
+    checks.arrays(scores=scores, prior=prior)
     checks.same_shape(scores=scores, prior=prior)
     checks.whole(2, num_classes=prior.shape[1])
     checks.rows(scores.shape[0], mask=mask)
