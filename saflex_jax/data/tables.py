@@ -14,13 +14,17 @@ import numpy as np
 
 from saflex_jax import checks
 
-MISSING = ("?", "", "NA", "NaN", "nan", "<null>", "null")
+# Not "None": it may be a category, as in "how many of them: none".
+MISSING = ("?", "", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "<null>")
 DIRECTIVES = ("@relation", "@attribute", "@input", "@inputs", "@output", "@outputs", "@data")
 ATTRIBUTE = re.compile(r"""@attribute\s+('[^']*'|"[^"]*"|[^\s{]+)\s*(.*)""", re.I)
 NUMERIC = re.compile(r"(real|integer|numeric)\s*(\[.*\])?", re.I)  # KEEL adds the range
 QUOTED = re.compile(r"""b?(['"])(.*)\1""", re.S)  # 'x', "x", and the literal b'x'
 CSV: dict[str, Any] = {"skipinitialspace": True}
 ARFF: dict[str, Any] = {"skipinitialspace": True, "quotechar": "'", "escapechar": "\\"}
+
+
+LEFT_OUT = "remove it from the file, or name it in read_table(drop=...)"
 
 
 class Column(NamedTuple):
@@ -115,8 +119,8 @@ def read_table(
     features = [i for i in range(len(names)) if i != target and i not in dropped]
     if target in dropped or not features:
         raise ValueError(
-            f"{path} must have the label and one more column, comma-separated, that `drop` leaves; "
-            f"given {len(names)} columns, label {names[target]!r} and drop {drop}"
+            f"{path} must have the label and one more column; given {_counted(names)}, label "
+            f"{names[target]!r}{f' and drop {drop}' if drop else ''}"
         )
 
     kinds = declared or [None] * len(names)
@@ -393,6 +397,7 @@ def _cells(
         if len(row) != width:
             raise ValueError(
                 f"{path}, line {at[end - 1]}: a row must have {width} values; given {len(row)}"
+                + "; the first line has no comma: do ';' or tabs part its values?" * (width == 1)
             )
         rows.append([same.setdefault(cell, cell) for cell in row])
         ends.append(at[end - 1])
@@ -419,6 +424,12 @@ def _place(path: str | os.PathLike, argument: str, given: str | int, names: list
     )
 
 
+def _counted(names: Sequence[str]) -> str:
+    """How many columns there are, and why there may be but one."""
+    one = "one column (commas part values: if ';' or tabs do in this file, save it with commas)"
+    return one if len(names) == 1 else f"{len(names)} columns"
+
+
 def _feature(
     where: _Where, cells: _Cells, declared: Column | None, nominal: bool
 ) -> tuple[tuple[str, ...] | None, np.ndarray]:
@@ -429,9 +440,9 @@ def _feature(
     else:
         values = _numbers(where, cells)
     if np.isnan(values).all():
-        raise ValueError(f"{where} must have values, all are missing; name it in `drop`")
+        raise ValueError(f"{where} must have values, all are missing; {LEFT_OUT}")
     if (values == values[0]).all():
-        raise ValueError(f"{where} must not be constant; name it in `drop`")
+        raise ValueError(f"{where} must not be constant; {LEFT_OUT}")
     return categories, values
 
 
@@ -441,7 +452,7 @@ def _numbers(where: _Where, cells: _Cells) -> np.ndarray:
         value = next(v for v in cells.values if isinstance(v, str))
         where.check(~texts[cells.rows], f"a value must be a number, as declared; given {value!r}")
     numbers = cells.values[cells.rows]
-    where.check(~np.isinf(numbers), "a number must be finite (or named in `missing`)")
+    where.check(~np.isinf(numbers), "a number must be finite; leave it empty if it is missing")
     return numbers
 
 

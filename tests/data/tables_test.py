@@ -257,6 +257,14 @@ def test_missing_values_are_what_the_caller_says(tmp_path):
     np.testing.assert_array_equal(read_table(path).values, [[1, -9], [-9, 2], [3, 5]])
 
 
+def test_what_says_that_a_number_is_missing_makes_no_category(tmp_path):
+    texts = ["N/A", "n/a", "#N/A", "<NA>", "NULL", "null", "NA", "?", "", "nan"]
+    rows = [f"{text},u,{'ab'[i % 2]}\n" for i, text in enumerate(texts)]
+    table = read_table(write(tmp_path / "t", "1,None,a\n2,u,b\n" + "".join(rows)))
+    assert table.columns == (Column("column0", None), Column("column1", ("None", "u")))
+    np.testing.assert_array_equal(table.values[:, 0], [1, 2, *[NAN] * len(texts)])
+
+
 def test_one_value_and_missing_ones_are_two_values(tmp_path):
     table = read_table(write(tmp_path / "t", "5,u,a\n?,u,b\n5,?,b\n"))
     np.testing.assert_array_equal(table.values, [[5, 0], [NAN, 0], [5, NAN]])
@@ -274,7 +282,8 @@ ATTRIBUTES = "@relation r\n@attribute n real\n@attribute k {red,blue}\n@attribut
         ("a,b,c\n", {}, "must be a table with rows; given none"),
         (ATTRIBUTES, {}, "must be a table with rows; given none"),
         ("1,2\0,3\n4,5,6\n", {}, "t.csv must be a text table; it holds zero bytes"),
-        ("1 2 3\n4 5 6\n", {}, r"must have the label and one more column, comma-separated"),
+        ("1 2 3\n4 5 6\n", {}, r"must have the label and one more column; given one column .*';'"),
+        ("x;y\n0,9;1\n", {}, "line 2: a row must have 1 values; given 2; .* do ';' or tabs part"),
         ("1,2,3\n\n4,5\n", {}, "t.csv, line 3: a row must have 3 values; given 2"),
         ("1,2,3\n4,5,6,\n", {}, "line 2: a row must have 3 values; given 4"),
         ("a,b,c\n1,2\n3,4\n", {}, "line 2: a row must have 3 values; given 2"),
@@ -283,14 +292,14 @@ ATTRIBUTES = "@relation r\n@attribute n real\n@attribute k {red,blue}\n@attribut
         (ATTRIBUTES + "1,red,0\n%\n2,1\n", {}, "line 8: a row must have 3 values; given 2"),
         (ATTRIBUTES + "1,red\n2,blue\n", {}, "line 6: a row must have 3 values; given 2"),
         ("a,a,c\n1,2,0\n3,4,1\n", {}, "columns of different names; two are called 'a'"),
-        ("a,b,c\n1,5,0\n3,5,1\n", {}, "t.csv, column 'b' must not be constant; .*`drop`"),
-        ("a,b,c\n1,u,0\n3,u,1\n", {}, "column 'b' must not be constant; name it in `drop`"),
+        ("a,b,c\n1,5,0\n3,5,1\n", {}, "t.csv, column 'b' must not be constant; remove .*drop="),
+        ("a,b,c\n1,u,0\n3,u,1\n", {}, "column 'b' must not be constant; remove it"),
         (ATTRIBUTES + "1,red,0\n2,red,1\n", {}, "column 'k' must not be constant"),
-        ("a,b,c\n1,?,0\n3,NA,1\n", {}, "column 'b' must have values, all are missing; .*`drop`"),
+        ("a,b,c\n1,?,0\n3,NA,1\n", {}, "column 'b' must have values, all are missing; remove it"),
         ("a,b,c\n1,2,0\n\n3,4,?\n", {}, "column 'c', line 4: the label must not be missing"),
         ("a,b,c\n1,2,0\n3,4,0.0\n", {}, "column 'c' must have two or more classes; given '0'"),
         (ATTRIBUTES + "1,red,1\n2,blue,1\n", {}, "two or more classes; given '1' alone"),
-        ("a,b,c\n1,2,0\n3,-inf,1\n", {}, "column 'b', line 3: a number must be finite"),
+        ("a,b,c\n1,2,0\n3,-inf,1\n", {}, "column 'b', line 3: a number must be finite; leave"),
         (ATTRIBUTES + "1,red,0\n?,blue,1\nx,red,1\n", {}, "'n', line 8: .* declared; given 'x'"),
         (
             ATTRIBUTES + "1,red,0\n2,bleu,1\n",
