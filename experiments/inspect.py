@@ -3,15 +3,18 @@
     saflex inspect NAME... [--data_dir=data] [--size=0] [--sheets=runs/inspect]
 
 NAME as in `config.data.name`. The splits are those of a run: the official ones; a missing one is
-held out of training, a fifth by class, seed 0. A copy is an input that equals another one, bit for
+held out of training, a fifth by class, seed 0. Images of an own folder have the size and the
+channels that `saflex train --data` gives them. A copy is an input that equals another one, bit for
 bit; a run removes copies of val and test samples from training. Exits with 1 if any is left.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,8 @@ from absl import app, flags, logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import command_line, style, task
-from experiments.configs import sources
+from experiments import command_line, opening, style, task
+from experiments.configs import own, sources
 from saflex_jax import data
 from saflex_jax.data.splits import chunks
 
@@ -28,7 +31,7 @@ _DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets are.")
 _SIZE = flags.DEFINE_integer("size", 0, "Pixels that images are resized to; 0 = not resized.")
 _SHEETS = flags.DEFINE_string("sheets", "runs/inspect", "Contact sheets go here.")
 ROWS, COLUMNS = 12, 8  # of a contact sheet: classes (or columns of a table), samples of each
-MOST = 20  # values that are listed of a further label set
+MOST = 20  # values that are listed of a column or a further label set
 PARTS = 5  # without an official split 1 / PARTS of the training samples is held out
 
 
@@ -77,10 +80,15 @@ def describe_columns(source: data.Source) -> list[str]:
         text = f"{known.min():g} to {known.max():g}, mean {known.mean():.5g}"
         if column.categories is not None:
             counts = np.bincount(known.astype(int), minlength=len(column.categories))
-            text = ", ".join(f"{c} {n}" for c, n in zip(column.categories, counts))
+            text = _counted(column.categories, counts)
         missing = 1 - len(known) / len(values)
         lines.append(f"  {column.name:24} {text}" + (f"; {missing:.1%} missing" if missing else ""))
     return lines
+
+
+def _counted(values: Sequence, counts: np.ndarray) -> str:
+    text = ", ".join(f"{value} {number}" for value, number in zip(values[:MOST], counts))
+    return text + (f" and {len(values) - MOST} more" if len(values) > MOST else "")
 
 
 def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str], int]:
@@ -92,7 +100,8 @@ def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str
     has_class = by_class(source)
     lines = [
         f"{name}: {len(source.labels)} samples {source.inputs.dtype}[{shape}], "
-        f"{source.num_classes} classes, {source.task}"
+        f"{source.num_classes} classes, {source.task}",
+        *opening.notes(source),
     ]
     for part, rows in cleaned._asdict().items():
         counts = ", ".join(f"{c} {n}" for c, n in zip(class_names(source), has_class[rows].sum(0)))
@@ -108,9 +117,7 @@ def report(name: str, source: data.Source, prints: np.ndarray) -> tuple[list[str
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) == len(values):  # names of files
             continue
-        counted = ", ".join(f"{v} {n}" for v, n in zip(distinct[:MOST], counts))
-        more = f" and {len(distinct) - MOST} more" if len(distinct) > MOST else ""
-        lines.append(f"{extra}: {counted}{more}")
+        lines.append(f"{extra}: {_counted(distinct, counts)}")
     lines.append("copies: " + ", ".join(f"{n} {place}" for place, n in before.items()))
     lines.append(f"removed: {removed['train']} of train, {removed['val']} of val")
     leak = sum(n for place, n in after.items() if not place.startswith("within"))
@@ -172,7 +179,9 @@ def main(argv: list[str]) -> None:
     leaks = 0
     for name in argv[1:]:
         task.check(ConfigDict(sources.section(name)))
-        source, prints = task.task_source("", name, _DIR.value, _SIZE.value, "", False)
+        read = own.as_read(pathlib.Path(name)) if task.is_own(name) and os.path.isdir(name) else {}
+        size, channels = _SIZE.value or read.get("size", 0), read.get("channels", 0)
+        source, prints = task.task_source("", name, _DIR.value, size, "", False, channels)
         lines, leak = report(name, source, prints)
         leaks += leak
         print("\n".join(lines))

@@ -51,7 +51,7 @@ def get_config(path: str = "digits") -> ConfigDict:
         if {name} & {*data.SOURCES, *DATASETS}:  # a folder of the name of a known data set
             name = f"./{name}"
         if pathlib.Path(name).is_dir():
-            fields = _as_read(pathlib.Path(name))
+            fields = as_read(pathlib.Path(name))
     section = sources.section(name, **fields)
     source = task.opened(name, *(section[f] for f in ("dir", "size", "task")), False,
                          section["channels"])  # fmt: skip
@@ -82,8 +82,12 @@ def _rule(section: Mapping[str, Any]) -> dict:
     return {} if section["train_on_val"] else {"rule": {"noise_rate": UNKNOWN}}
 
 
-def _as_read(folder: pathlib.Path) -> dict[str, int]:
-    """Size and channels that all images of a folder are read with; 0 = as they are."""
+def as_read(folder: pathlib.Path) -> dict[str, int]:
+    """Size and channels that all images of a folder are read with; 0 = as they are.
+
+    Raises:
+      ValueError: a file that is no image; names it.
+    """
     with optional("Pillow"):
         from PIL import Image
 
@@ -95,7 +99,7 @@ def _as_read(folder: pathlib.Path) -> dict[str, int]:
                 shapes[image.size] += 1
                 modes.add(image.mode)
         except OSError as error:
-            raise ValueError(f"--data: {file} is no image: {error}") from error
+            raise ValueError(f"{file} is no image: {error}") from error
     fields = {}
     if len(shapes) > 1 or max(map(max, shapes), default=0) > PIXELS:
         fields["size"] = min(PIXELS, int(np.median([min(shape) for shape in shapes.elements()])))

@@ -15,7 +15,7 @@ from saflex_jax import checks
 from saflex_jax._compat import optional
 
 MOST_PIXELS = 2**26  # 8192 x 8192; decoded, a larger image takes hundreds of megabytes
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Without `channels` a file's own mode decides. With it 8-bit modes are converted as well, which may
 # drop an alpha channel or a colour space; other modes would lose bits and are refused.
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
@@ -178,12 +178,15 @@ def image_rows(
 
 def images_in(folder: pathlib.Path, *, deep: bool = False) -> list[pathlib.Path]:
     """The image files directly in a folder, by name; `deep`: in its folders, too."""
+    files = files_in(folder) if deep else visible(folder)
+    return [file for file in files if file.suffix.lower() in SUFFIXES]
+
+
+def files_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All files in a folder and in its folders, by name, without hidden ones."""
     files = []
     for p in visible(folder):
-        if deep and p.is_dir():
-            files += images_in(p, deep=True)
-        elif p.suffix.lower() in SUFFIXES:
-            files.append(p)
+        files += files_in(p) if p.is_dir() else [p]
     return files
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from saflex_jax import checks
 from saflex_jax._compat import optional
-from saflex_jax.data.images import SUFFIXES, Rows, image_rows, images_in, joined, visible
+from saflex_jax.data.images import SUFFIXES, Rows, files_in, image_rows, images_in, joined, visible
 from saflex_jax.data.tables import Column, read_table
 
 TASKS = ("multiclass", "multilabel", "ordinal")
@@ -46,6 +46,7 @@ class Source(NamedTuple):
       class_names: of the labels; () for none.
       views: f[n, V, ...], several inputs for each of the first n rows, those that may train; None
         if a row is one input.
+      left_out: of a folder, the files in its classes' folders that are no samples.
     """
 
     inputs: np.ndarray | Rows
@@ -57,6 +58,7 @@ class Source(NamedTuple):
     columns: tuple[Column, ...] | None = None
     class_names: tuple[str, ...] = ()
     views: np.ndarray | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def priors(labels: np.ndarray, num_classes: int, task: str = "multiclass") -> np.ndarray:
@@ -290,7 +292,8 @@ def from_folder(
     """Image files [SPLIT/]CLASS/FILE, decoded on access; SPLIT is train, val or test.
 
     Classes are the names of the folders, sorted, over all splits. `extra["file"]` has the files'
-    names, from the folder on. Hidden names, such as `.ipynb_checkpoints`, are skipped.
+    names, from the folder on. Hidden names, such as `.ipynb_checkpoints`, are skipped. `left_out`
+    names files of other kinds (by their suffix) and all in folders of a class's folder.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -315,7 +318,7 @@ def from_folder(
     """
     root = pathlib.Path(path)
     named = [s for s in SPLITS if (root / s).is_dir()]
-    files, folders, sizes = [], [], {}
+    files, folders, sizes, left_out = [], [], {}, []
     others = [p.name for p in visible(root) if p.is_dir() and p.name not in named]
     if named and others:
         raise ValueError(f"{root} must hold splits {SPLITS} or classes; given {named} and {others}")
@@ -326,6 +329,7 @@ def from_folder(
             if not images:
                 raise ValueError(f"{folder} must hold images {SUFFIXES}; given none")
             files += images
+            left_out += sorted({*files_in(folder)} - {*images})
             folders += [folder.name] * len(images)
         sizes[top.name] = len(files) - before
     if not files:
@@ -333,7 +337,9 @@ def from_folder(
     names, labels = np.unique(folders, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{root} must hold at least two classes; given {names.tolist()}")
-    relative = [file.relative_to(root).as_posix() for file in files]
+    relative, others = (
+        [file.relative_to(root).as_posix() for file in part] for part in (files, left_out)
+    )
     return Source(
         image_rows(files, size=size, channels=channels),
         labels,
@@ -341,6 +347,7 @@ def from_folder(
         splits=ranges(sizes) if named else {},
         extra={"file": np.array(relative)},
         class_names=tuple(names.tolist()),
+        left_out=tuple(others),
     )
 
 

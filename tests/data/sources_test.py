@@ -207,6 +207,7 @@ def test_folder_with_splits(tmp_path):
     pixels = [save(tmp_path / name, seed) for seed, name in enumerate(names)]
     (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
     source = data.from_folder(tmp_path)
+    assert source.left_out == ("train/dog/notes.txt",)
     assert source.class_names == ("cat", "dog") and source.num_classes == 2
     np.testing.assert_array_equal(source.labels, [0, 1, 1, 0])
     assert source.splits["train"].tolist() == [0, 1, 2] and source.splits["test"].tolist() == [3]
@@ -249,13 +250,22 @@ def test_hidden_files_and_folders_of_a_folder_are_skipped(tmp_path, split):
 
 
 def test_files_are_decoded_in_the_order_asked_for_whatever_the_case_of_their_suffix(tmp_path):
-    pixels = [save(tmp_path / c / f"{n}.{s}", n) for n, (c, s) in enumerate(zip("aab", SUFFIXES))]
-    places = [2, 0, 1, 0]
-    inputs = data.from_folder(tmp_path).inputs
+    pixels = [save(tmp_path / c / f"{n}.{s}", n) for n, (c, s) in enumerate(zip("aabbb", SUFFIXES))]
+    places = [2, 4, 0, 3, 1, 0]
+    inputs = data.from_folder(tmp_path, channels=1).inputs
     np.testing.assert_array_equal(inputs[places][..., 0], np.array(pixels)[places])
 
 
-SUFFIXES = ("png", "PNG", "Bmp")
+SUFFIXES = ("png", "PNG", "Bmp", "gif", "TIF")
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path):
+    for name in ("a/0.png", "b/0.png", "b/more/1.png"):
+        save(tmp_path / name, 0)
+    for name in ("notes.txt", "a/0.svg", "a/.DS_Store"):
+        (tmp_path / name).write_text("no image")
+    source = data.from_folder(tmp_path)
+    assert len(source.labels) == 2 and source.left_out == ("a/0.svg", "b/more/1.png")
 
 
 def test_modes_of_images_become_grey_or_colour(tmp_path):

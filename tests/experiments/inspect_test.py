@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from absl import flags
+from PIL import Image
 
 from experiments import inspect, task
 from saflex_jax import data
@@ -86,6 +87,22 @@ def test_what_is_left_between_splits_is_a_leak_and_counts_are_of_what_trains(tmp
     monkeypatch.setattr(data, "without_copies", lambda split, _: (split, {"train": 0, "val": 0}))
     lines, leak = inspect.report("mnist", source, prints)
     assert leak >= 2 and lines[-1] == f"left between splits: {leak}"
+
+
+def test_a_folder_is_read_as_train_reads_it(tmp_path, capsys):
+    for row in range(20):
+        file = tmp_path / "odd" / "ab"[row % 2] / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        levels = np.random.default_rng(row).integers(0, 256, (4 + row % 3, 5), dtype=np.uint8)
+        Image.fromarray(levels).convert("L" if row == 3 else "RGB").save(file)
+    (tmp_path / "odd" / "a" / "notes.txt").write_text("no image")
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["inspect", f"--sheets={tmp_path}"])
+    with pytest.raises(SystemExit) as stopped:
+        inspect.main(["inspect", str(tmp_path / "odd")])
+    first, note, *_ = capsys.readouterr().out.split("\n")
+    assert not stopped.value.code and "20 samples uint8[5x5x3]" in first
+    assert "1 file left out" in note and note.endswith(": a/notes.txt")
 
 
 @pytest.mark.parametrize("leak", [0, 3])

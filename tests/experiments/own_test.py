@@ -76,7 +76,7 @@ def test_images_of_several_sizes_and_kinds_are_made_alike(tmp_path):
     assert task.make_data(config).pools.candidates.inputs.shape[1:] == (64, 64, 3)
     assert len(config.model.widths) == 5
     (tmp_path / "b" / "y.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"--data: .*y.png is no image"):
+    with pytest.raises(ValueError, match=r"b/y.png is no image"):
         own.get_config(str(tmp_path))
 
 
@@ -249,6 +249,20 @@ def test_wrong_and_unchecked_labels_are_said_first(images, tmp_path):
     assert "25% OF THE TRAINING LABELS MADE WRONG, symmetric (config.data.noise=0.25)" in first
     assert len(said(digits.get_config())) == 1 and "40%" in said(digits.get_config())[0]
     assert "30 columns; 309 train, 60 are trusted, 200 test" in said(wdbc.get_config())[0]
+
+
+def test_what_is_probably_not_meant_is_said(tmp_path):
+    rows = [f"{n}.5,p{n},{'uv'[n % 2]},{n % 7},{'yz'[n % 2]}" for n in range(40)]
+    rows[3] = "unknown,p3,u,1,z"
+    file = named(tmp_path / "t.csv", "size,id,kind,count,label", *rows)
+    config = own.get_config(file)
+    first, size, names, _ = opening.lines(config, task.make_data(config)).split("\n")
+    assert "rows of 4 columns (1 number, 3 categories)" in first
+    assert "'size' is read as 40 categories, all numbers but 1: 'unknown'. If" in size
+    assert "'id' has 40 categories in 40 rows" in names
+    source = data.Source(None, np.zeros(2), 2, left_out=("a/0.svg", "a/b/1.png"))
+    assert "2 files left out" in opening.notes(source)[0] and not opening.notes(data.wdbc())
+    assert opening.notes(source)[0].endswith("folder of a class: a/0.svg, a/b/1.png")
 
 
 def test_data_and_trusted_stand_for_fields():
