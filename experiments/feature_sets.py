@@ -26,9 +26,11 @@ def feature_set(name: str, folder: str, tag: str) -> data.Features:
     """The set TAG of a data set; NAME@TAG names one of another tag.
 
     Raises:
-      ValueError: it was not computed (says how).
+      ValueError: no tag; it was not computed (says how).
     """
     name, _, own = name.partition("@")
+    if not (own or tag):
+        raise ValueError(f"a set of features must be named NAME@TAG; given {name!r}")
     return data.from_features(feature_folder(folder, name, own or tag))
 
 

@@ -4,7 +4,8 @@
     saflex predict --workdir=runs/mine --source=FOLDER
 
 --source is a data set as in `config.data.name`, or a folder with nothing but images: inputs of the
-run's shape, or a table with its columns and a label behind them, read as the run reads its own.
+run's shape, or a table with its columns, and a label behind them or none, read as the run reads its
+own.
 Columns of what is written: row, file of a folder, predicted, class where
 classes have names, probability, p0 to pK-1, and label where the source has the same classes.
 """
@@ -32,7 +33,7 @@ def predictions(run: finished.Run, source: str, folder: str) -> dict[str, np.nda
     section, own_source = run.config.data, run.data.source
     if section.features:
         raise ValueError("--workdir must be of a run on images or a table; given one on features")
-    found = _opened(source, section, folder or section.dir)
+    found = _opened(source, section, folder or section.dir, own_source.columns)
     own = own_source.inputs.shape[1:]
     if tuple(found.inputs.shape[1:]) != tuple(own):
         raise ValueError(
@@ -80,9 +81,16 @@ def _encoded(run: finished.Run, found: data.Source) -> Any:
     return data.fit_encoder(np.asarray(source.inputs)[split.train], columns)(values)
 
 
-def _opened(source: str, section: ConfigDict, folder: str) -> data.Source:
-    """The data set; images directly in a folder are one without labels."""
+def _opened(
+    source: str, section: ConfigDict, folder: str, columns: tuple[data.Column, ...] | None
+) -> data.Source:
+    """The data set; images directly in a folder have no labels, nor has a table of `columns`."""
     path = pathlib.Path(source)
+    if columns and path.is_file() and path.suffix.lower() in task.TABLES:
+        table = data.read_table(path, label=None)
+        if [c.name for c in table.columns] == [c.name for c in columns]:
+            unlabelled = np.empty((len(table.values), 0))
+            return data.Source(table.values, unlabelled, 0, columns=table.columns)
     images = data.images.images_in(path) if path.is_dir() else []
     if not images:
         task.check_name(source, "--source")

@@ -239,10 +239,15 @@ def opened(
         source = data.from_prepared(pathlib.Path(folder) / name, size=shape)
     elif path.is_dir():
         source = data.from_folder(path, size=shape, channels=channels or None)
-    elif path.suffix in TABLES:
+    elif path.suffix.lower() in TABLES:
         source = data.from_table(path)
-    else:
+    elif path.suffix.lower() == ".npz":
         source = data.from_npz(path)
+    else:
+        raise ValueError(
+            f"{name} must be a folder of images, an .npz file or a comma-separated table "
+            f"({', '.join(TABLES)}); given {f'a file {path.suffix}' if path.suffix else 'a file'}"
+        )
     if task and (source.labels.ndim > 1 or source.task not in ("multiclass", task)):
         raise ValueError(
             f"config.data.task must be '' for {name}, a {source.task} one; given {task!r}"

@@ -165,6 +165,28 @@ def npz(path, label):
     np.savez(path, **arrays)
 
 
+def test_own_files_of_another_kind(tmp_path):
+    floats, labels = np.zeros((4, 2, 2)), np.array(["a", "b", "b", "a"])
+    for name, content, message in (
+        ("x.npz", {"X": floats, "y": labels}, r": it has \['X', 'y'\]$"),
+        ("x.npz", {"images": floats, "labels": labels.astype(object)}, r"texts, .astype\(str\)"),
+        (
+            "x.npz",
+            {"images": floats + np.nan, "labels": labels},
+            r"images must .* at \[0, 0, 0, 0\]",
+        ),
+        ("x.tsv", "a\tb\n", r"a comma-separated table \(.csv, .*; given a file .tsv"),
+        ("x.parquet", "PAR1", "an .npz file or .* given a file .parquet"),
+    ):
+        file = tmp_path / name
+        if isinstance(content, str):
+            file.write_text(content)
+        else:
+            np.savez(file, **content)
+        with pytest.raises(ValueError, match=message):
+            task.opened(str(file), "", 0, "", False)
+
+
 def test_npz_files(tmp_path):
     path = tmp_path / "x.npz"
 
@@ -178,7 +200,7 @@ def test_npz_files(tmp_path):
         np.save(file, FLOATS)
     refused("it is no zip archive")
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("train_images.npy", header(10**12, 8, 8))
+        archive.writestr("labels.npy", header(10**12, 8, 8))
     refused("Unable to allocate")
     npz(path, 10**9)
     refused("fewer classes than its 6 samples, from 0 on; given a label of 1000000000")

@@ -2,7 +2,7 @@
 
 A folder with features.json and arrays. The rows that may train or validate come first, each under V
 views; the rows of the official test split follow, unaugmented. `create` and `writable` serve the
-program that fills a set (`python -m experiments.features`); `from_features` reads it.
+program that fills a set (`saflex features`); `from_features` reads it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def read_options(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def from_features(path: str | os.PathLike) -> Features:
-    """The feature set in a folder, as `python -m experiments.features` makes it.
+    """The feature set in a folder, as `saflex features` makes it.
 
     An example is at `create`.
 
@@ -208,8 +208,7 @@ def _described(root: pathlib.Path) -> dict[str, Any]:
         return about
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{root} must be a feature set: python -m experiments.features {root.parent.name} "
-            f"makes one; {error}"
+            f"{root} must be a feature set; `saflex features {root.parent.name}` makes one: {error}"
         ) from error
 
 

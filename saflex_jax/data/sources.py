@@ -187,24 +187,30 @@ def from_npz(path: str | os.PathLike, *, task: str | None = None) -> Source:
     checks.choice(("multiclass", "ordinal"), task=task or "multiclass")
     try:
         with np.load(path) as file:
-            if plain := "labels" in file:
-                arrays = {name: file[name] for name in file}
-            else:
-                images = [file[f"{split}_images"] for split in SPLITS]
-                labels = [file[f"{split}_labels"] for split in SPLITS]
+            wanted = [f"{split}_{kind}" for kind in ("images", "labels") for split in SPLITS]
+            plain, missing = "labels" in file, [name for name in wanted if name not in file]
+            if missing and not plain:
+                raise ValueError(
+                    f"it has {sorted(file)}"
+                    + f", and no {', '.join(missing)}" * (len(missing) < len(wanted))
+                )
+            arrays = {name: file[name] for name in (file if plain else wanted)}
     except FileNotFoundError:
         raise
     except (
-        *(KeyError, OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError),
+        *(OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError),
         zipfile.BadZipFile,
     ) as error:
         reason = error if zipfile.is_zipfile(path) else "it is no zip archive"
+        if "allow_pickle" in str(reason):
+            reason = "it holds Python objects; of texts, .astype(str) makes an array"
         raise ValueError(
             f"{path} must be an .npz file with labels and images or features, or with "
             f"{{train,val,test}}_{{images,labels}}: {reason}"
         ) from error
     if plain:
         return _from_arrays(path, arrays, task)
+    images, labels = ([arrays[f"{s}_{kind}"] for s in SPLITS] for kind in ("images", "labels"))
     pixels, width = images[0].shape[1:], labels[0].shape[1:]
     for split, x, y in zip(SPLITS, images, labels):
         arrays_fit = x.dtype == np.uint8 and y.dtype.kind in "biu" and len(x) == len(y) > 0
@@ -265,6 +271,7 @@ def _from_arrays(
             f"{kinds[0]}; given {labels.dtype}{list(labels.shape)}"
         )
     if kinds == ["images"] and inputs.dtype.kind == "f":
+        checks.finite(**{f"{path}: images": inputs})
         checks.pixels(**{f"{path}: images": inputs})
     names, labels = np.unique(labels, return_inverse=True)
     if len(names) < 2:

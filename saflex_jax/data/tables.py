@@ -63,7 +63,7 @@ class Table(NamedTuple):
 def read_table(
     path: str | os.PathLike,
     *,
-    label: str | int = -1,
+    label: str | int | None = -1,
     header: bool | None = None,
     categorical: Sequence[str | int] = (),
     drop: Sequence[str | int] = (),
@@ -89,7 +89,9 @@ def read_table(
 
     Args:
       path: the file.
-      label: name or number of the label's column; -1 = KEEL's @output or else the last column.
+      label: name or number of the label's column; -1 = KEEL's @output or else the last column;
+        None = there is none, as in a table to predict: all labels are -1, there is no class, and
+        a column may be constant.
       header: whether the first line of a CSV names the columns. None = it does if it has a text in
         some column whose other lines are all numbers or missing; so a table without numeric columns
         needs True.
@@ -113,30 +115,30 @@ def read_table(
     if label == -1 and len(outputs) > 1:
         raise ValueError(f"label must be one of the outputs {outputs} of {path}; given none")
     label = outputs[0] if label == -1 and outputs else label
-    target = _place(path, "label", label, names)
+    target = None if label is None else _place(path, "label", label, names)
     dropped = {_place(path, "drop", c, names) for c in drop}
     nominal = {_place(path, "categorical", c, names) for c in categorical}
     features = [i for i in range(len(names)) if i != target and i not in dropped]
     if target in dropped or not features:
+        named = "no label" if target is None else f"label {names[target]!r}"
         raise ValueError(
-            f"{path} must have the label and one more column; given {_counted(names)}, label "
-            f"{names[target]!r}{f' and drop {drop}' if drop else ''}"
+            f"{path} must have the label and one more column; given {_counted(names)}, {named}"
+            + f" and drop {drop}" * bool(drop)
         )
 
     kinds = declared or [None] * len(names)
     where = [_Where(path, name, at) for name in names]
-    categories = kinds[target] and kinds[target].categories
-    class_names, labels = _codes(where[target], cells[target], categories)
-    where[target].check(~np.isnan(labels), "the label must not be missing")
-    if len(np.unique(labels)) < 2:
-        given = class_names[int(labels[0])]
-        raise ValueError(f"{where[target]} must have two or more classes; given {given!r} alone")
-
+    class_names: tuple[str, ...] = ()
+    labels = np.full(len(at), -1)
+    if target is not None:
+        class_names, labels = _classes(where[target], cells[target], kinds[target])
     columns, values = [], np.empty((len(labels), len(features)))
     for j, i in enumerate(features):
         categories, values[:, j] = _feature(where[i], cells[i], kinds[i], i in nominal)
+        if target is not None:
+            _check_varies(where[i], values[:, j])
         columns.append(Column(names[i], categories))
-    return Table(values, labels.astype(np.int64), tuple(columns), class_names)
+    return Table(values, labels, tuple(columns), class_names)
 
 
 def category_sizes(columns: Sequence[Column]) -> tuple[int, ...]:
@@ -430,20 +432,36 @@ def _counted(names: Sequence[str]) -> str:
     return one if len(names) == 1 else f"{len(names)} columns"
 
 
+def _classes(
+    where: _Where, cells: _Cells, declared: Column | None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of the classes, and the labels int64[N]."""
+    names, labels = _codes(where, cells, declared and declared.categories)
+    where.check(~np.isnan(labels), "the label must not be missing")
+    if len(np.unique(labels)) < 2:
+        raise ValueError(
+            f"{where} must have two or more classes; given {names[int(labels[0])]!r} alone"
+        )
+    return names, labels.astype(np.int64)
+
+
 def _feature(
     where: _Where, cells: _Cells, declared: Column | None, nominal: bool
 ) -> tuple[tuple[str, ...] | None, np.ndarray]:
-    """The categories (None = numeric) and the values f64[N] of a column; raises if constant."""
+    """The categories (None = numeric) and the values f64[N] of a column."""
     categories = declared and declared.categories
     if categories or nominal or (declared is None and not cells.numeric):
         categories, values = _codes(where, cells, categories)
     else:
         values = _numbers(where, cells)
+    return categories, values
+
+
+def _check_varies(where: _Where, values: np.ndarray) -> None:
     if np.isnan(values).all():
         raise ValueError(f"{where} must have values, all are missing; {LEFT_OUT}")
     if (values == values[0]).all():
         raise ValueError(f"{where} must not be constant; {LEFT_OUT}")
-    return categories, values
 
 
 def _numbers(where: _Where, cells: _Cells) -> np.ndarray:

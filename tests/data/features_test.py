@@ -80,7 +80,7 @@ def test_the_scale_is_that_of_the_training_rows(folder):
 
 
 def test_what_is_no_feature_set_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"must be a feature set: python -m experiments\.features"):
+    with pytest.raises(ValueError, match=r"must be a feature set; .saflex features"):
         data.from_features(tmp_path / "other")
     about = folder / features.DESCRIPTION
     about.write_text(json.dumps(json.loads(about.read_text()) | {"format": 2}))

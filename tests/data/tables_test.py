@@ -245,6 +245,12 @@ def test_columns_are_left_out_unread(tmp_path):
     assert read_table(path, drop=["1"]).columns == (Column("2", None),)
 
 
+def test_a_table_may_have_no_label(tmp_path):
+    table = read_table(write(tmp_path / "t", "n,k,m\n3,a,?\n4,a,?\n"), label=None)
+    columns = (Column("n", None), Column("k", ("a",)), Column("m", None))
+    assert_same(table, columns, [[3, 0, NAN], [4, 0, NAN]], [-1, -1], ())
+
+
 def test_missing_values_are_what_the_caller_says(tmp_path):
     path = write(tmp_path / "t", "1,-9,a\n-9,2,b\n3,5,a\nnan,?,b\n")
     table = read_table(path, missing=["-9"])

@@ -229,6 +229,7 @@ def test_a_damaged_line_of_metadata_is_named_and_nothing_is_written(arrays, line
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--workdir=nowhere"], "finished run"), (["--features=no.npz"], "npz file of arrays"),
+     (["--features=cifar10n"], "must be named NAME@TAG; given 'cifar10n'"),
      (["--features=nothing@crop", "--data_dir=no"], "no/features/nothing/crop must be a feature"),
      (["--workdir=nowhere", "--data_dir=no"], "--data_dir does not go with --workdir; given no"),
      (["--workdir=nowhere", "--trusted=5"], "--trusted does not go with --workdir"),

@@ -403,5 +403,8 @@ def test_what_does_not_go_with_features_is_said_before_anything_is_compiled(sets
 
 
 def test_a_set_that_was_not_computed_is_named(sets):
-    with pytest.raises(ValueError, match=r"features/mnist/other must be a feature set: python -m"):
+    with pytest.raises(
+        ValueError,
+        match=r"features/mnist/other must be a feature set; .saflex features mnist. makes",
+    ):
         task.make_data(config(sets, features="other"))

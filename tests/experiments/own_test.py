@@ -121,6 +121,10 @@ def test_a_table_with_categories(tmp_path):
     tested = task.make_split_source(config)[2].test
     right = predicted["predicted"][tested] == predicted["label"][tested]
     assert right.mean() == pytest.approx(scores["accuracy"])
+    bare = named(tmp_path / "bare.csv", *(line[: line.rindex(",")] for line in open(few)))
+    found = predict.predictions(run, bare, "")
+    np.testing.assert_array_equal(found["p0"], again["p0"])
+    assert "label" in again and "label" not in found
     other = named(tmp_path / "other.csv", "alcohol,smell,kind", *lines)
     with pytest.raises(ValueError, match=r"--source must have the run's columns .*'smell'"):
         predict.predictions(run, other, "")
