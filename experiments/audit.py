@@ -223,7 +223,7 @@ def verdict(table: tables.Table) -> str:
     """How many labels are judged wrong, and where it is known which are, precision and recall.
 
     A row is judged by the posterior of its label where the audit has one: of features by "wrong",
-    of a run by "right" where its rule learned any, else by what the network believes. Trusted
+    of a run by "right" where it learned any, else by what the network believes. Trusted
     samples are left out, and of several draws of a candidate the first counts.
     """
     first = np.unique(table["row"], return_index=True)[1]
@@ -233,7 +233,8 @@ def verdict(table: tables.Table) -> str:
     elif audit_page.has_posterior(table):
         judged, by = table["right"] < 0.5, "more likely wrong than right, by the rule: right < .5"
     else:
-        judged, by = table["believed"] != table["given"], "not what the network believes"
+        judged = table["believed"] != table["given"]
+        by = "not what the network believes; the rule does not judge them"
     asked = ~table["trusted"]
     number = int((judged & asked).sum())
     text = f"{number:,} of {int(asked.sum()):,} labels are {by}"
@@ -248,11 +249,12 @@ def verdict(table: tables.Table) -> str:
 
 
 def _check_options(given: argparse.Namespace) -> None:
-    """Raises ValueError on an option that what is audited has no use for."""
+    """Raises ValueError on an option that what is audited has no use for, and on no folder."""
+    if given.out and given.out.suffix in (".csv", ".parquet", ".html"):
+        raise ValueError(f"--out must be a folder, for the table and the page; given {given.out}")
     of_features = ("labels", "trusted", "pool", "data_dir", "seed")
-    what, others = (
-        ("--workdir", of_features) if given.workdir else ("--features", ("draws", "truth"))
-    )
+    of_runs = ("draws", "truth", "config")
+    what, others = ("--workdir", of_features) if given.workdir else ("--features", of_runs)
     for name in others:
         if getattr(given, name):
             raise ValueError(f"--{name} does not go with {what}; given {getattr(given, name)}")
@@ -270,13 +272,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--truth", default="", help="right labels of a run: FILE,CLASS a line")
     parser.add_argument("--draws", type=int, help="of the run's pipeline, a row each; default: 2")
     parser.add_argument("--data_dir", default="", help="of sets of features; default: data")
-    parser.add_argument("--out", type=pathlib.Path, help="default: --workdir, or runs/audit")
+    parser.add_argument("--config", metavar="FILE", help=finished.CONFIG_HELP)
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="a folder; default: --workdir, or runs/audit"
+    )
     parser.add_argument("--parquet", action="store_true", help="audit.parquet, not audit.csv")
     parser.add_argument("--seed", type=int, default=0, help="of an audit by features")
     given = parser.parse_args(argv)
     out = given.out or given.workdir or pathlib.Path("runs/audit")
     _check_options(given)
     if given.workdir:
+        finished.registered(given.config)
         found = of_run(given.workdir, 2 if given.draws is None else given.draws, given.truth)
     else:
         found = of_features(

@@ -25,6 +25,7 @@ PIXELS = 96  # of a thumbnail, at most
 # columns that a card shows
 TOLD = (
     "file",
+    "data_row",
     "source",
     "draw",
     "operations",
@@ -94,7 +95,7 @@ def standing(table: tables.Table) -> np.ndarray:
 
 
 def has_posterior(table: tables.Table) -> bool:
-    """Whether a run's rule learned how likely the given labels are right."""
+    """Whether a run's rule learned how likely the given labels are right, and doubts any."""
     return "right" in table and bool((table["right"] < 1).any())
 
 
@@ -218,7 +219,7 @@ def _card(table, place: int, why: str, names: Sequence[str], images) -> dict:
     row = int(table["row"][place])
     told = {}
     for name in TOLD:
-        if name in table and str(table[name][place]) not in ("", "nan"):
+        if name in table and str(table[name][place]) not in ("", "nan", "-1"):
             value = table[name][place]
             told[name] = f"{value:.3g}" if isinstance(value, np.floating) else str(value)
     return {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, estimators, tables, task
+from experiments import build, estimators, same_data, tables, task
 from experiments.configs import sources
-from saflex_jax import augment, checks, data, train
+from saflex_jax import augment, checks, configure, data, train
 from saflex_jax.augment.made import MADE
 from saflex_jax.batches import take
 from saflex_jax.core import linear_solve, scores
@@ -26,6 +28,7 @@ from saflex_jax.methods.upstream import drawn
 from saflex_jax.types import Method, Streams, Targets, TrainState
 
 BATCH = 256  # candidates at once
+CONFIG_HELP = "the run's config, where that registers methods, rules or augmentations of your own"
 
 
 class Run(NamedTuple):
@@ -45,8 +48,26 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
       step: of the checkpoint; None = the last.
 
     Raises:
-      ValueError: no finished run there, or one without steps.
+      ValueError: no finished run there, or one without steps; a method, a rule or an augmentation
+        that nobody registered; data that have changed since.
       CheckpointError: no such checkpoint, or a damaged one.
+    """
+    config = read_config(workdir)
+    same_data.check(workdir, config)
+    data = task.make_data(config)
+    method = build.make_method(config, data.pools, data.source.columns)
+    folder = workdir / ("best" if build.keeps_best(config) and step is None else "checkpoints")
+    kept = train.Checkpoints(folder, config=build.settings(config))
+    with contextlib.closing(kept):
+        state, _ = kept.load(build.init_state(config, method, data.pools), step)
+    return Run(config, data, method, state)
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The config of a finished run's folder.
+
+    Raises:
+      ValueError: as `opened`.
     """
     try:
         settings = json.loads((workdir / "result.json").read_text())["config"]
@@ -61,18 +82,35 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
         config.train.keep_best = False
     if estimators.fits(config):
         raise ValueError(f"--workdir must be of a network; given one of {config.model.name}")
-    data = task.make_data(config)
-    method = build.make_method(config, data.pools, data.source.columns)
-    folder = workdir / ("best" if build.keeps_best(config) and step is None else "checkpoints")
-    kept = train.Checkpoints(folder, config=build.settings(config))
-    with contextlib.closing(kept):
-        state, _ = kept.load(build.init_state(config, method, data.pools), step)
-    return Run(config, data, method, state)
+    try:
+        configure.check(config.method.to_dict())
+        augment.parse(config.augment)
+    except ValueError as error:
+        raise ValueError(f"{error}; if a file of yours registers it, say --config=FILE") from error
+    return config
+
+
+def registered(file: str | None) -> None:
+    """Runs a config's file for what it registers; None = nothing of one's own.
+
+    Raises:
+      OSError: no such file.
+      ValueError: no Python file.
+    """
+    if file is None:
+        return
+    spec = importlib.util.spec_from_file_location("config_of_the_run", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config must be a Python file; given {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their types
+    spec.loader.exec_module(module)
 
 
 def add_options(parser: argparse.ArgumentParser, file: str) -> None:
-    """--workdir, --step and --out of a command that writes a table of a run, by default `file`."""
+    """--workdir and the like of a command that writes a table of a run, by default `file`."""
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a finished run")
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--step", type=int, help="of the checkpoint; default: what was tested")
     parser.set_defaults(file=file)
     parser.add_argument("--out", type=pathlib.Path, help=f"default: WORKDIR/{file}")
@@ -80,6 +118,7 @@ def add_options(parser: argparse.ArgumentParser, file: str) -> None:
 
 def write(given: argparse.Namespace, make: Callable[[Run], Mapping[str, np.ndarray]]) -> None:
     """Writes the table that is made of the run, and says where."""
+    registered(given.config)
     file = given.out or given.workdir / given.file
     tables.write(make(opened(given.workdir, given.step)), file)
     print(file)
@@ -164,8 +203,10 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     """The table of a run's candidates, a row for each candidate and draw of its pipeline.
 
     Columns of operations are texts: "shift 2.0 | flip 1.0". "clean" and "bad" are there where it is
-    known of some labels that they are wrong, "file" where rows are files, "given_class" and
-    "learned_class" where classes have names.
+    known of some labels that they are wrong, "right", the probability that the given label is,
+    where the run learned one, "given_class" and "learned_class" where classes have names. "row" is
+    a place among the candidates; of the data "file" says which it is, or where rows are no files
+    "data_row", counted from 0, and -1 where it is none.
 
     Raises:
       ValueError: as `look`; no draw; a run whose labels were hidden.
@@ -178,6 +219,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     number = len(given)
     trusted = np.arange(number) >= number - build.run_info(run.config, data.pools).num_trusted
     known = {"clean": data.clean_labels, "bad": data.wrong} if data.wrong.any() else {}
+    judges = configure.learns_posterior(run.config.method.to_dict())
     for draw, found in enumerate(look(run, draws)):
         labels, weights = found.targets.labels, found.targets.weights
         learned = labels.argmax(1)
@@ -189,7 +231,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
             "probability": labels.max(1),
             "weight": weights,
             "utility": found.utility,
-            "right": (1 + found.targets.utility) / 2,
+            **({"right": (1 + found.targets.utility) / 2} if judges else {}),
             "believed": found.believed.argmax(1),
             "trusted": trusted,
             **known,
@@ -217,9 +259,9 @@ def _classes(source: data.Source, **labels: np.ndarray) -> dict[str, np.ndarray]
 
 
 def _files(made: task.Data) -> dict[str, np.ndarray]:
-    """The files of candidates of a folder; no column where there are none."""
+    """Which files of the data set candidates are, or which rows where it has no files."""
     if "file" not in made.source.extra:
-        return {}
+        return {"data_row": made.rows}
     return {"file": np.where(made.rows < 0, "", made.source.extra["file"][made.rows])}
 
 

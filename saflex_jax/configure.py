@@ -150,6 +150,18 @@ def all_options() -> dict[str, dict[str, Any]]:
 # --- networks
 
 
+def model_fields(name: str) -> set[str]:
+    """Fields that the section of a backbone may have.
+
+    >>> "depth" in model_fields("vit"), "widths" in model_fields("vit")
+    (True, False)
+
+    Args:
+      name: a key of BACKBONES.
+    """
+    return {field.name for field in dataclasses.fields(BACKBONES[name])} - BY_RUN | {*BESIDE}
+
+
 def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
     """Raises ValueError unless a model's section can be built.
 
@@ -168,8 +180,7 @@ def check_model(section: Mapping[str, Any], name: str = "config.model") -> None:
         _check_clip(section, name)
         return
     backbone = BACKBONES[section["name"]]
-    fields = {field.name for field in dataclasses.fields(backbone)} - BY_RUN
-    checks.known(name, section, {*BESIDE, *fields})
+    checks.known(name, section, model_fields(section["name"]))
     for field, value in section.items():
         if isinstance(value, tuple | list):
             for number in value:
@@ -253,9 +264,9 @@ def check(section: Mapping[str, Any], name: str = "config.method") -> None:
         rules, a section with their options.
       name: of the section, for errors.
     """
-    checks.known(name, section, (*KEYS, *METHODS, *RULES))
     for key, accepted in (("name", METHODS), ("rule", RULES), ("loss", LOSSES)):
         checks.choice(accepted, **{f"{name}.{key}": section[key]})
+    checks.known(name, section, (*KEYS, *METHODS, *RULES))
     spec = METHODS[section["name"]]
     for key, only in (("rule", "as_given"), ("loss", "cross_entropy")):
         if section[key] != only and key not in spec.takes:
@@ -278,6 +289,18 @@ def of_labels(section: Mapping[str, Any]) -> bool:
       section: see `check`.
     """
     return RULES[section["rule"]].of_labels or LOSSES[section["loss"]].of_labels
+
+
+def learns_posterior(section: Mapping[str, Any]) -> bool:
+    """Whether the utility of the method's targets is 2 P(the given label is right) - 1.
+
+    >>> learns_posterior({"name": "elr", "rule": "saflex"})
+    True
+
+    Args:
+      section: see `check`.
+    """
+    return METHODS[section["name"]].posterior or RULES[section["rule"]].posterior
 
 
 def method_options(section: Mapping[str, Any]) -> Any:

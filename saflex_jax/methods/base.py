@@ -63,6 +63,8 @@ class MethodSpec(NamedTuple):
         may differ (views, joint labels).
       episode: options -> the make-up of an episode, if batches are whole episodes; else None.
       needs: streams that training requires: "val", "clean".
+      posterior: whether the utility of its targets is 2 P(the given label is right) - 1, whatever
+        the rule.
     """
 
     make: Callable[..., Method]
@@ -72,6 +74,7 @@ class MethodSpec(NamedTuple):
     seen: Callable[[RunInfo, Any], RunInfo] = samples
     episode: Callable[[Any], Episode] | None = None
     needs: tuple[str, ...] = ()
+    posterior: bool = False
 
 
 def as_given(state: TrainState, streams: Streams) -> Targets:

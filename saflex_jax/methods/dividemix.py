@@ -336,4 +336,4 @@ def imbalance(probs: jax.Array, mask: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.log(mean * probs.shape[1]))
 
 
-SPEC = MethodSpec(make, takes=("options", "run"), options=Options())
+SPEC = MethodSpec(make, takes=("options", "run"), options=Options(), posterior=True)

@@ -23,10 +23,12 @@ class RuleSpec(NamedTuple):
         options; fields that are dataclasses are sections.
       of_labels: whether the rule holds the run's labels, so that a compiled step serves one seed
         only.
+      posterior: whether the utility of its targets is 2 P(the given label is right) - 1.
     """
 
     make: Callable[[RunInfo | None], Rule]
     of_labels: bool = False
+    posterior: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,5 +48,5 @@ def paper(run: RunInfo | None = None) -> Refinement:
     return Refinement(Scoring("identity", predicate=""), Simplex(tolerance=0.0, run=run))
 
 
-SPEC = RuleSpec(posterior)
+SPEC = RuleSpec(posterior, posterior=True)
 PAPER = RuleSpec(paper)

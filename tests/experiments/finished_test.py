@@ -1,12 +1,16 @@
 """What is read off a finished run: tables of candidates and their provenance, predictions."""
 
+import json
+
 import numpy as np
 import pytest
 
 from experiments import audit, export, finished, generating, pool_files, predict, task
-from experiments.configs import digits
+from experiments.configs import digits, wdbc
 from experiments.generators import Options
 from saflex_jax import train
+from saflex_jax.core.targets import prior_targets
+from saflex_jax.rules import RULES
 from tests.experiments.runs_ import finish, read
 
 PROMPTS = ("color", "wrong class")
@@ -117,6 +121,49 @@ def test_hidden_labels_are_not_judged():
     run = finished.Run(changed(**{"data.unlabelled": True}), None, None, None)
     with pytest.raises(ValueError, match="labels to judge; given one of unlabelled=True"):
         finished.columns(run)
+
+
+def test_only_a_rule_that_learns_a_posterior_judges_labels(monkeypatch):
+    config = wdbc.get_config()
+    made = task.make_data(config)
+    given = made.pools.candidates.labels
+    targets = prior_targets(given, np.ones(len(given), bool))
+    unlike = np.roll(given, 1, 1)[: len(given) // 2]  # what the network believes of one half
+    everything = finished.Looked(
+        targets, np.zeros(len(given)), np.concatenate([unlike, given[len(unlike) :]]),
+        np.full(len(given), -1), *np.zeros((2, len(given), 0), int),
+    )  # fmt: skip
+
+    def verdict(rule):
+        config.method.rule = rule
+        doubt = targets._replace(utility=np.where(np.arange(len(given)) < 9, -0.5, 0.5))
+        looked = everything._replace(targets=doubt if rule == "saflex" else targets)
+        monkeypatch.setattr(finished, "look", lambda run, draws: [looked] * draws)
+        return audit.verdict(finished.columns(finished.Run(config, made, None, None)))
+
+    of_all = f"of {len(given)} labels are"
+    assert f"9 {of_all} more likely wrong than right, by the rule" in verdict("saflex")
+    for rule in set(RULES) - {"saflex"}:
+        assert f"{len(unlike)} {of_all} not what the network believes; the rule" in verdict(rule)
+
+
+def test_a_file_of_ones_own_is_asked_for_and_registers(tmp_path, monkeypatch):
+    monkeypatch.setitem(RULES, "mine", RULES["as_given"])
+    config = wdbc.get_config()
+    config.method.rule = "mine"
+    (tmp_path / "result.json").write_text(json.dumps({"config": json.loads(config.to_json())}))
+    monkeypatch.delitem(RULES, "mine")
+    with pytest.raises(ValueError, match=r"'mine'.*; if a file of yours registers it, say --conf"):
+        finished.read_config(tmp_path)
+    file = tmp_path / "mine.py"
+    file.write_text("from saflex_jax.rules import RULES\nRULES['mine'] = RULES['as_given']\n")
+    for program, options in ((export, []), (audit, []), (predict, ["--source=digits"])):
+        RULES.pop("mine", None)
+        with pytest.raises(ValueError, match="--workdir must be of a finished run"):
+            program.main([f"--workdir={tmp_path / 'none'}", f"--config={file}", *options])
+        assert finished.read_config(tmp_path).method.rule == "mine"
+    with pytest.raises(ValueError, match="--config must be a Python file; given digits"):
+        export.main([f"--workdir={tmp_path}", "--config=digits"])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

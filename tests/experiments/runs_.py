@@ -3,7 +3,7 @@
 import csv
 import json
 
-from experiments import build, task
+from experiments import build, same_data, task
 from saflex_jax import parallel, train
 
 
@@ -15,6 +15,7 @@ def finish(config, folder, *, every):
     kept = train.Checkpoints(folder / "checkpoints", config=build.settings(config), every=every)
     build.fit(config, data, method, runner, checkpoints=kept, progress=False)
     kept.close()
+    same_data.keep(folder, config)
     (folder / "result.json").write_text(json.dumps({"config": build.settings(config)}))
     return folder
 
