@@ -10,15 +10,16 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import saflex_jax
 from experiments import task
-from saflex_jax import checks
+from experiments.configs import own
+from saflex_jax import checks, configure
 
 PACKAGES = tuple(f"{pathlib.Path(file).parent}/" for file in (__file__, saflex_jax.__file__))
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -27,6 +28,8 @@ NO_CONFIGS = ("__init__", "methods", "sources")  # parts of configs
 DEBUG = "--debug"
 HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
 RAISE = dis.opmap["RAISE_VARARGS"]
+DATA = "Your own data, a path: short for --config=own:PATH, or own:PATH?trusted=FILE."
+TRUSTED = "A file that names trusted samples, which also train."
 
 _debug = False
 
@@ -70,11 +73,19 @@ def in_a_line() -> Iterator[None]:
         sys.exit(f"error: {error}")
 
 
-def take_debug() -> None:
-    """Takes --debug out of the arguments of the process."""
+def prepare_arguments() -> None:
+    """Takes --debug out of the arguments of the process, and puts the home folder in for "~".
+
+    Shells do so only where a word begins with it, which "--data=~/photos" does not.
+    """
     global _debug
     _debug = DEBUG in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != DEBUG]
+    home = pathlib.Path.home().as_posix()
+    sys.argv = [
+        re.sub(r"(?<=[=:])~(?=/|$)", lambda _: home, argument) if argument[:1] == "-" else argument
+        for argument in sys.argv
+        if argument != DEBUG
+    ]
 
 
 # --- commands
@@ -83,7 +94,7 @@ def take_debug() -> None:
 def run_plain(main: Callable[[], None]) -> None:
     """Runs a command that parses its own arguments."""
     logging.set_verbosity(logging.WARNING)  # else Orbax reports every file
-    take_debug()
+    prepare_arguments()
     with in_a_line():
         main()
 
@@ -99,7 +110,7 @@ def run_absl(
       main: of a module with a docstring and flags.
       rewrite: the arguments of the process -> those that the flags are parsed of.
     """
-    take_debug()
+    prepare_arguments()
     module = sys.modules[main.__module__]
     asked = HELP & set(sys.argv)
 
@@ -138,7 +149,7 @@ def _usage_errors() -> Iterator[None]:
         elif _debug or not (raised_on_purpose(behind) or _of_flags(error)):
             raise
         else:
-            reason = str(behind) if raised_on_purpose(behind) else _of_field(str(error))
+            reason = behind if raised_on_purpose(behind) else _unknown_field(error) or error
         _refuse(reason)
 
 
@@ -147,10 +158,22 @@ def _refuse(reason: object) -> NoReturn:
     sys.exit(2)
 
 
-def _of_field(text: str) -> str:
-    """What the config's library says of an unknown field, as we say it."""
-    near = re.search(r'Did you mean "(.+)" instead of "(.+)"', text)
-    return f"the config has no field {near[2]!r}; did you mean {near[1]!r}?" if near else text
+def _unknown_field(error: Exception) -> ValueError | None:
+    """What is said of the first field on the command line that the config does not have."""
+    if not isinstance(error, KeyError | AttributeError):
+        return None
+    file = next(a.partition("=")[2] for a in sys.argv if a.startswith("--config="))
+    config = flags.FLAGS["config"].parser.parse(file)
+    fields = (re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in sys.argv)
+    for match in filter(None, fields):
+        section, name = config, "config"
+        for field in match[1].split("."):
+            try:
+                checks.known(name, [field], section if isinstance(section, ConfigDict) else ())
+            except ValueError as unknown:
+                return unknown
+            section, name = section[field], f"{name}.{field}"
+    return None
 
 
 def _of_flags(error: BaseException) -> bool:
@@ -167,16 +190,38 @@ def names() -> list[str]:
     return sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in NO_CONFIGS)
 
 
-def check_noise(config_flag) -> None:
+def given_config(flag: flags.Flag) -> ConfigDict:
+    """The config with what the command line changes.
+
+    With another network, fields that it lacks and that the config has of its own are left out.
+
+    Args:
+      flag: `flags.FLAGS["config"]`.
+
+    Raises:
+      ValueError: as `_check_noise`.
+    """
+    config, changed = flag.value, config_flags.get_override_values(flag)
+    _check_noise(config.data, changed)
+    if "model.name" in changed and config.model.name in configure.BACKBONES:
+        known = configure.model_fields(config.model.name)
+        with config.unlocked():
+            for field in set(config.model) - known:
+                if f"model.{field}" not in changed:
+                    del config.model[field]
+    return config
+
+
+def _check_noise(data: ConfigDict, changed: Collection[str]) -> None:
     """Refuses wrong labels that a config makes of data that only the command line named.
 
     Args:
-      config_flag: `flags.FLAGS["config"]`.
+      data: the config's section.
+      changed: paths of the fields that the command line gives.
 
     Raises:
       ValueError: names the fields, and what to say instead.
     """
-    data, changed = config_flag.value.data, config_flags.get_override_values(config_flag)
     if "data.name" not in changed or not task.is_own(data.name):
         return
     for field in ("noise", "outside", "labels"):
@@ -190,35 +235,56 @@ def check_noise(config_flag) -> None:
             )
 
 
-def with_config_file(argv: list[str]) -> list[str]:
-    """The arguments with a config's file where they have its name, digits' where they have none.
+def arguments(argv: list[str]) -> list[str]:
+    """The arguments with what --data and --trusted stand for; first the config's file.
+
+    Raises:
+      ValueError: --data beside --config; as `_file`.
+    """
+    given, others = {}, []
+    program, *rest = argv
+    left = iter(rest)
+    for argument in left:
+        match = re.fullmatch(r"--?(data|trusted|config)(=(.*))?", argument, re.DOTALL)
+        if match:
+            given[match[1]] = match[3] if match[2] else next(left, "")
+        else:
+            others.append(argument)
+    if "data" in given:
+        path = given["data"]
+        if "config" in given:
+            raise ValueError(
+                "--data stands for --config=own:PATH and goes with no other --config; with another "
+                f"one say --config.data.name={path}"
+            )
+        given["config"] = f"own:{path}"
+        if not any(re.match(r"--?workdir", argument) for argument in others):
+            others.append(f"--workdir=runs/{pathlib.Path(path).resolve().stem}")
+    config = given.get("config", "digits")
+    if "trusted" in given:
+        if config.startswith("own:") and own.TRUSTED not in config:
+            config += f"{own.TRUSTED}{given['trusted']}"
+        else:
+            others += [f"--config.data.trusted={given['trusted']}", "--config.data.val=0",
+                       "--config.data.train_on_val=True"]  # fmt: skip
+    return [program, f"--config={_file(config)}", *others]
+
+
+def _file(config: str) -> str:
+    """A config's file in the place of its name, with what is behind it.
 
     Raises:
       ValueError: there is neither such a config nor such a file.
     """
-    if not any(re.match(r"--?config($|=)", argument) for argument in argv):
-        argv = [argv[0], "--config=digits", *argv[1:]]
-    joined, skip = [], False
-    for place, argument in enumerate(argv):
-        if skip:
-            skip = False
-            continue
-        if argument in ("--config", "-config") and place + 1 < len(argv):
-            argument, skip = f"{argument}={argv[place + 1]}", True
-        match = re.fullmatch(r"(--?config)=([^:]*)(:.*)?", argument, re.DOTALL)
-        joined.append(argument if match is None else _config_argument(*match.groups("")))
-    return joined
-
-
-def _config_argument(flag: str, name: str, rest: str) -> str:
+    name, colon, rest = config.partition(":")
     if name in names():
-        return f"{flag}={CONFIGS / name}.py{rest}"
-    if not pathlib.Path(name).exists():
+        name = str(CONFIGS / f"{name}.py")
+    elif not pathlib.Path(name).exists():
         near = checks.nearest(name, names())
         raise ValueError(
             f"--config must be a file, or one of {', '.join(names())}; there is no {name!r}{near}"
         )
-    return f"{flag}={name}{rest}"
+    return f"{name}{colon}{rest}"
 
 
 # --- help

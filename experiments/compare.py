@@ -1,6 +1,7 @@
 """The arms of a config over seeds: what each reaches, in pairs, and costs; a table and a figure.
 
     saflex compare [--json] [--seeds=3] [--config=wdbc]
+    saflex compare --data=PATH [--trusted=FILE]          your own data, as `saflex train` takes them
 
 `config.arms` names the arms (`experiments.arms`). Without it there are five: the upstream pipeline
 trained on the training split, on training + validation, and on the validation samples alone; SAFLEX
@@ -24,7 +25,9 @@ from ml_collections import config_flags
 from experiments import arms, command_line, figures, style, task
 from saflex_jax import checks
 
-_CONFIG = config_flags.DEFINE_config_file("config")
+config_flags.DEFINE_config_file("config")
+flags.DEFINE_string("data", None, command_line.DATA)
+flags.DEFINE_string("trusted", None, command_line.TRUSTED)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, from config.seed on.", lower_bound=1)
 _BASE = flags.DEFINE_string("base", "", "Arm that the others are compared to; default: the first.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the table.")
@@ -37,8 +40,8 @@ def main(argv: list[str]) -> None:
     """Runs every arm on every seed, then prints and draws."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-    command_line.check_noise(flags.FLAGS["config"])
+    config = command_line.given_config(flags.FLAGS["config"])
+    workdir = pathlib.Path(_WORKDIR.value)
     configs = arms.configs(config)
     base = _BASE.value or next(iter(configs))
     checks.choice(configs, **{"--base": base})
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
 def command() -> None:
     """The program, with the arguments of the process."""
     logging.set_verbosity(logging.WARNING)  # else JAX reports every backend it does not find
-    command_line.run_absl(main, rewrite=command_line.with_config_file)
+    command_line.run_absl(main, rewrite=command_line.arguments)
 
 
 if __name__ == "__main__":

@@ -20,22 +20,18 @@ import contextlib
 import json
 import logging as standard_logging
 import pathlib
-import re
 import sys
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, command_line, opening, task
-from experiments.configs import own
+from experiments import build, command_line, opening, same_data, task
 from saflex_jax import parallel, train
 
-_CONFIG = config_flags.DEFINE_config_file("config")
-flags.DEFINE_string(
-    "data", None, "Your own data, a path: short for --config=own:PATH, or own:PATH?trusted=FILE."
-)
-flags.DEFINE_string("trusted", None, "A file that names trusted samples, which also train.")
+config_flags.DEFINE_config_file("config")
+flags.DEFINE_string("data", None, command_line.DATA)
+flags.DEFINE_string("trusted", None, command_line.TRUSTED)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/digits", "Checkpoints, metrics and the result go here."
 )
@@ -68,8 +64,8 @@ def main(argv: list[str]) -> None:
         parallel.initialize(
             _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_seconds=2 * _LOST.value
         )
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-    command_line.check_noise(flags.FLAGS["config"])
+    config = command_line.given_config(flags.FLAGS["config"])
+    workdir = pathlib.Path(_WORKDIR.value)
     build.check(config)
     watch = parallel.Watch(workdir / "processes", lost_after=_LOST.value, hung_after=_HUNG.value)
     # The inner one makes of an error the end of the program that the watch knows.
@@ -84,17 +80,23 @@ def run(config: ConfigDict, workdir: pathlib.Path, watch: parallel.Watch) -> Non
         print(opening.lines(config, data), file=sys.stderr)
     method = build.with_upstream(config, build.make_method(config, data.pools, data.source.columns))
     runner = parallel.RUNNERS[config.runner](method.step)
-    checkpoints = train.Checkpoints(
-        workdir / "checkpoints",
-        config=build.settings(config),
-        every=config.train.checkpoint_every,
-        grows=("train.steps",),
-        skip_damaged=_SKIP_DAMAGED.value,
-    )
-    writer = train.MetricsWriter(
-        workdir, resume_from=checkpoints.latest, tensorboard=_TENSORBOARD.value
-    )
-    with contextlib.closing(writer), contextlib.closing(checkpoints):
+    with contextlib.ExitStack() as stack:
+        checkpoints = train.Checkpoints(
+            workdir / "checkpoints",
+            config=build.settings(config),
+            every=config.train.checkpoint_every,
+            grows=("train.steps",),
+            skip_damaged=_SKIP_DAMAGED.value,
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        if checkpoints.latest is not None:
+            same_data.check(workdir, config)
+        elif jax.process_index() == 0:
+            same_data.keep(workdir, config)
+        writer = train.MetricsWriter(
+            workdir, resume_from=checkpoints.latest, tensorboard=_TENSORBOARD.value
+        )
+        stack.enter_context(contextlib.closing(writer))
         result = build.fit(
             config,
             data,
@@ -121,46 +123,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, watch: parallel.Watch) -> Non
         print(json.dumps({k: v for k, v in summary.items() if k != "config"}))
 
 
-def arguments(argv: list[str]) -> list[str]:
-    """The arguments with what --data and --trusted stand for.
-
-    Raises:
-      ValueError: --data beside --config; as `command_line.with_config_file`.
-    """
-    given, rest = {}, []
-    left = iter(argv)
-    for argument in left:
-        match = re.fullmatch(r"--?(data|trusted)(=(.*))?", argument, re.DOTALL)
-        if match:
-            given[match[1]] = match[3] if match[2] else next(left, "")
-        else:
-            rest.append(argument)
-    program, *others = rest
-    new = []
-    if "data" in given:
-        path = given["data"]
-        if any(re.match(r"--?config($|=)", argument) for argument in others):
-            raise ValueError(
-                "--data stands for --config=own:PATH and goes with no other --config; with another "
-                f"one say --config.data.name={path}"
-            )
-        trusted = f"{own.TRUSTED}{given.pop('trusted')}" if "trusted" in given else ""
-        new.append(f"--config=own:{path}{trusted}")
-        if not any(re.match(r"--?workdir", argument) for argument in others):
-            new.append(f"--workdir=runs/{pathlib.Path(path).resolve().stem}")
-    if "trusted" in given:
-        new += [f"--config.data.trusted={given['trusted']}", "--config.data.val=0",
-                "--config.data.train_on_val=True"]  # fmt: skip
-    return command_line.with_config_file([program, *new, *others])
-
-
 def command() -> None:
     """The program, with the arguments of the process."""
     # Or a damaged or full disk is reported many times, with every read or write that Orbax left.
     standard_logging.getLogger("asyncio").setLevel("CRITICAL")
     # What goes wrong is raised as well; --verbosity=0 shows what Orbax reports of every file.
     logging.set_verbosity(logging.FATAL)
-    command_line.run_absl(main, rewrite=arguments)
+    command_line.run_absl(main, rewrite=command_line.arguments)
 
 
 if __name__ == "__main__":

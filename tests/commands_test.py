@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 import saflex_jax
-from experiments import command_line, commands
+from experiments import build, command_line, commands
 
 ROOT = pathlib.Path(saflex_jax.__file__).parent.parent
 
@@ -124,11 +126,50 @@ def test_a_config_is_taken_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wdbc = f"--config={command_line.CONFIGS / 'wdbc.py'}"
     for given in (["--config=wdbc"], ["--config", "wdbc"], [wdbc]):
-        assert command_line.with_config_file(["x", *given, "y"]) == ["x", wdbc, "y"]
-    assert "digits.py" in command_line.with_config_file(["x", "--config.seed=1"])[1]
-    assert command_line.with_config_file(["x", "--config=own:a:b"])[1].endswith("own.py:a:b")
+        assert command_line.arguments(["x", *given, "y"]) == ["x", wdbc, "y"]
+    assert "digits.py" in command_line.arguments(["x", "--config.seed=1"])[1]
+    assert command_line.arguments(["x", "--config=own:a:b"])[1].endswith("own.py:a:b")
     with pytest.raises(ValueError, match="there is no 'digit'; did you mean 'digits'"):
-        command_line.with_config_file(["x", "--config=digit"])
+        command_line.arguments(["x", "--config=digit"])
+
+
+def test_the_home_folder_is_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    given = ["--data=~/x", "--config=own:~/x?trusted=~/t", "--out=~", "--o=~x", "--config.a=b~/c"]
+    monkeypatch.setattr(sys, "argv", ["~/x", *given, "--debug"])
+    monkeypatch.setattr(command_line, "_debug", False)
+    command_line.prepare_arguments()
+    assert sys.argv == [
+        "~/x",
+        "--data=/h/x",
+        "--config=own:/h/x?trusted=/h/t",
+        "--out=/h",
+        *given[3:],
+    ]
+
+
+def parsed(*argv):
+    """The flags of a command with these arguments."""
+    argv, values = command_line.arguments(["x", *argv]), flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [(["--config=digits", "--config.model.name=resnet18"], {"name", "norm"}),
+     (["--config=digits", "--config.model.name=vit"], {"name"}),
+     (["--config=wdbc", "--config.model.name=ft_transformer"], {"name"}),
+     (["--config=digits", "--config.model.name=mlp"], {"name", "norm", "widths"})],
+)  # fmt: skip
+def test_another_network_is_asked_for_by_its_name_alone(given, fields):
+    config = command_line.given_config(parsed(*given)["config"])
+    assert set(config.model) == fields
+    build.check(config)
+    assert set(command_line.given_config(parsed(given[0])["config"]).model) > {"name"}
+    own = command_line.given_config(parsed(*given, "--config.model.widths=(3,)")["config"])
+    assert own.model.widths == (3,)  # said, so refused where it does not fit
 
 
 CASES = [
@@ -147,9 +188,20 @@ def test_a_users_error_is_one_line(given, said, tmp_path):
     assert done.returncode in (1, 2) and re.match(said, last) and "Traceback" not in done.stderr
 
 
-def test_an_unknown_field_is_said_as_other_commands_do():
-    said = command_line._of_field('\'stepz\'\nDid you mean "steps" instead of "stepz"?')
-    assert said == "the config has no field 'stepz'; did you mean 'steps'?"
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("--config.train.epochs=3", "config.train has no field 'epochs'; .*known fields: .'batch_s"),
+     ("--config.train.stepz=3", "config.train has no field 'stepz'; did you mean 'steps'"),
+     ("--noconfig.data.on_devic", "config.data has no field 'on_devic'; did you mean 'on_device'"),
+     ("--config.seed.x=1", "config.seed has no field 'x'")],
+)  # fmt: skip
+def test_an_unknown_field_is_said_as_other_commands_do(given, said, monkeypatch, capsys):
+    argv = ["--config=wdbc", "--config.seed=1", given]
+    monkeypatch.setattr(flags, "FLAGS", parsed("--config=wdbc"))
+    monkeypatch.setattr(sys, "argv", command_line.arguments(["x", *argv]))
+    with pytest.raises(SystemExit), command_line._usage_errors():
+        parsed(*argv)
+    assert re.match(f"error: {said}", capsys.readouterr().err)
 
 
 def test_help_lists_the_fields_of_the_config_with_their_meaning():

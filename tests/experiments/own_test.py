@@ -1,12 +1,25 @@
 """Own data: a folder, an .npz file, a table; what a run says first, and what it leaves."""
 
 import pathlib
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import audit, build, export, finished, main, named_rows, opening, predict, task
+from experiments import (
+    audit,
+    build,
+    export,
+    finished,
+    main,
+    named_rows,
+    opening,
+    predict,
+    same_data,
+    task,
+)
+from experiments.command_line import arguments
 from experiments.configs import digits, own, wdbc
 from saflex_jax import data, train
 from tests.experiments.runs_ import finish, read
@@ -109,6 +122,8 @@ def test_a_table_with_categories(tmp_path):
     state = build.init_state(config, method, made.pools)
     table = finished.columns(finished.Run(config, made, method, state))  # categories and all
     assert len(table["row"]) == 21 and "file" not in table
+    in_file = np.array(["xyz".index(line[-1]) for line in rows])[table["data_row"]]
+    np.testing.assert_array_equal(in_file, table["given"])
 
     run, few = finished.Run(config, made, method, state), tmp_path / "few.csv"  # no "r" among them
     predicted = predict.predictions(run, file, "")
@@ -270,16 +285,19 @@ def test_what_is_probably_not_meant_is_said(tmp_path):
 
 
 def test_data_and_trusted_stand_for_fields():
-    command = main.arguments(["x", "--data=a/wine.csv", "--trusted", "t", "--config.seed=1"])
+    command = arguments(["x", "--data=a/wine.csv", "--trusted", "t", "--config.seed=1"])
     program, config, *rest = command
     assert program == "x" and config.endswith("configs/own.py:a/wine.csv?trusted=t")
-    assert rest == ["--workdir=runs/wine", "--config.seed=1"]
-    *fields, config = main.arguments(["x", "--trusted=t", "--config=wdbc"])[1:]
+    assert rest == ["--config.seed=1", "--workdir=runs/wine"]
+    for given in (["--config=own:odd"], ["--config", "own:odd"]):
+        assert arguments(["x", "--trusted=t", *given])[1].endswith("own.py:odd?trusted=t")
+    config, *fields = arguments(["x", "--trusted=t", "--config=wdbc"])[1:]
+    assert config.endswith("wdbc.py")  # before its fields
     assert fields == ["--config.data.trusted=t", "--config.data.val=0",
                       "--config.data.train_on_val=True"]  # fmt: skip
-    assert "--workdir=runs/wine" not in main.arguments(["x", "--data=wine.csv", "--workdir=w"])
+    assert "--workdir=runs/wine" not in arguments(["x", "--data=wine.csv", "--workdir=w"])
     with pytest.raises(ValueError, match="goes with no other --config"):
-        main.arguments(["x", "--data=a", "--config=wdbc"])
+        arguments(["x", "--data=a", "--config=wdbc"])
 
 
 # --- after the run -----------------------------------------------------------------------------
@@ -293,6 +311,39 @@ def workdir(images, tmp_path_factory):
     fields = {"train.steps": 60, "augment": "shift(1)", "model.widths": (4, 8)}
     config = changed(own.get_config(f"{images}{own.TRUSTED}{trusted}"), **fields)
     return finish(config, path, every=60)
+
+
+@pytest.fixture
+def moved(images):
+    """The folder after a file was put into its right class; undone behind the test."""
+
+    def forget():
+        task.opened.cache_clear(), task.task_source.cache_clear()
+
+    file, right = images / "b" / "010.png", images / "a" / "010.png"
+    file.rename(right), forget()
+    yield images
+    right.rename(file), forget()
+
+
+def test_other_data_than_a_run_trained_on_are_refused(workdir, moved, monkeypatch):
+    said = "mine or .*/t has changed since the run: inputs, labels or splits differ"
+    for command in (export.main, audit.main):
+        with pytest.raises(ValueError, match=said):
+            command([f"--workdir={workdir}"])
+    monkeypatch.setattr(main, "_SKIP_DAMAGED", types.SimpleNamespace(value=False))
+    config = finished.read_config(workdir)
+    with pytest.raises(ValueError, match=said):
+        main.run(config, workdir, None)
+    config.data.val_from = "train"  # checkpoints refuse another config, and say what differs
+    same_data.check(workdir, config)
+    config.data.val_from = ""
+    kept = workdir / same_data.FILE
+    kept.rename(workdir / "kept")  # as of a run from before
+    try:
+        assert len(finished.opened(workdir).data.rows) == 50
+    finally:
+        (workdir / "kept").rename(kept)
 
 
 def test_audit_and_export_name_files_and_know_no_truth_that_was_not_told(workdir, images, capsys):
