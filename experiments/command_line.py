@@ -239,7 +239,7 @@ def arguments(argv: list[str]) -> list[str]:
     """The arguments with what --data and --trusted stand for; first the config's file.
 
     Raises:
-      ValueError: --data beside --config; as `_file`.
+      ValueError: --data beside --config; as `config_file`.
     """
     given, others = {}, []
     program, *rest = argv
@@ -267,11 +267,14 @@ def arguments(argv: list[str]) -> list[str]:
         else:
             others += [f"--config.data.trusted={given['trusted']}", "--config.data.val=0",
                        "--config.data.train_on_val=True"]  # fmt: skip
-    return [program, f"--config={_file(config)}", *others]
+    return [program, f"--config={config_file(config)}", *others]
 
 
-def _file(config: str) -> str:
-    """A config's file in the place of its name, with what is behind it.
+def config_file(config: str) -> str:
+    """A config's file in the place of its name, with what is behind a colon.
+
+    Args:
+      config: as --config takes it: a file, or one of `names`, and perhaps ":ARGUMENT".
 
     Raises:
       ValueError: there is neither such a config nor such a file.

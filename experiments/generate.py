@@ -71,8 +71,7 @@ def read_config(path: str, changes: Sequence[str]) -> ConfigDict:
     Raises:
       ValueError: no such file, or a change of another form or of no field.
     """
-    _, argument = command_line.with_config_file(["", f"--config={path}"])
-    config = runpy.run_path(argument.removeprefix("--config="))["get_config"]()
+    config = runpy.run_path(command_line.config_file(path))["get_config"]()
     for change in changes:
         name, equals, text = change.partition("=")
         if not name.startswith("--config.") or not equals:
