@@ -27,7 +27,11 @@ PARTS = {name: part for name, part in PARTS.items() if configure.options(part)}
 # Options that are free text; others take one of some words.
 TEXTS = {"predicate": "body", "direction": "neumann(3, scale=0.2)", "mask_loss": "none",
          "weak": "flip", "strong": "flip", "augment": "shift(1)"}  # fmt: skip
-NEEDS = {"lam_mul_k": {"lam_mul": 1.0}}  # what an option needs beside it
+NEEDS = {  # what an option needs beside it
+    ("block", "lam_mul_k"): {"lam_mul": 1.0},
+    ("memory", "dtype"): {"decay": 0.5},
+    ("memory", "top"): {"decay": 0.5},
+}
 
 
 def flat(options, path=()):
@@ -42,7 +46,7 @@ def flat(options, path=()):
 def nested(path, value):
     """The section that sets one option, and what this needs."""
     *sections, field = path
-    section = {field: value} | NEEDS.get(field, {})
+    section = {field: value} | NEEDS.get(path[-2:], {})
     for name in reversed(sections):
         section = {name: section}
     return section
