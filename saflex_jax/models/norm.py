@@ -27,7 +27,7 @@ def spread(x: jax.Array, shape: tuple[int, ...], *axes: int) -> jax.Array:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis of f[..., C], in f32 or wider.
+    """Layer normalisation over the last axis of f[..., C], computed in f32 or wider.
 
     Not flax.linen.LayerNorm, for the reason given at `spread`. Rows lie on one axis: with tokens on
     an axis of their own, a ViT's step takes twice the time on a GPU.
@@ -39,8 +39,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        rows = x.reshape(-1, x.shape[-1]).astype(wide)
+        rows = x.reshape(-1, x.shape[-1])
         return _normalised(self, rows, partial(jnp.mean, axis=-1), (0,)).reshape(x.shape)
 
 
@@ -62,31 +61,35 @@ class GroupNorm(nn.Module):
         groups = min(self.groups, channels)
         if channels % groups:
             raise ValueError(f"channels must be a multiple of {groups} groups; given {channels}")
-        wide = jnp.promote_types(x.dtype, jnp.float32)
 
         of_channel = jnp.arange(channels) // (channels // groups)
         member = of_channel[:, None] == jnp.arange(groups)[None]  # bool[C, groups]
 
         def mean(x):  # f[B, C], the same for all channels of a group
-            by_channel = jnp.mean(x, range(1, x.ndim - 1), dtype=wide)
+            by_channel = jnp.mean(x, range(1, x.ndim - 1))
             shape = *by_channel.shape, groups
             own = spread(member, shape, 1, 2)
             of_group = jnp.sum(jnp.where(own, spread(by_channel, shape, 0, 1), 0), axis=1)
             alike = jnp.sum(jnp.where(own, spread(of_group, shape, 0, 2), 0), axis=2)
-            return (alike * (groups / channels)).astype(x.dtype)
+            return alike * (groups / channels)
 
         return _normalised(self, x, mean, (0, x.ndim - 1))
 
 
 def _normalised(module, x: jax.Array, mean: Callable, axes: Iterable[int]) -> jax.Array:
-    """The module's scale (x - m) / sqrt(v + epsilon) + bias, by a mean that keeps some axes."""
+    """The module's scale (x - m) / sqrt(v + epsilon) + bias, by a mean that keeps some axes.
+
+    In f32 or wider, then in the dtype that x and the parameters share: half precision stays half.
+    """
     last = x.ndim - 1
     scale = module.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = module.param("bias", nn.initializers.zeros, x.shape[-1:])
+    dtype = jnp.promote_types(x.dtype, scale.dtype)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = x - spread(mean(x), x.shape, *axes)
     rate = jax.lax.rsqrt(mean(centred * centred) + module.epsilon)
     normed = centred * spread(rate, x.shape, *axes)
-    return normed * spread(scale, x.shape, last) + spread(bias, x.shape, last)
+    return (normed * spread(scale, x.shape, last) + spread(bias, x.shape, last)).astype(dtype)
 
 
 class Norm(nn.Module):
