@@ -29,11 +29,11 @@ def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
     0.0
 
     Args:
-      images: f32[B, H, W, C] in [0, 1]; C is 3, or 1 for grey images.
+      images: f[B, H, W, C] in [0, 1]; C is 3, or 1 for grey images.
       size: height and width of the result (bilinear, antialiased); None = unchanged.
 
     Returns:
-      f32[B, size, size, 3].
+      f[B, size, size, 3], of the images' dtype.
 
     Raises:
       ValueError: inputs that are not images, or another number of channels.
@@ -44,7 +44,7 @@ def imagenet_inputs(images: jax.Array, size: int | None = None) -> jax.Array:
         raise ValueError(f"images must have 1 or 3 channels; given {channels}")
     if size is not None and (size, size) != (height, width):
         images = jax.image.resize(images, (batch, size, size, channels), "bilinear")
-    return (images - MEAN) / DEVIATION
+    return ((images - MEAN) / DEVIATION).astype(images.dtype)
 
 
 def torchvision_names(backbone: ResNet) -> dict[str, str]:

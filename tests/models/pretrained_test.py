@@ -151,6 +151,9 @@ def test_images_are_normalised_by_imagenets_colours():
     line = imagenet_inputs(jnp.asarray(np.float32([[0, 1]] * 2).reshape(1, 2, 2, 1)), 4)
     values = np.asarray(line)[0, 0, :, 0] * 0.229 + 0.485
     np.testing.assert_allclose(values, [0, 0.25, 0.75, 1], atol=1e-5)
+    half = imagenet_inputs(jnp.asarray(x, jnp.bfloat16))  # so that convolutions stay in it
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(half), expected, atol=0.03)
     with pytest.raises(ValueError, match="1 or 3 channels; given 2"):
         imagenet_inputs(jnp.asarray(x[..., :2]))
 
