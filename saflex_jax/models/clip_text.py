@@ -30,7 +30,8 @@ class Tokenizer:
     >>> tokens(["Red car", "car"]).tolist()
     [[4, 3, 2, 5, 5], [4, 2, 5, 5, 5]]
 
-    Rows are padded with the token that ends a caption.
+    Rows are padded with the token that ends a caption; SigLIP's with what the tokenizer pads with,
+    if it says so (SigLIP 2's does).
 
     Args:
       tokenizer: path of a checkpoint's tokenizer.json, or of CLIP's own vocabulary
@@ -52,7 +53,9 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer must have the text tower's {tower.vocab_size} tokens; given {size}"
             )
-        self._end = self._tokenizer.encode("a").ids[-1]
+        self._end = self._fill = self._tokenizer.encode("a").ids[-1]
+        if tower.family == "siglip" and tokenizer.padding:
+            self._fill = tokenizer.padding["pad_id"]
         if tower.family == "clip" and self._end != size - 1:
             raise ValueError(
                 f"tokenizer must end a caption with its last token, {size - 1}; given {self._end}"
@@ -70,8 +73,10 @@ class Tokenizer:
         """
         context = self._tower.context
         rows = encode(self._tokenizer, captions, most=None if truncate else context)
-        filled = [row[:-1] + [self._end] * context for row in rows]
-        tokens = np.array([[*row[: context - 1], self._end] for row in filled], np.int32)
+        tokens = np.full((len(rows), context), self._fill, np.int32)
+        for n, row in enumerate(rows):
+            kept = [*row[:-1][: context - 1], self._end]
+            tokens[n, : len(kept)] = kept
         check_tokens(tokens, self._tower)
         return tokens
 

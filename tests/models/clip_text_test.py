@@ -96,6 +96,17 @@ def test_truncation_is_asked_for_and_keeps_the_end():
     assert own.truncation is not None  # the user's stays as it was
 
 
+def test_siglip_is_padded_as_its_tokenizer_says():
+    tower = TextTower(vocab_size=SIZE, context=4, family="siglip")
+    own = tokenizers.Tokenizer.from_str(WORDS.to_str())
+    start, red, end = own.encode("red").ids
+    assert Tokenizer(own, tower)(["red"]).tolist() == [[start, red, end, end]]
+    own.enable_padding(length=64, pad_id=0, pad_token="[unknown]")  # as SigLIP 2's file does
+    assert Tokenizer(own, tower)(["red"]).tolist() == [[start, red, end, 0]]
+    clip = Tokenizer(own, tower.clone(family="clip"))
+    assert clip(["red"]).tolist() == [[start, red, end, end]]
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"the text tower's 49408 tokens; given {SIZE}"):
         Tokenizer(WORDS, TextTower())
