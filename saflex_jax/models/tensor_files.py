@@ -6,25 +6,26 @@ import collections
 import functools
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax.numpy  # noqa: F401 which names bfloat16 to NumPy
 import numpy as np
 
 from saflex_jax.files import renamed
 
 _SAFETENSORS = {
-    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": jnp.bfloat16, "I64": "i8", "I32": "i4",
+    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4",
     "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 _STORAGES = {
     "DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2",
-    "BFloat16Storage": jnp.bfloat16, "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2",
+    "BFloat16Storage": "bfloat16", "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2",
     "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?",
 }  # fmt: skip
 _MAGIC = 0x1950A86A20F9469CFC6C  # what PyTorch's files had first before they were zip archives
@@ -63,7 +64,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return {name: tensor.array() for name, tensor in state.items()}
     except (
         *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, IndexError),
-        *(AttributeError, TypeError, ValueError, UnicodeDecodeError),
+        *(AttributeError, TypeError, ValueError, OverflowError),
     ) as error:
         raise ValueError(f"{path} must be a state dict of tensors: {error}") from error
 
@@ -125,28 +126,43 @@ def check_tensors(
 class _Storage:
     """The numbers that tensors are views of; old files give them after the tensors."""
 
+    __slots__ = ("content", "dtype")
+
     def __init__(self, dtype: np.typing.DTypeLike, content: bytes = b""):
         self.dtype, self.content = np.dtype(dtype), content
 
 
-class _Tensor:
+class _Tensor(NamedTuple):
     """A view of a storage: elements at offset + <place, stride>."""
 
-    def __init__(self, storage: _Storage, offset: int, shape: tuple, stride: tuple):
-        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+    storage: _Storage
+    offset: int
+    shape: tuple
+    stride: tuple
 
     def array(self) -> np.ndarray:
         """A copy of its elements; the view is checked against the storage's size."""
         values = np.frombuffer(self.storage.content, self.storage.dtype)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
         if len(self.shape) != len(self.stride) or min((self.offset, *self.shape, *self.stride)) < 0:
-            raise ValueError(f"a tensor must have a shape and strides; given {vars(self)}")
+            raise ValueError(f"a tensor must have a shape and strides; given {self[1:]}")
+        if math.prod(self.shape) > len(values):
+            raise ValueError(f"a tensor of shape {self.shape} has only {len(values)} numbers")
         if 0 not in self.shape and last >= len(values):
             raise ValueError(f"a tensor ends at {last} of {len(values)} numbers; truncated?")
         if 0 in self.shape:
             return np.empty(self.shape, values.dtype)
         strides = [s * values.itemsize for s in self.stride]
         return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, strides).copy()
+
+
+class _Call(NamedTuple):
+    """A function that a pickle can call, and not change: a function's attributes can be set."""
+
+    function: Callable
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -161,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
             return _STORAGES[name]
         if (module, name) not in _ADMITTED:
             raise ValueError(f"only tensors are read; given {module}.{name}")
-        return _ADMITTED[module, name]
+        return _Call(_ADMITTED[module, name])
 
     def persistent_load(self, given: tuple) -> _Storage:
         if self._storage is None:
@@ -222,17 +238,29 @@ def _read_zip(content: bytes) -> Any:
 
 
 def _read_safetensors(content: bytes) -> dict[str, _Tensor]:
-    """The size of the header in 8 bytes, the header in JSON, and the bytes of all tensors."""
+    """The size of the header in 8 bytes, the header in JSON, and the bytes of all tensors.
+
+    Tensors follow each other without overlap or hole, to the end of the file.
+    """
     start = 8 + int.from_bytes(content[:8], "little")
-    state = {}
-    for name, about in json.loads(content[8:start]).items():
-        if name == "__metadata__":
-            continue
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    state, last = dict.fromkeys(header), 0
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = about["data_offsets"]
-        storage = _Storage(_SAFETENSORS[about["dtype"]], content[start + begin : start + end])
-        shape = tuple(about["shape"])
-        strides = [int(np.prod(shape[n + 1 :])) for n in range(len(shape))]
-        state[name] = _Tensor(storage, 0, shape, tuple(strides))
+        shape, dtype = tuple(about["shape"]), np.dtype(_SAFETENSORS[about["dtype"]])
+        if begin != last or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{name!r} must begin at {last} and have the bytes of {dtype}{list(shape)}; "
+                f"given offsets {[begin, end]}"
+            )
+        last = end
+        strides = tuple(math.prod(shape[n + 1 :]) for n in range(len(shape)))
+        state[name] = _Tensor(
+            _Storage(dtype, content[start + begin : start + end]), 0, shape, strides
+        )
+    if start + last != len(content):
+        raise ValueError(f"its tensors must end with it, at {len(content)}; given {start + last}")
     return state
 
 

@@ -1,6 +1,7 @@
 """PyTorch's files: made here by modules that bear its names, and by PyTorch where there is one."""
 
 import io
+import json
 import pickle
 import sys
 import types
@@ -156,6 +157,46 @@ def test_no_code_of_a_file_runs(tmp_path):
     assert not mark.exists()
 
 
+SET = (None, {"dtype": "f4", "__doc__": "changed"})  # attributes of the object under it
+
+
+@pytest.mark.parametrize(
+    "name", ["torch BFloat16Storage", "torch._utils _rebuild_tensor_v2", "_codecs encode"]
+)
+def test_no_file_changes_what_it_names(tmp_path, name):
+    def held():
+        return jnp.bfloat16.dtype, *(f.__doc__ for f in tensor_files._ADMITTED.values())
+
+    before, path = held(), tmp_path / "weights"
+    path.write_bytes(
+        b"\x80\x02c" + "\n".join(name.split()).encode() + b"\n" + pickled(SET)[2:-1] + b"b."
+    )
+    with pytest.raises(ValueError, match="must be a state dict of tensors"):
+        read_weights(path)
+    assert held() == before
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        {"a": [0, 16]},
+        {"a": [-8, 0]},
+        {"a": [8, 0]},
+        {"a": [8, 16]},
+        {"a": [0, 8], "b": [4, 12]},
+        {"a": [0, 8], "b": [8, 16]},
+    ],
+    ids=["another size", "negative", "reversed", "hole", "overlap", "bytes are left"],
+)
+def test_offsets_that_contradict_the_tensors_are_refused(tmp_path, offsets):
+    about = {"dtype": "F32", "shape": [2]}
+    header = json.dumps({name: {**about, "data_offsets": o} for name, o in offsets.items()})
+    content = len(header).to_bytes(8, "little") + header.encode() + b"\0" * 20
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(ValueError, match=r"must begin at \d+ and have the bytes|must end with it"):
+        read_weights(tmp_path / "weights")
+
+
 @pytest.mark.parametrize(
     ("obj", "message"),
     [({"a": 1.0}, "'a' must be a tensor; given float"), ([1, 2], "a dictionary; given list")],
@@ -168,7 +209,8 @@ def test_what_is_no_state_dict_is_refused(tmp_path, obj, message):
 
 
 @pytest.mark.parametrize(
-    ("offset", "shape", "stride"), [(1, (6,), (1,)), (0, (2, 4), (4, 1)), (0, (2,), (-1,))]
+    ("offset", "shape", "stride"),
+    [(1, (6,), (1,)), (0, (2, 4), (4, 1)), (0, (2,), (-1,)), (0, (10**12,), (0,))],
 )
 def test_a_view_outside_of_its_storage_is_refused(offset, shape, stride):
     storage_ = tensor_files._Storage("f4", np.arange(6, dtype="f4").tobytes())
