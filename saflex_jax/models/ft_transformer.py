@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from saflex_jax import checks
+from saflex_jax.models.columns import columns
 from saflex_jax.models.norm import LayerNorm, spread
 from saflex_jax.models.vit import Block
 from saflex_jax.types import PyTree
@@ -113,23 +113,12 @@ class FTTransformer(nn.Module):
         checks.whole(
             1, width=self.width, depth=self.depth, heads=self.heads, mlp_width=self.mlp_width
         )
-        x = Tokens(self.width, self.categories, name="tokens")(*_columns(x, self.categories))
+        numeric, codes = columns(x, self.categories)
+        if not numeric.shape[1] + codes.shape[1]:
+            raise ValueError("inputs must have at least one column; given 0")
+        x = Tokens(self.width, self.categories, name="tokens")(numeric, codes)
         for number in range(self.depth):
             last = number == self.depth - 1
             block = Block(self.heads, 2 * self.mlp_width, reglu, number > 0, name=f"block_{number}")
             x = block(x, kept=1 if last else None)
         return nn.relu(LayerNorm(name="norm")(x)[:, 0])
-
-
-def _columns(x: PyTree, categories: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """A table's numbers f32[B, D] and codes i32[B, E], checked against `categories`."""
-    table = x if isinstance(x, dict) else {"numeric": x}
-    numeric = table["numeric"]
-    if numeric.ndim != 2:
-        raise ValueError(f"inputs must be a table [B, D]; given shape {list(numeric.shape)}")
-    codes = table.get("categorical", np.zeros((len(numeric), 0), np.int32))
-    if codes.shape[1] != len(categories):
-        raise ValueError(f"categories must name {codes.shape[1]} columns; given {len(categories)}")
-    if not numeric.shape[1] + codes.shape[1]:
-        raise ValueError("inputs must have at least one column; given 0")
-    return numeric, codes

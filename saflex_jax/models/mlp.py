@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from saflex_jax.models.columns import columns
 from saflex_jax.models.norm import Norm
 from saflex_jax.types import PyTree
 
@@ -27,6 +29,9 @@ class MLP(nn.Module):
       categories: number of categories of each categorical column; () for inputs that are one array.
       norm: "none", "group" or "batch" before each activation.
       axis_name: see `Norm`.
+
+    Raises:
+      ValueError: inputs that are not such a table, or other categorical columns than `categories`.
     """
 
     widths: Sequence[int] = (64, 64)
@@ -36,15 +41,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: PyTree, *, train: bool) -> jax.Array:
-        if self.categories:
-            codes = x["categorical"]
-            if codes.shape[1] != len(self.categories):
-                raise ValueError(
-                    f"categories must name {codes.shape[1]} columns; given {len(self.categories)}"
-                )
+        if isinstance(x, jax.Array | np.ndarray) and not self.categories:
+            x = x.reshape(x.shape[0], -1)
+        else:
+            numeric, codes = columns(x, self.categories)
             coded = [jax.nn.one_hot(codes[:, n], size) for n, size in enumerate(self.categories)]
-            x = jnp.concatenate([x["numeric"], *coded], axis=1)
-        x = x.reshape(x.shape[0], -1)
+            x = jnp.concatenate([numeric, *coded], axis=1)
         for width in self.widths:
             x = nn.Dense(width)(x)
             if self.norm != "none":

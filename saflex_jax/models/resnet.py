@@ -35,6 +35,9 @@ class ResNet(nn.Module):
       axis_name: see `Norm`.
       bottleneck: whether a block is 1x1, 3x3 (with the stride), 1x1 to 4 times the channels,
         instead of 3x3, 3x3.
+
+    Raises:
+      ValueError: an unknown name; inputs that are not images.
     """
 
     stem: str = "cifar"
@@ -49,6 +52,7 @@ class ResNet(nn.Module):
         self, x: jax.Array, *, train: bool, stage: int | None = None
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         checks.choice(("cifar", "imagenet"), stem=self.stem)
+        checks.images(inputs=x)
 
         def conv(width, size, stride, name=None):
             return nn.Conv(

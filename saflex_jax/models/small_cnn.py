@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from saflex_jax import checks
 from saflex_jax.models.feature_map import with_map
 from saflex_jax.models.norm import Norm
 
@@ -28,6 +29,9 @@ class SmallCNN(nn.Module):
       widths: channels of the stages; the last is the number of features.
       norm: "group" or "batch".
       axis_name: see `Norm`.
+
+    Raises:
+      ValueError: inputs that are not images.
     """
 
     widths: Sequence[int] = (16, 32)
@@ -38,6 +42,7 @@ class SmallCNN(nn.Module):
     def __call__(
         self, x: jax.Array, *, train: bool, stage: int | None = None
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        checks.images(inputs=x)
         maps = []
         for number, width in enumerate(self.widths):
             x = nn.Conv(width, (3, 3), strides=1 if number == 0 else 2, use_bias=False)(x)

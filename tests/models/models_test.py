@@ -12,6 +12,7 @@ from saflex_jax.core.tree import paths, select
 from saflex_jax.models import (
     MLP,
     Classifier,
+    FTTransformer,
     ResNet18,
     SmallCNN,
     from_function,
@@ -244,6 +245,28 @@ def test_classifier_mixes_where_manifold_mixup_says(layer, train):
         changed[3] *= -3
         moved = np.abs(np.asarray(logits({**mix, "inputs": changed})) - logits(mix)).max(1) > 1e-4
         np.testing.assert_array_equal(moved, (np.arange(6) == 3) | (partner == 3))
+
+
+FLAT = np.zeros((2, 3), np.float32)
+MIXED = {"numeric": FLAT, "categorical": np.zeros((2, 1), np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs", "message"),
+    [
+        (MLP(), [[1.0]], r"numeric inputs must be a table \[B, D\]; given list"),
+        (MLP(), MIXED, "categories must name 1 columns; given 0"),
+        (MLP(categories=(3,)), FLAT, "categories must name 0 columns; given 1"),
+        (MLP(categories=(3,)), {**MIXED, "codes": 1}, "inputs has no field 'codes'"),
+        (FTTransformer(), {"categorical": FLAT}, "numeric inputs .* NoneType"),
+        (FTTransformer(), [[1.0]], "numeric inputs must be a table .* given list"),
+        (SmallCNN(), FLAT, r"inputs must be images .* given float32\(2, 3\)"),
+        (ResNet18(), MIXED, "inputs must be one array of images; given dict"),
+    ],
+)
+def test_bad_inputs_are_named(network, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        network.init(KEY, inputs, train=False)
 
 
 # --- adapters
