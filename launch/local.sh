@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Starts a run of several processes on this host, and ends them all when one fails.
+# Starts a run of several processes on this host, and ends them all when one fails. (bash 5.1)
 #
 #   launch/local.sh COUNT [OPTION OF experiments.main]...
-#   launch/local.sh 4 --config=experiments/configs/digits.py --workdir=runs/four
+#   launch/local.sh 4 --config=digits --workdir=runs/four
 #
 # With GPUS=1 each process has one GPU. (One process can also use all GPUs of a host: without this
 # script.) PYTHON names another interpreter.
@@ -18,9 +18,8 @@ python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 pids=()
-# shellcheck disable=SC2317 # the trap calls it
-stop() { # SIGTERM, Ctrl-C: every process saves and stops
-  # shellcheck disable=SC2317
+stop() { # SIGTERM, Ctrl-C, a failure: every process saves and stops
+  stop() { :; } # once is enough
   kill -TERM "${pids[@]}" 2> /dev/null || true
 }
 trap stop INT TERM
@@ -33,13 +32,19 @@ for ((i = 0; i < count; i++)); do
 done
 
 status=0
-for pid in "${pids[@]}"; do
+for ((left = count; left > 0;)); do
   code=0
-  wait "$pid" || code=$?
-  if ((code > 128)) && kill -0 "$pid" 2> /dev/null; then # the trap came between
-    code=0
-    wait "$pid" || code=$?
+  wait -n -p ended || code=$?
+  if [[ -n ${ended:-} ]]; then
+    left=$((left - 1))
+  elif ((code == 127)); then # none is left: bash missed one that was killed early
+    left=0
+  else # the trap came between
+    continue
   fi
-  ((status == 0)) && status=$code
+  if ((code && !status)); then
+    status=$code
+    stop
+  fi
 done
 exit "$status"

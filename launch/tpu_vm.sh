@@ -3,17 +3,19 @@
 #
 #   launch/tpu_vm.sh create NAME        asks for the slice (it may wait in the queue)
 #   launch/tpu_vm.sh state NAME         says whether it is there
-#   launch/tpu_vm.sh install NAME       copies this project to all its hosts, and installs it
+#   launch/tpu_vm.sh install NAME       copies this project's last commit to all its hosts, and
+#                                       installs it; again = updates it
 #   launch/tpu_vm.sh run NAME OPTION... runs experiments.main on all hosts; again = goes on
 #   launch/tpu_vm.sh delete NAME
 #
 # TYPE (v5litepod-16), ZONE, PROJECT and VERSION (v2-alpha-tpuv5-lite) say which; SPOT=1 asks for
 # pre-emptible ones. --workdir must be on a file system that all hosts share (Filestore, mounted).
-# DRY=1 prints the commands instead.
+# DRY=1 prints the commands instead. uv installs, with a newer Python where a host's is older than
+# 3.11; hosts need access to the internet.
 set -euo pipefail
 
 usage() {
-  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 (($# >= 2)) || usage
@@ -46,9 +48,17 @@ case $what in
       --format="value(state.state)"
     ;;
   install)
-    do_it gcloud compute tpus tpu-vm scp --recurse "$(dirname "$0")/.." "$name:saflex_jax" \
-      "${where[@]}" --worker=all
-    on_all_hosts 'cd saflex_jax && python3 -m venv .venv && .venv/bin/pip install -q -e ".[experiments]" "jax[tpu]"'
+    folder=$(mktemp -d)
+    trap 'rm -r "$folder"' EXIT
+    do_it git -C "$(dirname "$0")/.." archive --output="$folder/saflex_jax.tar.gz" HEAD
+    do_it gcloud compute tpus tpu-vm scp "$folder/saflex_jax.tar.gz" "$name:" "${where[@]}" --worker=all
+    # shellcheck disable=SC2016 # the hosts expand it
+    on_all_hosts 'set -e
+      mkdir -p saflex_jax && tar -xzf saflex_jax.tar.gz -C saflex_jax && cd saflex_jax
+      PATH=$HOME/.local/bin:$PATH
+      command -v uv || curl -LsSf https://astral.sh/uv/install.sh | sh
+      uv venv -q --allow-existing --python ">=3.11" .venv
+      uv pip install -q -e ".[experiments]" "jax[tpu]"'
     ;;
   run)
     on_all_hosts "cd saflex_jax && .venv/bin/python -m experiments.main --distributed --noprogress ${*@Q}"

@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -96,10 +98,57 @@ def test_the_manifest():
     for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
         chips *= int(side)
     assert job["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == chips
+    assert "--config=digits" in container["command"]  # no path: the image need not hold a clone
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
     workdir = next(a for a in container["command"] if a.startswith("--workdir="))
     assert workdir.startswith(f"--workdir={container['volumeMounts'][0]['mountPath']}/")
+
+
+def script(path, *lines):
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines]))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(not (FOLDER.parent / ".git").exists(), reason="needs the repository")
+def test_tpu_vms_get_the_last_commit_and_are_installed_again(tmp_path):
+    (host := tmp_path / "host").mkdir()
+    script(tmp_path / "gcloud", f"cd {host}", 'if [[ $4 == scp ]]; then cp "$5" .; exit; fi',
+           'for a; do [[ $a != --command=* ]] || HOME=$PWD bash -c "${a#*=}"; done')  # fmt: skip
+    script(tmp_path / "uv", 'echo "$@" >> uv; mkdir -p .venv')
+    for _ in range(2):
+        code, _, error = tpu_vm("install", "mine", DRY="0", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert code == 0, error
+    there = {path.name for path in (host / "saflex_jax").iterdir()}
+    assert {"setup.py", "experiments", ".venv"} <= there and not {".git", "data", "runs"} & there
+    made, installed = (host / "saflex_jax" / "uv").read_text().splitlines()[2:]
+    assert made == "venv -q --allow-existing --python >=3.11 .venv"
+    assert installed == "pip install -q -e .[experiments] jax[tpu]"
+
+
+def test_all_processes_end_when_one_fails(tmp_path):
+    lines = ["[[ $1 != -c ]] || exec echo 1234", "[[ $* != *--process=1* ]] || exit 3"]
+    python = script(tmp_path / "python", *lines, "exec sleep 60")
+    begun = time.monotonic()
+    command, env = [FOLDER / "local.sh", "3"], os.environ | {"PYTHON": str(python)}
+    assert subprocess.run(command, env=env, timeout=30).returncode == 3
+    assert time.monotonic() - begun < 20
+
+
+def test_each_slurm_process_sees_the_gpus_of_its_node(tmp_path):
+    # JAX takes GPU number SLURM_LOCALID.
+    said = dict(
+        re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (FOLDER / "slurm.sbatch").read_text(), re.M)
+    )
+    assert said["gpus-per-node"] == said["ntasks-per-node"] and "gpus-per-task" not in said
+    script(tmp_path / "srun", 'echo "$@"')
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "8"}
+    command = ["bash", FOLDER / "slurm.sbatch", "--config=digits"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    options, program = done.stdout.split(" python -m experiments.main ")
+    assert {"--gpu-bind=none", "--cpus-per-task=8"} <= set(options.split())
+    assert program.split() == ["--distributed", "--noprogress", "--config=digits"]
 
 
 @pytest.mark.slow
