@@ -20,7 +20,7 @@ from experiments import build, estimators, same_data, tables, task
 from experiments.configs import sources
 from saflex_jax import augment, checks, configure, data, train
 from saflex_jax.augment.made import MADE
-from saflex_jax.batches import take
+from saflex_jax.batches import floats, take
 from saflex_jax.core import linear_solve, scores
 from saflex_jax.core.targets import prior_targets, score_scale
 from saflex_jax.core.tree import paths, under
@@ -161,7 +161,7 @@ def look(run: Run, draws: int = 1) -> Iterator[Looked]:
     if data.pools.val is None:
         raise ValueError("the run must have validation samples")
     pipeline = augment.parse(config.augment)
-    val = jax.tree.map(jnp.asarray, data.held_out._replace(trace=None))
+    val = floats(jax.tree.map(jnp.asarray, data.held_out._replace(trace=None)))  # as `take` gives
     head = any(path.startswith("head/") for path in paths(state.params))
     solve = linear_solve.cg_solve() if head else linear_solve.identity_solve()
 
