@@ -116,7 +116,7 @@ def test_cg_on_a_singular_system_solves_what_has_a_solution_and_stays_finite():
     np.testing.assert_allclose(solved(within, 100), best, rtol=1e-3, atol=1e-3)
     beyond = within + 0.1 * rng.normal(size=N)  # no solution: directions without curvature
     np.testing.assert_array_equal(solved(beyond, 20), solved(beyond, 100))
-    assert np.abs(solved(beyond, 100)).max() < 1e3
+    assert np.isfinite(solved(beyond, 100)).all()
 
 
 def test_right_hand_side_of_zero():
