@@ -97,7 +97,8 @@ def test_a_folder_is_read_as_train_reads_it(tmp_path, capsys):
         Image.fromarray(levels).convert("L" if row == 3 else "RGB").save(file)
     (tmp_path / "odd" / "a" / "notes.txt").write_text("no image")
     flags.FLAGS.unparse_flags()
-    flags.FLAGS(["inspect", f"--sheets={tmp_path}"])
+    # Another command's --size has another default, which a process that imported both may have.
+    flags.FLAGS(["inspect", f"--sheets={tmp_path}", "--size=0"])
     with pytest.raises(SystemExit) as stopped:
         inspect.main(["inspect", str(tmp_path / "odd")])
     first, note, *_ = capsys.readouterr().out.split("\n")
