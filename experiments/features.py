@@ -40,6 +40,7 @@ from saflex_jax.augment import corruptions
 from saflex_jax.batches import floats
 from saflex_jax.data import features as files
 from saflex_jax.data.prepared import file_digest
+from saflex_jax.data.sources import SPLITS
 from saflex_jax.models import ResNet
 from saflex_jax.types import Batch, PyTree
 
@@ -61,7 +62,6 @@ _out = flags.DEFINE_string(
 )
 _tag = flags.DEFINE_string("tag", "", "Name of the set; empty = made of the options.")
 
-SPLITS = "train", "val", "test"
 IMAGES = 64  # that the network sees at once
 
 

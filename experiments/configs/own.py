@@ -91,7 +91,7 @@ def as_read(folder: pathlib.Path) -> dict[str, int]:
     with optional("Pillow"):
         from PIL import Image
 
-    files = data.images.images_in(folder, deep=True)
+    files = [file for file in data.images.files_in(folder) if data.images.is_image(file)]
     shapes, modes = collections.Counter(), set()
     for file in files[:: max(1, len(files) // PEEKED)]:
         try:

@@ -48,6 +48,28 @@ def hessian(
     return lambda u: reduce(push(u))
 
 
+def logits_of(logits_fn: LogitsFn, params: Params, inputs: PyTree) -> Callable[[Params], jax.Array]:
+    """The logits as a function of some parameters alone, in f32 at least.
+
+    >>> def linear(params, x):
+    ...     return x @ params["w"] + params["b"]
+    >>> params = {"w": jnp.ones((1, 2)), "b": jnp.zeros(2)}
+    >>> of = logits_of(linear, params, jnp.ones((1, 1)))
+    >>> of({"w": None, "b": jnp.array([0.0, 1.0])}).tolist()
+    [[1.0, 2.0]]
+
+    Args:
+      logits_fn: (params, inputs) -> f[B, K].
+      params: pytree; where the function's argument has None, these count.
+      inputs: leading axis B.
+    """
+
+    def of(part: Params) -> jax.Array:
+        return at_least_f32(logits_fn(merge(part, params), inputs))
+
+    return of
+
+
 def linear_logits(
     logits_fn: LogitsFn, params: Params, inputs: PyTree, *, predicate: PathPredicate | None = None
 ) -> tuple[jax.Array, Callable[[Params], jax.Array]]:
@@ -71,11 +93,7 @@ def linear_logits(
     """
     selected = select(params, predicate)
     checks.floating(params=selected)
-
-    def of(part):
-        return at_least_f32(logits_fn(merge(part, params), inputs))
-
-    logits, push = jax.linearize(of, selected)
+    logits, push = jax.linearize(logits_of(logits_fn, params, inputs), selected)
     product, saved = jax.closure_convert(push, selected)
     return logits, jax.tree_util.Partial(lambda saved, u: product(u, *saved), saved)
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from saflex_jax import checks
 from saflex_jax.core import curvature as curvatures
 from saflex_jax.core.linear_solve import identity_solve
-from saflex_jax.core.losses import at_least_f32, masked_mean, weighted_cross_entropy
-from saflex_jax.core.tree import axpy, cast_floats, identity, merge, restrict, select
+from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
+from saflex_jax.core.tree import axpy, cast_floats, identity, restrict, select
 from saflex_jax.types import LinearSolve, LogitsFn, Params, PathPredicate, PyTree, Reduce, SolveInfo
 
 Mode = Literal["jvp", "finite_difference"]
@@ -248,10 +248,7 @@ def label_scores(
         return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), out)
 
     start = restrict(params, direction)
-
-    def logits(part):
-        return at_least_f32(logits_fn(merge(part, params), inputs))
-
+    logits = curvatures.logits_of(logits_fn, params, inputs)
     if mode == "jvp":
         out, change = jax.jvp(logits, (start,), (direction,))
         _at_least_two_classes(out)
@@ -342,13 +339,8 @@ def scorer(
         if mode == "jvp":
             return _along(push(direction), log_probs), log_probs, info
         start = restrict(params, direction)
-        moved = _difference(
-            lambda part: at_least_f32(logits_fn(merge(part, params), inputs)),
-            log_probs,
-            start,
-            direction,
-            epsilon,
-        )
+        logits_at = curvatures.logits_of(logits_fn, params, inputs)
+        moved = _difference(logits_at, log_probs, start, direction, epsilon)
         return moved, log_probs, info
 
     return along

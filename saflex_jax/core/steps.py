@@ -19,7 +19,7 @@ from saflex_jax.core.losses import (
     weighted_cross_entropy,
     weighted_soft_cross_entropy,
 )
-from saflex_jax.core.tree import Everywhere, identity, mean_floats
+from saflex_jax.core.tree import Everywhere, identity, mean_floats, zeros
 from saflex_jax.types import (
     Batch,
     LinearSolve,
@@ -75,7 +75,7 @@ def step_key(state: TrainState, index: jax.Array) -> jax.Array:
       state: TrainState.
       index: i32[B], `Batch.index`; its first entry is folded in.
     """
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), index[0])
+    return _key_at(state, index[0])
 
 
 def draws_key(state: TrainState) -> jax.Array:
@@ -90,7 +90,7 @@ def draws_key(state: TrainState) -> jax.Array:
     Args:
       state: TrainState.
     """
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x7DA06A7C)
+    return _key_at(state, 0x7DA06A7C)
 
 
 def pipeline_key(state: TrainState) -> jax.Array:
@@ -105,7 +105,11 @@ def pipeline_key(state: TrainState) -> jax.Array:
     Args:
       state: TrainState.
     """
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5AF1EC)
+    return _key_at(state, 0x5AF1EC)
+
+
+def _key_at(state: TrainState, number: int | jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), number)
 
 
 def total(
@@ -192,8 +196,8 @@ def _added_up(gradient, state: TrainState, parts: PyTree):
 
     first = jax.tree.map(lambda x: x[0], parts)
     (loss, (_, metrics)), grads = jax.eval_shape(gradient, state.params, first, state.model_state)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
-    carry, _ = jax.lax.scan(add, (state.model_state, zeros), parts)
+    sums = zeros((loss, metrics, grads))
+    carry, _ = jax.lax.scan(add, (state.model_state, sums), parts)
     model_state, (loss, metrics, grads) = carry
     return (loss, (model_state, metrics)), grads
 

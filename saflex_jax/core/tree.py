@@ -332,3 +332,15 @@ def mean_floats(tree: PyTree, reduce: Reduce = identity) -> PyTree:
       reduce: mean over the data-parallel axis.
     """
     return jax.tree.map(lambda x: reduce(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def zeros(shapes: PyTree) -> PyTree:
+    """Zeros of the shapes and dtypes of a tree, for instance of what `jax.eval_shape` gives.
+
+    >>> zeros([jax.ShapeDtypeStruct((2,), jnp.int32)])[0].tolist()
+    [0, 0]
+
+    Args:
+      shapes: pytree of what has a shape and a dtype.
+    """
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

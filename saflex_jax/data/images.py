@@ -176,23 +176,33 @@ def image_rows(
     return Rows(read, len(files), first.shape, np.uint8)
 
 
-def images_in(folder: pathlib.Path, *, deep: bool = False) -> list[pathlib.Path]:
-    """The image files directly in a folder, by name; `deep`: in its folders, too."""
-    files = files_in(folder) if deep else visible(folder)
-    return [file for file in files if file.suffix.lower() in SUFFIXES]
+def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The image files directly in a folder, by name."""
+    return [p for p in visible(folder) if is_image(p)]
+
+
+def is_image(file: pathlib.Path) -> bool:
+    """By its suffix."""
+    return file.suffix.lower() in SUFFIXES
 
 
 def files_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """All files in a folder and in its folders, by name, without hidden ones."""
     files = []
-    for p in visible(folder):
-        files += files_in(p) if p.is_dir() else [p]
-    return files
+    # Not by `visible`: a walk knows folders without asking for each file what it is.
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        files += [pathlib.Path(place, name) for name in names if not _hidden(name)]
+    return sorted(files)
 
 
 def visible(folder: pathlib.Path) -> list[pathlib.Path]:
     """What is directly in a folder, by name, without hidden names such as macOS's `._0.png`."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if not _hidden(p.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _decoder(

@@ -21,7 +21,7 @@ from saflex_jax.augment import Augment, sample_keys
 from saflex_jax.core import steps
 from saflex_jax.core.losses import CandidateLoss, masked_mean, weighted_soft_cross_entropy
 from saflex_jax.core.targets import prior_targets
-from saflex_jax.core.tree import identity
+from saflex_jax.core.tree import identity, zeros
 from saflex_jax.methods.base import MethodSpec, as_given, no_clean, pipeline
 from saflex_jax.types import Batch, Method, Model
 
@@ -186,8 +186,7 @@ def metropolis_hastings(
             f"{batch.index.shape[0]}"
         )
     # A loss below all others: every chain moves to its first proposal.
-    nowhere = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    start = nowhere, jnp.full(batch.index.shape, -1.0)
+    start = zeros(shapes), jnp.full(batch.index.shape, -1.0)
 
     def move(chain, key):
         proposal_key, move_key = jax.random.split(key)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from saflex_jax import checks
 from saflex_jax.core.targets import prior_targets
+from saflex_jax.core.tree import zeros
 from saflex_jax.types import Batch, Metrics, PyTree, Targets
 
 # arrays -> (targets, arrays, metrics)
@@ -83,12 +84,11 @@ def _with_equal_metrics(branches: list[Branch], arrays: PyTree) -> list[Branch]:
     like: Metrics = {}
     for branch in branches:
         like |= jax.eval_shape(branch, arrays)[2]
-    missing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def completed(branch):
         def run(arrays):
             targets, arrays, metrics = branch(arrays)
-            return targets, arrays, missing | metrics
+            return targets, arrays, zeros(like) | metrics
 
         return run
 

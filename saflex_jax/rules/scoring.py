@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from saflex_jax import checks
 from saflex_jax.core import curvature, scores
-from saflex_jax.core.tree import Everywhere, identity, is_little, select
+from saflex_jax.core.tree import Everywhere, identity, is_little, select, zeros
 from saflex_jax.rules import directions
 from saflex_jax.rules.base import predicate_of
 from saflex_jax.rules.directions import Direction
@@ -189,7 +189,7 @@ class Scoring:
 
         def stale(kept, turn):
             _, *like = jax.eval_shape(fresh, kept, turn)
-            return kept, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            return kept, *zeros(like)
 
         def score(kept, turn):
             if self.val_every == 1:
