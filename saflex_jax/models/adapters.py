@@ -1,4 +1,4 @@
-"""Adapters: any network as a `types.Model` of pure functions."""
+"""Adapters: any network as a `types.Model` of pure functions, with outputs in f32 or wider."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def from_linen(module: nn.Module) -> Model:
     (5, 3)
 
     Args:
-      module: the network, returning logits f32[B, K].
+      module: the network, returning logits f[B, K].
     """
 
     def init(key, inputs):
@@ -44,10 +44,10 @@ def from_linen(module: nn.Module) -> Model:
             mutable=list(model_state),
             rngs={"dropout": key},
         )
-        return logits, {**model_state, **updated}
+        return _widened(logits), {**model_state, **updated}
 
     def logits(params, model_state, inputs):
-        return module.apply({"params": params, **model_state}, inputs, train=False)
+        return _widened(module.apply({"params": params, **model_state}, inputs, train=False))
 
     return Model(init, train, logits)
 
@@ -66,7 +66,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     (5, 3)
 
     Args:
-      make_module: nnx.Rngs -> module with __call__(inputs) -> logits f32[B, K].
+      make_module: nnx.Rngs -> module with __call__(inputs) -> logits f[B, K].
     """
     from flax import nnx
 
@@ -107,7 +107,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         graphdef, streams = definition(train)
         module = nnx.merge(graphdef, params, seeded(streams, key), model_state)
         logits = module(inputs)
-        return logits, split(module)[3]
+        return _widened(logits), split(module)[3]
 
     def logits(params, model_state, inputs):
         return run(False, params, model_state, inputs, jax.random.key(0))[0]
@@ -127,10 +127,23 @@ def from_function(
 
     Args:
       init: (key, inputs) -> params.
-      apply: (params, inputs) -> logits f32[B, K].
+      apply: (params, inputs) -> logits f[B, K].
     """
     return Model(
         lambda key, inputs: (init(key, inputs), {}),
-        lambda params, model_state, inputs, key: (apply(params, inputs), model_state),
-        lambda params, model_state, inputs: apply(params, inputs),
+        lambda params, model_state, inputs, key: (_widened(apply(params, inputs)), model_state),
+        lambda params, model_state, inputs: _widened(apply(params, inputs)),
     )
+
+
+def _widened(outputs: PyTree) -> PyTree:
+    """The network's outputs in f32, or in a wider dtype if they have it; integers stay.
+
+    Here once for all methods and rules: a softmax of logits in bfloat16 rounds what is nearly sure.
+    """
+
+    def widened(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating else x
+
+    return jax.tree.map(widened, outputs)

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from saflex_jax import under
+from saflex_jax._compat import enable_x64
 from saflex_jax.core.tree import paths, select
 from saflex_jax.models import (
     MLP,
@@ -388,3 +389,63 @@ def test_from_function_is_the_function():
     logits, after = model.train(params, model_state, TABLE, KEY)
     np.testing.assert_array_equal(logits, expected)
     assert model_state == after == {}
+
+
+class LinenOf(nn.Module):
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return {"class": nn.Dense(3, dtype=self.dtype)(x), "rows": jnp.arange(len(x))}
+
+
+class NnxOf(nnx.Module):
+    def __init__(self, rngs, dtype):
+        self.head = nnx.Linear(4, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return {"class": self.head(x), "rows": jnp.arange(len(x))}
+
+
+def function_of(dtype):
+    def apply(w, x):
+        return {"class": x.astype(dtype) @ w.astype(dtype), "rows": jnp.arange(len(x))}
+
+    return from_function(lambda key, x: jnp.ones((4, 3)), apply)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda dtype: from_linen(LinenOf(dtype)),
+     lambda dtype: from_nnx(partial(NnxOf, dtype=jnp.dtype(dtype))), function_of],
+    ids=["linen", "nnx", "function"],
+)  # fmt: skip
+def test_outputs_are_in_f32_at_least(make):
+    def outputs(dtype):
+        model = make(dtype)
+        params, model_state = jax.eval_shape(model.init, KEY, TABLE)
+        trained, _ = jax.eval_shape(model.train, params, model_state, TABLE, KEY)
+        return jax.eval_shape(model.logits, params, model_state, TABLE), trained
+
+    def dtypes(of):
+        with enable_x64(of == "float64"):
+            return {(x["class"].dtype.name, x["rows"].dtype.kind) for x in outputs(of)}
+
+    assert dtypes("bfloat16") == dtypes("float16") == dtypes("float32") == {("float32", "i")}
+    assert dtypes("float64") == {("float64", "i")}
+
+
+def test_outputs_in_f32_compile_to_the_same_and_those_in_bfloat16_have_its_values():
+    def both(dtype):
+        module, model = LinenOf(dtype), from_linen(LinenOf(dtype))
+
+        def plain(params):
+            return module.apply({"params": params}, TABLE, train=False)
+
+        return plain, lambda params: model.logits(params, {}, TABLE)
+
+    params, _ = drawn(from_linen(LinenOf("float32")), TABLE)
+    plain, adapted = (str(jax.make_jaxpr(f)(params)) for f in both("float32"))
+    assert plain == adapted
+    plain, adapted = (f(params) for f in both("bfloat16"))
+    assert equal(plain, adapted)
