@@ -306,6 +306,19 @@ def axpy(scale: jax.Array | float, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: (scale * a + b).astype(b.dtype), x, y)
 
 
+def moving_average(old: PyTree, new: PyTree, decay: jax.Array | float) -> PyTree:
+    """decay * old + (1 - decay) * new, leaf by leaf, in old's dtypes.
+
+    >>> moving_average({"w": jnp.array([4.0])}, {"w": jnp.array([8.0])}, 0.75)["w"].tolist()
+    [5.0]
+
+    Args:
+      old, new: trees of the same structure and shapes.
+      decay: f32[], in [0, 1].
+    """
+    return jax.tree.map(lambda a, x: (decay * a + (1 - decay) * x).astype(a.dtype), old, new)
+
+
 def cast_floats(tree: PyTree, dtype: str) -> PyTree:
     """Casts the floating-point leaves; integers and keys stay unchanged.
 

@@ -25,7 +25,7 @@ from saflex_jax.core.losses import (
     weighted_cross_entropy,
     weighted_soft_cross_entropy,
 )
-from saflex_jax.core.tree import identity
+from saflex_jax.core.tree import identity, moving_average
 from saflex_jax.methods import mixtures
 from saflex_jax.methods.base import MethodSpec, no_clean
 from saflex_jax.methods.mixtures import (
@@ -172,7 +172,7 @@ def make(
             state.step, steps_of_run, start=options.momentum, end=options.momentum_end
         )
         state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
-        k = mixtures.average(k, q_of(state.params), m)
+        k = moving_average(k, q_of(state.params), m)
         return state._replace(extra=MomentumAndRule(k, arrays)), {**metrics, **of_rule}
 
     return Method(

@@ -25,7 +25,7 @@ from saflex_jax.core.losses import (
     weighted_cross_entropy,
     weighted_soft_cross_entropy,
 )
-from saflex_jax.core.tree import identity
+from saflex_jax.core.tree import identity, moving_average
 from saflex_jax.methods.base import MethodSpec, pipeline
 from saflex_jax.rules import AsGiven
 from saflex_jax.types import Method, Model, Params, PyTree, Rule, RunInfo, TrainState
@@ -177,7 +177,7 @@ def make(
         average = state.extra.average
         state, metrics = steps.gradient_step(state, loss_fn, tx=tx, reduce=reduce)
         if options.ema:
-            average = _average(average, state.params, options.ema)
+            average = moving_average(average, state.params, options.ema)
         return state._replace(extra=AverageAndRule(average, arrays)), {**metrics, **of_rule}
 
     def predict(state, inputs):
@@ -204,11 +204,6 @@ def pseudo_labels(logits: jax.Array, threshold: float) -> tuple[jax.Array, jax.A
     """
     labels = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[1], dtype=logits.dtype)
     return labels, jnp.max(jax.nn.softmax(logits), -1) >= threshold
-
-
-def _average(old, new, decay):
-    """decay old + (1 - decay) new, leaf by leaf."""
-    return jax.tree.map(lambda a, x: (decay * a + (1 - decay) * x).astype(x.dtype), old, new)
 
 
 def view_keys(state: TrainState) -> jax.Array:

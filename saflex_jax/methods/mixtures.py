@@ -249,11 +249,6 @@ def q_of(params: Params) -> Params:
     return {name: part for name, part in params.items() if name != "mix_block"}
 
 
-def average(k: Params, q: Params, m: jax.Array) -> Params:
-    """k <- m k + (1 - m) q, in k's dtypes."""
-    return jax.tree.map(lambda k, q: (m * k + (1 - m) * q).astype(k.dtype), k, q)
-
-
 def momentum_at(step: jax.Array, num_steps: int, *, start: float, end: float) -> jax.Array:
     """m of a step: `start` for the first tenth of the run, then a cosine that ends at `end`.
 
