@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -159,7 +160,7 @@ def make(
         return steps.init_state(key, params, model_state, tx, rule.init(params))
 
     def refine(state, streams, reduce):
-        """(shown candidates, (apply, inputs) -> (log p, losses, state), what the rule makes)."""
+        """(shown candidates, `_within_batch` or `_against_prompts`, what the rule makes)."""
         no_clean("flyp", streams.clean)
         key = steps.draws_key(state)
         if options.loss == "class_prompts":
@@ -169,11 +170,11 @@ def make(
             read = _within_batch(run.num_classes, options, reduce)
 
         def logits_fn(params, inputs):
-            def apply(part, number=None):
-                del number
+            def apply(part, key):
+                del key
                 return model.logits(params, state.model_state, part), state.model_state
 
-            return read(apply, inputs)[0]
+            return read(apply, inputs, key)[0]
 
         learned = rule.apply(state.extra, state, logits_fn, shown, reduce=reduce)
         return shown.candidates, read, learned
@@ -183,11 +184,8 @@ def make(
         key, mask = steps.step_key(state, candidates.index), candidates.mask
 
         def loss_fn(params):
-            def apply(part, number=None):
-                own = key if number is None else jax.random.fold_in(key, number)
-                return model.train(params, state.model_state, part, own)
-
-            _, by_class, model_state = read(apply, candidates.inputs)
+            apply = partial(model.train, params, state.model_state)
+            _, by_class, model_state = read(apply, candidates.inputs, key)
             losses = targets.weights * jnp.sum(targets.labels * by_class, axis=-1)
             losses = jnp.where(mask, losses, 0.0)
             metrics = {"candidate_loss": steps.total(losses, mask, reduce)}
@@ -255,9 +253,9 @@ def _drawn(table: np.ndarray, key: jax.Array) -> jax.Array:
 
 
 def _within_batch(num_classes: int, options: Options, reduce) -> Callable:
-    """(apply, pairs) -> (class log-probabilities, class losses f32[b, K], model state)."""
+    """(apply, pairs, key) -> (class log-probabilities, class losses f32[b, K], model state)."""
 
-    def read(apply, pairs):
+    def read(apply, pairs, key):
         mask, whole = pairs["mask"], pairs["whole"]
         if whole.shape[0] != whole.shape[1]:
             raise ValueError(
@@ -265,7 +263,7 @@ def _within_batch(num_classes: int, options: Options, reduce) -> Callable:
                 f"{whole.shape[0]} of {whole.shape[1]}"
             )
         given = {name: pairs[name] for name in ("image", "text")}
-        out, model_state = _in_parts(apply, given, options.parts)
+        out, model_state = _in_parts(apply, given, key, options.parts)
         logits = contrastive.similarities(
             out["image"], out["text"], out["scale"], out["bias"], reduce=reduce
         )
@@ -282,11 +280,11 @@ def _within_batch(num_classes: int, options: Options, reduce) -> Callable:
 
 
 def _against_prompts(prompts: jax.Array, options: Options) -> Callable:
-    """(apply, images) -> (class log-probabilities, class losses f32[b, K], model state)."""
+    """(apply, images, key) -> (class log-probabilities, class losses f32[b, K], model state)."""
 
-    def read(apply, images):
-        out, model_state = _in_parts(apply, {"image": images}, options.parts)
-        text = apply({"text": prompts})[0]["text"]
+    def read(apply, images, key):
+        out, model_state = _in_parts(apply, {"image": images}, key, options.parts)
+        text = apply({"text": prompts}, key)[0]["text"]
         log_probs = jax.nn.log_softmax(
             out["scale"] * jnp.matmul(out["image"], text.T, precision=HIGHEST)
         )
@@ -295,17 +293,17 @@ def _against_prompts(prompts: jax.Array, options: Options) -> Callable:
     return read
 
 
-def _in_parts(apply: Callable, inputs: dict, parts: int) -> tuple[dict, dict]:
-    """`apply` of the inputs, one part after the other; of the gradient likewise.
+def _in_parts(apply: Callable, inputs: dict, key: jax.Array, parts: int) -> tuple[dict, dict]:
+    """`apply` of (inputs, key), one part after the other; of the gradient likewise.
 
-    Parts are numbered, so that dropout differs between them.
+    Each part has a key of its own, so that dropout differs between them.
 
     Source: Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under Memory
     Limited Setup", 2021: embeddings first, the loss on all of them, then each part once more for
     its share of the gradient. That is what `jax.checkpoint` of a part in a loop differentiates to.
     """
     if parts == 1:
-        return apply(inputs)
+        return apply(inputs, key)
     size = len(jax.tree.leaves(inputs)[0])
     if size % parts:
         raise ValueError(f"parts must divide the batch of {size} rows (a device's); given {parts}")
@@ -313,8 +311,12 @@ def _in_parts(apply: Callable, inputs: dict, parts: int) -> tuple[dict, dict]:
     def split(x):  # every device has rows of every part
         return jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1)
 
-    numbered = jax.tree.map(split, inputs), jnp.arange(parts)
-    out = jax.lax.map(jax.checkpoint(lambda part: apply(*part)[0]), numbered)
+    @jax.checkpoint
+    def of_part(numbered):
+        part, number = numbered
+        return apply(part, jax.random.fold_in(key, number))[0]
+
+    out = jax.lax.map(of_part, (jax.tree.map(split, inputs), jnp.arange(parts)))
     joined = {
         name: jnp.swapaxes(out[name], 0, 1).reshape(size, *out[name].shape[2:]) for name in inputs
     }
