@@ -4,7 +4,7 @@
 #   launch/tpu_vm.sh create NAME        asks for the slice (it may wait in the queue)
 #   launch/tpu_vm.sh state NAME         says whether it is there
 #   launch/tpu_vm.sh install NAME       copies this project's last commit to all its hosts, and
-#                                       installs it; again = updates it
+#                                       installs it; again = updates it, deletions too
 #   launch/tpu_vm.sh run NAME OPTION... runs experiments.main on all hosts; again = goes on
 #   launch/tpu_vm.sh delete NAME
 #
@@ -54,7 +54,11 @@ case $what in
     do_it gcloud compute tpus tpu-vm scp "$folder/saflex_jax.tar.gz" "$name:" "${where[@]}" --worker=all
     # shellcheck disable=SC2016 # the hosts expand it
     on_all_hosts 'set -e
-      mkdir -p saflex_jax && tar -xzf saflex_jax.tar.gz -C saflex_jax && cd saflex_jax
+      mkdir -p saflex_jax && cd saflex_jax
+      # What the last one brought goes first; .venv, data and runs are not of it.
+      if [ -e .installed ]; then xargs -d "\n" rm -f < .installed; fi
+      tar -tzf ../saflex_jax.tar.gz | grep -v "/$" > .installed
+      tar -xzf ../saflex_jax.tar.gz
       PATH=$HOME/.local/bin:$PATH
       command -v uv || curl -LsSf https://astral.sh/uv/install.sh | sh
       uv venv -q --allow-existing --python ">=3.11" .venv

@@ -25,9 +25,9 @@ def test_scripts_are_sound(script):
         subprocess.run(["shellcheck", script], check=True)
 
 
-def tpu_vm(*arguments, **variables):
+def tpu_vm(*arguments, folder=FOLDER, **variables):
     env = os.environ | {"DRY": "1", "ZONE": "us-x", "PROJECT": "p"} | variables
-    command = ["bash", FOLDER / "tpu_vm.sh", *arguments]
+    command = ["bash", folder / "tpu_vm.sh", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -111,20 +111,60 @@ def script(path, *lines):
     return path
 
 
-@pytest.mark.skipif(not (FOLDER.parent / ".git").exists(), reason="needs the repository")
-def test_tpu_vms_get_the_last_commit_and_are_installed_again(tmp_path):
+@pytest.fixture
+def install(tmp_path):
+    """(folder of the script) -> the project's folder on a host, after one more install."""
     (host := tmp_path / "host").mkdir()
     script(tmp_path / "gcloud", f"cd {host}", 'if [[ $4 == scp ]]; then cp "$5" .; exit; fi',
            'for a; do [[ $a != --command=* ]] || HOME=$PWD bash -c "${a#*=}"; done')  # fmt: skip
     script(tmp_path / "uv", 'echo "$@" >> uv; mkdir -p .venv')
-    for _ in range(2):
-        code, _, error = tpu_vm("install", "mine", DRY="0", PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+    def run(folder=FOLDER):
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        code, _, error = tpu_vm("install", "mine", folder=folder, DRY="0", PATH=path)
         assert code == 0, error
-    there = {path.name for path in (host / "saflex_jax").iterdir()}
+        return host / "saflex_jax"
+
+    return run
+
+
+@pytest.mark.skipif(not (FOLDER.parent / ".git").exists(), reason="needs the repository")
+def test_tpu_vms_get_the_last_commit_and_are_installed_again(install):
+    install()
+    folder = install()
+    there = {path.name for path in folder.iterdir()}
     assert {"setup.py", "experiments", ".venv"} <= there and not {".git", "data", "runs"} & there
-    made, installed = (host / "saflex_jax" / "uv").read_text().splitlines()[2:]
+    made, installed = (folder / "uv").read_text().splitlines()[2:]
     assert made == "venv -q --allow-existing --python >=3.11 .venv"
     assert installed == "pip install -q -e .[experiments] jax[tpu]"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_tpu_vms_keep_no_file_that_was_deleted_here_and_all_that_is_theirs(install, tmp_path):
+    repository = tmp_path / "repository"
+    shutil.copytree(FOLDER, repository / "launch")
+    (repository / "a b").mkdir()
+    for name in ("gone.py", "a b/gone.py", "a b/stays.py"):
+        (repository / name).write_text("old")
+
+    def commit():
+        git = ["git", "-C", repository, "-c", "user.name=x", "-c", "user.email=x"]
+        for command in (["init", "-q"], ["add", "--all"], ["commit", "-qm", "x"]):
+            subprocess.run([*git, *command], check=True)
+
+    commit()
+    there = install(repository / "launch")
+    (there / "data").mkdir()
+    (there / "data" / "gone.py").touch()
+    for name in ("gone.py", "a b/gone.py"):
+        assert (there / name).exists()
+        (repository / name).unlink()
+    (repository / "a b" / "stays.py").write_text("new")
+    commit()
+    install(repository / "launch")
+    files = {str(path.relative_to(there)) for path in there.rglob("*.py")}
+    assert files == {"a b/stays.py", "data/gone.py"}
+    assert (there / "a b" / "stays.py").read_text() == "new" and (there / ".venv").exists()
 
 
 def test_all_processes_end_when_one_fails(tmp_path):
