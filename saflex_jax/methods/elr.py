@@ -30,7 +30,6 @@ from saflex_jax.rules import AsGiven
 from saflex_jax.types import Batch, Method, Model, PyTree, Reduce, Rule, RunInfo, Targets
 
 MANY = 2**30
-ENOUGH = 0.1  # share of labels that a rule finds wrong, from which on ELR has its full strength
 LEAST = 1e-4  # probabilities are cut at it and at 1 - LEAST, so that the logarithm stays finite
 
 
@@ -41,6 +40,7 @@ class Options:
     Attributes:
       strength: lambda >= 0, of the regulariser. The source uses 3 on CIFAR-10, 7 on CIFAR-100.
       decay: beta in [0, 1), of the averages; the source uses .7 and .9.
+      enough: >= 0, share of labels that a rule must find wrong for the full strength; 0 = always.
 
     Raises:
       ValueError: a value out of range.
@@ -48,9 +48,10 @@ class Options:
 
     strength: float = 3.0
     decay: float = 0.7
+    enough: float = 0.1
 
     def __post_init__(self):
-        checks.amount(strength=self.strength)
+        checks.amount(strength=self.strength, enough=self.enough)
         checks.decay(decay=self.decay)
 
 
@@ -78,7 +79,7 @@ def make(
 
         t_i <- beta t_i + (1 - beta) p_i ,  p_i = softmax(f(x_i))     from 0, without gradient
         L = mean_i w_i CE(f(x_i), y_i) + lambda s mean_i log(1 - <p_i, t_i>) ,   w, y by the rule
-        s = min(1, 10 mean_i sum_k (q_ik - w_i y_ik)_+)               1 with labels as given
+        s = min(1, mean_i sum_k (q_ik - w_i y_ik)_+ / enough)          1 with labels as given
 
     The gradient of the second term raises the probability of the classes in t_i. For right labels
     it keeps the pull that cross-entropy loses; for wrong ones it cancels the pull to the label, and
@@ -115,7 +116,7 @@ def make(
       ValueError: clean samples (not supported).
     """
     plain = supervised.make(model, tx, rule)
-    learns = not (rule is None or isinstance(rule, AsGiven))
+    doubts = not (rule is None or isinstance(rule, AsGiven)) and options.enough > 0
 
     def init(key, inputs):
         empty = memory.init(run.num_samples, run.num_classes)
@@ -148,8 +149,9 @@ def make(
             losses = weighted_soft_cross_entropy(logits, targets, candidates)
             pulls = regulariser(jnp.where(candidates.mask[:, None], logits, 0.0), averages)
             strength = options.strength
-            if learns:
-                strength *= jnp.minimum(1.0, moved(targets, candidates, reduce=reduce) / ENOUGH)
+            if doubts:
+                found = moved(targets, candidates, reduce=reduce)
+                strength *= jnp.minimum(1.0, found / options.enough)
             return losses + jnp.where(candidates.mask, strength * pulls, 0.0)
 
         of_rule = state._replace(extra=state.extra.rule)

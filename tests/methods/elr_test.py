@@ -138,6 +138,14 @@ def test_while_its_rule_finds_no_label_wrong_it_is_plain_training_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, found, alone)
 
 
+def test_full_strength_needs_no_wrong_label_where_none_is_enough():
+    source, _ = after_steps(make, run=SMALL)
+    found, _ = after_steps(make, run=SMALL, rule=posterior(noise_rate=0.0), enough=0.0)
+    assert found.extra.past.mean.any()
+    found = found._replace(extra=source.extra)
+    jax.tree.map(np.testing.assert_array_equal, found, source)
+
+
 def test_the_rule_as_given_is_the_method_without_a_rule():
     alone, found = (after_steps(make, run=SMALL, rule=rule)[0] for rule in (None, AsGiven()))
     jax.tree.map(np.testing.assert_array_equal, found, alone)
@@ -239,6 +247,7 @@ def test_wrong_labels_are_not_learned_by_heart():
     "options, message",
     [
         ({"strength": -1.0}, "strength must be >= 0 and finite; given -1.0"),
+        ({"enough": -0.1}, "enough must be >= 0 and finite; given -0.1"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\); given 1.0"),
     ],
 )
