@@ -66,6 +66,12 @@ def test_full_scores_cost_the_validation_gradient_and_one_forward_product(plain)
     assert found <= step + step * VAL / BATCH + 2 * forward + 0.03 * step
 
 
+def test_scores_that_nothing_reads_cost_nothing(plain):
+    step, forward = plain
+    found = step_flops(saflex(Scoring("identity", predicate=""), Posterior(lookahead=0.0)))
+    assert found <= step + forward * VAL / BATCH + 0.03 * step  # the loss on them is logged
+
+
 def test_a_validation_gradient_is_computed_in_its_turn_only(plain):
     method = saflex(Scoring("identity", val_every=4), schedule=Schedule(start=2))
     step, forward = plain

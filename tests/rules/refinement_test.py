@@ -170,7 +170,7 @@ def by_class(joint, of_trusted, eta, number):
     return noise * ((number * shares + 1) / (number * believed + 1))[:, None]
 
 
-@pytest.mark.parametrize(("trusted", "lookahead"), [(3, 0.7), (3, None), (0, None)])
+@pytest.mark.parametrize(("trusted", "lookahead"), [(3, 0.7), (3, 0.0), (3, None), (0, None)])
 def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_noise(
     trusted, lookahead
 ):
