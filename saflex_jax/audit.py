@@ -5,14 +5,17 @@ For networks that live elsewhere: takes features (or logits) and labels, returns
     heads on all folds but one -> their beliefs about the held-out fold
     -> confusion of classes, by maximum likelihood -> posterior of every label -> once more
 
-Heads train with this package's loop, all folds in one program: first with SAFLEX's rule (plainly if
-no sample is trusted), then plainly on the posterior labels from the first round.
+Heads train with this package's loop, all folds in one program: first with SAFLEX's rule (without it
+if no sample is trusted), then on the posterior labels from the first round. Several kinds of head
+train side by side; the one under which held-out labels are most likely goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +29,8 @@ from saflex_jax.core.posterior import posterior_targets, sharpened
 from saflex_jax.data import PartStream, StackedStream, fit_scale
 from saflex_jax.data.seeds import generator
 from saflex_jax.data.sources import MOST_CLASSES
-from saflex_jax.methods import supervised
-from saflex_jax.rules import Refinement, Schedule, Scoring
+from saflex_jax.methods import elr
+from saflex_jax.rules import Refinement, Scoring
 from saflex_jax.rules.posterior import Posterior
 from saflex_jax.types import Batch, Method, RunInfo, Streams
 
@@ -39,18 +42,20 @@ RIDGES = np.array([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # tried for typicality
 FALSE = 0.07  # share of the samples flagged as outside that may be inside
 VAL = 32  # trusted samples of a step, which say how frequent classes are
 ROWS = 1024  # that a head is asked about at once
+MEMORY = 2**31  # bytes of averages in one program
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How to train the heads: standardised features -> MLP -> classes, by AdamW.
+    """How to train a kind of head: standardised features -> MLP -> classes, by AdamW.
 
     >>> Head(widths=(), steps=200).folds
     5
 
     Attributes:
       widths: of hidden layers; () = a linear head.
-      weight_decay: of AdamW. Strong, so that a head cannot memorise wrong labels.
+      weight_decay: of AdamW. A strong one keeps a head from memorising wrong labels.
+      strength: of early-learning regularisation (`methods.elr`), which does so, too; 0 = none.
       learning_rate: at the first step; it falls to 0 by a cosine.
       steps: of each head.
       batch_size: samples per step, at most those that a head has.
@@ -59,6 +64,7 @@ class Head:
 
     widths: Sequence[int] = (256,)
     weight_decay: float = 3.0
+    strength: float = 0.0
     learning_rate: float = 3e-3
     steps: int = 500
     batch_size: int = 256
@@ -67,8 +73,13 @@ class Head:
     def __post_init__(self):
         checks.whole(1, steps=self.steps, batch_size=self.batch_size)
         checks.whole(2, folds=self.folds)
-        checks.amount(weight_decay=self.weight_decay)
+        checks.amount(weight_decay=self.weight_decay, strength=self.strength)
         checks.positive(learning_rate=self.learning_rate)
+
+
+# Memorising little, some, and little by another means: which is best depends on the features.
+HEADS = (Head(), Head(weight_decay=0.1), Head(strength=3.0))
+OPTIONS = ("weight_decay", "strength")  # in which kinds of head may differ
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,6 +103,7 @@ class Audit:
       labels: f32[N, K], the learned soft labels.
       transition: f32[K, K], C_kj: how often class k is given as j.
       noise_rate: share of wrong labels, trusted samples left out.
+      head: the kind of head whose beliefs these are; None = of your own network.
       groups: name -> utility pooled over its rows, f32[] each (`core.pooled.Pooled`).
     """
 
@@ -108,6 +120,7 @@ class Audit:
     labels: np.ndarray
     transition: np.ndarray
     noise_rate: float
+    head: Head | None
     groups: Mapping[str, pooled.Pooled]
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -125,7 +138,7 @@ def audit(
     source: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     num_classes: int | None = None,
-    head: Head = Head(),
+    head: Head | Sequence[Head] = HEADS,
     seed: int = 0,
 ) -> Audit:
     """Audits labels from features of any network, with or without trusted samples.
@@ -142,26 +155,33 @@ def audit(
         every sample is its own source.
       groups: [N], any values; utility is pooled over the rows of each. None = no groups.
       num_classes: K; None = the largest label plus one.
-      head: how to train the heads.
+      head: how to train the heads; of several kinds, which may differ in weight decay and strength,
+        the one under which held-out labels are most likely.
       seed: of folds, heads and batches.
 
     Raises:
       ValueError: arrays that disagree in N, features not finite, labels out of range, fewer than
-        two classes or two samples per fold; features that say nothing about the labels.
+        two classes or two samples per fold; kinds of head that differ in more; features that say
+        nothing about the labels.
 
     Source: this project's (docs/audit.md). Out-of-sample beliefs: Northcutt et al., "Confident
     Learning", JAIR 2021.
     """
+    heads = _heads(head)
     x, y, known, size = _checked(features, labels, trusted, source, groups, num_classes)
-    fold = _folds(known, source, head.folds, seed)
+    fold = _folds(known, source, heads[0].folds, seed)
     typical = typicality(x, known, fold)
     inside = _inside(typical, known)
     x = fit_scale(x[inside])(x)[:]
     prior = np.eye(size, dtype=np.float32)[y]
-    probs = _held_out(x, prior, known, inside, fold, head, seed)
-    labels = _posterior(probs, y, known, inside)[0]
-    probs = _held_out(x, labels, known, inside, fold, head, seed, given=False)
-    return _found(probs, y, known, inside, typical, groups)
+    beliefs = []
+    for kinds in _side_by_side(heads, prior.nbytes):
+        beliefs += _held_out(x, prior, known, inside, fold, kinds, seed)
+    likely = [_most_likely(probs, y, known, inside) for probs in beliefs]
+    best = max(range(len(heads)), key=lambda number: likely[number].value)
+    labels, _ = _posterior(beliefs[best], y, known, inside, likely[best])
+    (probs,) = _held_out(x, labels, known, inside, fold, heads[best : best + 1], seed, given=False)
+    return _found(probs, y, known, inside, typical, groups, heads[best])
 
 
 def from_logits(
@@ -189,7 +209,7 @@ def from_logits(
     x, y, known, _ = _checked(logits, labels, trusted, None, groups, classes, name="logits")
     probs = np.asarray(jax.nn.softmax(jnp.asarray(x)))
     everywhere = np.ones(len(y), np.float32)
-    return _found(probs, y, known, everywhere > 0, everywhere, groups)
+    return _found(probs, y, known, everywhere > 0, everywhere, groups, None)
 
 
 # --- beliefs -------------------------------------------------------------------------------------
@@ -219,16 +239,22 @@ def _folds(trusted: np.ndarray, source: np.ndarray | None, folds: int, seed: int
     return np.where(trusted & (not spared), -1, of_owner[owner])
 
 
+def _side_by_side(heads: Sequence[Head], size: int) -> list[Sequence[Head]]:
+    """The kinds of head in groups that one program trains; each keeps two averages of `size`."""
+    most = max(1, MEMORY // (2 * size * heads[0].folds))
+    return [heads[first : first + most] for first in range(0, len(heads), most)]
+
+
 def _held_out(
     x: np.ndarray, labels: np.ndarray, trusted: np.ndarray, inside: np.ndarray, fold: np.ndarray,
-    head: Head, seed: int, *, given: bool = True,
-) -> np.ndarray:  # fmt: skip
-    """What the head that did not see a sample believes of it, f32[N, K].
+    heads: Sequence[Head], seed: int, *, given: bool = True,
+) -> list[np.ndarray]:  # fmt: skip
+    """What the head that did not see a sample believes of it, f32[N, K] for each kind of head.
 
     Of trusted samples that are in no fold, what all heads believe on average.
 
     Args:
-      x, labels, trusted, fold, head, seed: of the samples; labels f32[N, K].
+      x, labels, trusted, fold, heads, seed: of the samples; labels f32[N, K].
       inside: bool[N], those that train.
       given: whether these are the given labels, for a rule to doubt.
     """
@@ -242,59 +268,83 @@ def _held_out(
         index = np.arange(len(labels[rows]), dtype=np.int32)
         return Batch(x[rows], labels[rows], index >= 0, index)
 
+    head = heads[0]
+    run = RunInfo(number, size, num_trusted=number - others if told else 0)
     pools = Streams(pool(slice(None)), pool(slice(others, None)) if told else None)
-    streams, states = [], []
-    method = _method(RunInfo(number, size, num_trusted=number - others if told else 0), head)
-    init = jax.jit(method.init)
     parts = [np.flatnonzero((fold != k) & inside) for k in range(head.folds)]
     vals = [np.flatnonzero(fold[others:] != k) for k in range(head.folds)]
     # Folds differ in size, and the members of a sweep have one shape.
     batch_size = min(head.batch_size, *(len(rows) for rows in parts))
     val_batch_size = max(1, min(VAL, *(len(rows) - 1 for rows in vals))) if told else None
-    for k, rows in enumerate(parts):
-        part = Streams(rows, vals[k] if told else None)
-        own = int(generator("audit head", seed, k).integers(2**31))
-        streams.append(
-            PartStream(part, batch_size=batch_size, val_batch_size=val_batch_size, seed=own)
+    members = [*range(head.folds)] * len(heads)  # all kinds see the same batches
+    seeds = [int(generator("audit head", seed, k).integers(2**31)) for k in members]
+    stream = StackedStream([
+        PartStream(
+            Streams(parts[k], vals[k] if told else None),
+            batch_size=batch_size, val_batch_size=val_batch_size, seed=own,
         )
-        states.append(init(jax.random.key(own), x[:1]))
-    devices = jax.devices()[: 1 if head.folds % len(jax.devices()) else None]
-    result = train.fit(
-        parallel.sweep_runner(method.step, devices=devices).hold(pools),
-        parallel.stack_states(states),
-        StackedStream(streams),
-        num_steps=head.steps,
-        log_every=head.steps,
-        progress=False,
+        for k, own in zip(members, seeds)
+    ])  # fmt: skip
+    # A rule must not start from no belief. (In a branch of one step its memory would be copied.)
+    phases = (
+        [(False, max(1, head.steps // 4)), (True, head.steps)] if told else [(False, head.steps)]
     )
-    trained = result.completed()  # heads trained by half are no audit
-    probs = np.zeros((number, size), np.float32)
-    for k in range(head.folds):
-        rows = np.flatnonzero((fold == k) | (fold == -1))
-        state = parallel.member(trained, k)
-        probs[rows] += train.probabilities(method, state, x[rows], batch_size=ROWS)
-    probs /= probs.sum(1, keepdims=True)
-    return probs[np.argsort(order)]
+    trained = None
+    for doubts, until in phases:
+        method, runner = _sweep(run, heads, doubts)
+        init = jax.jit(method.init)
+        state = parallel.stack_states([init(jax.random.key(own), x[:1]) for own in seeds])
+        if trained is not None:
+            state = trained._replace(extra=trained.extra._replace(rule=state.extra.rule))
+        result = train.fit(
+            runner.hold(pools), state, stream, num_steps=until, log_every=until, progress=False
+        )
+        trained = result.completed()  # heads trained by half are no audit
+    beliefs = []
+    for first in range(0, len(members), head.folds):
+        probs = np.zeros((number, size), np.float32)
+        for k in range(head.folds):
+            rows = np.flatnonzero((fold == k) | (fold == -1))
+            state = parallel.member(trained, first + k)
+            probs[rows] += train.probabilities(method, state, x[rows], batch_size=ROWS)
+        probs /= probs.sum(1, keepdims=True)
+        beliefs.append(probs[np.argsort(order)])
+    return beliefs
 
 
-def _method(run: RunInfo, head: Head) -> Method:
-    """SAFLEX where samples are trusted, after plain steps: it must not start from no belief.
+def _sweep(run: RunInfo, heads: Sequence[Head], doubts: bool) -> tuple[Method, parallel.Runner]:
+    """The method of the first kind of head, and one program for all folds of all kinds."""
+    options = {
+        name: np.repeat([np.float32(getattr(head, name)) for head in heads], heads[0].folds)
+        for name in OPTIONS
+    }
 
-    It looks no step ahead, as other samples are judged.
-    """
+    def step(state, streams, *, reduce, options):
+        method = _method(run, dataclasses.replace(heads[0], **options), doubts)
+        return method.step(state, streams, reduce=reduce)
+
+    members = len(heads) * heads[0].folds
+    devices = jax.devices()[: 1 if members % len(jax.devices()) else None]
+    runner = parallel.sweep_runner(step, options=options, devices=devices)
+    return _method(run, heads[0], doubts), runner
+
+
+def _method(run: RunInfo, head: Head, doubts: bool) -> Method:
+    """ELR; where it `doubts`, on SAFLEX's rule, which looks no step ahead: others are judged."""
     network = models.Classifier(models.MLP(tuple(head.widths)), run.num_classes)
     schedule = optax.cosine_decay_schedule(head.learning_rate, head.steps)
     tx = optax.adamw(schedule, weight_decay=head.weight_decay)
-    posterior = Posterior(run, lookahead=0.0)
-    rule = Refinement(Scoring("identity"), posterior, Schedule(start=head.steps // 4))
-    return supervised.make(models.from_linen(network), tx, rule if run.num_trusted else None)
+    rule = Refinement(Scoring("identity"), Posterior(run, lookahead=0.0)) if doubts else None
+    options = elr.Options(strength=head.strength, enough=0.0)
+    return elr.make(models.from_linen(network), tx, options, rule=rule, run=run)
 
 
 # --- what follows of beliefs ---------------------------------------------------------------------
 
 
-def _found(probs, y, trusted, inside, typical, groups) -> Audit:
-    labels, weights, confused = _posterior(probs, y, trusted, inside)
+def _found(probs, y, trusted, inside, typical, groups, head) -> Audit:
+    likely = _most_likely(probs, y, trusted, inside)
+    labels, weights = _posterior(probs, y, trusted, inside, likely)
     rows = np.arange(len(y))
     quality, learned = labels[rows, y], labels.argmax(1)
     utility = np.where(inside, 2 * quality - 1, -1.0).astype(np.float32)
@@ -310,38 +360,55 @@ def _found(probs, y, trusted, inside, typical, groups) -> Audit:
         outside=~inside,
         trusted=trusted,
         labels=labels,
-        transition=confused,
+        transition=np.asarray(likely.confused),
         noise_rate=float(1 - quality[~trusted & inside].mean()),
+        head=head,
         groups={} if groups is None else _by_group(utility, np.asarray(groups)),
     )
 
 
-def _posterior(
-    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, inside: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(learned labels f32[N, K], weights f32[N], C f32[K, K]) of what is believed.
+class _Likely(NamedTuple):
+    """The power of beliefs under which labels are most likely, and what goes with it.
 
-    Beliefs are sharpened by the power under which the labels inside are most likely; a trusted
-    label is as likely as it is believed.
+    Attributes:
+      value: mean log-likelihood of the labels inside; a trusted one is as likely as it is believed.
+      confused: C, f32[K, K], by maximum likelihood.
+      power: of beliefs.
     """
 
-    @jax.jit
-    def tried(power):
-        beliefs = sharpened(jnp.asarray(probs), power)
-        found = transition.most_likely(beliefs, given, counted)
-        right = jnp.take_along_axis(beliefs, given[:, None], 1)[:, 0]
-        chance = jnp.where(known, right, jnp.sum(beliefs * found[:, given].T, 1))
-        return masked_mean(jnp.log(jnp.maximum(chance, 1e-6)), counted | known), found
+    value: jax.Array
+    confused: jax.Array
+    power: jax.Array
 
-    @jax.jit
-    def learned(power, found):
-        odds = sharpened(jnp.asarray(probs), power) * found[:, given].T
-        labels = odds / jnp.maximum(jnp.sum(odds, 1, keepdims=True), 1e-30)
-        targets = posterior_targets(
-            prior, jnp.asarray(probs), found, sharpness=1.0, trusted=known, mask=counted | known
-        )
-        return jnp.where(known[:, None], prior, labels), targets.weights
 
+def _most_likely(
+    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, inside: np.ndarray
+) -> _Likely:
+    """Of the powers that are tried."""
+    powers = SHARPNESS if trusted.any() else UNTOLD
+    likely = [_likely(probs, power, y, trusted, inside) for power in powers]
+    return max(likely, key=operator.attrgetter("value"))
+
+
+@jax.jit
+def _likely(probs, power, y, trusted, inside) -> _Likely:
+    """Of one power."""
+    beliefs, counted = sharpened(probs, power), inside & ~trusted
+    confused = transition.most_likely(beliefs, y, counted)
+    right = jnp.take_along_axis(beliefs, y[:, None], 1)[:, 0]
+    chance = jnp.where(trusted, right, jnp.sum(beliefs * confused[:, y].T, 1))
+    value = masked_mean(jnp.log(jnp.maximum(chance, 1e-6)), counted | trusted)
+    return _Likely(value, confused, power)
+
+
+def _posterior(
+    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, inside: np.ndarray, likely: _Likely
+) -> tuple[np.ndarray, np.ndarray]:
+    """(learned labels f32[N, K], weights f32[N]) of what is believed.
+
+    Raises:
+      ValueError: beliefs that say nothing about the labels.
+    """
     agrees = probs[np.arange(len(y)), y][inside].mean()
     chance = float(np.sum((np.bincount(y[inside]) / inside.sum()) ** 2))
     if agrees <= chance:
@@ -349,13 +416,20 @@ def _posterior(
             "labels must be told from features; what did not see a label gives it a probability of "
             f"{agrees:.3f}, no better than chance, {chance:.3f}"
         )
-    given, known, counted = jnp.asarray(y), jnp.asarray(trusted), jnp.asarray(inside & ~trusted)
-    prior = jax.nn.one_hot(given, probs.shape[1])
-    powers = SHARPNESS if trusted.any() else UNTOLD
-    likely, found = zip(*map(tried, powers))
-    best = int(np.argmax(likely))
-    of_best, weights = learned(powers[best], found[best])
-    return np.asarray(of_best), np.asarray(weights), np.asarray(found[best])
+    labels, weights = _learned(probs, y, trusted, inside, likely)
+    return np.asarray(labels), np.asarray(weights)
+
+
+@jax.jit
+def _learned(probs, y, trusted, inside, likely) -> tuple[jax.Array, jax.Array]:
+    """`_posterior`."""
+    prior = jax.nn.one_hot(y, probs.shape[1])
+    odds = sharpened(probs, likely.power) * likely.confused[:, y].T
+    labels = odds / jnp.maximum(jnp.sum(odds, 1, keepdims=True), 1e-30)
+    targets = posterior_targets(
+        prior, probs, likely.confused, sharpness=1.0, trusted=trusted, mask=inside
+    )
+    return jnp.where(trusted[:, None], prior, labels), targets.weights
 
 
 def _inside(typical: np.ndarray, trusted: np.ndarray) -> np.ndarray:
@@ -424,6 +498,18 @@ def _by_group(utility: np.ndarray, groups: np.ndarray) -> dict[str, pooled.Poole
 
 
 # --- checks --------------------------------------------------------------------------------------
+
+
+def _heads(head: Head | Sequence[Head]) -> tuple[Head, ...]:
+    """The kinds of head to try."""
+    heads = (head,) if isinstance(head, Head) else tuple(head)
+    forms = [dataclasses.replace(h, weight_decay=0.0, strength=0.0) for h in heads]
+    if not forms or forms != forms[:1] * len(forms):
+        raise ValueError(
+            f"head must be one Head, or several that differ in {' and '.join(OPTIONS)} alone; "
+            f"given {head}"
+        )
+    return heads
 
 
 def _checked(features, labels, trusted, source, groups, num_classes, *, name="features"):

@@ -171,6 +171,42 @@ def test_beliefs_that_know_nothing_are_refused():
         from_logits(np.where(np.eye(CLASSES)[RIGHT] > 0, -3.0, 0.0), RIGHT)
 
 
+# --- kinds of head -------------------------------------------------------------------------------
+
+HOPELESS = dataclasses.replace(HEAD, weight_decay=19.0)  # times the rate: it forgets every step
+
+
+def same(several, one):
+    assert several.head == one.head == HEAD
+    np.testing.assert_allclose(several.labels, one.labels, atol=1e-4)
+    np.testing.assert_allclose(several.transition, one.transition, atol=1e-4)
+
+
+def test_of_several_kinds_of_head_the_likeliest_is_used_as_if_it_were_alone(found):
+    same(audit(X, GIVEN, trusted=KNOWN, head=[HOPELESS, HEAD]), found)
+
+
+def test_kinds_that_do_not_fit_into_memory_together_train_in_turn(alone, monkeypatch):
+    monkeypatch.setattr("saflex_jax.audit.MEMORY", 1)
+    same(audit(X[~OUTSIDE], GIVEN[~OUTSIDE], head=[HEAD, HOPELESS]), alone)
+
+
+def test_which_head_is_likeliest_is_told_by_labels_that_it_did_not_see():
+    """A linear head of many features memorises: its own labels are likelier without decay."""
+    rng = np.random.default_rng(1)
+    rows = np.flatnonzero(~OUTSIDE)[:200]
+    x = np.concatenate([X[rows], rng.normal(size=(200, 100))], 1).astype(np.float32)
+    weak = dataclasses.replace(HEAD, weight_decay=0.0, steps=400)
+    strong = dataclasses.replace(weak, weight_decay=3.0)
+    assert audit(x, GIVEN[rows], head=[weak, strong]).head == strong
+
+
+def test_kinds_of_head_differ_in_how_little_they_memorise_alone():
+    for kinds in ([], [HEAD, dataclasses.replace(HEAD, steps=90)]):
+        with pytest.raises(ValueError, match="several that differ in weight_decay and strength"):
+            audit(X, GIVEN, head=kinds)
+
+
 @pytest.mark.parametrize("field", ["steps", "batch_size", "folds", "learning_rate"])
 def test_a_bad_head_is_named(field):
     with pytest.raises(ValueError, match=field):
