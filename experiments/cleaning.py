@@ -1,9 +1,10 @@
 """Given labels cleaned before training: what people try first, without a share of wrong labels.
 
-`config.data.cleaning` names one of CLEANINGS. Samples whose label is probably wrong are left out,
-so that every batch is full of the others; how many are left differs by the seed. Trusted samples
-that train, too, are never left out, and they help to judge the others. No right label is read
-otherwise.
+`config.data.cleaning` names one of KINDS. By CLEANINGS samples whose label is probably wrong are
+left out, so that every batch is full of the others; how many are left differs by the seed. By
+"audit" (`saflex_jax.audit`) all samples stay that are like the trusted ones, with learned soft
+labels. Trusted samples that train, too, are never left out, and they help to judge the others. No
+right label is read otherwise.
 """
 
 from __future__ import annotations
@@ -17,13 +18,46 @@ import numpy as np
 from sklearn import linear_model, neighbors, preprocessing
 from threadpoolctl import threadpool_limits
 
+from saflex_jax.audit import Audit, audit
 from saflex_jax.batches import floats
 from saflex_jax.data.seeds import generator
 
-_KEPT: dict[tuple, np.ndarray] = {}  # arms that differ in other options clean the same samples
+# Arms that differ in other options clean the same samples.
+_KEPT: dict[tuple, np.ndarray] = {}
+_AUDITED: dict[tuple, Audit] = {}
 FOLDS = 5
 C = 0.01  # 1 / regularisation of the logistic regression
 NEIGHBOURS = 50
+
+
+def cleaned(
+    kind: str, inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(which samples stay, bool[N]; labels of all N, as given or learned ones f32[N, K]).
+
+    Args:
+      kind: of KINDS.
+      inputs, labels, trusted, seed: as of `kept`.
+      num_classes: K.
+    """
+    if kind == "audit":
+        found = audited(inputs, labels, num_classes, trusted=trusted, seed=seed)
+        return ~found.outside, found.labels
+    return kept(kind, inputs, labels, trusted=trusted, seed=seed), labels
+
+
+def audited(inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int) -> Audit:
+    """`saflex_jax.audit` of what `matrix` makes of the inputs."""
+    x = matrix(inputs)
+    key = num_classes, trusted, seed, _digest(x, labels)
+    if key not in _AUDITED:
+        known = np.arange(len(labels)) >= len(labels) - trusted
+        _AUDITED[key] = audit(x, labels, trusted=known, num_classes=num_classes, seed=seed)
+    return _AUDITED[key]
+
+
+def _digest(*arrays: np.ndarray) -> bytes:
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).digest()
 
 
 def kept(kind: str, inputs: Any, labels: np.ndarray, *, trusted: int, seed: int) -> np.ndarray:
@@ -41,7 +75,7 @@ def kept(kind: str, inputs: Any, labels: np.ndarray, *, trusted: int, seed: int)
     if labels.max() == 0:
         return np.ones(len(labels), bool)
     x = preprocessing.StandardScaler().fit_transform(matrix(inputs))
-    key = kind, trusted, seed, hashlib.sha256(x.tobytes() + labels.tobytes()).digest()
+    key = kind, trusted, seed, _digest(x, labels)
     if key not in _KEPT:
         with threadpool_limits(1):  # of small products; beside other work two threads are slower
             stay = CLEANINGS[kind](x, labels, trusted, seed)
@@ -152,3 +186,4 @@ CLEANINGS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] =
     "confident": confident,
     "neighbours": confirmed,
 }
+KINDS = (*CLEANINGS, "audit")

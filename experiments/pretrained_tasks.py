@@ -48,6 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "saflex_train_val": _arm(True, {"rule": "saflex"}),
     "saflex_paper": _arm(False, {"rule": "saflex_paper"}),
     "saflex_elr": WITH_ELR["saflex_elr"],
+    "saflex_audit": _arm(True, data={"cleaning": "audit"}),
     # Baselines. Those that do not read the trusted samples otherwise train on them.
     "confident_learning": _arm(True, data={"cleaning": "confident"}),
     "neighbours": _arm(True, data={"cleaning": "neighbours"}),
@@ -58,7 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "co_teaching": _arm(True, {"name": "co_teaching", "rule": "as_given"}),
 }
 TOLD = ("small_loss", "co_teaching")  # these are told the share of wrong labels
-OF_CLASSES = ("confident_learning", "neighbours")  # these know no graded labels
+OF_CLASSES = ("confident_learning", "neighbours", "saflex_audit")  # these know no graded labels
 GRADED = ("solar_cells",)
 
 

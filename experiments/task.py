@@ -126,7 +126,7 @@ def check(section: ConfigDict) -> None:
                 "training label is seen, and the validation samples train beside; given "
                 f"{section[name]!r}"
             )
-    checks.choice(("", *cleaning.CLEANINGS), **{"config.data.cleaning": section.cleaning})
+    checks.choice(("", *cleaning.KINDS), **{"config.data.cleaning": section.cleaning})
     for name in ("trusted_only", "unlabelled", "pool"):
         if section.cleaning and section[name]:
             raise ValueError(
@@ -471,9 +471,15 @@ def repeated(inputs: Any, labels: np.ndarray, least: int) -> tuple[Any, np.ndarr
 
 
 def cleaned(
-    section: ConfigDict, inputs: Any, labels: np.ndarray, seed: int, *, trusted: int
-) -> np.ndarray:
-    """The rows that `config.data.cleaning` leaves, the last `trusted` ones among them.
+    section: ConfigDict,
+    inputs: Any,
+    labels: np.ndarray,
+    num_classes: int,
+    seed: int,
+    *,
+    trusted: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that `config.data.cleaning` leaves, the last `trusted` ones among them; their labels).
 
     Raises:
       ValueError: labels that are no classes.
@@ -483,8 +489,10 @@ def cleaned(
             f"config.data.cleaning must be '' where labels are no classes, as in {section.name}; "
             f"given {section.cleaning!r}"
         )
-    stay = cleaning.kept(section.cleaning, inputs, labels, trusted=trusted, seed=seed)
-    return np.flatnonzero(stay)
+    stay, labels = cleaning.cleaned(
+        section.cleaning, inputs, labels, num_classes, trusted=trusted, seed=seed
+    )
+    return np.flatnonzero(stay), labels[stay]
 
 
 def make_split_source(config: ConfigDict) -> tuple:
@@ -560,9 +568,10 @@ def make_data(config: ConfigDict) -> Data:
         places = np.append(places, np.full(len(val_labels), -1))
         rows = np.append(rows, split.val)
     if section.cleaning:
-        stay = cleaned(section, candidates, given, seed, trusted=len(given) - len(split.train))
+        trusts = len(given) - len(split.train)
+        stay, given = cleaned(section, candidates, given, source.num_classes, seed, trusted=trusts)
         candidates = data.subset(candidates, stay)
-        given, clean, outside, rows = given[stay], clean[stay], outside[stay], rows[stay]
+        clean, outside, rows = clean[stay], outside[stay], rows[stay]
     if section.trusted_only:
         candidates, given = repeated(trusted, val_labels, config.train.batch_size)
         clean, outside = given, np.zeros(len(given), bool)

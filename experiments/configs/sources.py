@@ -47,7 +47,11 @@ FIELDS = {
     "labels": ("", 'train on another label set of the data set, as "worst" of cifar10n'),
     "noise": (0.0, "share of the training labels to make wrong"),
     "noise_kind": ("symmetric", 'which labels go wrong: "symmetric", "pairwise" or "instance"'),
-    "cleaning": ("", 'drop suspect samples before training: "confident" or "neighbours"'),
+    "cleaning": (
+        "",
+        'before training "confident" or "neighbours" drop suspect samples, '
+        '"audit" learns soft labels',
+    ),
     "outside": (0.0, "share of the training inputs to replace by those of `outside_from`"),
     "outside_from": ("", "data set whose inputs belong to no class"),
     "pool": ("", "folder or ArrayRecord file of generated candidates"),

@@ -139,6 +139,48 @@ def test_what_inputs_are_read():
     np.testing.assert_array_equal(cleaning.matrix(table)[:, 3:], np.float32(views[:, 0]))
 
 
+# --- learned labels --------------------------------------------------------------------------
+
+
+def test_an_audit_keeps_samples_with_learned_labels():
+    x, truth, given = blobs()
+    trusted = 80
+    given[-trusted:] = truth[-trusted:]
+    stay, labels = cleaning.cleaned("audit", x, given, 5, trusted=trusted, seed=0)
+    assert stay.all() and labels.shape == (400, 5)  # one class has no sample
+    assert (given != truth).mean() > 0.2 and (labels.argmax(1) == truth).mean() > 0.97
+    np.testing.assert_array_equal(labels[-trusted:], np.eye(5)[truth[-trusted:]])
+    found = cleaning.audited(x, given, 5, trusted=trusted, seed=0)
+    np.testing.assert_array_equal(labels, found.labels)
+    assert cleaning.audited(x, given, 5, trusted=trusted, seed=0) is found  # one audit for all arms
+    assert cleaning.audited(x, truth, 5, trusted=trusted, seed=0) is not found
+
+
+def test_what_is_unlike_trusted_samples_goes():
+    x, truth, _ = blobs()
+    x[:80] -= 30
+    stay, _ = cleaning.cleaned("audit", x, truth, 4, trusted=150, seed=0)
+    assert not stay[:80].any() and stay[80:].mean() > 0.9 and stay[-150:].all()
+
+
+def test_a_run_trains_on_what_an_audit_learned():
+    found = digits.get_config()
+    found.data = sources.section(
+        "digits", val=150, test=400, train=600, noise=0.4, train_on_val=True, cleaning="audit"
+    )
+    made = task.make_data(found)
+    found.data.cleaning = ""
+    plain = task.make_data(found)
+    assert plain.wrong.mean() == 0.32
+    labels = made.pools.candidates.labels
+    assert made.wrong.mean() < 0.08 and 0.5 < labels[:600].max(1).mean() < 0.999  # soft
+    for name in ("held_out", "test"):
+        np.testing.assert_array_equal(getattr(made, name).labels, getattr(plain, name).labels)
+    trusted = build.run_info(found, made.pools).num_trusted
+    assert trusted == 150
+    np.testing.assert_array_equal(labels[-150:], plain.pools.candidates.labels[-150:])
+
+
 # --- in a run --------------------------------------------------------------------------------
 
 
