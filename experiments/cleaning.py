@@ -1,10 +1,10 @@
-"""Given labels cleaned before training: what people try first, without a share of wrong labels.
+"""Given labels cleaned before training, without a share of wrong labels.
 
-`config.data.cleaning` names one of KINDS. By CLEANINGS samples whose label is probably wrong are
-left out, so that every batch is full of the others; how many are left differs by the seed. By
-"audit" (`saflex_jax.audit`) all samples stay that are like the trusted ones, with learned soft
-labels. Trusted samples that train, too, are never left out, and they help to judge the others. No
-right label is read otherwise.
+`config.data.cleaning` names one of KINDS. By CLEANINGS, what people try first, samples whose label
+is probably wrong are left out, so that every batch is full of the others; how many are left differs
+by the seed. By "audit" (`saflex_jax.audit`) all samples stay that are like the trusted ones, with
+learned soft labels. Trusted samples that train, too, are never left out, and they help to judge the
+others. No right label is read otherwise.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import numpy as np
 from sklearn import linear_model, neighbors, preprocessing
 from threadpoolctl import threadpool_limits
 
-from saflex_jax.audit import Audit, audit
+from saflex_jax.audit import audit
 from saflex_jax.batches import floats
 from saflex_jax.data.seeds import generator
 
-# Arms that differ in other options clean the same samples.
-_KEPT: dict[tuple, np.ndarray] = {}
-_AUDITED: dict[tuple, Audit] = {}
+_CLEANED: dict[tuple, Any] = {}  # arms that differ in other options clean the same samples
 FOLDS = 5
 C = 0.01  # 1 / regularisation of the logistic regression
 NEIGHBOURS = 50
+WIDEST = 2**14  # numbers of an input that an audit reads: it makes matrices of their square
 
 
 def cleaned(
@@ -41,19 +40,34 @@ def cleaned(
       num_classes: K.
     """
     if kind == "audit":
-        found = audited(inputs, labels, num_classes, trusted=trusted, seed=seed)
-        return ~found.outside, found.labels
+        return audited(inputs, labels, num_classes, trusted=trusted, seed=seed)
     return kept(kind, inputs, labels, trusted=trusted, seed=seed), labels
 
 
-def audited(inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int) -> Audit:
-    """`saflex_jax.audit` of what `matrix` makes of the inputs."""
-    x = matrix(inputs)
-    key = num_classes, trusted, seed, _digest(x, labels)
-    if key not in _AUDITED:
+def audited(
+    inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`cleaned` by `saflex_jax.audit`, of what `matrix` makes of the inputs.
+
+    Raises:
+      ValueError: several processes; inputs of more than WIDEST numbers; as `audit`.
+    """
+    x, name = matrix(inputs), "config.data.cleaning='audit'"
+    if jax.process_count() > 1:
+        raise ValueError(f"{name} runs in one process; given {jax.process_count()}")
+    if x.shape[1] > WIDEST:
+        raise ValueError(
+            f"{name} takes inputs of at most {WIDEST} numbers, such as features; given {x.shape[1]}"
+        )
+    key = "audit", num_classes, trusted, seed, _digest(x, labels)
+    if key not in _CLEANED:
         known = np.arange(len(labels)) >= len(labels) - trusted
-        _AUDITED[key] = audit(x, labels, trusted=known, num_classes=num_classes, seed=seed)
-    return _AUDITED[key]
+        try:
+            found = audit(x, labels, trusted=known, num_classes=num_classes, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        _CLEANED[key] = ~found.outside, found.labels
+    return _CLEANED[key]
 
 
 def _digest(*arrays: np.ndarray) -> bytes:
@@ -76,12 +90,12 @@ def kept(kind: str, inputs: Any, labels: np.ndarray, *, trusted: int, seed: int)
         return np.ones(len(labels), bool)
     x = preprocessing.StandardScaler().fit_transform(matrix(inputs))
     key = kind, trusted, seed, _digest(x, labels)
-    if key not in _KEPT:
+    if key not in _CLEANED:
         with threadpool_limits(1):  # of small products; beside other work two threads are slower
             stay = CLEANINGS[kind](x, labels, trusted, seed)
         stay[len(labels) - trusted :] = True
-        _KEPT[key] = stay | np.isin(labels, np.setdiff1d(labels, labels[stay]))
-    return _KEPT[key]
+        _CLEANED[key] = stay | np.isin(labels, np.setdiff1d(labels, labels[stay]))
+    return _CLEANED[key]
 
 
 def matrix(inputs: Any) -> np.ndarray:

@@ -209,9 +209,14 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
     "data_row", counted from 0, and -1 where it is none.
 
     Raises:
-      ValueError: as `look`; no draw; a run whose labels were hidden.
+      ValueError: as `look`; no draw; a run whose labels were hidden, or learned before it.
     """
     checks.whole(1, draws=draws)
+    if run.config.data.cleaning == "audit":
+        raise ValueError(
+            "the run must have labels as given to judge; given one of cleaning='audit', which "
+            "trained on learned ones. `saflex audit --features=...` judges those of features"
+        )
     if run.config.data.unlabelled:
         raise ValueError("the run must have labels to judge; given one of unlabelled=True")
     data, tables = run.data, []

@@ -56,7 +56,7 @@ case $what in
     on_all_hosts 'set -e
       mkdir -p saflex_jax && cd saflex_jax
       # What the last one brought goes first; .venv, data and runs are not of it.
-      if [ -e .installed ]; then xargs -d "\n" rm -f < .installed; fi
+      if [ -e .installed ]; then xargs -d "\n" rm -f -- < .installed; fi
       tar -tzf ../saflex_jax.tar.gz | grep -v "/$" > .installed
       tar -xzf ../saflex_jax.tar.gz
       PATH=$HOME/.local/bin:$PATH

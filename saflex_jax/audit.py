@@ -13,6 +13,7 @@ train side by side; the one under which held-out labels are most likely goes on.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -42,7 +43,7 @@ RIDGES = np.array([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # tried for typicality
 FALSE = 0.07  # share of the samples flagged as outside that may be inside
 VAL = 32  # trusted samples of a step, which say how frequent classes are
 ROWS = 1024  # that a head is asked about at once
-MEMORY = 2**31  # bytes of averages in one program
+MEMORY = 2**31  # bytes of all averages f32[N, K] in one program, as long as it has several kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +178,12 @@ def audit(
     beliefs = []
     for kinds in _side_by_side(heads, prior.nbytes):
         beliefs += _held_out(x, prior, known, inside, fold, kinds, seed)
-    likely = [_most_likely(probs, y, known, inside) for probs in beliefs]
+    told = known & (fold >= 0)  # the heads of a trusted sample in no fold know its label
+    likely = [_most_likely(probs, y, known, told, inside) for probs in beliefs]
     best = max(range(len(heads)), key=lambda number: likely[number].value)
     labels, _ = _posterior(beliefs[best], y, known, inside, likely[best])
     (probs,) = _held_out(x, labels, known, inside, fold, heads[best : best + 1], seed, given=False)
-    return _found(probs, y, known, inside, typical, groups, heads[best])
+    return _found(probs, y, known, told, inside, typical, groups, heads[best])
 
 
 def from_logits(
@@ -209,7 +211,7 @@ def from_logits(
     x, y, known, _ = _checked(logits, labels, trusted, None, groups, classes, name="logits")
     probs = np.asarray(jax.nn.softmax(jnp.asarray(x)))
     everywhere = np.ones(len(y), np.float32)
-    return _found(probs, y, known, everywhere > 0, everywhere, groups, None)
+    return _found(probs, y, known, known, everywhere > 0, everywhere, groups, None)
 
 
 # --- beliefs -------------------------------------------------------------------------------------
@@ -285,20 +287,24 @@ def _held_out(
         )
         for k, own in zip(members, seeds)
     ])  # fmt: skip
-    # A rule must not start from no belief. (In a branch of one step its memory would be copied.)
+    # A rule must not start from no belief. Two programs: a branch would copy its memory each step.
     phases = (
         [(False, max(1, head.steps // 4)), (True, head.steps)] if told else [(False, head.steps)]
     )
     trained = None
     for doubts, until in phases:
         method, runner = _sweep(run, heads, doubts)
-        init = jax.jit(method.init)
-        state = parallel.stack_states([init(jax.random.key(own), x[:1]) for own in seeds])
-        if trained is not None:
-            state = trained._replace(extra=trained.extra._replace(rule=state.extra.rule))
-        result = train.fit(
-            runner.hold(pools), state, stream, num_steps=until, log_every=until, progress=False
-        )
+        if trained is None:
+            init = jax.jit(method.init)
+            state = parallel.stack_states([init(jax.random.key(own), x[:1]) for own in seeds])
+        else:
+            state = trained._replace(extra=_with_rule(trained.extra, method, x[:1], len(seeds)))
+        try:
+            result = train.fit(
+                runner.hold(pools), state, stream, num_steps=until, log_every=until, progress=False
+            )
+        except train.Diverged as error:
+            raise ValueError(f"head must not diverge; given {heads}: {error}") from error
         trained = result.completed()  # heads trained by half are no audit
     beliefs = []
     for first in range(0, len(members), head.folds):
@@ -312,6 +318,19 @@ def _held_out(
     return beliefs
 
 
+def _with_rule(
+    extra: elr.PastAndRule, method: Method, inputs: np.ndarray, members: int
+) -> elr.PastAndRule:
+    """The members' averages beside fresh arrays of the method's rule, which start alike."""
+
+    @jax.jit
+    def fresh(key):
+        arrays = method.init(key, inputs).extra.rule
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (members, *a.shape)), arrays)
+
+    return extra._replace(rule=fresh(jax.random.key(0)))
+
+
 def _sweep(run: RunInfo, heads: Sequence[Head], doubts: bool) -> tuple[Method, parallel.Runner]:
     """The method of the first kind of head, and one program for all folds of all kinds."""
     options = {
@@ -323,14 +342,16 @@ def _sweep(run: RunInfo, heads: Sequence[Head], doubts: bool) -> tuple[Method, p
         method = _method(run, dataclasses.replace(heads[0], **options), doubts)
         return method.step(state, streams, reduce=reduce)
 
-    members = len(heads) * heads[0].folds
-    devices = jax.devices()[: 1 if members % len(jax.devices()) else None]
+    devices = jax.devices()[: math.gcd(len(heads) * heads[0].folds, jax.device_count())]
     runner = parallel.sweep_runner(step, options=options, devices=devices)
     return _method(run, heads[0], doubts), runner
 
 
 def _method(run: RunInfo, head: Head, doubts: bool) -> Method:
-    """ELR; where it `doubts`, on SAFLEX's rule, which looks no step ahead: others are judged."""
+    """ELR; where it `doubts`, on the targets of SAFLEX's rule.
+
+    The rule does not look a step ahead, since samples that do not train are judged.
+    """
     network = models.Classifier(models.MLP(tuple(head.widths)), run.num_classes)
     schedule = optax.cosine_decay_schedule(head.learning_rate, head.steps)
     tx = optax.adamw(schedule, weight_decay=head.weight_decay)
@@ -342,8 +363,10 @@ def _method(run: RunInfo, head: Head, doubts: bool) -> Method:
 # --- what follows of beliefs ---------------------------------------------------------------------
 
 
-def _found(probs, y, trusted, inside, typical, groups, head) -> Audit:
-    likely = _most_likely(probs, y, trusted, inside)
+def _found(probs, y, trusted, told, inside, typical, groups, head) -> Audit:
+    if not (inside & ~trusted).any():
+        raise ValueError("there must be samples to judge; all are trusted, or unlike trusted ones")
+    likely = _most_likely(probs, y, trusted, told, inside)
     labels, weights = _posterior(probs, y, trusted, inside, likely)
     rows = np.arange(len(y))
     quality, learned = labels[rows, y], labels.argmax(1)
@@ -371,7 +394,8 @@ class _Likely(NamedTuple):
     """The power of beliefs under which labels are most likely, and what goes with it.
 
     Attributes:
-      value: mean log-likelihood of the labels inside; a trusted one is as likely as it is believed.
+      value: mean log-likelihood of the labels that beliefs did not see; a trusted one is as likely
+        as it is believed.
       confused: C, f32[K, K], by maximum likelihood.
       power: of beliefs.
     """
@@ -382,22 +406,23 @@ class _Likely(NamedTuple):
 
 
 def _most_likely(
-    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, inside: np.ndarray
+    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, told: np.ndarray, inside: np.ndarray
 ) -> _Likely:
-    """Of the powers that are tried."""
-    powers = SHARPNESS if trusted.any() else UNTOLD
-    likely = [_likely(probs, power, y, trusted, inside) for power in powers]
+    """Of the powers that are tried; `told` are the trusted samples that beliefs did not see."""
+    powers = SHARPNESS if told.any() else UNTOLD
+    arrays = tuple(map(jnp.asarray, (y, trusted, told, inside)))
+    likely = [_likely(jnp.asarray(probs), power, *arrays) for power in powers]
     return max(likely, key=operator.attrgetter("value"))
 
 
 @jax.jit
-def _likely(probs, power, y, trusted, inside) -> _Likely:
+def _likely(probs, power, y, trusted, told, inside) -> _Likely:
     """Of one power."""
     beliefs, counted = sharpened(probs, power), inside & ~trusted
     confused = transition.most_likely(beliefs, y, counted)
     right = jnp.take_along_axis(beliefs, y[:, None], 1)[:, 0]
     chance = jnp.where(trusted, right, jnp.sum(beliefs * confused[:, y].T, 1))
-    value = masked_mean(jnp.log(jnp.maximum(chance, 1e-6)), counted | trusted)
+    value = masked_mean(jnp.log(jnp.maximum(chance, 1e-6)), counted | told)
     return _Likely(value, confused, power)
 
 
@@ -424,8 +449,12 @@ def _posterior(
 def _learned(probs, y, trusted, inside, likely) -> tuple[jax.Array, jax.Array]:
     """`_posterior`."""
     prior = jax.nn.one_hot(y, probs.shape[1])
-    odds = sharpened(probs, likely.power) * likely.confused[:, y].T
-    labels = odds / jnp.maximum(jnp.sum(odds, 1, keepdims=True), 1e-30)
+    beliefs = sharpened(probs, likely.power)
+    odds = beliefs * likely.confused[:, y].T
+    total = jnp.sum(odds, 1, keepdims=True)
+    # A label that is never given so, and surely not right: then the belief says which is.
+    possible = total > jnp.finfo(total.dtype).tiny
+    labels = jnp.where(possible, odds / jnp.where(possible, total, 1.0), beliefs)
     targets = posterior_targets(
         prior, probs, likely.confused, sharpness=1.0, trusted=trusted, mask=inside
     )
@@ -502,14 +531,18 @@ def _by_group(utility: np.ndarray, groups: np.ndarray) -> dict[str, pooled.Poole
 
 def _heads(head: Head | Sequence[Head]) -> tuple[Head, ...]:
     """The kinds of head to try."""
-    heads = (head,) if isinstance(head, Head) else tuple(head)
-    forms = [dataclasses.replace(h, weight_decay=0.0, strength=0.0) for h in heads]
-    if not forms or forms != forms[:1] * len(forms):
+    heads = (head,) if isinstance(head, Head) else tuple(head or ())
+    if not all(isinstance(h, Head) for h in heads) or len(set(map(_form, heads))) != 1:
         raise ValueError(
             f"head must be one Head, or several that differ in {' and '.join(OPTIONS)} alone; "
             f"given {head}"
         )
     return heads
+
+
+def _form(head: Head) -> Head:
+    """What kinds of head have in common."""
+    return dataclasses.replace(head, widths=tuple(head.widths), weight_decay=0.0, strength=0.0)
 
 
 def _checked(features, labels, trusted, source, groups, num_classes, *, name="features"):

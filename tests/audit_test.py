@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saflex_jax import train
-from saflex_jax.audit import Head, _folds, audit, from_logits
+from saflex_jax.audit import UNTOLD, Head, _folds, _most_likely, audit, from_logits
 
 # With 60 trusted samples a fifth of the others would be too few to flag: docs/audit.md.
 SIZE, CLASSES, TRUSTED, FEATURES = 600, 3, 120, 8
@@ -166,6 +166,11 @@ def test_an_interrupted_audit_gives_no_table(monkeypatch):
         audit(X, GIVEN, head=HEAD)
 
 
+def test_there_must_be_samples_to_judge():
+    with pytest.raises(ValueError, match="must be samples to judge; all are trusted"):
+        from_logits(np.eye(CLASSES)[RIGHT], RIGHT, trusted=np.ones(SIZE, bool))
+
+
 def test_beliefs_that_know_nothing_are_refused():
     with pytest.raises(ValueError, match="no better than chance"):
         from_logits(np.where(np.eye(CLASSES)[RIGHT] > 0, -3.0, 0.0), RIGHT)
@@ -191,6 +196,44 @@ def test_kinds_that_do_not_fit_into_memory_together_train_in_turn(alone, monkeyp
     same(audit(X[~OUTSIDE], GIVEN[~OUTSIDE], head=[HEAD, HOPELESS]), alone)
 
 
+def test_the_rule_goes_on_where_plain_steps_ended_and_heads_have_their_strength(found, monkeypatch):
+    calls, real = [], train.fit
+
+    def recorded(runner, state, stream, **options):
+        given = jax.device_get((state.step, state.params, state.opt_state, state.extra.past))
+        result = real(runner, state, stream, **options)
+        left = result.state
+        calls.append((options["num_steps"], given, jax.device_get(
+            (left.step, left.params, left.opt_state, left.extra.past)
+        )))  # fmt: skip
+        return result
+
+    monkeypatch.setattr(train, "fit", recorded)
+    other = audit(X, GIVEN, trusted=KNOWN, head=dataclasses.replace(HEAD, strength=3.0))
+    (first, _, left), (then, taken, _), (last, fresh, _) = calls
+    assert (first, then, last) == (HEAD.steps // 4, HEAD.steps, HEAD.steps) and fresh[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, taken, left)
+    assert left[3].mean.any()
+    assert (other.labels != found.labels).any()  # without strength, the same bits
+
+
+def test_trusted_samples_that_all_heads_know_do_not_choose():
+    rng = np.random.default_rng(2)
+    probs = rng.dirichlet(np.ones(CLASSES), SIZE).astype(np.float32)
+    changed = np.where(KNOWN[:, None], np.eye(CLASSES, dtype=np.float32)[RIGHT], probs)
+    told, all_inside = np.zeros(SIZE, bool), np.ones(SIZE, bool)
+    one, same = (_most_likely(p, GIVEN, KNOWN, told, all_inside) for p in (probs, changed))
+    assert one.value == same.value and one.power == same.power == UNTOLD[0]
+    one, other = (_most_likely(p, GIVEN, KNOWN, KNOWN, all_inside) for p in (probs, changed))
+    assert other.value > one.value
+
+
+def test_a_head_that_diverges_is_named():
+    wild = dataclasses.replace(HEAD, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"head must not diverge; given .*learning_rate=1e"):
+        audit(X[:60], RIGHT[:60], head=wild)
+
+
 def test_which_head_is_likeliest_is_told_by_labels_that_it_did_not_see():
     """A linear head of many features memorises: its own labels are likelier without decay."""
     rng = np.random.default_rng(1)
@@ -202,7 +245,7 @@ def test_which_head_is_likeliest_is_told_by_labels_that_it_did_not_see():
 
 
 def test_kinds_of_head_differ_in_how_little_they_memorise_alone():
-    for kinds in ([], [HEAD, dataclasses.replace(HEAD, steps=90)]):
+    for kinds in ([], None, ["linear"], [HEAD, dataclasses.replace(HEAD, steps=90)]):
         with pytest.raises(ValueError, match="several that differ in weight_decay and strength"):
             audit(X, GIVEN, head=kinds)
 

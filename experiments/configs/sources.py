@@ -49,8 +49,8 @@ FIELDS = {
     "noise_kind": ("symmetric", 'which labels go wrong: "symmetric", "pairwise" or "instance"'),
     "cleaning": (
         "",
-        'before training "confident" or "neighbours" drop suspect samples, '
-        '"audit" learns soft labels',
+        'before training "confident" or "neighbours" drop suspect samples; "audit" learns soft '
+        "labels and drops what is unlike trusted samples, if these train, too",
     ),
     "outside": (0.0, "share of the training inputs to replace by those of `outside_from`"),
     "outside_from": ("", "data set whose inputs belong to no class"),

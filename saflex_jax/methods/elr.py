@@ -40,7 +40,7 @@ class Options:
     Attributes:
       strength: lambda >= 0, of the regulariser. The source uses 3 on CIFAR-10, 7 on CIFAR-100.
       decay: beta in [0, 1), of the averages; the source uses .7 and .9.
-      enough: >= 0, share of labels that a rule must find wrong for the full strength; 0 = always.
+      enough: >= 0, share of labels that a rule must find wrong for the full strength; 0: s = 1.
 
     Raises:
       ValueError: a value out of range.
@@ -79,7 +79,7 @@ def make(
 
         t_i <- beta t_i + (1 - beta) p_i ,  p_i = softmax(f(x_i))     from 0, without gradient
         L = mean_i w_i CE(f(x_i), y_i) + lambda s mean_i log(1 - <p_i, t_i>) ,   w, y by the rule
-        s = min(1, mean_i sum_k (q_ik - w_i y_ik)_+ / enough)          1 with labels as given
+        s = min(1, mean_i sum_k (q_ik - w_i y_ik)_+ / enough)     1 with labels as given
 
     The gradient of the second term raises the probability of the classes in t_i. For right labels
     it keeps the pull that cross-entropy loses; for wrong ones it cancels the pull to the label, and
@@ -88,7 +88,7 @@ def make(
     costs as much as a plain one.
 
     s asks how much of the given labels q the rule moves elsewhere in this batch: where it finds
-    none wrong, there is nothing to keep, and this is plain training.
+    none wrong, there is nothing to keep, and this is plain training (if `enough` is not 0).
 
     Rows mixed upstream get the mixture of their parents' averages (`core.parents`) and are not
     remembered. Rows with a parent that was never seen unmixed are not regularised, so the pipeline
@@ -116,7 +116,8 @@ def make(
       ValueError: clean samples (not supported).
     """
     plain = supervised.make(model, tx, rule)
-    doubts = not (rule is None or isinstance(rule, AsGiven)) and options.enough > 0
+    always = checks.concrete(options.enough) and options.enough == 0
+    doubts = not (rule is None or isinstance(rule, AsGiven) or always)
 
     def init(key, inputs):
         empty = memory.init(run.num_samples, run.num_classes)

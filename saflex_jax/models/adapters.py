@@ -139,7 +139,7 @@ def from_function(
 def _widened(outputs: PyTree) -> PyTree:
     """The network's outputs in f32, or in a wider dtype if they have it; integers stay.
 
-    Here once for all methods and rules: a softmax of logits in bfloat16 rounds what is nearly sure.
+    A method's or rule's softmax of logits in bfloat16 would round what is nearly sure.
     """
 
     def widened(x):

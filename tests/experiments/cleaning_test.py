@@ -1,14 +1,17 @@
 """Cleaning: planted errors are found, the package cleanlab agrees, right labels are not read."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from experiments import build, cleaning, task
 from experiments.configs import digits, sources
+from saflex_jax.audit import Head
 from tests.experiments.task_test import config, forget, images, medmnist, prepared
 from tests.problems import softmax
 
-KINDS = tuple(cleaning.CLEANINGS)
+DROPPING = tuple(cleaning.CLEANINGS)
 
 
 def blobs(size=400, classes=4, noise=0.3, seed=0):
@@ -24,7 +27,7 @@ def blobs(size=400, classes=4, noise=0.3, seed=0):
 # --- what is found ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 def test_planted_errors_are_found(kind):
     x, truth, given = blobs()
     stay = cleaning.kept(kind, x, given, trusted=0, seed=0)
@@ -32,14 +35,14 @@ def test_planted_errors_are_found(kind):
     assert (~stay)[given != truth].mean() > 0.85  # recall
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 def test_of_separate_classes_with_right_labels_nothing_goes(kind):
     x, truth, _ = blobs()
     x += 20 * np.eye(4, 8, dtype=np.float32)[truth]
     assert cleaning.kept(kind, x, truth, trusted=0, seed=0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 def test_the_scale_of_inputs_and_the_numbers_of_classes_do_not_matter(kind):
     x, _, given = blobs()
     stay = cleaning.kept(kind, x, given, trusted=0, seed=0)
@@ -47,7 +50,7 @@ def test_the_scale_of_inputs_and_the_numbers_of_classes_do_not_matter(kind):
     assert (stay != again).mean() < 0.01  # a margin may come to lie on the other side
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 def test_trusted_samples_stay_and_help(kind):
     # Two groups; nearly all labels of the second are wrong, but for those of the trusted samples.
     rng, size, trusted = np.random.default_rng(0), 100, 300
@@ -66,7 +69,7 @@ def test_trusted_samples_stay_and_help(kind):
     assert cleaning.kept(kind, x, lies, trusted=trusted, seed=0)[size:].all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 def test_no_class_is_lost(kind):
     x, _, given = blobs(size=120)
     given[:3] = 4  # a fifth class, whose samples are of others
@@ -75,7 +78,7 @@ def test_no_class_is_lost(kind):
     assert cleaning.kept(kind, x, np.full(120, 2), trusted=0, seed=0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 @pytest.mark.parametrize("per_class", [1, 3])
 def test_few_samples_are_no_error(kind, per_class):
     x, truth, _ = blobs(size=4 * per_class)
@@ -142,6 +145,14 @@ def test_what_inputs_are_read():
 # --- learned labels --------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Audits of one kind of head, of few steps."""
+    head = Head(widths=(), steps=80, batch_size=64, learning_rate=0.05, weight_decay=0.1, folds=2)
+    monkeypatch.setattr(cleaning, "audit", functools.partial(cleaning.audit, head=head))
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_audit_keeps_samples_with_learned_labels():
     x, truth, given = blobs()
     trusted = 80
@@ -150,19 +161,20 @@ def test_an_audit_keeps_samples_with_learned_labels():
     assert stay.all() and labels.shape == (400, 5)  # one class has no sample
     assert (given != truth).mean() > 0.2 and (labels.argmax(1) == truth).mean() > 0.97
     np.testing.assert_array_equal(labels[-trusted:], np.eye(5)[truth[-trusted:]])
-    found = cleaning.audited(x, given, 5, trusted=trusted, seed=0)
-    np.testing.assert_array_equal(labels, found.labels)
-    assert cleaning.audited(x, given, 5, trusted=trusted, seed=0) is found  # one audit for all arms
-    assert cleaning.audited(x, truth, 5, trusted=trusted, seed=0) is not found
+    # One audit for all arms.
+    assert cleaning.cleaned("audit", x, given, 5, trusted=trusted, seed=0)[1] is labels
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_is_unlike_trusted_samples_goes():
     x, truth, _ = blobs()
     x[:80] -= 30
-    stay, _ = cleaning.cleaned("audit", x, truth, 4, trusted=150, seed=0)
+    stay, labels = cleaning.cleaned("audit", x, truth, 4, trusted=150, seed=0)
+    np.testing.assert_allclose(labels.sum(1), 1, atol=1e-5)  # also of labels that nobody gives so
     assert not stay[:80].any() and stay[80:].mean() > 0.9 and stay[-150:].all()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_trains_on_what_an_audit_learned():
     found = digits.get_config()
     found.data = sources.section(
@@ -184,7 +196,7 @@ def test_a_run_trains_on_what_an_audit_learned():
 # --- in a run --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 @pytest.mark.parametrize("train_on_val", [False, True])
 def test_the_rest_of_the_data_is_as_without_it(kind, train_on_val):
     found = digits.get_config()
@@ -213,7 +225,7 @@ def test_the_rest_of_the_data_is_as_without_it(kind, train_on_val):
     assert build.run_info(found, made.pools).num_samples == len(rows)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 def test_right_labels_are_not_read(tmp_path, kind):
     # Given labels are another set's; the right ones of training samples are changed on the disk.
     _, labels = images(tmp_path / "mnist")
@@ -248,6 +260,18 @@ def test_what_it_cannot_go_with(section, message):
     found = config("digits", **{"cleaning": "confident"} | section)
     with pytest.raises(ValueError, match=message):
         task.check(found.data)
+
+
+def test_what_an_audit_cannot_read_names_the_option(monkeypatch):
+    x, _, given = blobs()
+    name = "config.data.cleaning='audit'"
+    with pytest.raises(ValueError, match=f"{name}: there must be at least 10 samples"):
+        cleaning.cleaned("audit", x[:8], given[:8], 4, trusted=0, seed=0)
+    with pytest.raises(ValueError, match=f"{name} takes inputs of at most 16384 numbers"):
+        cleaning.cleaned("audit", np.zeros((9, 2**14 + 1)), given[:9], 4, trusted=0, seed=0)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"{name} runs in one process; given 2"):
+        cleaning.cleaned("audit", x, given, 4, trusted=0, seed=0)
 
 
 def test_labels_must_be_classes(tmp_path):

@@ -117,10 +117,16 @@ def test_bad_input_is_said_and_nothing_is_written(workdir, tmp_path, program, op
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_hidden_labels_are_not_judged():
-    run = finished.Run(changed(**{"data.unlabelled": True}), None, None, None)
-    with pytest.raises(ValueError, match="labels to judge; given one of unlabelled=True"):
-        finished.columns(run)
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"data.unlabelled": True}, "labels to judge; given one of unlabelled=True"),
+        ({"data.cleaning": "audit"}, "labels as given to judge; given one of cleaning='audit'"),
+    ],
+)
+def test_labels_that_a_run_did_not_see_are_not_judged(field, message):
+    with pytest.raises(ValueError, match=message):
+        finished.columns(finished.Run(changed(**field), None, None, None))
 
 
 def test_only_a_rule_that_learns_a_posterior_judges_labels(monkeypatch):
