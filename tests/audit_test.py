@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from saflex_jax import train
-from saflex_jax.audit import UNTOLD, Head, _folds, _most_likely, audit, from_logits
+from saflex_jax.audit import (
+    UNTOLD,
+    Head,
+    _chosen,
+    _folds,
+    _Likely,
+    _most_likely,
+    audit,
+    from_logits,
+)
 
 # With 60 trusted samples a fifth of the others would be too few to flag: docs/audit.md.
 SIZE, CLASSES, TRUSTED, FEATURES = 600, 3, 120, 8
@@ -226,6 +235,20 @@ def test_trusted_samples_that_all_heads_know_do_not_choose():
     assert one.value == same.value and one.power == same.power == UNTOLD[0]
     one, other = (_most_likely(p, GIVEN, KNOWN, KNOWN, all_inside) for p in (probs, changed))
     assert other.value > one.value
+
+
+def test_the_first_kind_is_used_unless_trusted_labels_surely_say_otherwise():
+    def likely(logs):
+        return _Likely(logs.mean(), logs, None, None)
+
+    rng, told = np.random.default_rng(3), np.arange(500) < 100
+    first = rng.normal(size=500)
+    sure, unsure = first + 0.1, first + 0.1 + 2 * rng.normal(size=500)
+    wrong = np.where(told, first - 0.1, first + 9)  # it knows which labels go wrong
+    assert unsure[told].mean() > first[told].mean()
+    kinds = [likely(logs) for logs in (first, unsure, wrong)]
+    assert _chosen(kinds, told) == 0 and _chosen(kinds, np.zeros(500, bool)) == 2
+    assert _chosen([likely(first), likely(sure), likely(wrong)], told) == 1
 
 
 def test_a_head_that_diverges_is_named():
