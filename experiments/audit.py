@@ -136,7 +136,7 @@ def of_features(name: str, labels: str, trusted: int, pool: str, folder: str, se
         f"{found.noise_rate:.1%} of the labels are judged wrong; {int(found.outside.sum())} "
         "samples are unlike all trusted ones.",
         "Utility: 2 P(the given label is right) - 1; -1 for samples unlike the trusted ones.",
-        f"The kind of head under which held-out labels are most likely: weight decay "
+        f"The kind of head that held-out labels chose: weight decay "
         f"{found.head.weight_decay:g}, early-learning regularisation {found.head.strength:g}.",
     ]
     title = f"Audit: {name} {labels}".strip()

@@ -471,26 +471,21 @@ def repeated(inputs: Any, labels: np.ndarray, least: int) -> tuple[Any, np.ndarr
 
 
 def cleaned(
-    section: ConfigDict,
-    inputs: Any,
-    labels: np.ndarray,
-    num_classes: int,
-    seed: int,
-    *,
-    trusted: int,
+    config: ConfigDict, source: data.Source, inputs: Any, labels: np.ndarray, *, trusted: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows that `config.data.cleaning` leaves, the last `trusted` ones among them; their labels).
 
     Raises:
       ValueError: labels that are no classes.
     """
+    section = config.data
     if labels.ndim > 1:
         raise ValueError(
             f"config.data.cleaning must be '' where labels are no classes, as in {section.name}; "
             f"given {section.cleaning!r}"
         )
     stay, labels = cleaning.cleaned(
-        section.cleaning, inputs, labels, num_classes, trusted=trusted, seed=seed
+        section.cleaning, inputs, labels, source.num_classes, trusted=trusted, seed=config.seed
     )
     return np.flatnonzero(stay), labels[stay]
 
@@ -568,8 +563,8 @@ def make_data(config: ConfigDict) -> Data:
         places = np.append(places, np.full(len(val_labels), -1))
         rows = np.append(rows, split.val)
     if section.cleaning:
-        trusts = len(given) - len(split.train)
-        stay, given = cleaned(section, candidates, given, source.num_classes, seed, trusted=trusts)
+        number = len(given) - len(split.train)
+        stay, given = cleaned(config, source, candidates, given, trusted=number)
         candidates = data.subset(candidates, stay)
         clean, outside, rows = clean[stay], outside[stay], rows[stay]
     if section.trusted_only:

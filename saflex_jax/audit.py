@@ -293,28 +293,28 @@ def _held_out(
     phases = (
         [(False, max(1, head.steps // 4)), (True, head.steps)] if told else [(False, head.steps)]
     )
-    trained = None
+    method = _method(run, head, doubts=False)
+    init = jax.jit(method.init)
+    state = parallel.stack_states([init(jax.random.key(own), x[:1]) for own in seeds])
     for doubts, until in phases:
-        method, runner = _sweep(run, heads, doubts)
-        if trained is None:
-            init = jax.jit(method.init)
-            state = parallel.stack_states([init(jax.random.key(own), x[:1]) for own in seeds])
-        else:
-            state = trained._replace(extra=_with_rule(trained.extra, method, x[:1], len(seeds)))
+        if doubts:
+            method = _method(run, head, doubts)
+            state = state._replace(extra=_with_rule(state.extra, method, x[:1], len(seeds)))
+        runner = _sweep_runner(run, heads, doubts).hold(pools)
         try:
             result = train.fit(
-                runner.hold(pools), state, stream, num_steps=until, log_every=until, progress=False
+                runner, state, stream, num_steps=until, log_every=until, progress=False
             )
         except train.Diverged as error:
             raise ValueError(f"head must not diverge; given {heads}: {error}") from error
-        trained = result.completed()  # heads trained by half are no audit
+        state = result.completed()  # heads trained by half are no audit
     beliefs = []
     for first in range(0, len(members), head.folds):
         probs = np.zeros((number, size), np.float32)
         for k in range(head.folds):
             rows = np.flatnonzero((fold == k) | (fold == -1))
-            state = parallel.member(trained, first + k)
-            probs[rows] += train.probabilities(method, state, x[rows], batch_size=ROWS)
+            own = parallel.member(state, first + k)
+            probs[rows] += train.probabilities(method, own, x[rows], batch_size=ROWS)
         probs /= probs.sum(1, keepdims=True)
         beliefs.append(probs[np.argsort(order)])
     return beliefs
@@ -333,8 +333,8 @@ def _with_rule(
     return extra._replace(rule=fresh(jax.random.key(0)))
 
 
-def _sweep(run: RunInfo, heads: Sequence[Head], doubts: bool) -> tuple[Method, parallel.Runner]:
-    """The method of the first kind of head, and one program for all folds of all kinds."""
+def _sweep_runner(run: RunInfo, heads: Sequence[Head], doubts: bool) -> parallel.Runner:
+    """One program for all folds of all kinds of head."""
     options = {
         name: np.repeat([np.float32(getattr(head, name)) for head in heads], heads[0].folds)
         for name in OPTIONS
@@ -345,8 +345,7 @@ def _sweep(run: RunInfo, heads: Sequence[Head], doubts: bool) -> tuple[Method, p
         return method.step(state, streams, reduce=reduce)
 
     devices = jax.devices()[: math.gcd(len(heads) * heads[0].folds, jax.device_count())]
-    runner = parallel.sweep_runner(step, options=options, devices=devices)
-    return _method(run, heads[0], doubts), runner
+    return parallel.sweep_runner(step, options=options, devices=devices)
 
 
 def _method(run: RunInfo, head: Head, doubts: bool) -> Method:

@@ -116,8 +116,7 @@ def make(
       ValueError: clean samples (not supported).
     """
     plain = supervised.make(model, tx, rule)
-    always = checks.concrete(options.enough) and options.enough == 0
-    doubts = not (rule is None or isinstance(rule, AsGiven) or always)
+    learns = not (rule is None or isinstance(rule, AsGiven))
 
     def init(key, inputs):
         empty = memory.init(run.num_samples, run.num_classes)
@@ -150,9 +149,10 @@ def make(
             losses = weighted_soft_cross_entropy(logits, targets, candidates)
             pulls = regulariser(jnp.where(candidates.mask[:, None], logits, 0.0), averages)
             strength = options.strength
-            if doubts:
+            if learns:
                 found = moved(targets, candidates, reduce=reduce)
-                strength *= jnp.minimum(1.0, found / options.enough)
+                share = found / jnp.maximum(options.enough, jnp.finfo(found.dtype).tiny)
+                strength *= jnp.where(found < options.enough, share, 1.0)
             return losses + jnp.where(candidates.mask, strength * pulls, 0.0)
 
         of_rule = state._replace(extra=state.extra.rule)

@@ -171,9 +171,8 @@ class Posterior:
         if lookahead is None:
             known = self._num_known or len(scored.val_probs)
             lookahead = known / (known + scored.features)
-        if (
-            checks.concrete(lookahead) and lookahead == 0
-        ):  # nothing reads the scores, nor makes them
+        # Scores that nothing reads are not made.
+        if checks.concrete(lookahead) and lookahead == 0:
             return jax.nn.softmax(scored.log_probs)
         return jax.nn.softmax(scored.log_probs + lookahead * scored.scores)
 
