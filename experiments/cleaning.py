@@ -3,8 +3,9 @@
 `config.data.cleaning` names one of KINDS. By CLEANINGS, what people try first, samples whose label
 is probably wrong are left out, so that every batch is full of the others; how many are left differs
 by the seed. By "audit" (`saflex_jax.audit`) all samples stay that are like the trusted ones, with
-learned soft labels. Trusted samples that train, too, are never left out, and they help to judge the
-others. No right label is read otherwise.
+learned soft labels; with labels as given if there is no sure evidence that some are wrong. Trusted
+samples that train, too, are never left out, and they help to judge the others. No right label is
+read otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from sklearn import linear_model, neighbors, preprocessing
 from threadpoolctl import threadpool_limits
 
-from saflex_jax.audit import audit
+from saflex_jax.audit import SURE, audit
 from saflex_jax.batches import floats
 from saflex_jax.data.seeds import generator
 
@@ -66,7 +67,7 @@ def audited(
             found = audit(x, labels, trusted=known, num_classes=num_classes, seed=seed)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        _CLEANED[key] = ~found.outside, found.labels
+        _CLEANED[key] = ~found.outside, found.labels if found.evidence > SURE else labels
     return _CLEANED[key]
 
 

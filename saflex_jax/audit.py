@@ -16,6 +16,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ RIDGES = np.array([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # tried for typicality
 FALSE = 0.07  # share of the samples flagged as outside that may be inside
 VAL = 32  # trusted samples of a step, which say how frequent classes are
 ROWS = 1024  # that a head is asked about at once
+SURE = 3.0  # standard errors of `Audit.evidence`
 MEMORY = 2**31  # bytes of all averages f32[N, K] in one program, as long as it has several kinds
 
 
@@ -105,6 +107,8 @@ class Audit:
       labels: f32[N, K], the learned soft labels.
       transition: f32[K, K], C_kj: how often class k is given as j.
       noise_rate: share of wrong labels, trusted samples left out.
+      evidence: that labels are wrong, in standard errors: how much likelier labels as given are if
+        some are wrong than if all are right. Below SURE, train on them as given.
       head: the kind of head whose beliefs these are; None = of your own network.
       groups: name -> utility pooled over its rows, f32[] each (`core.pooled.Pooled`).
     """
@@ -122,6 +126,7 @@ class Audit:
     labels: np.ndarray
     transition: np.ndarray
     noise_rate: float
+    evidence: float
     head: Head | None
     groups: Mapping[str, pooled.Pooled]
 
@@ -386,6 +391,7 @@ def _found(probs, y, trusted, told, inside, typical, groups, head) -> Audit:
         labels=labels,
         transition=np.asarray(likely.confused),
         noise_rate=float(1 - quality[~trusted & inside].mean()),
+        evidence=_evidence(probs, y, trusted, told, inside),
         head=head,
         groups={} if groups is None else _by_group(utility, np.asarray(groups)),
     )
@@ -409,24 +415,41 @@ class _Likely(NamedTuple):
 
 
 def _most_likely(
-    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, told: np.ndarray, inside: np.ndarray
-) -> _Likely:
-    """Of the powers that are tried; `told` are the trusted samples that beliefs did not see."""
-    powers = SHARPNESS if told.any() else UNTOLD
+    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, told: np.ndarray, inside: np.ndarray,
+    *, powers: np.ndarray | None = None, wrong: bool = True,
+) -> _Likely:  # fmt: skip
+    """Of the powers that are tried, if labels may be `wrong` or if none is.
+
+    `told` are the trusted samples that beliefs did not see.
+    """
+    if powers is None:
+        powers = SHARPNESS if told.any() else UNTOLD
     arrays = tuple(map(jnp.asarray, (y, trusted, told, inside)))
-    likely = [_likely(jnp.asarray(probs), power, *arrays) for power in powers]
+    likely = [_likely(jnp.asarray(probs), power, *arrays, wrong=wrong) for power in powers]
     return max(likely, key=operator.attrgetter("value"))
 
 
-@jax.jit
-def _likely(probs, power, y, trusted, told, inside) -> _Likely:
+@partial(jax.jit, static_argnames="wrong")
+def _likely(probs, power, y, trusted, told, inside, *, wrong) -> _Likely:
     """Of one power."""
     beliefs, counted = sharpened(probs, power), inside & ~trusted
-    confused = transition.most_likely(beliefs, y, counted)
+    confused = jnp.eye(probs.shape[1])
+    if wrong:
+        confused = transition.most_likely(beliefs, y, counted)
     right = jnp.take_along_axis(beliefs, y[:, None], 1)[:, 0]
     chance = jnp.where(trusted, right, jnp.sum(beliefs * confused[:, y].T, 1))
     logs = jnp.log(jnp.maximum(chance, 1e-6))
     return _Likely(masked_mean(logs, counted | told), logs, confused, power)
+
+
+def _evidence(*arrays: np.ndarray) -> float:
+    """`Audit.evidence`, of the arrays of `_most_likely`; each side has the best of all powers.
+
+    Beliefs about few samples are off, which also confusion would explain, but not surely.
+    """
+    some, none = (_most_likely(*arrays, powers=SHARPNESS, wrong=wrong) for wrong in (True, False))
+    _, _, trusted, told, inside = arrays
+    return _errors(np.asarray(some.logs - none.logs)[told | (inside & ~trusted)])
 
 
 def _chosen(likely: Sequence[_Likely], told: np.ndarray) -> int:
@@ -442,7 +465,17 @@ def _chosen(likely: Sequence[_Likely], told: np.ndarray) -> int:
         return int(np.argmax([own.value for own in likely]))
     gains = np.array([np.asarray(own.logs - likely[0].logs)[told] for own in likely])
     best = int(gains.mean(1).argmax())
-    return best if gains[best].mean() > 2 * gains[best].std() / np.sqrt(told.sum()) else 0
+    return best if _errors(gains[best]) > 2 else 0
+
+
+def _errors(gains: np.ndarray) -> float:
+    """The mean in its standard errors; 0 where no gain differs from 0.
+
+    Source: of two models' log-likelihoods, Vuong, "Likelihood Ratio Tests for Model Selection and
+    Non-Nested Hypotheses", Econometrica 1989.
+    """
+    error = gains.std() / np.sqrt(len(gains))
+    return float(gains.mean() / error) if error > 0 else 0.0
 
 
 def _posterior(

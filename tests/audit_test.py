@@ -9,9 +9,11 @@ import pytest
 
 from saflex_jax import train
 from saflex_jax.audit import (
+    SURE,
     UNTOLD,
     Head,
     _chosen,
+    _errors,
     _folds,
     _Likely,
     _most_likely,
@@ -59,6 +61,25 @@ def test_it_finds_wrong_labels_and_the_right_ones(found, alone):
     ):  # fmt: skip
         assert min(rates(audited.wrong, wrong)) > 0.85
         assert np.mean(audited.learned == right) > 0.95
+
+
+def test_evidence_is_of_wrong_labels_alone(found, alone):
+    """Few samples of hard classes look confused, too; but not surely."""
+    rng = np.random.default_rng(5)
+    overlapping = (0.4 * CENTRES[RIGHT] + rng.normal(size=X.shape)).astype(np.float32)
+    few, rows = audit(overlapping[:90], RIGHT[:90], head=HEAD), slice(None, None, 2)
+    assert few.noise_rate > 0.05 and few.evidence < SURE
+    assert audit(overlapping, RIGHT, head=HEAD, trusted=KNOWN).evidence < SURE
+    assert min(found.evidence, alone.evidence, audit(X, GIVEN, head=HEAD).evidence) > SURE
+    logits = np.log(np.full((SIZE, CLASSES), 0.05) + 0.85 * np.eye(CLASSES)[RIGHT])
+    assert from_logits(logits[rows], GIVEN[rows]).evidence > SURE
+    assert from_logits(logits, RIGHT).evidence < SURE
+
+
+def test_evidence_is_the_mean_gain_in_its_standard_errors():
+    gains = np.array([1.0, 2.0, 3.0, 6.0])
+    assert _errors(gains) == pytest.approx(3 / (np.sqrt(3.5) / 2))
+    assert _errors(-gains) == -_errors(gains) and _errors(np.zeros(4)) == 0
 
 
 def test_it_finds_what_is_of_no_class(found):

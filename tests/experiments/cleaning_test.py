@@ -170,8 +170,16 @@ def test_what_is_unlike_trusted_samples_goes():
     x, truth, _ = blobs()
     x[:80] -= 30
     stay, labels = cleaning.cleaned("audit", x, truth, 4, trusted=150, seed=0)
-    np.testing.assert_allclose(labels.sum(1), 1, atol=1e-5)  # also of labels that nobody gives so
     assert not stay[:80].any() and stay[80:].mean() > 0.9 and stay[-150:].all()
+    assert labels is truth  # without evidence of wrong ones
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_label_that_nobody_gives_so_is_learned_as_believed():
+    x, truth, _ = blobs()
+    x[:80] -= 30
+    found = cleaning.audit(x, truth, trusted=np.arange(400) >= 250, num_classes=4)
+    np.testing.assert_allclose(found.labels.sum(1), 1, atol=1e-5)
 
 
 @pytest.mark.usefixtures("quick")
