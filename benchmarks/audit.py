@@ -12,6 +12,9 @@ the samples that are not trusted. "at .74" is the precision where .74 of the wro
 "pools": a generator's pool of which 40 % is bad: images of another data set, wrong labels, or both.
 Dropped is what has a utility below zero. The right labels are read to measure alone.
 
+"evidence": whether an audit knows that labels are wrong, of some samples of CIFAR-10N and of few:
+its evidence in standard errors, and the share of labels that it flags.
+
 "size": 50,000 random samples of 512 features. Seconds are of the clock, compilation included;
 "CPU s" those of all cores together, which a busy machine changes little.
 
@@ -49,7 +52,12 @@ POOLS = {
 }
 BAD = {"outside": (0.4, 0.0), "mislabelled": (0.0, 0.4), "both": (0.2, 0.2)}
 SETS = sorted({*POOLS, *POOLS.values()})
-PARTS = ("labels", "pools", "size")
+PARTS = ("labels", "pools", "evidence", "size")
+# Name -> samples, how many of them are trusted.
+SAMPLES = {
+    f"{size:,}, {trusted} trusted": (size, trusted)
+    for size, trusted in ((SIZE, TRUSTED), (SIZE, 0), (600, 100), (600, 0), (150, 50))
+}
 LARGE, WIDE = 50_000, 512
 
 
@@ -154,6 +162,20 @@ def of_pool(name: str, kind: str, seed: int, folder: str) -> dict[str, float]:
     return row
 
 
+def of_evidence(size: int, trusted: int, seed: int, folder: str) -> dict[str, float]:
+    """What is found in right labels, and in those of people."""
+    x, right, extra = opened("cifar10n@crop", folder)
+    rows = generator("audit samples", seed).permutation(len(right))[:size]
+    known, row = np.arange(size) < trusted, {}
+    for name in ("right", "aggregate", *LABELS):
+        labels = right if name == "right" else extra[name]
+        given = np.where(known, right[rows], labels[rows])
+        found = audit(x[rows], given, trusted=known, num_classes=right.max() + 1, seed=seed)
+        row[f"{name} evidence"] = found.evidence
+        row[f"{name} flagged"] = found.wrong[~known].mean()
+    return row
+
+
 def of_size(trusted: int) -> dict[str, float]:
     """Seconds of a large audit, a tenth of whose labels are wrong."""
     rng = generator("audit size", 0)
@@ -183,6 +205,7 @@ class Audit(reporting.Benchmark):
         self.pools: dict[str, list] = {name: [] for name in every if options.pools in name}
         if not self.pools:
             raise ValueError(f"--pools must be part of one of {every}; given {options.pools!r}")
+        self.evidence: dict[str, list] = {name: [] for name in SAMPLES}
         self.sizes: dict[str, dict] = {}
         for name in SETS if self.parts != ["size"] else ():  # a missing one is said first
             feature_set(name, self.folder, "")
@@ -197,10 +220,11 @@ class Audit(reporting.Benchmark):
 
     @property
     def length(self):
-        """One unit: all audits of a label set, of a pool, or of a size."""
+        """One unit: all audits of a label set, of a pool, of some samples, or of a size."""
         units = {
             "labels": self.seeds * len(LABELS),
             "pools": self.seeds * len(self.pools),
+            "evidence": self.seeds * len(self.evidence),
             "size": 2,
         }
         return sum(units[part] for part in self.parts)
@@ -219,23 +243,30 @@ class Audit(reporting.Benchmark):
             for name, runs in self.pools.items():
                 runs.append(of_pool(*name.split(", "), seed, self.folder))
                 bar.update()
+        for seed in range(self.seeds if "evidence" in self.parts else 0):
+            for name, runs in self.evidence.items():
+                runs.append(of_evidence(*SAMPLES[name], seed, self.folder))
+                bar.update()
 
     def report(self):
         """Means over seeds and standard deviations; "measured": of how many seeds."""
         labels, spread = {}, {}
         measured_seeds = {
-            name: len(runs) for name, runs in (self.labels | self.pools).items() if runs
+            name: len(runs)
+            for name, runs in (self.labels | self.pools | self.evidence).items()
+            if runs
         }
         for name, runs in self.labels.items():
             labels[name] = {}
             for who in runs[0] if runs else ():
                 own = [run[who] for run in runs if who in run]
                 labels[name][who], spread[f"{name}, {who}"] = _over(own)
-        pools = {}
-        for name, runs in self.pools.items():
-            if runs:
-                pools[name], spread[name] = _over(runs)
-        return {"measured": measured_seeds, "labels": labels, "pools": pools,
+        pools, evidence = {}, {}
+        for found, parts in ((pools, self.pools), (evidence, self.evidence)):
+            for name, runs in parts.items():
+                if runs:
+                    found[name], spread[name] = _over(runs)
+        return {"measured": measured_seeds, "labels": labels, "pools": pools, "evidence": evidence,
                 "size": self.sizes, "standard_deviation": spread}  # fmt: skip
 
 

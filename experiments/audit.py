@@ -28,7 +28,7 @@ from experiments import audit_page, command_line, finished, named_rows, tables, 
 from experiments.feature_sets import feature_set
 from experiments.inspect import class_names
 from saflex_jax import checks, data
-from saflex_jax.audit import audit
+from saflex_jax.audit import SURE, audit
 from saflex_jax.data.provenance import METADATA
 from saflex_jax.data.seeds import generator
 
@@ -132,9 +132,13 @@ def of_features(name: str, labels: str, trusted: int, pool: str, folder: str, se
     table["judged"] = np.where(found.wrong, "wrong", np.where(found.outside, "outside", ""))
     if "clean" in given:
         table["bad"] = given["clean"] != given["labels"]
+    evidence = f"evidence that labels are wrong: {found.evidence:.1f} standard errors"
+    if found.evidence <= SURE:
+        evidence = f"no sure {evidence}, of {SURE:g}; inspect some, but train on labels as given"
+        print(evidence, file=sys.stderr)
     notes = [
-        f"{found.noise_rate:.1%} of the labels are judged wrong; {int(found.outside.sum())} "
-        "samples are unlike all trusted ones.",
+        f"{found.noise_rate:.1%} of the labels are judged wrong; {evidence}. "
+        f"{int(found.outside.sum())} samples are unlike all trusted ones.",
         "Utility: 2 P(the given label is right) - 1; -1 for samples unlike the trusted ones.",
         f"The kind of head that held-out labels chose: weight decay "
         f"{found.head.weight_decay:g}, early-learning regularisation {found.head.strength:g}.",

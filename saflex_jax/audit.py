@@ -7,7 +7,8 @@ For networks that live elsewhere: takes features (or logits) and labels, returns
 
 Heads train with this package's loop, all folds in one program: first with SAFLEX's rule (without it
 if no sample is trusted), then on the posterior labels from the first round. Several kinds of head
-train side by side; held-out labels choose one of them.
+train side by side; held-out labels choose one of them. Whether any label is wrong at all, a ratio
+of likelihoods says.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ FALSE = 0.07  # share of the samples flagged as outside that may be inside
 VAL = 32  # trusted samples of a step, which say how frequent classes are
 ROWS = 1024  # that a head is asked about at once
 SURE = 3.0  # standard errors of `Audit.evidence`
+POWERS = 2.0 ** np.arange(-2, 2.01, 0.5)  # for it: right labels of hard samples need flat beliefs
 MEMORY = 2**31  # bytes of all averages f32[N, K] in one program, as long as it has several kinds
 
 
@@ -108,7 +110,7 @@ class Audit:
       transition: f32[K, K], C_kj: how often class k is given as j.
       noise_rate: share of wrong labels, trusted samples left out.
       evidence: that labels are wrong, in standard errors: how much likelier labels as given are if
-        some are wrong than if all are right. Below SURE, train on them as given.
+        some are wrong than if all are right. Up to SURE, train on them as given.
       head: the kind of head whose beliefs these are; None = of your own network.
       groups: name -> utility pooled over its rows, f32[] each (`core.pooled.Pooled`).
     """
@@ -443,13 +445,19 @@ def _likely(probs, power, y, trusted, told, inside, *, wrong) -> _Likely:
 
 
 def _evidence(*arrays: np.ndarray) -> float:
-    """`Audit.evidence`, of the arrays of `_most_likely`; each side has the best of all powers.
+    """`Audit.evidence`, of the arrays of `_most_likely`.
 
-    Beliefs about few samples are off, which also confusion would explain, but not surely.
+        sum_i g_i / sqrt(n var(g) + 1)    g_i = log p(label i | some wrong) - log p(label i | none)
+
+    each with the best of POWERS; one nat is never sure, however alike the gains are.
+
+    Source: Vuong, "Likelihood Ratio Tests for Model Selection and Non-Nested Hypotheses",
+    Econometrica 1989.
     """
-    some, none = (_most_likely(*arrays, powers=SHARPNESS, wrong=wrong) for wrong in (True, False))
+    some, none = (_most_likely(*arrays, powers=POWERS, wrong=wrong) for wrong in (True, False))
     _, _, trusted, told, inside = arrays
-    return _errors(np.asarray(some.logs - none.logs)[told | (inside & ~trusted)])
+    gains = np.asarray(some.logs - none.logs)[told | (inside & ~trusted)]
+    return float(gains.sum() / np.sqrt(len(gains) * gains.var() + 1))
 
 
 def _chosen(likely: Sequence[_Likely], told: np.ndarray) -> int:
@@ -465,17 +473,7 @@ def _chosen(likely: Sequence[_Likely], told: np.ndarray) -> int:
         return int(np.argmax([own.value for own in likely]))
     gains = np.array([np.asarray(own.logs - likely[0].logs)[told] for own in likely])
     best = int(gains.mean(1).argmax())
-    return best if _errors(gains[best]) > 2 else 0
-
-
-def _errors(gains: np.ndarray) -> float:
-    """The mean in its standard errors; 0 where no gain differs from 0.
-
-    Source: of two models' log-likelihoods, Vuong, "Likelihood Ratio Tests for Model Selection and
-    Non-Nested Hypotheses", Econometrica 1989.
-    """
-    error = gains.std() / np.sqrt(len(gains))
-    return float(gains.mean() / error) if error > 0 else 0.0
+    return best if gains[best].mean() > 2 * gains[best].std() / np.sqrt(told.sum()) else 0
 
 
 def _posterior(

@@ -50,7 +50,8 @@ FIELDS = {
     "cleaning": (
         "",
         'before training "confident" or "neighbours" drop suspect samples; "audit" learns soft '
-        "labels and drops what is unlike trusted samples, if these train, too",
+        "labels, where some are surely wrong, and drops what is unlike trusted samples, if these "
+        "train, too",
     ),
     "outside": (0.0, "share of the training inputs to replace by those of `outside_from`"),
     "outside_from": ("", "data set whose inputs belong to no class"),

@@ -323,6 +323,24 @@ def test_the_seed_of_a_pool_is_its_audits(monkeypatch):
     assert seeds == [3, 4]
 
 
+def test_evidence_is_asked_of_so_many_samples_with_right_labels_of_the_trusted(monkeypatch):
+    right = np.arange(100) % 2
+    wrong = {name: 1 - right for name in ("aggregate", *audit.LABELS)}
+    monkeypatch.setattr(audit, "opened", lambda *_: (np.arange(100.0)[:, None], right, wrong))
+
+    def audited(x, given, *, trusted, num_classes, seed):
+        of_rows = right[x[:, 0].astype(int)]
+        assert (len(x), trusted.sum(), num_classes, seed) == (40, 10, 2, 5)
+        np.testing.assert_array_equal(given[trusted], of_rows[trusted])
+        bad = given != of_rows
+        return types.SimpleNamespace(evidence=9.0 * bad.any(), wrong=bad)
+
+    monkeypatch.setattr(audit, "audit", audited)
+    row = audit.of_evidence(40, 10, 5, "data")
+    assert row["right evidence"] == row["right flagged"] == 0
+    assert row["worst evidence"] == 9 and row["worst flagged"] == 1
+
+
 def test_the_spread_over_seeds_is_the_samples():
     options = types.SimpleNamespace(task=("made",), top=(), seeds=2)
     benchmark = bounded_memory.BoundedMemory(options)

@@ -193,6 +193,20 @@ def test_an_audit_of_arrays_and_a_pool(arrays):
     assert (arrays / "out" / "audit.html").read_text().count("data:image/png") >= SIZE // 2
 
 
+def test_it_is_said_if_no_label_is_surely_wrong(arrays, capsys):
+    pytest.importorskip("jinja2")
+    with np.load(arrays / "mine.npz") as file:
+        given = dict(file)
+    for number in (0, SIZE // 4):
+        wrong = np.arange(SIZE) < number
+        labels = np.where(wrong, 1 - given["clean"], given["clean"])
+        np.savez(arrays / "other.npz", **{**given, "labels": labels})
+        audit.main([f"--features={arrays / 'other.npz'}", f"--out={arrays / 'out'}"])
+        said, page = capsys.readouterr().err, (arrays / "out" / "audit.html").read_text()
+        assert ("no sure evidence that labels are wrong" in said) == (number == 0)
+        assert ("no sure evidence" in page) == (number == 0) and "standard errors" in page
+
+
 def test_labels_may_be_texts_as_in_what_trains(arrays):
     with np.load(arrays / "mine.npz") as file:
         given = dict(file)
