@@ -18,7 +18,7 @@ its evidence in standard errors, and the share of labels that it flags.
 "size": 50,000 random samples of 512 features. Seconds are of the clock, compilation included;
 "CPU s" those of all cores together, which a busy machine changes little.
 
-Needs features: `python -m experiments.features NAME --tag=TAG`, of SETS; and
+Needs features: `python -m experiments.features NAME --tag=TAG`, of PEOPLE and POOLS; and
 `pip install -e ".[bench]"` for cleanlab, which is left out where it is missing.
 """
 
@@ -45,13 +45,13 @@ from saflex_jax.data.seeds import generator
 SIZE, TRUSTED, RECALL = 12_000, 500, 0.74
 LABELS = ("worst", "random1")
 # data set -> where what is outside comes from
+PEOPLE = "cifar10n@crop"
 POOLS = {
-    "cifar10n@crop": "fashion_mnist@crop",
+    PEOPLE: "fashion_mnist@crop",
     "fashion_mnist@crop": "mnist@plain",
     "mnist@plain": "usps@crop",
 }
 BAD = {"outside": (0.4, 0.0), "mislabelled": (0.0, 0.4), "both": (0.2, 0.2)}
-SETS = sorted({*POOLS, *POOLS.values()})
 PARTS = ("labels", "pools", "evidence", "size")
 # Name -> samples, how many of them are trusted.
 SAMPLES = {
@@ -115,7 +115,7 @@ def timed(job: Callable, *arrays: np.ndarray) -> tuple[Any, dict[str, float]]:
 
 def of_labels(name: str, seed: int, folder: str) -> dict[str, dict[str, float]]:
     """Who -> what was measured, of one label set."""
-    x, right, extra = opened("cifar10n@crop", folder)
+    x, right, extra = opened(PEOPLE, folder)
     known = trusted_rows(right, seed)
     corrected = np.where(known, right, extra[name])
     nobody = np.zeros(len(right), bool)
@@ -164,7 +164,7 @@ def of_pool(name: str, kind: str, seed: int, folder: str) -> dict[str, float]:
 
 def of_evidence(size: int, trusted: int, seed: int, folder: str) -> dict[str, float]:
     """What is found in right labels, and in those of people."""
-    x, right, extra = opened("cifar10n@crop", folder)
+    x, right, extra = opened(PEOPLE, folder)
     rows = generator("audit samples", seed).permutation(len(right))[:size]
     known, row = np.arange(size) < trusted, {}
     for name in ("right", "aggregate", *LABELS):
@@ -207,8 +207,16 @@ class Audit(reporting.Benchmark):
             raise ValueError(f"--pools must be part of one of {every}; given {options.pools!r}")
         self.evidence: dict[str, list] = {name: [] for name in SAMPLES}
         self.sizes: dict[str, dict] = {}
-        for name in SETS if self.parts != ["size"] else ():  # a missing one is said first
+        for name in self._sets():  # a missing one is said first
             feature_set(name, self.folder, "")
+
+    def _sets(self) -> set[str]:
+        """Those that the parts read."""
+        read = {PEOPLE} if {"labels", "evidence"} & {*self.parts} else set()
+        for name in self.pools if "pools" in self.parts else ():
+            candidates, _ = name.split(", ")
+            read |= {candidates, POOLS[candidates]}
+        return read
 
     @staticmethod
     def add_options(parser):
