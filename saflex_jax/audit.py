@@ -444,18 +444,21 @@ def _likely(probs, power, y, trusted, told, inside, *, wrong) -> _Likely:
     return _Likely(masked_mean(logs, counted | told), logs, confused, power)
 
 
-def _evidence(*arrays: np.ndarray) -> float:
-    """`Audit.evidence`, of the arrays of `_most_likely`.
+def _evidence(
+    probs: np.ndarray, y: np.ndarray, trusted: np.ndarray, told: np.ndarray, inside: np.ndarray
+) -> float:
+    """`Audit.evidence`.
 
         sum_i g_i / sqrt(n var(g) + 1)    g_i = log p(label i | some wrong) - log p(label i | none)
 
-    each with the best of POWERS; one nat is never sure, however alike the gains are.
+    each with the best of POWERS. The one keeps a gain of few nats from being sure, however alike
+    the g_i are.
 
     Source: Vuong, "Likelihood Ratio Tests for Model Selection and Non-Nested Hypotheses",
     Econometrica 1989.
     """
-    some, none = (_most_likely(*arrays, powers=POWERS, wrong=wrong) for wrong in (True, False))
-    _, _, trusted, told, inside = arrays
+    most_likely = partial(_most_likely, probs, y, trusted, told, inside, powers=POWERS)
+    some, none = most_likely(wrong=True), most_likely(wrong=False)
     gains = np.asarray(some.logs - none.logs)[told | (inside & ~trusted)]
     return float(gains.sum() / np.sqrt(len(gains) * gains.var() + 1))
 
