@@ -198,9 +198,10 @@ def test_it_is_said_if_no_label_is_surely_wrong(arrays, capsys):
     with np.load(arrays / "mine.npz") as file:
         given = dict(file)
     for number in (0, SIZE // 4):
-        wrong = np.arange(SIZE) < number
-        labels = np.where(wrong, 1 - given["clean"], given["clean"])
-        np.savez(arrays / "other.npz", **{**given, "labels": labels})
+        rows = np.arange(SIZE)
+        labels = np.where(rows < number, 1 - given["clean"], given["clean"])
+        changes = {"labels": labels, "trusted": rows >= SIZE // 2}
+        np.savez(arrays / "other.npz", **{**given, **changes})
         audit.main([f"--features={arrays / 'other.npz'}", f"--out={arrays / 'out'}"])
         said, page = capsys.readouterr().err, (arrays / "out" / "audit.html").read_text()
         assert ("no sure evidence that labels are wrong" in said) == (number == 0)
