@@ -44,8 +44,8 @@ from saflex_jax.data.seeds import generator
 
 SIZE, TRUSTED, RECALL = 12_000, 500, 0.74
 LABELS = ("worst", "random1")
+PEOPLE = "cifar10n@crop"  # whose labels people gave
 # data set -> where what is outside comes from
-PEOPLE = "cifar10n@crop"
 POOLS = {
     PEOPLE: "fashion_mnist@crop",
     "fashion_mnist@crop": "mnist@plain",
