@@ -3,12 +3,12 @@
 For networks that live elsewhere: takes features (or logits) and labels, returns NumPy arrays.
 
     heads on all folds but one -> their beliefs about the held-out fold
-    -> confusion of classes, by maximum likelihood -> posterior of every label -> once more
+    -> confusion of classes, by maximum likelihood -> posterior of every label -> heads once more
 
 Heads train with this package's loop, all folds in one program: first with SAFLEX's rule (without it
-if no sample is trusted), then on the posterior labels from the first round. Several kinds of head
-train side by side; held-out labels choose one of them. Whether any label is wrong at all, a ratio
-of likelihoods says.
+if no sample is trusted), then on the posterior labels from the first round, whose confusion and
+share of wrong labels stay. Several kinds of head train side by side; held-out labels choose one of
+them. Whether any label is wrong at all, a ratio of likelihoods says.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ VAL = 32  # trusted samples of a step, which say how frequent classes are
 ROWS = 1024  # that a head is asked about at once
 SURE = 3.0  # standard errors of `Audit.evidence`
 POWERS = 2.0 ** np.arange(-2, 2.01, 0.5)  # for it: right labels of hard samples need flat beliefs
+FURTHEST, HALVINGS = 8.0, 30  # of the logarithm of a factor, and how often it is halved
 MEMORY = 2**31  # bytes of all averages f32[N, K] in one program, as long as it has several kinds
 
 
@@ -108,7 +109,7 @@ class Audit:
       trusted: bool[N], as given.
       labels: f32[N, K], the learned soft labels.
       transition: f32[K, K], C_kj: how often class k is given as j.
-      noise_rate: share of wrong labels, trusted samples left out.
+      noise_rate: share of wrong labels, trusted samples and those outside left out.
       evidence: that labels are wrong, in standard errors: how much likelier labels as given are if
         some are wrong than if all are right. Up to SURE, train on them as given.
       head: the kind of head whose beliefs these are; None = of your own network.
@@ -192,7 +193,9 @@ def audit(
     best = _chosen(likely, told)
     labels, _ = _posterior(beliefs[best], y, known, inside, likely[best])
     (probs,) = _held_out(x, labels, known, inside, fold, heads[best : best + 1], seed, given=False)
-    return _found(probs, y, known, told, inside, typical, groups, heads[best])
+    # These heads know a little of the labels that they did not see: others' posterior labels are
+    # from heads that saw them. So the first round says what is confused, and how often.
+    return _found(probs, y, known, told, inside, typical, groups, likely[best], heads[best])
 
 
 def from_logits(
@@ -219,8 +222,10 @@ def from_logits(
     classes = np.shape(logits)[1] if np.ndim(logits) == 2 else None
     x, y, known, _ = _checked(logits, labels, trusted, None, groups, classes, name="logits")
     probs = np.asarray(jax.nn.softmax(jnp.asarray(x)))
-    everywhere = np.ones(len(y), np.float32)
-    return _found(probs, y, known, known, everywhere > 0, everywhere, groups, None)
+    typical = np.ones(len(y), np.float32)
+    inside = typical > 0
+    likely = _most_likely(probs, y, known, known, inside)
+    return _found(probs, y, known, known, inside, typical, groups, likely, None)
 
 
 # --- beliefs -------------------------------------------------------------------------------------
@@ -371,10 +376,9 @@ def _method(run: RunInfo, head: Head, doubts: bool) -> Method:
 # --- what follows of beliefs ---------------------------------------------------------------------
 
 
-def _found(probs, y, trusted, told, inside, typical, groups, head) -> Audit:
+def _found(probs, y, trusted, told, inside, typical, groups, likely, head) -> Audit:
     if not (inside & ~trusted).any():
         raise ValueError("there must be samples to judge; all are trusted, or unlike trusted ones")
-    likely = _most_likely(probs, y, trusted, told, inside)
     labels, weights = _posterior(probs, y, trusted, inside, likely)
     rows = np.arange(len(y))
     quality, learned = labels[rows, y], labels.argmax(1)
@@ -392,7 +396,7 @@ def _found(probs, y, trusted, told, inside, typical, groups, head) -> Audit:
         trusted=trusted,
         labels=labels,
         transition=np.asarray(likely.confused),
-        noise_rate=float(1 - quality[~trusted & inside].mean()),
+        noise_rate=float(likely.noise_rate),
         evidence=_evidence(probs, y, trusted, told, inside),
         head=head,
         groups={} if groups is None else _by_group(utility, np.asarray(groups)),
@@ -407,12 +411,14 @@ class _Likely(NamedTuple):
         as it is believed.
       logs: f32[N], of each label.
       confused: C, f32[K, K], by maximum likelihood.
+      noise_rate: share of wrong labels among those that may be wrong.
       power: of beliefs.
     """
 
     value: jax.Array
     logs: jax.Array
     confused: jax.Array
+    noise_rate: jax.Array
     power: jax.Array
 
 
@@ -438,10 +444,10 @@ def _likely(probs, power, y, trusted, told, inside, *, wrong) -> _Likely:
     confused = jnp.eye(probs.shape[1])
     if wrong:
         confused = transition.most_likely(beliefs, y, counted)
-    right = jnp.take_along_axis(beliefs, y[:, None], 1)[:, 0]
-    chance = jnp.where(trusted, right, jnp.sum(beliefs * confused[:, y].T, 1))
+    chance = jnp.where(trusted, _given(beliefs, y), jnp.sum(beliefs * confused[:, y].T, 1))
     logs = jnp.log(jnp.maximum(chance, 1e-6))
-    return _Likely(masked_mean(logs, counted | told), logs, confused, power)
+    noise_rate = 1 - masked_mean(_given(_posterior_labels(beliefs, confused, y), y), counted)
+    return _Likely(masked_mean(logs, counted | told), logs, confused, noise_rate, power)
 
 
 def _evidence(
@@ -502,16 +508,48 @@ def _posterior(
 def _learned(probs, y, trusted, inside, likely) -> tuple[jax.Array, jax.Array]:
     """`_posterior`."""
     prior = jax.nn.one_hot(y, probs.shape[1])
-    beliefs = sharpened(probs, likely.power)
-    odds = beliefs * likely.confused[:, y].T
-    total = jnp.sum(odds, 1, keepdims=True)
-    # A label that is never given so, and surely not right: then the belief says which is.
-    possible = total > jnp.finfo(total.dtype).tiny
-    labels = jnp.where(possible, odds / jnp.where(possible, total, 1.0), beliefs)
+    labels = _posterior_labels(sharpened(probs, likely.power), likely.confused, y)
+    labels = _with_noise(labels, y, inside & ~trusted, likely.noise_rate)
     targets = posterior_targets(
         prior, probs, likely.confused, sharpness=1.0, trusted=trusted, mask=inside
     )
     return jnp.where(trusted[:, None], prior, labels), targets.weights
+
+
+def _given(labels: jax.Array, y: jax.Array) -> jax.Array:
+    """The entries of the given labels, f32[N]."""
+    return jnp.take_along_axis(labels, y[:, None], 1)[:, 0]
+
+
+def _posterior_labels(beliefs: jax.Array, confused: jax.Array, y: jax.Array) -> jax.Array:
+    """b_ik C_ky / sum_l b_il C_ly, f32[N, K]."""
+    odds = beliefs * confused[:, y].T
+    total = jnp.sum(odds, 1, keepdims=True)
+    # A label that is never given so, and surely not right: then the belief says which is.
+    possible = total > jnp.finfo(total.dtype).tiny
+    return jnp.where(possible, odds / jnp.where(possible, total, 1.0), beliefs)
+
+
+def _with_noise(
+    labels: jax.Array, y: jax.Array, counted: jax.Array, noise_rate: jax.Array
+) -> jax.Array:
+    """Labels, the odds of all given ones times one factor, so that `noise_rate` of them is wrong.
+
+    The factor is 1 for labels from which `noise_rate` was found; it is sought by halving.
+    """
+
+    def times(factor):
+        odds = jnp.where(jax.nn.one_hot(y, labels.shape[1]) > 0, factor * labels, labels)
+        return odds / jnp.sum(odds, 1, keepdims=True)
+
+    def halved(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        noisy = 1 - masked_mean(_given(times(jnp.exp(middle)), y), counted) > noise_rate
+        return jnp.where(noisy, middle, low), jnp.where(noisy, high, middle)
+
+    low, high = jax.lax.fori_loop(0, HALVINGS, halved, (-FURTHEST, FURTHEST))
+    return times(jnp.exp((low + high) / 2))
 
 
 def _inside(typical: np.ndarray, trusted: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from saflex_jax.audit import (
     _folds,
     _Likely,
     _most_likely,
+    _with_noise,
     audit,
     from_logits,
 )
@@ -97,6 +98,33 @@ def test_the_matrix_says_which_classes_are_confused(alone):
     assert alone.transition[0, 1] == pytest.approx(share, abs=0.1)
     assert alone.transition[2, 2] > 0.95
     assert alone.noise_rate == pytest.approx(WRONG[~OUTSIDE].mean(), abs=0.05)
+
+
+def test_wrong_labels_do_not_vouch_for_themselves():
+    """Of few samples, second heads know much of the labels that they did not see."""
+    rng, right, known = np.random.default_rng(0), np.arange(300) % 2, np.arange(300) < 60
+    x = 0.6 * np.where(right, 1, -1)[:, None] + rng.normal(size=(300, 40))
+    wrong = ~known & (rng.random(300) < 0.4)
+    hard = audit(x.astype(np.float32), np.where(wrong, 1 - right, right), trusted=known, head=HEAD)
+    assert hard.noise_rate == pytest.approx(wrong[~known].mean(), abs=0.05)
+
+
+def test_the_share_of_wrong_labels_is_that_of_the_table(found):
+    judged = ~(found.trusted | found.outside)
+    assert found.noise_rate == pytest.approx(1 - found.quality[judged].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("noise_rate", [0.02, 0.6])
+def test_one_factor_on_the_odds_of_given_labels_makes_a_share_wrong(noise_rate):
+    labels = np.random.default_rng(7).dirichlet(np.ones(CLASSES), SIZE).astype(np.float32)
+    rows, counted = np.arange(SIZE), ~KNOWN
+    changed = np.asarray(_with_noise(labels, GIVEN, counted, noise_rate))
+    given, before = changed[rows, GIVEN], labels[rows, GIVEN]
+    assert 1 - given[counted].mean() == pytest.approx(noise_rate, abs=1e-4)
+    factors = given / (1 - given) / (before / (1 - before))
+    np.testing.assert_allclose(factors, factors[0], rtol=1e-3)
+    same = _with_noise(labels, GIVEN, counted, 1 - before[counted].mean())
+    np.testing.assert_allclose(same, labels, atol=1e-4)
 
 
 def test_trusted_samples_stay_as_they_are(found):
@@ -261,7 +289,7 @@ def test_trusted_samples_that_all_heads_know_do_not_choose():
 
 def test_the_first_kind_is_used_unless_trusted_labels_surely_say_otherwise():
     def likely(logs):
-        return _Likely(logs.mean(), logs, None, None)
+        return _Likely(logs.mean(), logs, None, None, None)
 
     rng, told = np.random.default_rng(3), np.arange(500) < 100
     first = rng.normal(size=500)
