@@ -13,7 +13,7 @@ the samples that are not trusted. "at .74" is the precision where .74 of the wro
 Dropped is what has a utility below zero. The right labels are read to measure alone.
 
 "evidence": whether an audit knows that labels are wrong, of some samples of CIFAR-10N and of few:
-its evidence in standard errors, and the share of labels that it flags.
+its evidence in standard errors, the share of labels that it flags, and its noise rate.
 
 "size": 50,000 random samples of 512 features. Seconds are of the clock, compilation included;
 "CPU s" those of all cores together, which a busy machine changes little.
@@ -173,6 +173,7 @@ def of_evidence(size: int, trusted: int, seed: int, folder: str) -> dict[str, fl
         found = audit(x[rows], given, trusted=known, num_classes=right.max() + 1, seed=seed)
         row[f"{name} evidence"] = found.evidence
         row[f"{name} flagged"] = found.wrong[~known].mean()
+        row[f"{name} noise rate"] = found.noise_rate
     return row
 
 

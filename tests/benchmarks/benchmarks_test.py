@@ -333,12 +333,14 @@ def test_evidence_is_asked_of_so_many_samples_with_right_labels_of_the_trusted(m
         assert (len(x), trusted.sum(), num_classes, seed) == (40, 10, 2, 5)
         np.testing.assert_array_equal(given[trusted], of_rows[trusted])
         bad = given != of_rows
-        return types.SimpleNamespace(evidence=9.0 * bad.any(), wrong=bad)
+        return types.SimpleNamespace(
+            evidence=9.0 * bad.any(), wrong=bad, noise_rate=bad[~trusted].mean()
+        )
 
     monkeypatch.setattr(audit, "audit", audited)
     row = audit.of_evidence(40, 10, 5, "data")
-    assert row["right evidence"] == row["right flagged"] == 0
-    assert row["worst evidence"] == 9 and row["worst flagged"] == 1
+    assert row["right evidence"] == row["right flagged"] == row["right noise rate"] == 0
+    assert row["worst evidence"] == 9 and row["worst flagged"] == row["worst noise rate"] == 1
 
 
 def test_the_spread_over_seeds_is_the_samples():
