@@ -6,9 +6,9 @@ For networks that live elsewhere: takes features (or logits) and labels, returns
     -> confusion of classes, by maximum likelihood -> posterior of every label -> heads once more
 
 Heads train with this package's loop, all folds in one program: first with SAFLEX's rule (without it
-if no sample is trusted), then on the posterior labels from the first round, whose confusion and
-share of wrong labels stay. Several kinds of head train side by side; held-out labels choose one of
-them. Whether any label is wrong at all, a ratio of likelihoods says.
+if no sample is trusted), then on the posterior labels from the first round, whose share of wrong
+labels stays. Several kinds of head train side by side; held-out labels choose one of them. Whether
+any label is wrong at all, a ratio of likelihoods says.
 """
 
 from __future__ import annotations
@@ -193,9 +193,7 @@ def audit(
     best = _chosen(likely, told)
     labels, _ = _posterior(beliefs[best], y, known, inside, likely[best])
     (probs,) = _held_out(x, labels, known, inside, fold, heads[best : best + 1], seed, given=False)
-    # These heads know a little of the labels that they did not see: others' posterior labels are
-    # from heads that saw them. So the first round says what is confused, and how often.
-    return _found(probs, y, known, told, inside, typical, groups, likely[best], heads[best])
+    return _found(probs, y, known, told, inside, typical, groups, heads[best], likely[best])
 
 
 def from_logits(
@@ -223,9 +221,7 @@ def from_logits(
     x, y, known, _ = _checked(logits, labels, trusted, None, groups, classes, name="logits")
     probs = np.asarray(jax.nn.softmax(jnp.asarray(x)))
     typical = np.ones(len(y), np.float32)
-    inside = typical > 0
-    likely = _most_likely(probs, y, known, known, inside)
-    return _found(probs, y, known, known, inside, typical, groups, likely, None)
+    return _found(probs, y, known, known, typical > 0, typical, groups, None)
 
 
 # --- beliefs -------------------------------------------------------------------------------------
@@ -376,9 +372,17 @@ def _method(run: RunInfo, head: Head, doubts: bool) -> Method:
 # --- what follows of beliefs ---------------------------------------------------------------------
 
 
-def _found(probs, y, trusted, told, inside, typical, groups, likely, head) -> Audit:
+def _found(probs, y, trusted, told, inside, typical, groups, head, first=None) -> Audit:
+    """The audit by beliefs; of a second round, with what the `first` one found likely.
+
+    Second heads know a little of the labels that they did not see: others' posterior labels are
+    from heads that saw them. So the first round says how many are wrong.
+    """
     if not (inside & ~trusted).any():
         raise ValueError("there must be samples to judge; all are trusted, or unlike trusted ones")
+    likely = _most_likely(probs, y, trusted, told, inside)
+    first = likely if first is None else first
+    likely = likely._replace(noise_rate=first.noise_rate)
     labels, weights = _posterior(probs, y, trusted, inside, likely)
     rows = np.arange(len(y))
     quality, learned = labels[rows, y], labels.argmax(1)
@@ -395,8 +399,8 @@ def _found(probs, y, trusted, told, inside, typical, groups, likely, head) -> Au
         outside=~inside,
         trusted=trusted,
         labels=labels,
-        transition=np.asarray(likely.confused),
-        noise_rate=float(likely.noise_rate),
+        transition=np.asarray(first.confused),
+        noise_rate=float(first.noise_rate),
         evidence=_evidence(probs, y, trusted, told, inside),
         head=head,
         groups={} if groups is None else _by_group(utility, np.asarray(groups)),
