@@ -7,8 +7,8 @@ For networks that live elsewhere: takes features (or logits) and labels, returns
 
 Heads train with this package's loop, all folds in one program: first with SAFLEX's rule (without it
 if no sample is trusted), then on the posterior labels from the first round, whose share of wrong
-labels stays. Several kinds of head train side by side; held-out labels choose one of them. Whether
-any label is wrong at all, a ratio of likelihoods says.
+labels stays if samples are trusted. Several kinds of head train side by side; held-out labels
+choose one of them. Whether any label is wrong at all, a ratio of likelihoods says.
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ def audit(
     best = _chosen(likely, told)
     labels, _ = _posterior(beliefs[best], y, known, inside, likely[best])
     (probs,) = _held_out(x, labels, known, inside, fold, heads[best : best + 1], seed, given=False)
-    return _found(probs, y, known, told, inside, typical, groups, heads[best], likely[best])
+    # Without trusted labels to fit beliefs to, heads of few samples find too many wrong at first.
+    first = likely[best] if told.any() else None
+    return _found(probs, y, known, told, inside, typical, groups, heads[best], first)
 
 
 def from_logits(
