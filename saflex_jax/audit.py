@@ -544,18 +544,19 @@ def _with_noise(
     The factor is 1 for labels from which `noise_rate` was found; it is sought by halving.
     """
 
-    def times(factor):
-        odds = jnp.where(jax.nn.one_hot(y, labels.shape[1]) > 0, factor * labels, labels)
-        return odds / jnp.sum(odds, 1, keepdims=True)
+    right = _given(labels, y)
 
     def halved(_, ends):
         low, high = ends
         middle = (low + high) / 2
-        noisy = 1 - masked_mean(_given(times(jnp.exp(middle)), y), counted) > noise_rate
+        odds = jnp.exp(middle) * right
+        noisy = 1 - masked_mean(odds / (odds + 1 - right), counted) > noise_rate
         return jnp.where(noisy, middle, low), jnp.where(noisy, high, middle)
 
     low, high = jax.lax.fori_loop(0, HALVINGS, halved, (-FURTHEST, FURTHEST))
-    return times(jnp.exp((low + high) / 2))
+    given = jax.nn.one_hot(y, labels.shape[1]) > 0
+    odds = jnp.where(given, jnp.exp((low + high) / 2) * labels, labels)
+    return odds / jnp.sum(odds, 1, keepdims=True)
 
 
 def _inside(typical: np.ndarray, trusted: np.ndarray) -> np.ndarray:
