@@ -44,6 +44,13 @@ WITH_ELR = {
         "data": {"train_on_val": True},
     },
 }
+# The rule with the power of beliefs that it learns, in the place of 2.
+CALIBRATED = {
+    "saflex_calibrated": {
+        "method": {"rule": "saflex", "saflex": {"rule": {"sharpness": None}}},
+        "data": {"train_on_val": True},
+    },
+}
 Measure = Callable[[Method, TrainState, task.Data], dict[str, float]]
 SWEEP_BYTES = 2**29  # of data that one program holds, each member its own
 PROBED = 256  # training samples whose learned weights are looked at

@@ -56,7 +56,8 @@ BACKBONES = {
     "vit": models.ViT,
     "clip_image": models.ImageTower,
 }
-_ANY_RUN = RunInfo(num_samples=1, num_classes=2)  # to check options, of which some need a run
+# To check options, of which some need a run and trusted samples.
+_ANY_RUN = RunInfo(num_samples=1, num_classes=2, num_val=1)
 OF_IMAGES = ("small_cnn", "resnet18", "resnet50", "vit")  # backbones that take nothing else
 BY_RUN = {"parent", "name", "axis_name", "categories"}  # of a backbone, and never in a config
 BESIDE = ("name", "cosine", "weights", "tune")  # of a model's section, and no fields of a backbone

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core import memory, parents, posterior, transition
+from saflex_jax.core import calibration, memory, parents, posterior, transition
 from saflex_jax.core.memory import Memory, TopMemory
 from saflex_jax.core.posterior import Agreement
 from saflex_jax.core.targets import prior_targets
@@ -37,11 +37,13 @@ class Beliefs(NamedTuple):
       memory: mean beliefs after a step over each sample's visits, f32[N, K].
       agreement: probability of given labels, for the share of wrong ones.
       pairs: believed and given labels, for the classes that are confused.
+      fits: of the powers of beliefs, f32[7], see `core.calibration`.
     """
 
     memory: Memory | TopMemory | None
     agreement: Agreement | None
     pairs: Pairs | None
+    fits: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,8 +66,9 @@ class Posterior:
         validation loss; along "identity" it is a learning rate. None = M / (M + D) with M trusted
         samples and D inputs of the scored parameters (for a head, its features and the bias): fewer
         trusted samples, a shorter step.
-      sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
-      agreement_decay: in [0, 1), of the estimates of eta and C.
+      sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`;
+        None = learn it (`core.calibration`), which needs a run with trusted samples.
+      agreement_decay: in [0, 1), of the estimates of eta, C and the power.
       by_class: learn which classes are confused, K x K numbers; needs `run`. False = all wrong
         labels are equally likely.
       memory: how visits are averaged; needs `run`.
@@ -77,7 +80,7 @@ class Posterior:
     run: RunInfo | None = None
     noise_rate: float | None = None
     lookahead: float | None = None
-    sharpness: float = 2.0
+    sharpness: float | None = 2.0
     agreement_decay: float = 0.99
     by_class: bool = True
     memory: VisitMean = VisitMean()
@@ -87,7 +90,6 @@ class Posterior:
             checks.fraction(noise_rate=self.noise_rate)
         if self.lookahead is not None:
             checks.amount(lookahead=self.lookahead)
-        checks.positive(sharpness=self.sharpness)
         checks.decay(agreement_decay=self.agreement_decay)
         run = self.run
         if run is None and self.memory != VisitMean():
@@ -101,6 +103,13 @@ class Posterior:
                     f"num_trusted must be at most num_samples = {run.num_samples}; "
                     f"given {run.num_trusted}"
                 )
+        if self.sharpness is not None:
+            checks.positive(sharpness=self.sharpness)
+        elif not self._num_known:
+            raise ValueError(
+                "sharpness=None needs a run with num_trusted or num_val; without trusted samples "
+                "nothing tells how sharp beliefs are"
+            )
 
     def init(self):
         """See `ScoreRule`."""
@@ -109,12 +118,13 @@ class Posterior:
             self.memory.init(run),
             posterior.no_agreement() if self.noise_rate is None else None,
             transition.no_pairs(run.num_classes // run.blocks) if self._by_class else None,
+            calibration.no_fits() if self.sharpness is None else None,
         )
 
     def update(self, arrays, scored, streams, *, reduce):
         """Remembers beliefs about the candidates, and how far they agree with the given labels."""
         candidates = streams.candidates
-        kept, agreement, pairs = arrays
+        kept, agreement, pairs, fits = arrays
         rows = candidates.mask & parents.is_whole(candidates)
         if kept is not None:
             kept = self.memory.add(kept, candidates, self._visit(scored), rows, reduce)
@@ -122,24 +132,34 @@ class Posterior:
         if agreement is not None:
             agreement = self._agreement(agreement, belief, scored, streams, rows, reduce)
         if pairs is not None:
-            pairs = self._pairs(pairs, belief, streams, rows, reduce)
-        return Beliefs(kept, agreement, pairs)
+            pairs = self._pairs(pairs, belief, self._power(arrays), streams, rows, reduce)
+        learned = Beliefs(kept, agreement, pairs, fits)
+        if fits is None:
+            return learned
+        fits = calibration.add_fits(
+            fits,
+            belief,
+            candidates.labels,
+            rows & ~self._is_trusted(candidates.index),
+            self._noise(learned, self._noise_rate(learned, candidates)),
+            decay=self.agreement_decay,
+            reduce=reduce,
+        )
+        return learned._replace(fits=fits)
 
     def targets(self, arrays, scored, candidates, *, reduce):
         """`posterior_targets` of the beliefs; the prior while nothing is known."""
-        noise = noise_rate = self._noise_rate(arrays, candidates)
+        noise_rate, power = self._noise_rate(arrays, candidates), self._power(arrays)
         metrics = {"noise_rate": (noise_rate * jnp.ones(()), jnp.ones(()))}
+        if self.sharpness is None:
+            metrics["sharpness"] = power, jnp.ones(())
         if scored is None and arrays.memory is None:
             return prior_targets(candidates.labels, candidates.mask), metrics
-        if arrays.pairs is not None:
-            noise = transition.likelihood(
-                arrays.pairs, noise_rate, num_trusted=self._num_known, blocks=self.run.blocks
-            )
         targets = posterior.posterior_targets(
             candidates.labels,
             self._belief(arrays.memory, scored, candidates, reduce),
-            noise,
-            sharpness=self.sharpness,
+            self._noise(arrays, noise_rate),
+            sharpness=power,
             trusted=parents.of_all(candidates, self._is_trusted) if self._num_trusted else None,
             mask=candidates.mask,
             reduce=reduce,
@@ -195,11 +215,31 @@ class Posterior:
             arrays.agreement, candidates.labels.shape[1], num_trusted=self._num_known
         )
 
-    def _pairs(self, pairs, belief, streams, rows, reduce) -> Pairs:
+    def _noise(self, arrays: Beliefs, noise_rate: float | jax.Array) -> float | jax.Array:
+        """How far given labels speak for classes: C, or the one share."""
+        if arrays.pairs is None:
+            return noise_rate
+        assert self.run is not None  # or there are no pairs
+        return transition.likelihood(
+            arrays.pairs, noise_rate, num_trusted=self._num_known, blocks=self.run.blocks
+        )
+
+    def _power(self, arrays: Beliefs) -> float | jax.Array:
+        """Of beliefs: as given, or as learned so far."""
+        if self.sharpness is not None:
+            return self.sharpness
+        assert self.run is not None  # see `__post_init__`
+        return calibration.best_power(
+            checks.given(fits=arrays.fits),
+            self.run.num_classes // self.run.blocks,
+            num_trusted=self._num_known,
+        )
+
+    def _pairs(self, pairs, belief, power, streams, rows, reduce) -> Pairs:
         candidates, val = streams.candidates, streams.val
         return transition.add_pairs(
             pairs,
-            posterior.sharpened(belief, self.sharpness),
+            posterior.sharpened(belief, power),
             candidates.labels,
             rows & ~self._is_trusted(candidates.index),
             val.labels,

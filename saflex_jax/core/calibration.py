@@ -1,0 +1,118 @@
+"""How far beliefs may be trusted: the power that makes the given labels most likely.
+
+A network that saw a sample twice, while labels were wrong, is underconfident: its beliefs must be
+sharpened. One that has converged on classes that overlap is not. The given labels tell which,
+through the transition matrix: temperature scaling that knows of wrong labels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from saflex_jax import checks
+from saflex_jax.core.posterior import sharpened
+from saflex_jax.core.tree import identity
+from saflex_jax.types import Reduce
+
+POWERS = (0.5, 0.5**0.5, 1.0, 2**0.5, 2.0, 2 * 2**0.5, 4.0)  # equally far apart, as logarithms
+USUAL = 2.0  # where the given labels cannot tell
+WEIGHT = 5  # trusted samples of each class weigh as much as USUAL
+
+
+def no_fits() -> jax.Array:
+    """The fits before the first sample, f32[7].
+
+    >>> float(best_power(no_fits(), 2, num_trusted=1000))
+    2.0
+    """
+    return jnp.zeros(len(POWERS))
+
+
+def add_fits(
+    fits: jax.Array,
+    probs: jax.Array,
+    prior: jax.Array,
+    rows: jax.Array,
+    noise: float | jax.Array,
+    *,
+    decay: float = 0.99,
+    reduce: Reduce = identity,
+) -> jax.Array:
+    """Decays the fit of each power and adds a batch's log-likelihood of the given labels, f32[7].
+
+        F_a <- d F_a + (1 - d) mean_i log( sum_kj b_ik q_ij C_kj / sum_kj b_ik C_kj ) ,
+        b_ik = p_ik^a / sum_l p_il^a
+
+    for the powers a in POWERS. While no label is wrong (C is diagonal) the fits stay as they are:
+    the power then changes nothing, and wrong labels that nobody knows of would speak for flat ones.
+
+    >>> belief, given = jnp.array([[0.6, 0.4]] * 8), jnp.array([[1.0, 0.0]] * 7 + [[0.0, 1.0]])
+    >>> fits = add_fits(no_fits(), belief, given, jnp.ones(8, bool), 0.1)
+    >>> bool(fits[4] > fits[2])  # 7 of 8 are of the first class: more than the beliefs say
+    True
+
+    Args:
+      fits: so far.
+      probs: p, f32[B, K], beliefs.
+      prior: q, f32[B, K], the given labels.
+      rows: bool[B], the rows that count: unmixed and not trusted.
+      noise: eta or C, see `posterior.posterior_targets`.
+      decay: d in [0, 1), of the fits.
+      reduce: mean over the data-parallel axis.
+
+    Raises:
+      ValueError: shapes disagree; decay or a concrete eta out of range.
+    """
+    checks.decay(decay=decay)
+    checks.same_shape(probs=probs, prior=prior)
+    checks.rows(len(probs), rows=rows)
+    if jnp.ndim(noise) == 0:
+        checks.fraction(noise=noise)
+        off = noise / (probs.shape[1] - 1)
+        noise = off + (1 - noise - off) * jnp.eye(probs.shape[1], dtype=probs.dtype)
+    met = jnp.dot(prior, noise.T, precision="highest")
+    total = jnp.sum(noise, axis=1)
+    least = jnp.finfo(probs.dtype).tiny
+    rows = rows & (jnp.sum(probs, axis=-1) > 0)  # of the others nothing is known
+
+    def fit(power):
+        belief = sharpened(probs, power)
+        likely = jnp.sum(belief * met, axis=-1) / jnp.maximum(belief @ total, least)
+        return jnp.mean(jnp.where(rows, jnp.log(jnp.maximum(likely, least)), 0.0))
+
+    added = reduce(jax.vmap(fit)(jnp.asarray(POWERS, probs.dtype)))
+    wrong = jnp.sum(noise) > jnp.trace(noise)
+    return jnp.where(wrong, decay * fits + (1 - decay) * added, fits)
+
+
+def best_power(fits: jax.Array, num_classes: int, *, num_trusted: int | jax.Array) -> jax.Array:
+    """The power of beliefs, f32[] in [1/2, 4].
+
+        a = 2 (a* / 2)^(M / (M + 5 K))
+
+    a* has the largest fit, on the parabola through the largest of POWERS and its neighbours. It is
+    only as good as the share of wrong labels that M trusted samples gave; without any fit, a = 2.
+
+    >>> round(float(best_power(-(jnp.arange(7.0) - 2) ** 2, 2, num_trusted=10**6)), 3)
+    1.0
+    >>> round(float(best_power(-(jnp.arange(7.0) - 2) ** 2, 2, num_trusted=10)), 3)
+    1.414
+
+    Args:
+      fits: see `add_fits`.
+      num_classes: K >= 2.
+      num_trusted: M >= 0, number of different trusted samples.
+
+    Source: this project's (docs/results.md); one power of all beliefs is temperature scaling,
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    checks.whole(2, num_classes=num_classes)
+    powers = jnp.log(jnp.asarray(POWERS, fits.dtype))
+    place = jnp.clip(jnp.argmax(fits), 1, len(POWERS) - 2)
+    below, here, above = (fits[place + i] for i in (-1, 0, 1))
+    curve = below - 2 * here + above
+    shift = jnp.where(curve < 0, (below - above) / (2 * jnp.where(curve < 0, curve, 1.0)), 0.0)
+    best = powers[place] + jnp.clip(shift, -1, 1) * (powers[1] - powers[0])
+    usual, weight = jnp.log(USUAL), num_trusted / (num_trusted + WEIGHT * num_classes)
+    return jnp.where(jnp.all(fits == 0), USUAL, jnp.exp(usual + weight * (best - usual)))
