@@ -76,12 +76,14 @@ def add_fits(
     least = jnp.finfo(probs.dtype).tiny
     rows = rows & (jnp.sum(probs, axis=-1) > 0)  # of the others nothing is known
 
-    def fit(power):
+    def log_likelihood(power):
         belief = sharpened(probs, power)
         likely = jnp.sum(belief * met, axis=-1) / jnp.maximum(belief @ total, least)
-        return jnp.mean(jnp.where(rows, jnp.log(jnp.maximum(likely, least)), 0.0))
+        return jnp.sum(jnp.where(rows, jnp.log(jnp.maximum(likely, least)), 0.0))
 
-    added = reduce(jax.vmap(fit)(jnp.asarray(POWERS, probs.dtype)))
+    fit = jax.vmap(log_likelihood)(jnp.asarray(POWERS, probs.dtype))
+    fit, count = reduce((fit, jnp.sum(rows, dtype=probs.dtype)))
+    added = fit / jnp.where(count > 0, count, 1.0)
     wrong = jnp.sum(noise) > jnp.trace(noise)
     return jnp.where(wrong, decay * fits + (1 - decay) * added, fits)
 
