@@ -339,28 +339,33 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-def shortfalls(runs: Runs, arm: str) -> str:
-    """Where the fair partner is better: a sentence, and the tasks, the worst first."""
-    found = gains_over_partner(runs, arm)
-    below = sorted((np.mean(values), task) for task, values in found.items() if np.mean(values) < 0)
-    if not found:
-        return ""
-    partners, lost = fair_partners(runs, arm), counts(found)["loss"]
-    said = f"On {len(below)} of {len(found)} tasks the best fair partner is better, on {lost} of "
-    said += "them with an interval that excludes zero"
-    tasks = (f"`{task}` {signed(interval(found[task]))}, {partners[task]}" for _, task in below)
-    return said + ("." if not below else ": " + "; ".join(tasks) + ".")
+def shortcomings(parts: dict[str, Runs], arms: Iterable[str]) -> str:
+    """One row for each arm and part: how often something else is better, and where most."""
+    head = ["arm", "tasks", "the best fair partner is better", "surely", "worst",
+            "wrong labels: some arm without the rule is better", "worst"]  # fmt: skip
+    rows = []
+    for arm in arms:
+        for name, runs in with_arm(parts, arm).items():
+            found, partners = gains_over_partner(runs, arm), fair_partners(runs, arm)
+            best = over_best_baseline(noisy(runs), arm)
+            below = {task: values for task, values in found.items() if np.mean(values) < 0}
+            less = {task: gain for task, (gain, _) in best.items() if gain < 0}
+            at = min(less, key=less.get, default=None)
+            rows.append([
+                f"`{arm}`, {name}", str(_number_of_tasks(runs, arm)),
+                f"on {len(below)} of {len(found)}", f"on {counts(found)['loss']}",
+                _shortfall(worst(below), partners),
+                f"on {len(less)} of {len(best)}" if best else "",
+                "" if at is None else f"{less[at]:+.2f} `{at}`, {best[at][1]}",
+            ])  # fmt: skip
+    return markdown(head, rows)
 
 
-def better_baselines(runs: Runs, arm: str) -> str:
-    """Where an arm without the rule is better on noisy tasks: a sentence, the worst task first."""
-    least = over_best_baseline(noisy(runs), arm)
-    below = sorted((gain, task, other) for task, (gain, other) in least.items() if gain < 0)
-    if not below:
+def _shortfall(least: dict | None, partners: dict[str, str]) -> str:
+    """The worst task, and what is better there; nothing without one."""
+    if least is None:
         return ""
-    said = f"On {len(below)} of {len(least)} tasks with wrong labels some arm without the rule has "
-    tasks = (f"`{task}` {gain:+.2f}, {other}" for gain, task, other in below)
-    return f"{said}a higher mean: {'; '.join(tasks)}."
+    return f"{least['gain']:+.2f} `{least['task']}`, {partners[least['task']]}"
 
 
 def with_arm(parts: dict[str, Runs], arm: str) -> dict[str, Runs]:
@@ -408,19 +413,25 @@ def overview(runs: Runs) -> str:
     return markdown(head, rows)
 
 
-def of_tasks(runs: Runs) -> str:
-    """One row per task: ARM, the fair partner, and what lies between them."""
-    partners, rows = fair_partners(runs, ARM), []
-    over_partner, over_base = gains_over_partner(runs, ARM), gains(runs, ARM, TRAIN_VAL)
-    for task, partner in partners.items():
-        common, records = about(runs, task), runs[task][ARM].values()
+def of_tasks(runs: Runs, arm: str) -> str:
+    """One row per task, the least gain over the fair partner first: an arm and what lies around it.
+
+    "Best without" is the best arm without the rule, on tasks with wrong labels.
+    """
+    partners, over_partner = fair_partners(runs, arm), gains_over_partner(runs, arm)
+    over_base, best = gains(runs, arm, TRAIN_VAL), over_best_baseline(noisy(runs), arm)
+    rows = []
+    for task in sorted(partners, key=lambda task: np.mean(over_partner[task])):
+        common, records = about(runs, task), runs[task][arm].values()
         apart = [interval(base[task]) if task in base else None
-                 for base in (over_partner, over_base)]  # fmt: skip
+                 for base in (over_base, over_partner)]  # fmt: skip
         accuracy = POINTS * float(np.mean([r["test_accuracy"] for r in records]))
+        over_best = f"{best[task][0]:+.2f}, {best[task][1]}" if task in best else ""
         rows.append([task, f"{common['noise']:.2f}", str(common["val"]), str(len(records)),
-                     number(accuracy), partner, *map(signed, apart)])  # fmt: skip
-    head = ["task", "noise", "val", "seeds", ARM, "fair partner", "- fair partner",
-            f"- {TRAIN_VAL}"]  # fmt: skip
+                     number(accuracy), signed(apart[0]),
+                     f"{signed(apart[1])}, {partners[task]}", over_best])  # fmt: skip
+    head = ["task", "noise", "val", "seeds", arm, f"- {TRAIN_VAL}", "- fair partner",
+            "- best without"]  # fmt: skip
     return markdown(head, rows)
 
 
@@ -532,21 +543,19 @@ def page(regimes: dict[str, Runs], files: list[str], figures: dict[str, str]) ->
         for half in reversed(HALVES)
         if (part := of_half(runs, half))
     }
-    judged = {arm: own for arm in JUDGED if (own := with_arm(parts, arm))}
-    short = (
-        f"**`{arm}`, {name}.** {shortfalls(runs, arm)} {better_baselines(runs, arm)}".strip()
-        for arm, own in judged.items()
-        for name, runs in own.items()
-    )
     summaries = (
-        f"`{arm}`, points of test accuracy:\n\n{summary(own, arm)}" for arm, own in judged.items()
+        f"`{arm}`, points of test accuracy:\n\n{summary(own, arm)}"
+        for arm in JUDGED
+        if (own := with_arm(parts, arm))
     )
-    text = ["# Results", provenance(regimes, files), "## Where it does not help", *short,
+    text = ["# Results", provenance(regimes, files),
+            "## Where it does not help", shortcomings(parts, JUDGED), "Task by task: below.",
             "## Against the best fair partner", *summaries,
             "## How to read this", INTRODUCTION]  # fmt: skip
     for name, part in parts.items():
-        text += [f"## {name[0].upper()}{name[1:]}: {len(part)} tasks", of_tasks(part),
-                 overview(part), accuracies(part)]  # fmt: skip
+        text += [f"## {name[0].upper()}{name[1:]}: {len(part)} tasks", overview(part),
+                 accuracies(part),
+                 *(of_tasks(part, arm) for arm in JUDGED if arm in all_arms(part))]  # fmt: skip
     text += [f"## {title}\n\n![{title}]({path})" for title, path in figures.items()]
     return "\n\n".join(part.strip() for part in text) + "\n"
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core.posterior import sharpened
+from saflex_jax.core.posterior import checked_noise, sharpened
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Reduce
 
@@ -62,13 +62,13 @@ def add_fits(
       reduce: mean over the data-parallel axis.
 
     Raises:
-      ValueError: shapes disagree; decay or a concrete eta out of range.
+      ValueError: shapes disagree; decay or a concrete eta out of range, or a negative C.
     """
     checks.decay(decay=decay)
     checks.same_shape(probs=probs, prior=prior)
     checks.rows(len(probs), rows=rows)
+    noise, _ = checked_noise(noise, probs.shape[1], probs.dtype)
     if jnp.ndim(noise) == 0:
-        checks.fraction(noise=noise)
         off = noise / (probs.shape[1] - 1)
         noise = off + (1 - noise - off) * jnp.eye(probs.shape[1], dtype=probs.dtype)
     met = jnp.dot(prior, noise.T, precision="highest")

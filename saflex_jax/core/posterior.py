@@ -230,7 +230,7 @@ def posterior_targets(
     mask = jnp.ones(size, bool) if mask is None else mask
     checks.simplex(mask, prior=prior)
     _check_probs(probs, mask)
-    noise, stays = _checked(noise, num_classes, jnp.result_type(prior, probs))
+    noise, stays = checked_noise(noise, num_classes, jnp.result_type(prior, probs))
 
     def beyond(p):  # o
         return _normalised(p - jnp.minimum(p, prior))
@@ -271,10 +271,22 @@ def _check_probs(probs: jax.Array, mask: jax.Array) -> None:
         )
 
 
-def _checked(
+def checked_noise(
     noise: float | jax.Array, num_classes: int, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """The noise, and C_kk; not finite where it is traced and no probability."""
+    """The noise, checked, and C_kk; not finite where it is traced and no probability.
+
+    >>> checked_noise(0.25, 3, jnp.float32)[1].item()
+    0.75
+
+    Args:
+      noise: see `posterior_targets`.
+      num_classes: K.
+      dtype: of what comes back.
+
+    Raises:
+      ValueError: a share outside [0, 1]; another shape, or a negative number.
+    """
     if np.ndim(noise) == 0:
         checks.fraction(noise=noise)
         noise = jnp.asarray(noise, dtype)

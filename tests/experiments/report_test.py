@@ -1,5 +1,6 @@
 """What is said of the runs, on records with answers worked out by hand."""
 
+import functools
 import json
 import math
 
@@ -41,6 +42,7 @@ RECORDS = [
 ]  # fmt: skip
 RUNS = report.by_task(RECORDS)
 REPORT = report.of_half(RUNS, "report")
+OF_SAFLEX = functools.partial(report.of_tasks, arm="saflex")
 
 
 def test_records_by_task_arm_and_seed():
@@ -235,12 +237,8 @@ def test_a_baseline_is_every_arm_without_the_rule():
     assert share(*lines("t", {"boot": [50], "trusted_only": [50.1]}, noise=0.4)) == 0.0
     level = lines("t", {"saflex": [70, 81.1], "boot": [81.1, 70]}, noise=0.4)  # but for rounding
     assert report.at_or_above_best(report.by_task(level), "saflex") == 1.0
-    assert report.better_baselines(report.by_task(level), "saflex") == ""
     told = lines("t", {"saflex": [50], "upstream": [51], "boot": [52.5]}, noise=0.4)
-    assert report.better_baselines(report.by_task(told), "saflex") == (
-        "On 1 of 1 tasks with wrong labels some arm without the rule has a higher mean: `t` -2.50, "
-        "boot."
-    )
+    assert report.over_best_baseline(report.by_task(told), "saflex") == {"t": (-2.5, "boot")}
 
 
 def test_calibration():
@@ -284,13 +282,18 @@ def test_the_tables_say_the_numbers(monkeypatch):
     assert row["won, tied, lost"] == "0, 3, 0" and row["of these tasks"] == ""
     assert overview["upstream"]["- upstream (95 % interval)"] == ""
 
-    found = cells(report.of_tasks(runs))
+    found = cells(report.of_tasks(runs, "saflex"))
+    assert list(found) == ["few", "clean", "wrong"]  # the worst first
     assert found["few"] == {
         "task": "few", "noise": "0.10", "val": "500", "seeds": "1", "saflex": "26.00",
-        "fair partner": "linear_probe", "- fair partner": "-1.00", "- upstream_train_val": "+6.00",
+        "- upstream_train_val": "+6.00", "- fair partner": "-1.00, linear_probe",
+        "- best without": "-4.00, upstream",
     }  # fmt: skip
+    assert found["clean"]["- best without"] == ""  # no label is wrong there
     apart = 4.302652729911275 / math.sqrt(3)
-    assert found["clean"]["- fair partner"] == f"+0.00 ({-apart:+.2f} to {apart:+.2f})"
+    assert found["clean"]["- fair partner"] == (
+        f"+0.00 ({-apart:+.2f} to {apart:+.2f}), upstream_train_val"
+    )
 
     accuracies = cells(report.accuracies(REPORT))
     assert accuracies["clean"] == {
@@ -313,14 +316,21 @@ def test_the_tables_say_the_numbers(monkeypatch):
 
 
 def test_where_it_does_not_help_is_said():
-    said = report.shortfalls(report.of_half(PARTNERED, "report"), "saflex")
-    assert said.startswith("On 1 of 3 tasks the best fair partner is better, on 0 of them with ")
-    assert said.endswith(": `few` -1.00, linear_probe.")
-    lost = report.by_task(lines("a", {"saflex": [50, 50], "trusted_only": [51, 51]}))
-    assert "On 1 of 1 tasks the best fair partner is better, on 1 of them" in report.shortfalls(
-        lost, "saflex"
-    )
-    assert report.shortfalls(lost, "nobody") == ""
+    lost = lines("a", {"saflex": [50, 50], "trusted_only": [51, 51], "boot": [52, 53]}, noise=0.4)
+    parts = {"new": report.of_half(PARTNERED, "report"), "lost": report.by_task(lost)}
+    head, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.shortcomings(parts, ("saflex", "nobody")).splitlines()
+    ]
+    assert rows == [
+        ["`saflex`, new", "3", "on 1 of 3", "on 0", "-1.00 `few`, linear_probe", "on 1 of 2",
+         "-4.00 `few`, upstream"],
+        ["`saflex`, lost", "1", "on 1 of 1", "on 1", "-1.00 `a`, trusted_only", "on 1 of 1",
+         "-2.50 `a`, boot"],
+    ]  # fmt: skip
+    assert len(head) == 7
+    won = report.by_task(lines("a", {"saflex": [51, 51], "trusted_only": [50, 50]}))
+    assert "| on 0 of 1 | on 0 |  |  |  |" in report.shortcomings({"won": won}, ("saflex",))
 
 
 def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, monkeypatch, capsys):
@@ -340,14 +350,15 @@ def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, monk
         "seeds among 0 to 2",
         "`python -m experiments.suite --suite=pretrained`: 6 runs of 1 tasks",
         f"python -m experiments.report {first} {second}", "jax 0.10.2",
-        *(table(runs) for table in (report.overview, report.of_tasks, report.accuracies)
+        *(table(runs) for table in (report.overview, report.accuracies, OF_SAFLEX)
           for runs in (REPORT, report.of_half(RUNS, "development"), pretrained)),
-        report.shortfalls(REPORT, "saflex"), report.shortfalls(pretrained, "saflex"),
-        "**`l2rw`, scratch, report.**", "`l2rw`, points of test accuracy:",
+        report.of_tasks(REPORT, "l2rw"),
+        "| `saflex`, pretrained, report |", "| `l2rw`, scratch, report |",
+        "`l2rw`, points of test accuracy:",
         "](results_partner.png)", "](results_noise.png)", "](results_val.png)",
     ):  # fmt: skip
         assert part in text
-    assert "**`l2rw`, pretrained" not in text  # it did not run there
+    assert "`l2rw`, pretrained" not in text  # it did not run there
     order = ("Where it does not help", "Against the best fair partner", "## Pretrained, report",
              "## Scratch, report", "## Scratch, development")  # fmt: skip
     assert sorted(order, key=text.index) == [*order]

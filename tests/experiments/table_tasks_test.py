@@ -40,7 +40,8 @@ def test_every_arm_is_one_that_runs(name):
     found = suite.configs(t, "")
     fitted = {"logistic", "boosted_trees", "boosted_trees_stopped"}
     of_noise = {"small_loss", "elr", "saflex_elr"} if t.noise else set()
-    assert {*found} == {*arms.STANDING, *fitted, "early_stopping", *of_noise}
+    ours = {*arms.STANDING, *arms.CALIBRATED}
+    assert {*found} == {*ours, *fitted, "early_stopping", *of_noise}
     assert {a for a, c in found.items() if c.model.name != t.config.model.name} == fitted
     assert {c.method.rule for a, c in found.items() if "saflex" in a} == {"saflex"}
     for config in found.values():

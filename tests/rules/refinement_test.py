@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from saflex_jax._compat import enable_x64
-from saflex_jax.core import parents, posterior
+from saflex_jax.core import calibration, parents, posterior, transition
 from saflex_jax.core.steps import init_state
 from saflex_jax.methods import supervised
 from saflex_jax.rules import RULES, Posterior, Refinement, Schedule, Scoring, Simplex, VisitMean
@@ -297,6 +297,46 @@ def test_what_is_known_of_parents_reaches_mixed_rows_and_only_whole_rows_are_rem
     assert kept.utility[4] == 1 > np.asarray(kept.utility[:4]).max()
 
 
+def test_a_learned_sharpness_is_used_as_a_given_one_would_be(monkeypatch):
+    monkeypatch.setattr(calibration, "best_power", lambda *args, **options: jnp.float32(1.5))
+    streams = functools.partial(right_streams_of, trusted=3)
+    learned, run_learned = runner(
+        Refinement(GREEDY, Posterior(TRUSTING, sharpness=None)), streams=streams
+    )
+    given, run_given = runner(
+        Refinement(GREEDY, Posterior(TRUSTING, sharpness=1.5)), streams=streams
+    )
+    for step in range(6):
+        found, learned, metrics = run_learned(learned, step)
+        wanted, given, without = run_given(given, step)
+        assert_close(found, wanted)
+        assert_close(learned.rule._replace(fits=None), given.rule)
+        assert metrics.keys() - without.keys() == {"sharpness"}
+        assert (metrics["sharpness"][0], metrics["sharpness"][1]) == (1.5, 1)
+
+
+def test_sharpness_is_learned_from_remembered_beliefs_of_whole_rows_that_are_not_trusted():
+    streams = functools.partial(right_streams_of, trusted=3)
+    rule = Posterior(TRUSTING, sharpness=None, noise_rate=0.3, agreement_decay=0.9)
+    arrays, run = runner(Refinement(GREEDY, rule), streams=streams)
+    fits = calibration.no_fits()
+    for step in range(6):
+        _, arrays, metrics = run(arrays, step)
+        kept, candidates = arrays.rule, streams(step).candidates
+        rows = candidates.mask & parents.is_whole(candidates) & (candidates.index < POOL - 3)
+        fits = calibration.add_fits(
+            fits,
+            kept.memory.mean[candidates.index],
+            candidates.labels,
+            rows,
+            transition.likelihood(kept.pairs, 0.3, num_trusted=3),
+            decay=0.9,
+        )
+        assert_close(kept.fits, fits)
+        power = calibration.best_power(fits, CLASSES, num_trusted=3)
+        assert metrics["sharpness"][0] == pytest.approx(float(power), rel=1e-5) != 2
+
+
 def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
     arrays, run = runner(Refinement(GREEDY, Posterior(noise_rate=0.25)))
     assert arrays.rule.agreement is None
@@ -312,6 +352,7 @@ def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
         (lambda: Posterior(noise_rate=1.5), "noise_rate .*1.5"),
         (lambda: Posterior(noise_rate="0.4"), "noise_rate .*'0.4'"),
         (lambda: Posterior(sharpness=0.0), "sharpness .*0.0"),
+        (lambda: Posterior(RUN, sharpness=None), "sharpness=None needs a run with num_trusted"),
         (lambda: Posterior(agreement_decay=1.0), "agreement_decay .*1.0"),
         (lambda: Posterior(memory=VisitMean(0.5)), "memory needs run"),
         (lambda: Posterior(RunInfo(0, CLASSES)), "num_samples .*0"),
