@@ -44,10 +44,10 @@ WITH_ELR = {
         "data": {"train_on_val": True},
     },
 }
-# The rule with the power of beliefs that it learns, in the place of 2.
+# The rule with the power of beliefs that it learns.
 CALIBRATED = {
     "saflex_calibrated": {
-        "method": {"rule": "saflex", "saflex": {"rule": {"sharpness": None}}},
+        "method": {"rule": "saflex", "saflex": {"rule": {"learn_sharpness": True}}},
         "data": {"train_on_val": True},
     },
 }

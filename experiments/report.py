@@ -51,7 +51,7 @@ PARTNERS = (
 )
 RULE = "saflex"  # prefix of the arms with the rule that is judged
 ARM = "saflex_train_val"  # the arm that is judged: it trains on what upstream_train_val has
-JUDGED = (ARM, "saflex_elr", "saflex_audit")  # on the page
+JUDGED = (ARM, "saflex_calibrated", "saflex_elr", "saflex_audit")  # on the page
 NOISY = 0.4  # from this share of wrong labels on a task is very noisy
 POINTS = 100  # records have accuracies as shares; the page has points
 

@@ -298,7 +298,8 @@ def all_arms(noise: float) -> dict[str, dict]:
         for name, trains in BASELINES.items()
         if noise or name not in TOLD
     }
-    return {**arms.STANDING, **PROTOCOLS, **baselines, **(arms.WITH_ELR if noise else {})}
+    with_elr = arms.WITH_ELR if noise else {}
+    return {**arms.STANDING, **arms.CALIBRATED, **PROTOCOLS, **baselines, **with_elr}
 
 
 # Of a step, in those of the upstream pipeline, where batch statistics take a pass of their own.

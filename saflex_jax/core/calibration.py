@@ -16,8 +16,7 @@ from saflex_jax.core.tree import identity
 from saflex_jax.types import Reduce
 
 POWERS = (0.5, 0.5**0.5, 1.0, 2**0.5, 2.0, 2 * 2**0.5, 4.0)  # equally far apart, as logarithms
-USUAL = 2.0  # where the given labels cannot tell
-WEIGHT = 5  # trusted samples of each class weigh as much as USUAL
+WEIGHT = 5  # trusted samples of each class weigh as much as the usual power
 
 
 def no_fits() -> jax.Array:
@@ -88,13 +87,16 @@ def add_fits(
     return jnp.where(wrong, decay * fits + (1 - decay) * added, fits)
 
 
-def best_power(fits: jax.Array, num_classes: int, *, num_trusted: int | jax.Array) -> jax.Array:
-    """The power of beliefs, f32[] in [1/2, 4].
+def best_power(
+    fits: jax.Array, num_classes: int, *, num_trusted: int, usual: float = 2.0
+) -> jax.Array:
+    """The power of beliefs that the given labels speak for, f32[].
 
-        a = 2 (a* / 2)^(M / (M + 5 K))
+        a = u (a* / u)^(M / (M + 5 K))
 
-    a* has the largest fit, on the parabola through the largest of POWERS and its neighbours. It is
-    only as good as the share of wrong labels that M trusted samples gave; without any fit, a = 2.
+    u is the usual power. a* has the largest fit, on the parabola through the best of POWERS and its
+    neighbours, in [1/2, 4]. It is only as good as the share of wrong labels that M trusted samples
+    gave. Without any fit, a = u.
 
     >>> round(float(best_power(-(jnp.arange(7.0) - 2) ** 2, 2, num_trusted=10**6)), 3)
     1.0
@@ -105,16 +107,22 @@ def best_power(fits: jax.Array, num_classes: int, *, num_trusted: int | jax.Arra
       fits: see `add_fits`.
       num_classes: K >= 2.
       num_trusted: M >= 0, number of different trusted samples.
+      usual: u > 0.
+
+    Raises:
+      ValueError: K, M or a concrete u out of range.
 
     Source: this project's (docs/results.md); one power of all beliefs is temperature scaling,
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     checks.whole(2, num_classes=num_classes)
+    checks.whole(num_trusted=num_trusted)
+    checks.positive(usual=usual)
     powers = jnp.log(jnp.asarray(POWERS, fits.dtype))
     place = jnp.clip(jnp.argmax(fits), 1, len(POWERS) - 2)
     below, here, above = (fits[place + i] for i in (-1, 0, 1))
     curve = below - 2 * here + above
     shift = jnp.where(curve < 0, (below - above) / (2 * jnp.where(curve < 0, curve, 1.0)), 0.0)
     best = powers[place] + jnp.clip(shift, -1, 1) * (powers[1] - powers[0])
-    usual, weight = jnp.log(USUAL), num_trusted / (num_trusted + WEIGHT * num_classes)
-    return jnp.where(jnp.all(fits == 0), USUAL, jnp.exp(usual + weight * (best - usual)))
+    start, weight = jnp.log(usual), num_trusted / (num_trusted + WEIGHT * num_classes)
+    return jnp.where(jnp.all(fits == 0), usual, jnp.exp(start + weight * (best - start)))

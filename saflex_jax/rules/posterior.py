@@ -66,8 +66,9 @@ class Posterior:
         validation loss; along "identity" it is a learning rate. None = M / (M + D) with M trusted
         samples and D inputs of the scored parameters (for a head, its features and the bias): fewer
         trusted samples, a shorter step.
-      sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`;
-        None = learn it (`core.calibration`), which needs a run with trusted samples.
+      sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
+      learn_sharpness: learn the power from the given labels (`core.calibration`), from `sharpness`
+        on; needs a `run` with trusted samples.
       agreement_decay: in [0, 1), of the estimates of eta, C and the power.
       by_class: learn which classes are confused, K x K numbers; needs `run`. False = all wrong
         labels are equally likely.
@@ -80,7 +81,8 @@ class Posterior:
     run: RunInfo | None = None
     noise_rate: float | None = None
     lookahead: float | None = None
-    sharpness: float | None = 2.0
+    sharpness: float = 2.0
+    learn_sharpness: bool = False
     agreement_decay: float = 0.99
     by_class: bool = True
     memory: VisitMean = VisitMean()
@@ -90,6 +92,7 @@ class Posterior:
             checks.fraction(noise_rate=self.noise_rate)
         if self.lookahead is not None:
             checks.amount(lookahead=self.lookahead)
+        checks.positive(sharpness=self.sharpness)
         checks.decay(agreement_decay=self.agreement_decay)
         run = self.run
         if run is None and self.memory != VisitMean():
@@ -103,12 +106,10 @@ class Posterior:
                     f"num_trusted must be at most num_samples = {run.num_samples}; "
                     f"given {run.num_trusted}"
                 )
-        if self.sharpness is not None:
-            checks.positive(sharpness=self.sharpness)
-        elif not self._num_known:
+        if self.learn_sharpness and not self._num_known:
             raise ValueError(
-                "sharpness=None needs a run with num_trusted or num_val; without trusted samples "
-                "nothing tells how sharp beliefs are"
+                f"learn_sharpness needs a run with num_trusted or num_val; given {run}. Without "
+                "trusted samples nobody knows how many labels are wrong"
             )
 
     def init(self):
@@ -118,7 +119,7 @@ class Posterior:
             self.memory.init(run),
             posterior.no_agreement() if self.noise_rate is None else None,
             transition.no_pairs(run.num_classes // run.blocks) if self._by_class else None,
-            calibration.no_fits() if self.sharpness is None else None,
+            calibration.no_fits() if self.learn_sharpness else None,
         )
 
     def update(self, arrays, scored, streams, *, reduce):
@@ -151,7 +152,7 @@ class Posterior:
         """`posterior_targets` of the beliefs; the prior while nothing is known."""
         noise_rate, power = self._noise_rate(arrays, candidates), self._power(arrays)
         metrics = {"noise_rate": (noise_rate * jnp.ones(()), jnp.ones(()))}
-        if self.sharpness is None:
+        if self.learn_sharpness:
             metrics["sharpness"] = power, jnp.ones(())
         if scored is None and arrays.memory is None:
             return prior_targets(candidates.labels, candidates.mask), metrics
@@ -226,13 +227,14 @@ class Posterior:
 
     def _power(self, arrays: Beliefs) -> float | jax.Array:
         """Of beliefs: as given, or as learned so far."""
-        if self.sharpness is not None:
+        if arrays.fits is None:
             return self.sharpness
         assert self.run is not None  # see `__post_init__`
         return calibration.best_power(
-            checks.given(fits=arrays.fits),
+            arrays.fits,
             self.run.num_classes // self.run.blocks,
             num_trusted=self._num_known,
+            usual=self.sharpness,
         )
 
     def _pairs(self, pairs, belief, power, streams, rows, reduce) -> Pairs:

@@ -123,6 +123,7 @@ def test_the_best_power_lies_between_those_that_were_tried_and_never_beyond():
 def test_of_few_trusted_samples_it_is_near_the_usual_one():
     found = [peaked(1.0, number) for number in (0, 10, 5 * CLASSES, 1000)]
     assert found == sorted(found, reverse=True)
+    assert calibration.best_power(jnp.zeros(7), CLASSES, num_trusted=9, usual=1.5) == 1.5
     assert found[0] == 2 and found[2] == pytest.approx(2**0.5) and found[3] < 1.02
 
 
@@ -130,6 +131,7 @@ def test_of_few_trusted_samples_it_is_near_the_usual_one():
     "call, message",
     [
         (lambda: calibration.best_power(calibration.no_fits(), 1, num_trusted=5), "num_classes"),
+        (lambda: power_of(calibration.no_fits(), -1), "num_trusted .*-1"),
         (lambda: added(calibration.no_fits(), batch(3), 1.5), "noise .*1.5"),
         (lambda: added(calibration.no_fits(), batch(3), np.eye(3)), "noise .*3, 3"),
         (lambda: added(calibration.no_fits(), batch(3), -CONFUSED), "noise .*-"),

@@ -301,7 +301,7 @@ def test_a_learned_sharpness_is_used_as_a_given_one_would_be(monkeypatch):
     monkeypatch.setattr(calibration, "best_power", lambda *args, **options: jnp.float32(1.5))
     streams = functools.partial(right_streams_of, trusted=3)
     learned, run_learned = runner(
-        Refinement(GREEDY, Posterior(TRUSTING, sharpness=None)), streams=streams
+        Refinement(GREEDY, Posterior(TRUSTING, learn_sharpness=True)), streams=streams
     )
     given, run_given = runner(
         Refinement(GREEDY, Posterior(TRUSTING, sharpness=1.5)), streams=streams
@@ -317,7 +317,7 @@ def test_a_learned_sharpness_is_used_as_a_given_one_would_be(monkeypatch):
 
 def test_sharpness_is_learned_from_remembered_beliefs_of_whole_rows_that_are_not_trusted():
     streams = functools.partial(right_streams_of, trusted=3)
-    rule = Posterior(TRUSTING, sharpness=None, noise_rate=0.3, agreement_decay=0.9)
+    rule = Posterior(TRUSTING, learn_sharpness=True, noise_rate=0.3, agreement_decay=0.9)
     arrays, run = runner(Refinement(GREEDY, rule), streams=streams)
     fits = calibration.no_fits()
     for step in range(6):
@@ -352,7 +352,7 @@ def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
         (lambda: Posterior(noise_rate=1.5), "noise_rate .*1.5"),
         (lambda: Posterior(noise_rate="0.4"), "noise_rate .*'0.4'"),
         (lambda: Posterior(sharpness=0.0), "sharpness .*0.0"),
-        (lambda: Posterior(RUN, sharpness=None), "sharpness=None needs a run with num_trusted"),
+        (lambda: Posterior(RUN, learn_sharpness=True), "learn_sharpness needs a run with num_tr"),
         (lambda: Posterior(agreement_decay=1.0), "agreement_decay .*1.0"),
         (lambda: Posterior(memory=VisitMean(0.5)), "memory needs run"),
         (lambda: Posterior(RunInfo(0, CLASSES)), "num_samples .*0"),
