@@ -15,12 +15,14 @@ from saflex_jax.core.posterior import checked_noise, sharpened
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Reduce
 
-POWERS = (0.5, 0.5**0.5, 1.0, 2**0.5, 2.0, 2 * 2**0.5, 4.0)  # equally far apart, as logarithms
+# Equally far apart, as logarithms. None flattens beliefs: flat ones make flat labels, those a flat
+# network, and so on.
+POWERS = (1.0, 2**0.5, 2.0, 2 * 2**0.5, 4.0)
 WEIGHT = 5  # trusted samples of each class weigh as much as the usual power
 
 
 def no_fits() -> jax.Array:
-    """The fits before the first sample, f32[7].
+    """The fits before the first sample, f32[5].
 
     >>> float(best_power(no_fits(), 2, num_trusted=1000))
     2.0
@@ -38,7 +40,7 @@ def add_fits(
     decay: float = 0.99,
     reduce: Reduce = identity,
 ) -> jax.Array:
-    """Decays the fit of each power and adds a batch's log-likelihood of the given labels, f32[7].
+    """Decays the fit of each power and adds a batch's log-likelihood of the given labels, f32[5].
 
         F_a <- d F_a + (1 - d) mean_i log( sum_kj b_ik q_ij C_kj / sum_kj b_ik C_kj ) ,
         b_ik = p_ik^a / sum_l p_il^a
@@ -48,7 +50,7 @@ def add_fits(
 
     >>> belief, given = jnp.array([[0.6, 0.4]] * 8), jnp.array([[1.0, 0.0]] * 7 + [[0.0, 1.0]])
     >>> fits = add_fits(no_fits(), belief, given, jnp.ones(8, bool), 0.1)
-    >>> bool(fits[4] > fits[2])  # 7 of 8 are of the first class: more than the beliefs say
+    >>> bool(fits[2] > fits[0])  # 7 of 8 are of the first class: more than the beliefs say
     True
 
     Args:
@@ -95,12 +97,12 @@ def best_power(
         a = u (a* / u)^(M / (M + 5 K))
 
     u is the usual power. a* has the largest fit, on the parabola through the best of POWERS and its
-    neighbours, in [1/2, 4]. It is only as good as the share of wrong labels that M trusted samples
+    neighbours, in [1, 4]. It is only as good as the share of wrong labels that M trusted samples
     gave. Without any fit, a = u.
 
-    >>> round(float(best_power(-(jnp.arange(7.0) - 2) ** 2, 2, num_trusted=10**6)), 3)
+    >>> round(float(best_power(-jnp.arange(5.0) ** 2, 2, num_trusted=10**6)), 3)
     1.0
-    >>> round(float(best_power(-(jnp.arange(7.0) - 2) ** 2, 2, num_trusted=10)), 3)
+    >>> round(float(best_power(-jnp.arange(5.0) ** 2, 2, num_trusted=10)), 3)  # 5 a class
     1.414
 
     Args:

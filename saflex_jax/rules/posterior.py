@@ -37,7 +37,7 @@ class Beliefs(NamedTuple):
       memory: mean beliefs after a step over each sample's visits, f32[N, K].
       agreement: probability of given labels, for the share of wrong ones.
       pairs: believed and given labels, for the classes that are confused.
-      fits: of the powers of beliefs, f32[7], see `core.calibration`.
+      fits: of the powers of beliefs, f32[5], see `core.calibration`.
     """
 
     memory: Memory | TopMemory | None

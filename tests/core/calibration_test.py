@@ -40,7 +40,7 @@ def sharp(beliefs, power):
 
 
 @pytest.mark.parametrize("noise", [UNIFORM, CONFUSED], ids=["one share", "confused"])
-@pytest.mark.parametrize("power", [0.7, 1.0, 1.7, 2.6])
+@pytest.mark.parametrize("power", [1.2, 1.7, 2.6])
 def test_the_power_that_made_the_labels_is_found_through_the_noise(power, noise):
     beliefs = soft_labels(_rng, 40_000, CLASSES)
     given = sharp(beliefs, power) @ noise
@@ -115,15 +115,15 @@ def peaked(at, num_trusted=10**9):
 
 
 def test_the_best_power_lies_between_those_that_were_tried_and_never_beyond():
-    for at in (0.5, 0.6, 1.1, 2.0, 3.9):
+    for at in (1.0, 1.1, 2.0, 3.9):
         assert peaked(at) == pytest.approx(at, rel=1e-4)
-    assert peaked(0.1) == pytest.approx(POWERS[0]) and peaked(50.0) == pytest.approx(POWERS[-1])
+    assert peaked(0.1) == pytest.approx(1) and peaked(50.0) == pytest.approx(4)
 
 
 def test_of_few_trusted_samples_it_is_near_the_usual_one():
     found = [peaked(1.0, number) for number in (0, 10, 5 * CLASSES, 1000)]
     assert found == sorted(found, reverse=True)
-    assert calibration.best_power(jnp.zeros(7), CLASSES, num_trusted=9, usual=1.5) == 1.5
+    assert calibration.best_power(calibration.no_fits(), CLASSES, num_trusted=9, usual=1.5) == 1.5
     assert found[0] == 2 and found[2] == pytest.approx(2**0.5) and found[3] < 1.02
 
 
