@@ -323,14 +323,14 @@ def test_where_it_does_not_help_is_said():
         for line in report.shortcomings(parts, ("saflex", "nobody")).splitlines()
     ]
     assert rows == [
-        ["`saflex`, new", "3", "on 1 of 3", "on 0", "-1.00 `few`, linear_probe", "on 1 of 2",
+        ["`saflex`, new", "1 of 3, 0 surely", "-1.00 `few`, linear_probe", "1 of 2",
          "-4.00 `few`, upstream"],
-        ["`saflex`, lost", "1", "on 1 of 1", "on 1", "-1.00 `a`, trusted_only", "on 1 of 1",
+        ["`saflex`, lost", "1 of 1, 1 surely", "-1.00 `a`, trusted_only", "1 of 1",
          "-2.50 `a`, boot"],
     ]  # fmt: skip
-    assert len(head) == 7
+    assert len(head) == 5
     won = report.by_task(lines("a", {"saflex": [51, 51], "trusted_only": [50, 50]}))
-    assert "| on 0 of 1 | on 0 |  |  |  |" in report.shortcomings({"won": won}, ("saflex",))
+    assert "| 0 of 1, 0 surely |  |  |  |" in report.shortcomings({"won": won}, ("saflex",))
 
 
 def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, monkeypatch, capsys):
