@@ -348,24 +348,22 @@ def shortcomings(parts: dict[str, Runs], arms: Iterable[str]) -> str:
         for name, runs in with_arm(parts, arm).items():
             found, partners = gains_over_partner(runs, arm), fair_partners(runs, arm)
             best = over_best_baseline(noisy(runs), arm)
-            below = {task: values for task, values in found.items() if np.mean(values) < 0}
-            less = {task: gain for task, (gain, _) in best.items() if gain < 0}
-            at = min(less, key=less.get, default=None)
+            below = [(np.mean(v), task, partners[task]) for task, v in found.items()]
+            below = [least for least in below if least[0] < 0]
+            less = [(gain, task, other) for task, (gain, other) in best.items() if gain < 0]
             rows.append([
                 f"`{arm}`, {name}",
                 f"{len(below)} of {len(found)}, {counts(found)['loss']} surely",
-                _shortfall(worst(below), partners),
+                _worst_of(below),
                 f"{len(less)} of {len(best)}" if best else "",
-                "" if at is None else f"{less[at]:+.2f} `{at}`, {best[at][1]}",
+                _worst_of(less),
             ])  # fmt: skip
     return markdown(head, rows)
 
 
-def _shortfall(least: dict | None, partners: dict[str, str]) -> str:
+def _worst_of(losses: list[tuple[float, str, str]]) -> str:
     """The worst task, and what is better there; nothing without one."""
-    if least is None:
-        return ""
-    return f"{least['gain']:+.2f} `{least['task']}`, {partners[least['task']]}"
+    return "{:+.2f} `{}`, {}".format(*min(losses)) if losses else ""
 
 
 def with_arm(parts: dict[str, Runs], arm: str) -> dict[str, Runs]:
@@ -423,13 +421,12 @@ def of_tasks(runs: Runs, arm: str) -> str:
     rows = []
     for task in sorted(partners, key=lambda task: np.mean(over_partner[task])):
         common, records = about(runs, task), runs[task][arm].values()
-        apart = [interval(base[task]) if task in base else None
-                 for base in (over_base, over_partner)]  # fmt: skip
+        base = interval(over_base[task]) if task in over_base else None
+        partner = f"{signed(interval(over_partner[task]))}, {partners[task]}"
         accuracy = POINTS * float(np.mean([r["test_accuracy"] for r in records]))
         over_best = f"{best[task][0]:+.2f}, {best[task][1]}" if task in best else ""
         rows.append([task, f"{common['noise']:.2f}", str(common["val"]), str(len(records)),
-                     number(accuracy), signed(apart[0]),
-                     f"{signed(apart[1])}, {partners[task]}", over_best])  # fmt: skip
+                     number(accuracy), signed(base), partner, over_best])  # fmt: skip
     head = ["task", "noise", "val", "seeds", arm, f"- {TRAIN_VAL}", "- fair partner",
             "- best without"]  # fmt: skip
     return markdown(head, rows)

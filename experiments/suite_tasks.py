@@ -202,7 +202,7 @@ def _tables(table: str, augment: str, backbone: str, *, full: bool) -> dict[str,
     steps = FULL_STEPS // 10 if full else TABLE_STEPS
     tasks = {}
     for noise in (0.0, NOISE):
-        config = _base(noise, steps, batch_size=32, val_batch_size=min(splits["val"], 64))
+        config = _base(noise, half, steps, batch_size=32, val_batch_size=min(splits["val"], 64))
         config.data = sources.section(table, **splits, noise=noise)
         config.augment = augment
         config.model = {"name": "mlp", "widths": (64, 64), "norm": "none"}
@@ -219,7 +219,7 @@ def _tables(table: str, augment: str, backbone: str, *, full: bool) -> dict[str,
 def _images(spec: _Images, *, full: bool) -> Task:
     steps = FULL_STEPS if full else IMAGE_STEPS
     batch_size = 128 if full else 32
-    config = _base(spec.noise, steps, batch_size=batch_size, val_batch_size=batch_size)
+    config = _base(spec.noise, spec.half, steps, batch_size=batch_size, val_batch_size=batch_size)
     config.data = dict(spec.data)
     config.augment = spec.augment
     config.arms.soft_augmentation = arms.STANDING["upstream_train_val"] | {"augment": spec.soft}
@@ -237,7 +237,9 @@ def _images(spec: _Images, *, full: bool) -> Task:
     return Task(spec.half, spec.noise, seeds, seconds, config, other_seeds=5)
 
 
-def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> ConfigDict:
+def _base(
+    noise: float, half: str, steps: int, *, batch_size: int, val_batch_size: int
+) -> ConfigDict:
     """What all tasks have in common; SAFLEX's options are its defaults.
 
     The two baselines that leave out the samples of large loss are told the share of wrong labels,
@@ -257,7 +259,7 @@ def _base(noise: float, steps: int, *, batch_size: int, val_batch_size: int) -> 
         "steps": steps, "batch_size": batch_size, "val_batch_size": val_batch_size,
         "log_every": steps // 8, "checkpoint_every": steps,
     }  # fmt: skip
-    config.arms = all_arms(noise)
+    config.arms = all_arms(noise, half)
     return config
 
 
@@ -288,7 +290,7 @@ PROTOCOLS: dict[str, dict] = {
 }
 
 
-def all_arms(noise: float) -> dict[str, dict]:
+def all_arms(noise: float, half: str) -> dict[str, dict]:
     """Arm -> changes of a task's config: upstream, SAFLEX's protocols, the baselines."""
     baselines = {
         name: {
@@ -299,7 +301,8 @@ def all_arms(noise: float) -> dict[str, dict]:
         if noise or name not in TOLD
     }
     with_elr = arms.WITH_ELR if noise else {}
-    return {**arms.STANDING, **arms.CALIBRATED, **PROTOCOLS, **baselines, **with_elr}
+    calibrated = arms.CALIBRATED if half == "report" else {}  # chosen elsewhere
+    return {**arms.STANDING, **calibrated, **PROTOCOLS, **baselines, **with_elr}
 
 
 # Of a step, in those of the upstream pipeline, where batch statistics take a pass of their own.

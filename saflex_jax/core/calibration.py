@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core.posterior import checked_noise, sharpened
+from saflex_jax.core.posterior import checked_noise, elsewhere, sharpened
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Reduce
 
@@ -68,25 +68,23 @@ def add_fits(
     checks.decay(decay=decay)
     checks.same_shape(probs=probs, prior=prior)
     checks.rows(len(probs), rows=rows)
-    noise, _ = checked_noise(noise, probs.shape[1], probs.dtype)
-    if jnp.ndim(noise) == 0:
-        off = noise / (probs.shape[1] - 1)
-        noise = off + (1 - noise - off) * jnp.eye(probs.shape[1], dtype=probs.dtype)
-    met = jnp.dot(prior, noise.T, precision="highest")
-    total = jnp.sum(noise, axis=1)
+    noise, stays = checked_noise(noise, probs.shape[1], probs.dtype)
+    wrong = elsewhere(jnp.ones((1, probs.shape[1]), probs.dtype), noise.T)  # sum_j C_kj, j not k
+    met, total = stays * prior + elsewhere(prior, noise.T), stays + wrong
     least = jnp.finfo(probs.dtype).tiny
     rows = rows & (jnp.sum(probs, axis=-1) > 0)  # of the others nothing is known
 
     def log_likelihood(power):
         belief = sharpened(probs, power)
-        likely = jnp.sum(belief * met, axis=-1) / jnp.maximum(belief @ total, least)
+        likely = jnp.sum(belief * met, axis=-1) / jnp.maximum(
+            jnp.sum(belief * total, axis=-1), least
+        )
         return jnp.sum(jnp.where(rows, jnp.log(jnp.maximum(likely, least)), 0.0))
 
     fit = jax.vmap(log_likelihood)(jnp.asarray(POWERS, probs.dtype))
     fit, count = reduce((fit, jnp.sum(rows, dtype=probs.dtype)))
     added = fit / jnp.where(count > 0, count, 1.0)
-    wrong = jnp.any(noise * (1 - jnp.eye(len(noise))) > 0)
-    return jnp.where(wrong, decay * fits + (1 - decay) * added, fits)
+    return jnp.where(jnp.any(wrong > 0), decay * fits + (1 - decay) * added, fits)
 
 
 def best_power(

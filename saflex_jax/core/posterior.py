@@ -242,7 +242,7 @@ def posterior_targets(
     believed = sharpened(probs, sharpness)
     others = beyond(believed)
     share = _divide(jnp.minimum(believed, prior), prior, 0.0)
-    met = _elsewhere(others, noise)
+    met = elsewhere(others, noise)
     right, wrong = stays * share, met * (1 - share)
     # Exactly one, and nothing is moved, where nothing speaks against the label: on a GPU x / x is
     # not always one.
@@ -251,7 +251,7 @@ def posterior_targets(
     moved = prior * (1 - right)
     lost = jnp.sum(moved, axis=-1)
     weights = 1 - lost + certain * lost
-    arriving = others * _elsewhere(_divide(moved, met, 0.0), noise.T)
+    arriving = others * elsewhere(_divide(moved, met, 0.0), noise.T)
     labels = prior - moved + certain[:, None] * arriving
     labels = jnp.where(lost[:, None] == 0, prior, _divide(labels, weights[:, None], prior))
     weights = rescale(jnp.where(mask, weights, 0.0), mask, reduce=reduce)
@@ -302,8 +302,16 @@ def checked_noise(
     return noise, jnp.diag(noise)[None]
 
 
-def _elsewhere(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """sum_k x_k C_kj over k other than j, f32[B, K]; without the matrix of one share."""
+def elsewhere(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """sum_k x_k C_kj over k other than j, f32[B, K]; without the matrix of one share.
+
+    >>> elsewhere(jnp.array([[1.0, 0.0, 0.0]]), jnp.float32(0.5)).tolist()
+    [[0.0, 0.25, 0.25]]
+
+    Args:
+      x: f32[B, K].
+      noise: eta or C, of `checked_noise`.
+    """
     if noise.ndim == 0:
         return noise / (x.shape[1] - 1) * (jnp.sum(x, axis=-1, keepdims=True) - x)
     return jnp.dot(x, noise * (1 - jnp.eye(len(noise), dtype=noise.dtype)), precision="highest")
