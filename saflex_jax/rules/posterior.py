@@ -127,14 +127,13 @@ class Posterior:
         candidates = streams.candidates
         kept, agreement, pairs, fits = arrays
         rows = candidates.mask & parents.is_whole(candidates)
-        others = rows & ~self._is_trusted(candidates.index)
         if kept is not None:
             kept = self.memory.add(kept, candidates, self._visit(scored), rows, reduce)
         belief = self._belief(kept, scored, candidates, reduce)
         if agreement is not None:
             agreement = self._agreement(agreement, belief, scored, streams, rows, reduce)
         if pairs is not None:
-            pairs = self._pairs(pairs, belief, self._power(arrays), streams, others, reduce)
+            pairs = self._pairs(pairs, belief, self._power(arrays), streams, rows, reduce)
         learned = Beliefs(kept, agreement, pairs, fits)
         if fits is None:
             return learned
@@ -142,7 +141,7 @@ class Posterior:
             fits,
             belief,
             candidates.labels,
-            others,
+            rows & ~self._is_trusted(candidates.index),
             self._noise(learned, self._noise_rate(learned, candidates)),
             decay=self.agreement_decay,
             reduce=reduce,
@@ -238,13 +237,13 @@ class Posterior:
             usual=self.sharpness,
         )
 
-    def _pairs(self, pairs, belief, power, streams, others, reduce) -> Pairs:
+    def _pairs(self, pairs, belief, power, streams, rows, reduce) -> Pairs:
         candidates, val = streams.candidates, streams.val
         return transition.add_pairs(
             pairs,
             posterior.sharpened(belief, power),
             candidates.labels,
-            others,
+            rows & ~self._is_trusted(candidates.index),
             val.labels,
             val.mask,
             mask=candidates.mask,
