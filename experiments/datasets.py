@@ -3,7 +3,8 @@
 What is pinned and published: the counts of rows and classes, CIFAR-10N's clean labels, MedMNIST's
 MD5. What is pinned and measured, on arrays that agreed with these (CIFAR-10, MNIST and
 Fashion-MNIST in their channel means too): sizes, every SHA-256, the digests of rows, and the counts
-of chest_xray, brain_mri and appendicitis, of KEEL's spambase, and of electricity's splits.
+of chest_xray, brain_mri and appendicitis, of KEEL's spambase and marketing, and of electricity's
+splits.
 
 Package registries carry copies that others uploaded. Known differences from the originals: USPS is
 rounded to 256 levels, KEEL's spambase lacks 4 of 4,601 rows, cleveland lacks its 6 incomplete rows,
@@ -20,6 +21,7 @@ import itertools
 import json
 import pathlib
 import pickle
+import string
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -428,6 +430,15 @@ SEGMENT = (
     "hedge_mean hedge_sd intensity rawred rawblue rawgreen exred exblue exgreen value saturation "
     "hue class"
 )
+LETTER = (
+    "x_box y_box width height onpix x_bar y_bar x2bar y2bar xybar x2ybr xy2br x_ege xegvy y_ege "
+    "yegvx class"
+)
+MAGIC = "length width size conc conc1 asym m3long m3trans alpha dist class"
+MARKETING = (
+    "sex marital age education occupation years_here dual_income household under_18 householder "
+    "home ethnic language income"
+)
 COVERTYPE = (
     "elevation aspect slope hydrology_x hydrology_y roadways hillshade_9 hillshade_noon "
     "hillshade_15 fire_points "
@@ -639,6 +650,20 @@ _TABLES = {
         "2,310 rows of 18 columns, outdoor images; without the constant pixel count",
         "1 2 3 4 5 6 7", (330,) * 7, "keel",
         keel("segment", names=SEGMENT, drop=("pixel_count",)), 351_376),
+    "letter": _table(
+        "20,000 rows of 16 columns, printed letters", " ".join(string.ascii_uppercase),
+        (789, 766, 736, 805, 768, 775, 773, 734, 755, 747, 739, 761, 792, 783, 753, 803, 783, 758,
+         748, 796, 813, 764, 752, 787, 786, 734), "keel", keel("letter", names=LETTER), 2_720_256),
+    "magic": _table(
+        "19,020 rows of 10 columns, gamma rays or hadrons", "gamma hadron", (12332, 6688), "keel",
+        keel("magic", names=MAGIC), 1_674_016),
+    "marketing": _table(
+        "6,876 rows of 13 columns, household income in nine ranges", "1 2 3 4 5 6 7 8 9",
+        (1255, 529, 505, 618, 527, 846, 784, 1069, 743), "keel",
+        keel("marketing", names=MARKETING,
+             categorical=("sex", "marital", "occupation", "dual_income", "householder", "home",
+                          "ethnic", "language")), 770_368,
+        source="Hastie, Tibshirani and Friedman, ESL", licence="unknown"),
     "satimage": _table(
         "6,435 rows of 36 columns, soil from space",
         "red_soil cotton_crop grey_soil damp_grey_soil vegetation_stubble very_damp_grey_soil",
