@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from saflex_jax import __version__, checks
-from saflex_jax.train.digest import digests
+from saflex_jax.train import digest
 from saflex_jax.types import TrainState
 
 # The layout of the state's arrays; add one when methods or rules keep theirs in another form.
@@ -175,7 +175,7 @@ class Checkpoints:
         if step == self.latest:
             return
         about = {"layout": LAYOUT, "version": __version__, "stream": stream}
-        about |= {"config": self.config, "arrays": digests(state)}
+        about |= {"config": self.config, "arrays": digest.digests(state)}
         about["seal"] = _seal(step, about)
         with self._written(step):
             response = self._checkpointer.save_async(
@@ -274,10 +274,7 @@ class Checkpoints:
             _check_layout(where, saved, checkpoint.metadata, like)
             _check_config(where, saved["config"], self.config, self._grows)
             _check_arrays(where, checkpoint.metadata, like)
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-            )
-            state = self._checkpointer.load(step, abstract)
+            state = self._arrays_of(step, checkpoint.metadata, like)
             _check_digests(state, saved.get("arrays"))
         except CheckpointError:
             raise
@@ -288,6 +285,18 @@ class Checkpoints:
                 f"others: {others or 'none'}"
             ) from e
         return state, saved["stream"]
+
+    def _arrays_of(self, step: int, metadata, like: TrainState) -> TrainState:
+        """The arrays, by their names: fields without an array may have come or gone since."""
+        wanted = digest.by_name(like)
+
+        def described(path, _):
+            x = wanted[digest.name(path)]
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+        there = jax.tree_util.tree_map_with_path(described, metadata)
+        found = digest.by_name(self._checkpointer.load(step, there))
+        return jax.tree_util.tree_map_with_path(lambda path, _: found[digest.name(path)], like)
 
 
 def _opened(directory: epath.Path, every: int, keep: int) -> ocp.training.Checkpointer:
@@ -339,7 +348,7 @@ def _check_digests(state: TrainState, saved: dict[str, str] | None) -> None:
     """Raises ValueError unless the arrays have the bits that were saved; names the first."""
     if saved is None:  # before there were digests
         return
-    found = digests(state)
+    found = digest.digests(state)
     for name in sorted(saved.keys() | found.keys()):
         if saved.get(name) != found.get(name):
             raise ValueError(f"the bits of {name} are not those that were saved")
@@ -391,8 +400,7 @@ def _arrays(tree) -> dict[str, tuple]:
             x = jax.eval_shape(jax.random.key_data, x)
         return tuple(x.shape), str(x.dtype)
 
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): describe(x) for p, x in leaves}
+    return {name: describe(x) for name, x in digest.by_name(tree).items()}
 
 
 def _difference(metadata, like: TrainState) -> str | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,15 +36,38 @@ def digests(tree: PyTree) -> dict[str, str]:
       tree: arrays of any dtype and sharding, also spread over other hosts; PRNG keys are their
         data. All processes must call it.
     """
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    arrays = by_name(tree)
     with np.errstate(over="ignore"):  # it is modulo 2^64
-        own = np.array([_of_array(x) for _, x in paths], np.uint64)
+        own = np.array([_of_array(x) for x in arrays.values()], np.uint64)
     if jax.process_count() > 1:
         halves = own.view(np.uint32)  # JAX keeps no 64 bits
         everyone = multihost_utils.process_allgather(halves).astype(np.uint32)
         own = np.sum(everyone.view(np.uint64).reshape(-1, len(own)), axis=0, dtype=np.uint64)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    return {name: f"{int(d):016x}" for name, d in zip(names, np.atleast_1d(own))}
+    return {name: f"{int(d):016x}" for name, d in zip(arrays, np.atleast_1d(own))}
+
+
+def by_name(tree: PyTree) -> dict[str, Any]:
+    """Path -> leaf.
+
+    >>> by_name({"head": {"bias": 1.0}, "memory": None})
+    {'head/bias': 1.0}
+
+    Args:
+      tree: None is no leaf.
+    """
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def name(path: jax.tree_util.KeyPath) -> str:
+    """Of a leaf in `by_name`: the keys on the way to it, as "a/b".
+
+    >>> name(jax.tree_util.tree_flatten_with_path({"head": [1.0]})[0][0][0])
+    'head/0'
+
+    Args:
+      path: of the leaf.
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _of_array(x: jax.Array | np.ndarray) -> np.uint64:

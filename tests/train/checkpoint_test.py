@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import shutil
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,26 @@ def test_of_another_model(folder, opened, other, message):
     with pytest.raises(CheckpointError, match=f"step 3 .*of another model: .*{message}"):
         opened(folder).load(make_state(**other))
     assert files_of(folder) == before
+
+
+def test_a_field_without_an_array_may_come_or_go(tmp_path, opened):
+    class Before(NamedTuple):
+        memory: Any
+        pairs: Any
+
+    class After(NamedTuple):
+        memory: Any
+        pairs: Any
+        fits: Any
+
+    before, after = Before(jnp.ones(3), None), After(jnp.ones(3), None, None)
+    for folder, saved, wanted in (("a", before, after), ("b", after, before)):
+        checkpoints = opened(tmp_path / folder)
+        with checkpoints.settled():
+            checkpoints.save(1, make_state(1, extra=saved), {}, force=True)
+        assert_same_bits(checkpoints.load(make_state(extra=wanted))[0], make_state(1, extra=wanted))
+        with pytest.raises(CheckpointError, match=r"extra/fits is absent there and \(\(\), "):
+            checkpoints.load(make_state(extra=after._replace(fits=jnp.zeros(()))))
 
 
 def relabel(folder, step, change):
