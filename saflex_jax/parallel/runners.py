@@ -177,6 +177,11 @@ def check_rows(pools: Streams, rows: Streams) -> None:
             checks.integers(len(pool.labels), **{f"rows of {name}": rows_or_first})
 
 
+def _waited(f: Callable) -> Callable:
+    """The function, returning once its results are there."""
+    return lambda *args: jax.block_until_ready(f(*args))
+
+
 def _runner(
     compiled: Callable[..., tuple[TrainState, Metrics]],
     put_batch: Callable[[PyTree], PyTree],
@@ -184,6 +189,11 @@ def _runner(
     shardings: Callable[[TrainState], PyTree],
 ) -> Runner:
     """The Runner of a compiled `on_rows`; `shardings` says where the arrays of a state go."""
+
+    mesh = replicated.mesh
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        # Devices of a CPU share one pool of threads: steps in flight can keep each other waiting.
+        compiled = _waited(compiled)
 
     def put_state(state):
         return copied(state, shardings(state))

@@ -46,6 +46,21 @@ def test_eight_devices_agree_with_one(variant, runner):
     setup_.assert_agrees(found, variant)
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_devices_of_a_cpu_take_one_step_at_a_time(runner):
+    # They share one pool of threads, in which steps in flight can keep each other waiting.
+    def step(state, batch, *, reduce):
+        grown = jax.lax.fori_loop(0, 500, lambda _, x: jax.numpy.tanh(x @ x), batch[0])
+        return state + reduce(jax.numpy.sum(grown)), {}
+
+    runner = RUNNERS[runner](step)
+    batch = runner.put_batch(np.ones((8, 100, 100), np.float32))
+    state = runner.put_state(np.float32(0))
+    for _ in range(3):
+        state, _ = runner.step(state, batch)
+        assert state.is_ready()
+
+
 def test_pmap_needs_the_axis_name_of_its_batch_norm():
     # The documented condition is no formality: without it every device normalises by itself.
     variant = "identity_all_augmented_padding"
