@@ -450,7 +450,7 @@ def _likely(probs, power, y, trusted, told, inside, *, wrong) -> _Likely:
     confused = jnp.eye(probs.shape[1])
     if wrong:
         confused = transition.most_likely(beliefs, y, counted)
-    chance = jnp.where(trusted, _given(beliefs, y), jnp.sum(beliefs * confused[:, y].T, 1))
+    chance = jnp.where(trusted, _given(beliefs, y), jnp.sum(_odds(beliefs, confused, y), 1))
     logs = jnp.log(jnp.maximum(chance, 1e-6))
     noise_rate = 1 - masked_mean(_given(_posterior_labels(beliefs, confused, y), y), counted)
     return _Likely(masked_mean(logs, counted | told), logs, confused, noise_rate, power)
@@ -527,9 +527,14 @@ def _given(labels: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.take_along_axis(labels, y[:, None], 1)[:, 0]
 
 
+def _odds(beliefs: jax.Array, confused: jax.Array, y: jax.Array) -> jax.Array:
+    """b_ik C_ky, f32[N, K]."""
+    return beliefs * confused[:, y].T
+
+
 def _posterior_labels(beliefs: jax.Array, confused: jax.Array, y: jax.Array) -> jax.Array:
     """b_ik C_ky / sum_l b_il C_ly, f32[N, K]."""
-    odds = beliefs * confused[:, y].T
+    odds = _odds(beliefs, confused, y)
     total = jnp.sum(odds, 1, keepdims=True)
     # A label that is never given so, and surely not right: then the belief says which is.
     possible = total > jnp.finfo(total.dtype).tiny
