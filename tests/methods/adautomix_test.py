@@ -29,7 +29,6 @@ from tests.methods.mixture_setup_ import (
     make_batch,
     model,
     momentum_of,
-    quick_jit,
     start,
 )
 
@@ -81,7 +80,7 @@ def test_similarity_is_the_weighted_mean_of_cosines():
     mixed, logits = rng.normal(size=(2, SIZE, 4)).astype(np.float32)
     of = THREE[0]
 
-    @quick_jit
+    @jax.jit
     def with_gradient(mixed):
         def total(mixed):
             values = adautomix.similarity(mixed, logits, of)

@@ -37,7 +37,6 @@ from tests.methods.mixture_setup_ import (
     model,
     momentum_of,
     parts,
-    quick_jit,
     recorded_step,
     start,
 )
@@ -94,7 +93,7 @@ def test_the_rule_is_shown_the_mixtures_and_the_networks_logits():
     assert_close(shown.val, STREAMS.val, 0)
     assert_close(method.targets(state, STREAMS), GIVEN, 0)
 
-    @quick_jit
+    @jax.jit
     def seen(state, inputs):
         q, stats = parts(state.params)[1], state.model_state["q"]
         look = mixtures.look(model(), MixBlock(), state, *jax.tree.map(jnp.asarray, (batch, of)))
@@ -157,7 +156,7 @@ def test_batch_statistics_of_the_block_are_over_the_runs_axis():
 def test_every_step_makes_two_draws_of_its_own():
     method, _ = plain()
     step = recorded_step(method)
-    keys_of = quick_jit(lambda state, streams: step(state, streams)[1][0])
+    keys_of = jax.jit(lambda state, streams: step(state, streams)[1][0])
     keys = [key for number in (0, 1, 2) for key in keys_of(start(method, number), STREAMS)]
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == 6
     assert keys_of(start(method, 1), STREAMS) == keys[2:4]
@@ -191,18 +190,18 @@ def test_samix_on_eight_devices_with_batch_statistics_adjusted_masks_and_another
     runner = jit_runner(method.step)
     shards = runner.put_state(state), runner.put_batch(STREAMS)
     assert len(shards[1].candidates.inputs.sharding.device_set) == 8
-    returned, (keys, drawn) = jax.device_get(quick_jit(recorded_step(method))(*shards))
+    returned, (keys, drawn) = jax.device_get(jax.jit(recorded_step(method))(*shards))
     for key, of in zip(keys, drawn, strict=True):
         assert_close(draw(key, batch, 2.0), of, 0)
         assert 0.1 < of.shares[0] < 0.9
     losses = block_loss(0.1, 0.1), network
-    reference = quick_jit(expected(net, MixBlock(SAMIX.block), *losses, settle=scaled))
+    reference = jax.jit(expected(net, MixBlock(SAMIX.block), *losses, settle=scaled))
     wanted = reference(state, batch, drawn, momentum_of(7))
     assert_step(returned, wanted, state)
     rule = returned[0].extra.rule
     assert_close(rule["shown"].candidates.inputs, wanted["mixed"])
     stats = state.model_state["q"]  # the rule sees evaluation mode
-    logits = quick_jit(net.logits)(parts(state.params)[1], stats, wanted["mixed"])["mix"]
+    logits = jax.jit(net.logits)(parts(state.params)[1], stats, wanted["mixed"])["mix"]
     assert_close(rule["logits"], logits)
 
 
@@ -224,7 +223,7 @@ def mask_losses(own, lam, margin):
     }
 
 
-@quick_jit
+@jax.jit
 def with_gradients(own, lam, margin):
     """Kind -> (value, gradient) with a weight of one half."""
     losses = {
@@ -265,7 +264,7 @@ def test_a_mask_loss_is_a_function_or_its_text():
         "none": 0.0,
     }
     losses = {text: Options(mask_loss=text).make_mask_loss() for text in wanted}
-    values = quick_jit(lambda: {text: loss(own, share, MASK) for text, loss in losses.items()})()
+    values = jax.jit(lambda: {text: loss(own, share, MASK) for text, loss in losses.items()})()
     for text, value in values.items():
         np.testing.assert_allclose(value, wanted[text], rtol=1e-5, err_msg=text)
     assert Options(mask_loss=max).make_mask_loss() is max
@@ -276,7 +275,7 @@ def test_masks_are_scaled_to_the_mean_lambda():
     first = rng.uniform(size=(6, 4, 5)).astype(np.float32) ** rng.uniform(0.2, 4, (6, 1, 1))
     first[4], first[5] = 0, 1
     masks = np.stack([first, 1 - first]).astype(np.float32)
-    with_mean = quick_jit(automix.with_mean)
+    with_mean = jax.jit(automix.with_mean)
     for lam in (0.0, 0.3, 0.5, 0.8, 1.0):
         scaled = np.asarray(with_mean(masks, np.float32(lam)))
         np.testing.assert_allclose(scaled.mean((2, 3))[0], lam, atol=1e-6)

@@ -25,8 +25,6 @@ TX = optax.sgd(LR, momentum=0.9)  # its state is the first step's gradient
 RUN = RunInfo(num_samples=SIZE, num_classes=CLASSES, num_steps=NUM_STEPS)
 LAM_MARGIN = 0.0625
 MOMENTUM = {"momentum": 0.5, "momentum_end": 0.9}
-# For programs that run once or twice.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Patches(nn.Module):
@@ -134,7 +132,7 @@ def checked_step(method, reference):
     quicker to compile than two.
     """
 
-    @quick_jit
+    @jax.jit
     def step(state, streams, given, m, *weights):
         left = iter(given)
         with pytest.MonkeyPatch.context() as patch:
@@ -145,7 +143,7 @@ def checked_step(method, reference):
     return lambda state, streams, given, m=0.5, *weights: step(state, streams, given, m, *weights)
 
 
-draw = quick_jit(mixtures.draw)
+draw = jax.jit(mixtures.draw)
 
 
 def recorded_step(method):

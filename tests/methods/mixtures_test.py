@@ -29,7 +29,6 @@ from tests.methods.mixture_setup_ import (
     TX,
     model,
     parts,
-    quick_jit,
     start,
 )
 from tests.problems import assert_close
@@ -49,7 +48,7 @@ class Equal(nn.Module):
 # --- drawing ---------------------------------------------------------------------------------
 
 
-@functools.partial(quick_jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def drawn(alpha, images):
     keys = jax.random.split(jax.random.key(3), 4000)
     batch = jax.tree.map(jnp.asarray, STREAMS.candidates)
@@ -102,7 +101,7 @@ def test_partners_are_any_real_row():
 
 # --- mixtures --------------------------------------------------------------------------------
 
-mixed = quick_jit(mixtures.mixed)
+mixed = jax.jit(mixtures.mixed)
 
 
 @pytest.mark.parametrize("of", [*MIDDLE, MARGIN[1], *THREE])
@@ -167,7 +166,7 @@ def test_momentum_is_constant_for_a_tenth_and_then_a_cosine():
         t = np.unique(np.linspace(0, num_steps, 11).astype(np.int32)[:, None] + [-1, 0, 1])
         times[num_steps] = t[(0 <= t) & (t <= num_steps)].astype(np.int32)
 
-    @quick_jit  # a compiled quotient rounds another way
+    @jax.jit  # a compiled quotient rounds another way
     def momenta(times):
         return {
             num_steps: mixtures.momentum_at(t, num_steps, start=0.999, end=0.999999)
@@ -192,7 +191,7 @@ def test_the_reported_head_and_network():
     default = automix.make(model(batch_norm=True), TX, run=RUN)
     state, inputs = start(default), STREAMS.val.inputs
 
-    @quick_jit
+    @jax.jit
     def predictions(state):
         reported = {name: method.predict(state, inputs) for name, method in methods.items()}
         networks = {"q": parts(state.params)[1], "k": state.extra.momentum}

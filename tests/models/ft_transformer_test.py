@@ -203,8 +203,7 @@ STREAMS = Streams(batch(BATCH), batch(VAL))
 
 def flops(f, *args):
     # What is counted is decided before machine code is made, so that need not be good.
-    quickly = {"xla_backend_optimization_level": 0}
-    return jax.jit(f).lower(*args).compile(quickly).cost_analysis()["flops"]
+    return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])

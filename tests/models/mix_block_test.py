@@ -22,8 +22,6 @@ REDUCTION, WIDTH = 3, 2
 UPSAMPLE = ("nearest", "bilinear")
 SAMIX = {"lam_mul": 1.0, "lam_mul_k": 0.25, "qk_concat": True, "v_neck": True}
 KEY = jax.random.key(0)
-# For programs that run once.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def combinations():
@@ -57,7 +55,7 @@ def random_params(block, maps, seed=0):
 def masks_of(blocks, params, maps, *draws):
     """Masks of each block for each of several draws of shares, all in one program."""
 
-    @quick_jit
+    @jax.jit
     def masks(params, maps, draws):
         def of_draw(shares):
             return [
@@ -202,7 +200,7 @@ def test_masks_start_about_equal():
     }
     maps, shares = np.abs(maps_of(3)), np.full(3, 1 / 3, np.float32)
 
-    @quick_jit
+    @jax.jit
     def first_masks():
         return {
             images: [
@@ -231,7 +229,7 @@ def test_numbers_of_parameters(options, expected):
 
 def test_convolutions_start_small():
     maps = np.zeros((2, 1, 2, 2, 256), np.float32)
-    init = quick_jit(functools.partial(MixBlock().init, size=(4, 4)))
+    init = jax.jit(functools.partial(MixBlock().init, size=(4, 4)))
     params = init(KEY, maps, shares_of(0.5, 0.5))["params"]
     np.testing.assert_allclose(np.std(params["query"]["kernel"]), 0.01, rtol=0.02)
     assert 0.005 < np.std(params["value"]["kernel"]) < 0.02
@@ -244,7 +242,7 @@ def test_batch_statistics_are_those_of_all_devices():
     params = {"params": random_params(whole, maps)}
     shards = maps.reshape(2, 2, 2, *maps.shape[2:]).swapaxes(0, 1)
 
-    @quick_jit
+    @jax.jit
     def both(params, maps, shards):
         apply = functools.partial(split.apply, params, shares=shares, size=PIXELS)
         return whole.apply(params, maps, shares, size=PIXELS), jax.vmap(apply, axis_name="data")(
