@@ -11,6 +11,7 @@ read otherwise.
 from __future__ import annotations
 
 import hashlib
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,10 @@ from threadpoolctl import threadpool_limits
 from saflex_jax.audit import SURE, audit
 from saflex_jax.batches import floats
 from saflex_jax.data.seeds import generator
+from saflex_jax.files import renamed
 
 _CLEANED: dict[tuple, Any] = {}  # arms that differ in other options clean the same samples
+FILE = "audit.npz"  # in the folder of a run: what an audit learned before it
 FOLDS = 5
 C = 0.01  # 1 / regularisation of the logistic regression
 NEIGHBOURS = 50
@@ -31,23 +34,26 @@ WIDEST = 2**14  # numbers of an input that an audit reads: it makes matrices of 
 
 
 def cleaned(
-    kind: str, inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+    kind: str, inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int,
+    folder: pathlib.Path | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(which samples stay, bool[N]; labels of all N, as given or learned ones f32[N, K]).
 
     Args:
       kind: of KINDS.
       inputs, labels, trusted, seed: as of `kept`.
       num_classes: K.
+      folder: of a run; what an audit learned is written there, and read when the run goes on.
     """
     if kind == "audit":
-        return audited(inputs, labels, num_classes, trusted=trusted, seed=seed)
+        return audited(inputs, labels, num_classes, trusted=trusted, seed=seed, folder=folder)
     return kept(kind, inputs, labels, trusted=trusted, seed=seed), labels
 
 
 def audited(
-    inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+    inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int,
+    folder: pathlib.Path | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """`cleaned` by `saflex_jax.audit`, of what `matrix` makes of the inputs.
 
     Raises:
@@ -61,6 +67,10 @@ def audited(
             f"{name} takes inputs of at most {WIDEST} numbers, such as features; given {x.shape[1]}"
         )
     key = "audit", num_classes, trusted, seed, _digest(x, labels)
+    if key not in _CLEANED and folder is not None and (folder / FILE).exists():
+        with np.load(folder / FILE) as learned:
+            if learned["of"] == repr(key):
+                _CLEANED[key] = learned["stay"], learned["labels"]
     if key not in _CLEANED:
         known = np.arange(len(labels)) >= len(labels) - trusted
         try:
@@ -68,11 +78,14 @@ def audited(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         _CLEANED[key] = ~found.outside, found.labels if found.evidence > SURE else labels
+        if folder is not None:
+            with renamed(folder / FILE, sync=True) as part, part.open("wb") as file:
+                np.savez(file, of=repr(key), stay=_CLEANED[key][0], labels=_CLEANED[key][1])
     return _CLEANED[key]
 
 
-def _digest(*arrays: np.ndarray) -> bytes:
-    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).digest()
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
 
 
 def kept(kind: str, inputs: Any, labels: np.ndarray, *, trusted: int, seed: int) -> np.ndarray:

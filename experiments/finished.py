@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, estimators, same_data, tables, task
+from experiments import build, cleaning, estimators, same_data, tables, task
 from experiments.configs import sources
 from saflex_jax import augment, checks, configure, data, train
 from saflex_jax.augment.made import MADE
@@ -54,7 +54,8 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
     """
     config = read_config(workdir)
     same_data.check(workdir, config)
-    data = task.make_data(config)
+    has_audit = (workdir / cleaning.FILE).exists()  # else nothing is written into an older run
+    data = task.make_data(config, workdir if has_audit else None)
     method = build.make_method(config, data.pools, data.source.columns)
     folder = workdir / ("best" if build.keeps_best(config) and step is None else "checkpoints")
     kept = train.Checkpoints(folder, config=build.settings(config))

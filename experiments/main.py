@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: ConfigDict, workdir: pathlib.Path, watch: parallel.Watch) -> None:
     """The run of a config in a folder that nobody else writes into."""
-    data = task.make_data(config)
+    data = task.make_data(config, workdir)
     if jax.process_index() == 0:
         print(opening.lines(config, data), file=sys.stderr)
     method = build.with_upstream(config, build.make_method(config, data.pools, data.source.columns))

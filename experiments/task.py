@@ -471,8 +471,9 @@ def repeated(inputs: Any, labels: np.ndarray, least: int) -> tuple[Any, np.ndarr
 
 
 def cleaned(
-    config: ConfigDict, source: data.Source, inputs: Any, labels: np.ndarray, *, trusted: int
-) -> tuple[np.ndarray, np.ndarray]:
+    config: ConfigDict, source: data.Source, inputs: Any, labels: np.ndarray, *, trusted: int,
+    folder: pathlib.Path | None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(rows that `config.data.cleaning` leaves, the last `trusted` ones among them; their labels).
 
     Raises:
@@ -485,8 +486,9 @@ def cleaned(
             f"given {section.cleaning!r}"
         )
     stay, labels = cleaning.cleaned(
-        section.cleaning, inputs, labels, source.num_classes, trusted=trusted, seed=config.seed
-    )
+        section.cleaning, inputs, labels, source.num_classes, trusted=trusted, seed=config.seed,
+        folder=folder,
+    )  # fmt: skip
     return np.flatnonzero(stay), labels[stay]
 
 
@@ -529,8 +531,11 @@ def trained_rows(section: ConfigDict, split: data.Split) -> np.ndarray:
     return np.concatenate([split.train, split.val]) if section.train_on_val else split.train
 
 
-def make_data(config: ConfigDict) -> Data:
-    """Opens, splits, corrupts and standardises, all by `config.seed`."""
+def make_data(config: ConfigDict, folder: pathlib.Path | None = None) -> Data:
+    """Opens, splits, corrupts and standardises, all by `config.seed`.
+
+    `folder` is that of the run, see `cleaning.cleaned`.
+    """
     section, seed = config.data, config.seed
     source, prints, split, removed = make_split_source(config)
     candidates, trusted, val, test = split_inputs(section, source, split, seed)
@@ -564,7 +569,7 @@ def make_data(config: ConfigDict) -> Data:
         rows = np.append(rows, split.val)
     if section.cleaning:
         number = len(given) - len(split.train)
-        stay, given = cleaned(config, source, candidates, given, trusted=number)
+        stay, given = cleaned(config, source, candidates, given, trusted=number, folder=folder)
         candidates = data.subset(candidates, stay)
         clean, outside, rows = clean[stay], outside[stay], rows[stay]
     if section.trusted_only:

@@ -166,6 +166,26 @@ def test_an_audit_keeps_samples_with_learned_labels():
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_run_that_goes_on_reads_what_its_audit_learned(tmp_path, monkeypatch):
+    x, truth, given = blobs()
+    audited = functools.partial(cleaning.cleaned, "audit", x, trusted=80, seed=0, folder=tmp_path)
+    monkeypatch.setattr(cleaning, "_CLEANED", {})
+    stay, labels = audited(given, 5)
+
+    def learns(*_, **__):
+        raise RuntimeError("it learns")
+
+    monkeypatch.setattr(cleaning, "audit", learns)
+    cleaning._CLEANED.clear()  # as after a kill
+    again = audited(given, 5)
+    np.testing.assert_array_equal(again[0], stay)
+    np.testing.assert_array_equal(again[1], labels)
+    assert again[1].dtype == labels.dtype
+    with pytest.raises(RuntimeError, match="it learns"):  # of other labels
+        audited(truth, 5)
+
+
+@pytest.mark.usefixtures("quick")
 def test_what_is_unlike_trusted_samples_goes():
     x, truth, _ = blobs()
     x[:80] -= 30
