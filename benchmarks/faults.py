@@ -403,7 +403,7 @@ class Faults(reporting.Benchmark):
                 (status,), (text,) = job.wait(), job.said()
                 left = [p.name for p in (mount / "run" / "checkpoints").iterdir()
                         if p.name.isdigit()]  # fmt: skip
-                clear = status == 1 and len(text.splitlines()) == 1 and "make room" in text
+                clear = status == 1 and self.advises(text)
                 subprocess.run(["mount", "-o", "remount,size=20m", str(mount)], check=True)
                 survived, equal = self.finish(mount / "run")
                 self.tally.add(fault, 1, int(survived and clear and len(left) > 0), int(equal))
@@ -411,13 +411,18 @@ class Faults(reporting.Benchmark):
             finally:
                 subprocess.run(["umount", "-l", str(mount)], check=True)
 
+    @staticmethod
+    def advises(text: str) -> bool:
+        """Whether a job said one line after the first, which is about its data: to make room."""
+        return len(text.splitlines()) == 2 and "make room" in text
+
     def limited_files(self) -> None:
         """Without the right to mount: no file may be longer than 2 KB for a while."""
         fault, workdir = "a full disk (ulimit -f)", self.folder / "limited"
         limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2000, r.RLIM_INFINITY))"
         job = self.jobs.start(workdir, site=limit)
         (status,), (text,) = job.wait(), job.said()
-        clear = status == 1 and len(text.splitlines()) == 1 and "make room" in text
+        clear = status == 1 and self.advises(text)
         survived, equal = self.finish(workdir)
         self.tally.add(fault, 1, int(survived and clear), int(equal))
         self.examples[fault] = text.strip()

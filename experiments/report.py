@@ -510,8 +510,8 @@ Two regimes: heads on features of a pretrained network, and networks from scratc
 features every arm has its best head and decay on right-labelled training samples of other seeds
 ([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid). From scratch, the suite
 "tables" trains MLPs and FT-Transformers to convergence, each arm with its best decay, chosen
-likewise (`experiments/table_tasks.py`); its half "development" was not run. In the suite "small"
-all arms share one setting, and `saflex_folds` and `saflex_train_batch` are of an earlier version of
+likewise (`experiments/table_tasks.py`); of its half "development" the transformers were not run. In
+the suite "small" all arms share one setting, and `saflex_folds` and `saflex_train_batch` are of an earlier version of
 the rule, without confused classes and with whole steps (`by_class=False`, `lookahead=1`).
 
 The halves were named before any run: rules and options are chosen on "development". How often each
@@ -531,7 +531,7 @@ partner with wrong labels, unless said otherwise; every change was chosen on "de
   and as it is), which makes its tables truer and heads no better. Heads and decays were chosen for
   the third of these four.
 - `saflex_calibrated`, prompted by the losses of `saflex_train_val` on covertype and chosen on four
-  tables that no suite has (KEEL's letter, magic, marketing, UCI's white wine) beside "development":
+  tables (letter, magic and marketing, which are tasks of "development" since, and white wine):
   with powers from 1/2 on (pretrained +1.68, tables -.97; adult with 40 % wrong 3.6 below a power of
   2, `phoneme_noisy` of "small" 3.9 below plain training), then with powers from 1 on.
 
