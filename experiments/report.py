@@ -511,8 +511,9 @@ features every arm has its best head and decay on right-labelled training sample
 ([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid). From scratch, the suite
 "tables" trains MLPs and FT-Transformers to convergence, each arm with its best decay, chosen
 likewise (`experiments/table_tasks.py`); of its half "development" the transformers were not run. In
-the suite "small" all arms share one setting, and `saflex_folds` and `saflex_train_batch` are of an earlier version of
-the rule, without confused classes and with whole steps (`by_class=False`, `lookahead=1`).
+the suite "small" all arms share one setting, and `saflex_folds` and `saflex_train_batch` are of an
+earlier version of the rule, without confused classes and with whole steps (`by_class=False`,
+`lookahead=1`).
 
 The halves were named before any run: rules and options are chosen on "development". How often each
 arm has been run on the half "report", and what prompted the next time (points over the best fair

@@ -35,6 +35,9 @@ def digests(tree: PyTree) -> dict[str, str]:
     Args:
       tree: arrays of any dtype and sharding, also spread over other hosts; PRNG keys are their
         data. All processes must call it.
+
+    Raises:
+      ValueError: two arrays of one path.
     """
     arrays = by_name(tree)
     with np.errstate(over="ignore"):  # it is modulo 2^64
@@ -54,8 +57,16 @@ def by_name(tree: PyTree) -> dict[str, Any]:
 
     Args:
       tree: None is no leaf.
+
+    Raises:
+      ValueError: two leaves of one path, as in {"a": {"b": x}, "a/b": y}.
     """
-    return {name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if name(path) in found:
+            raise ValueError(f"leaves must have paths of their own; two have {name(path)!r}")
+        found[name(path)] = leaf
+    return found
 
 
 def name(path: jax.tree_util.KeyPath) -> str:

@@ -36,3 +36,9 @@ def test_keys_are_their_data_and_blocks_are_joined():
     assert digests([key]) == digests([jax.random.key_data(key)])
     long = jnp.arange(2**16 + 5)  # longer than a block
     assert digests([long.reshape(-1, 1)]) == digests([long]) == digests([long[None]])
+
+
+def test_two_arrays_of_one_path_are_refused():
+    x = np.zeros(3)
+    with pytest.raises(ValueError, match="two have 'a/b'"):
+        digests({"a": {"b": x}, "a/b": x})
