@@ -393,9 +393,9 @@ def _said(numbers: dict, name: str) -> str:
 
 
 def overview(runs: Runs) -> str:
-    """One row per arm: gains over upstream and over the fair partner, calibration."""
+    """One row per arm: gains over upstream and the fair partner, calibration, `share_found`."""
     head = ["arm", "tasks", f"- {UPSTREAM} (95 % interval)", "- fair partner (95 % interval)",
-            "of these tasks", "won, tied, lost", "ECE"]  # fmt: skip
+            "of these tasks", "won, tied, lost", "ECE", "found"]  # fmt: skip
     rows = []
     for arm in all_arms(runs):
         over_upstream = {} if arm == UPSTREAM else gains(runs, arm, UPSTREAM)
@@ -406,7 +406,7 @@ def overview(runs: Runs) -> str:
             arm, str(_number_of_tasks(runs, arm)),
             signed(over_tasks(over_upstream)), signed(over_tasks(over_partner)),
             spread(of_these_tasks(over_partner)), outcomes,
-            number(ece and POINTS * ece),
+            number(ece and POINTS * ece), number(share_found(runs, arm)),
         ])  # fmt: skip
     return markdown(head, rows)
 
@@ -491,8 +491,9 @@ Differences are paired seed by seed. An interval over tasks is Student's t over 
 is for the mean over such tasks, not for the gain on one more task, which scatters far more. "Of
 these tasks" is the seeds' interval for the average over exactly these tasks. A task's interval is
 Student's t over its seeds; a task is won or lost if the interval excludes zero. ECE is the expected
-calibration error in points, 15 bins. `noise` is the share of wrong labels among the candidates,
-`val` the number of trusted samples. The cost of a step: [cost.md](cost.md).
+calibration error in points, 15 bins. "Found": the share of wrong labels as the rule estimates it in
+the end, over the true one, the median of the noisy tasks. `noise` is the share of wrong labels
+among the candidates, `val` the number of trusted samples. The cost of a step: [cost.md](cost.md).
 
 `upstream` trains on the training split alone. SAFLEX (defaults) holds the trusted samples out in
 `saflex`, also trains on them in `saflex_train_val`, cuts them into five folds in `saflex_folds`,
@@ -606,6 +607,16 @@ def courses(runs: Runs, arm: str) -> dict[str, dict]:
                    for k in ("noise_rate", "relabelled")},
             }  # fmt: skip
     return by_task
+
+
+def share_found(runs: Runs, arm: str) -> float | None:
+    """The estimated share of wrong labels over the true one, at the end: the tasks' median.
+
+    Without wrong labels, and for an arm that estimates none, a task does not count.
+    """
+    learned = courses(noisy(runs), arm).values()
+    found = [np.mean(one["noise_rate"][:, -1]) / one["noise"] for one in learned]
+    return float(np.median(found)) if found else None
 
 
 def draw(regimes: dict[str, Runs], out: pathlib.Path) -> dict[str, str]:

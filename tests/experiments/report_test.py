@@ -440,7 +440,10 @@ def test_the_course_of_a_run_is_that_of_the_seeds_that_learned():
     records = [line("a", "saflex", n, 50, noise=0.4, history=h) for n, h in enumerate(history)]
     records += [line("a", "upstream", 0, 50, noise=0.4, history=[{"step": 50}])]
     records += [line("b", "saflex", 0, 50, history=[{"step": 50, "kept": 1.0}])]
-    found = report.courses(report.by_task(records), "saflex")
+    runs = report.by_task(records)
+    assert report.share_found(runs, "saflex") == pytest.approx(1)  # in the end
+    assert report.share_found(runs, "upstream") is None
+    found = report.courses(runs, "saflex")
     assert list(found) == ["a"] and found["a"]["noise"] == 0.4
     upper, lower = report_figures.course(found).axes  # one share of wrong labels
     truth, task = upper.lines
