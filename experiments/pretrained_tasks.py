@@ -21,7 +21,7 @@ from experiments import tuning
 from experiments.arms import CALIBRATED, PLAIN, STANDING, WITH_ELR
 from experiments.configs import digits, methods, sources
 from experiments.feature_sets import corrupted_tag, feature_folder
-from experiments.suite_tasks import ALWAYS_THERE, Task, generator
+from experiments.suite_tasks import ALWAYS_THERE, WITH_COPIES, Task, generator
 from experiments.tuning import Changes, Choices
 
 HEADS = {"linear": (), "mlp": (256,)}  # hidden widths
@@ -62,7 +62,6 @@ ARMS: dict[str, dict[str, Any]] = {
 TOLD = ("small_loss", "co_teaching")  # these are told the share of wrong labels
 OF_CLASSES = ("confident_learning", "neighbours", "saflex_audit")  # these know no graded labels
 GRADED = ("solar_cells",)
-WITH_COPIES = ("chest_xray",)  # a run leaves those out of val that test has, too: ALWAYS_THERE
 
 
 def grid_of(arm: str) -> dict[str, Changes]:

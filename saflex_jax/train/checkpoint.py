@@ -22,8 +22,9 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from saflex_jax import __version__, checks
+from saflex_jax.core.tree import paths
 from saflex_jax.train import digest
-from saflex_jax.types import TrainState
+from saflex_jax.types import PyTree, TrainState
 
 # The layout of the state's arrays; add one when methods or rules keep theirs in another form.
 # 1: before SAFLEX's rules were parts of their own; such checkpoints do not name their layout.
@@ -288,15 +289,17 @@ class Checkpoints:
 
     def _arrays_of(self, step: int, metadata, like: TrainState) -> TrainState:
         """The arrays, by their names: fields without an array may have come or gone since."""
-        wanted = digest.by_name(like)
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in digest.by_name(like).items()
+        }
+        found = self._checkpointer.load(step, _arranged(wanted, metadata))
+        return _arranged(digest.by_name(found), like)
 
-        def described(path, _):
-            x = wanted[digest.name(path)]
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-        there = jax.tree_util.tree_map_with_path(described, metadata)
-        found = digest.by_name(self._checkpointer.load(step, there))
-        return jax.tree_util.tree_map_with_path(lambda path, _: found[digest.name(path)], like)
+def _arranged(leaves: dict[str, Any], like: PyTree) -> PyTree:
+    """Leaves by their names, in the structure of another tree that has the same names."""
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in paths(like)])
 
 
 def _opened(directory: epath.Path, every: int, keep: int) -> ocp.training.Checkpointer:

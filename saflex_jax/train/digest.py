@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from saflex_jax.core.tree import paths
 from saflex_jax.types import PyTree
 
 # Of SplitMix64, in its order. Weights that are linear in the place would let moved numbers escape.
@@ -61,24 +62,12 @@ def by_name(tree: PyTree) -> dict[str, Any]:
     Raises:
       ValueError: two leaves of one path, as in {"a": {"b": x}, "a/b": y}.
     """
-    found: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if name(path) in found:
-            raise ValueError(f"leaves must have paths of their own; two have {name(path)!r}")
-        found[name(path)] = leaf
+    names = paths(tree)
+    found = dict(zip(names, jax.tree.leaves(tree)))
+    if len(found) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"leaves must have paths of their own; two have {twice!r}")
     return found
-
-
-def name(path: jax.tree_util.KeyPath) -> str:
-    """Of a leaf in `by_name`: the keys on the way to it, as "a/b".
-
-    >>> name(jax.tree_util.tree_flatten_with_path({"head": [1.0]})[0][0][0])
-    'head/0'
-
-    Args:
-      path: of the leaf.
-    """
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _of_array(x: jax.Array | np.ndarray) -> np.uint64:

@@ -202,7 +202,6 @@ STREAMS = Streams(batch(BATCH), batch(VAL))
 
 
 def flops(f, *args):
-    # What is counted is decided before machine code is made, so that need not be good.
     return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 
 

@@ -143,7 +143,6 @@ def step_flops(rule):
     method = supervised.make(MODEL, optax.sgd(0.1), rule)
     state = jax.eval_shape(method.init, jax.random.key(0), STREAMS.candidates.inputs)
     step = jax.jit(lambda s, x: method.step(s, x, reduce=identity))
-    # What is counted is decided before machine code is made, so that need not be good.
     return step.lower(state, STREAMS).compile().cost_analysis()["flops"]
 
 
