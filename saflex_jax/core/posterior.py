@@ -28,8 +28,8 @@ class Agreement(NamedTuple):
     0.0
 
     Attributes:
-      trusted: f32[2], sum and number of trusted samples, per row of a batch.
-      others: f32[2], sum and number of the other samples.
+      trusted: f32[3], of trusted samples per row of a batch: sum, number, and sum of squares.
+      others: f32[3], likewise of the other samples.
       seen: f32[], number of trusted samples so far, over all devices and visits.
     """
 
@@ -44,7 +44,7 @@ def no_agreement() -> Agreement:
     >>> float(estimate_noise_rate(no_agreement(), num_classes=10))
     0.0
     """
-    return Agreement(jnp.zeros(2), jnp.zeros(2), jnp.zeros(()))
+    return Agreement(jnp.zeros(3), jnp.zeros(3), jnp.zeros(()))
 
 
 def agreement(probs: jax.Array, prior: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def add_agreement(
     """
 
     checks.decay(decay=decay)
-    of_trusted, of_others = reduce((_sum_and_count(*trusted), _sum_and_count(*others)))
+    of_trusted, of_others = reduce((_sums(*trusted), _sums(*others)))
     # Per row: a mean over devices is no sum over them.
     rows = jnp.maximum(of_trusted[1] + of_others[1], jnp.finfo(jnp.float32).tiny)
 
@@ -97,13 +97,15 @@ def add_agreement(
     return Agreement(forget(sums.trusted, of_trusted), forget(sums.others, of_others), seen)
 
 
-def _sum_and_count(values: jax.Array, rows: jax.Array) -> jax.Array:
-    """f32[2], over the rows that count."""
-    return jnp.stack([jnp.sum(jnp.where(rows, values, 0.0)), jnp.sum(rows, dtype=values.dtype)])
+def _sums(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """Sum, number and sum of squares over the rows that count, f32[3]."""
+    return jnp.sum(jnp.where(rows, jnp.stack([values, jnp.ones_like(values), values**2]), 0.0), 1)
 
 
-def _mean(sum_and_count: jax.Array) -> jax.Array:
-    return sum_and_count[0] / jnp.where(sum_and_count[1] > 0, sum_and_count[1], 1.0)
+def _means(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean, and that of squares."""
+    number = jnp.where(sums[1] > 0, sums[1], 1.0)
+    return sums[0] / number, sums[2] / number
 
 
 def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int = 0) -> jax.Array:
@@ -119,14 +121,17 @@ def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int =
     With few trusted samples eta stays above zero even if every label is right, which costs
     accuracy. So it is shrunk by its standard error e, and zero below it:
 
-        eta (1 - (e / eta)^2)_+ ,   e = sqrt(a (1 - a) / M) / (a - (1 - a) / (K - 1))
+        eta (1 - (e / eta)^2)_+ ,   e = sqrt(v / (M - 1)) / (a - (1 - a) / (K - 1))
 
-    with M different trusted samples, at most as many as were seen so far. a (1 - a) is the largest
-    variance of a value in [0, 1] with mean a.
+    with v the variance of the trusted samples' agreement, and M different ones, at most as many as
+    were seen so far; eta is zero while M < 2. A network that gives all right labels about the same
+    probability needs few of them to know it.
 
-    >>> sums = Agreement(trusted=jnp.array([0.9, 1.0]), others=jnp.array([0.5, 1.0]), seen=1e6)
+    >>> sums = Agreement(jnp.array([0.9, 1.0, 0.82]), jnp.array([0.5, 1.0, 0.3]), seen=1e6)
     >>> round(float(estimate_noise_rate(sums, num_classes=2)), 2)  # (.9 - .5) / (.9 - .1)
     0.5
+    >>> round(float(estimate_noise_rate(sums, num_classes=2, num_trusted=5)), 3)  # v = .01
+    0.492
 
     Args:
       sums: see `add_agreement`.
@@ -138,14 +143,14 @@ def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int =
     """
     checks.whole(2, num_classes=num_classes)
     checks.whole(num_trusted=num_trusted)
-    right, given = _mean(sums.trusted), _mean(sums.others)
+    (right, square), (given, _) = _means(sums.trusted), _means(sums.others)
     above_chance = jnp.maximum(right - (1 - right) / (num_classes - 1), _LEAST)
     rate = jnp.where(sums.others[1] > 0, (right - given) / above_chance, 0.0)
     rate = jnp.clip(rate, 0.0, 1.0)
     number = jnp.minimum(sums.seen, num_trusted) if num_trusted else sums.seen
-    error = jnp.sqrt(right * (1 - right) / jnp.maximum(number, 1.0)) / above_chance
-    ratio = error / jnp.where(rate > 0, rate, 1.0)
-    return rate * jnp.maximum(1 - ratio**2, 0.0)
+    error = jnp.sqrt(jnp.maximum(square - right**2, 0.0) / jnp.maximum(number - 1, 1.0))
+    ratio = error / above_chance / jnp.where(rate > 0, rate, 1.0)
+    return jnp.where(number < 2, 0.0, rate * jnp.maximum(1 - ratio**2, 0.0))
 
 
 def sharpened(probs: jax.Array, sharpness: float) -> jax.Array:

@@ -168,13 +168,13 @@ def agreements(accuracy, eta):
     return probs[0], likelihood(eta)[0] @ probs
 
 
-def kept(trusted, others, seen=1e12):
+def kept(trusted, others, seen=1e12, spread=0.3):
     """Sums with these means; by default of so many samples that nothing is shrunk."""
 
-    def pair(mean):
-        return 100 * jnp.array([mean, 1])
+    def sums(mean):
+        return 100 * jnp.array([mean, 1, mean**2 + spread**2])
 
-    return posterior.Agreement(pair(trusted), pair(others), jnp.float32(seen))
+    return posterior.Agreement(sums(trusted), sums(others), jnp.float32(seen))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.1, 0.4, 0.7])
@@ -195,19 +195,32 @@ def test_the_share_is_never_above_one():
     assert posterior.estimate_noise_rate(kept(0.3, 0.0), CLASSES) == 1
 
 
-@pytest.mark.parametrize("accuracy", [0.6, 0.9])
-@pytest.mark.parametrize("number, seen", [(25, 1e6), (400, 1e6), (0, 100), (400, 100), (25, 100)])
+@pytest.mark.parametrize("accuracy, spread", [(0.6, 0.4), (0.6, 0.1), (0.9, 0.2)])
+@pytest.mark.parametrize("number, seen", [(25, 1e6), (400, 1e6), (0, 100), (400, 100), (10, 100)])
 def test_an_estimate_is_shrunk_by_its_standard_error_and_a_smaller_one_is_none(
-    number, seen, accuracy
+    number, seen, accuracy, spread
 ):
     known = min(number or seen, seen)
     chance = (1 - accuracy) / (CLASSES - 1)
-    error = np.sqrt(accuracy * (1 - accuracy) / known) / (accuracy - chance)
+    error = spread / np.sqrt(known - 1) / (accuracy - chance)
     for eta in (0.5 * error, 0.9 * error, 1.1 * error, 2 * error):
-        sums = kept(*agreements(accuracy, eta), seen)
+        sums = kept(*agreements(accuracy, eta), seen, spread)
         found = posterior.estimate_noise_rate(sums, CLASSES, num_trusted=number)
         wanted = eta - error**2 / eta if eta > error else 0
         assert found == pytest.approx(wanted, abs=2e-5)
+
+
+@pytest.mark.parametrize("number, seen", [(1, 1e6), (25, 1), (0, 1)])
+def test_one_trusted_sample_shows_no_spread_and_tells_nothing(number, seen):
+    sums = kept(*agreements(0.9, 0.4), seen, 0.0)
+    assert posterior.estimate_noise_rate(sums, CLASSES, num_trusted=number) == 0
+
+
+def test_equal_agreements_need_two_trusted_samples():
+    """Rounding leaves no variance below zero, of which the root would be NaN."""
+    for accuracy in (0.4, 0.7, 0.9999):
+        rate = posterior.estimate_noise_rate(kept(*agreements(accuracy, 0.3), 2, 0.0), CLASSES)
+        assert rate == pytest.approx(0.3, abs=1e-3)
 
 
 def test_agreement_is_the_probability_of_a_label_and_what_a_mixture_has_in_common():
@@ -222,10 +235,10 @@ def test_agreement_is_the_probability_of_a_label_and_what_a_mixture_has_in_commo
 def test_sums_forget_and_are_per_row_of_a_batch():
     values = _rng.random((3, SIZE)).astype(np.float32)
     rows = _rng.random((3, SIZE)) < 0.5
-    found, sums = posterior.no_agreement(), np.zeros((2, 2))
+    found, sums = posterior.no_agreement(), np.zeros((2, 3))
     for a, trusted in zip(values, rows):
         found = posterior.add_agreement(found, (a, trusted), (a, ~trusted), decay=0.8)
-        new = [[a[trusted].sum(), trusted.sum()], [a[~trusted].sum(), (~trusted).sum()]]
+        new = [[a[on].sum(), on.sum(), (a[on] ** 2).sum()] for on in (trusted, ~trusted)]
         sums = 0.8 * sums + 0.2 * np.array(new) / SIZE
     np.testing.assert_allclose(np.stack(found[:2]), sums, rtol=1e-5)
     assert found.seen == rows.sum()

@@ -392,7 +392,8 @@ def test_a_run_is_seen_as_one_of_views():
         np.testing.assert_array_equal(of_views.labels(), priors)
         np.testing.assert_allclose(of_views.counts, priors.sum(0), rtol=1e-6)
         # A view tells no more about how often labels are wrong than its sample does.
-        rule, sums = Posterior(of_views), Agreement(jnp.array([0.9, 1]), jnp.array([0.3, 1]), 1e6)
+        sums = Agreement(jnp.array([0.9, 1, 0.9]), jnp.array([0.3, 1, 0.3]), 1e6)
+        rule = Posterior(of_views)
         _, metrics = rule.targets(
             rule.init()._replace(agreement=sums), None,
             sla.expand(STREAMS.candidates, options), reduce=identity,
