@@ -187,7 +187,7 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
         known = trusted or len(streams(0).val.mask)
         inputs = sum(np.prod(x.shape[:-1]) for x in jax.tree.leaves(PROBLEM.params))
         lookahead = known / (known + inputs)
-    mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(4), 0
+    mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(5), 0
     joint, of_trusted, seen = np.zeros((CLASSES, CLASSES)), np.zeros(CLASSES), 0
     for step in range(8):
         candidates, val, _ = streams(step)
@@ -210,7 +210,8 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
                 held = softmax(np.asarray(PROBLEM.logits_fn(params_of(step), val.inputs)))
                 reference = (held * val.labels).sum(1)[val.mask]
             others = agreed[~is_trusted & whole]
-            new = np.array([reference.sum(), len(reference), others.sum(), len(others)])
+            new = np.array([reference.sum(), len(reference), others.sum(), len(others), 0])
+            new[4] = (reference**2).sum()
             sums = forget * sums + (1 - forget) * new / (new[1] + new[3])
             seen += len(reference)
             pairs = sharp(evidence[whole & ~is_trusted]).T @ prior[whole & ~is_trusted] / SIZE
@@ -222,7 +223,8 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
         eta = np.clip((right - given) / gap, 0, 1) * (sums[3] > 0)
         number = min(trusted or seen, seen)
         if eta > 0:
-            eta *= max(1 - right * (1 - right) / number / (gap * eta) ** 2, 0)
+            variance = sums[4] / sums[1] - right**2
+            eta *= max(1 - variance / (number - 1) / (gap * eta) ** 2, 0) if number > 1 else 0
         off = np.maximum(evidence - prior, 0)
         certain = ((off / np.maximum(off.sum(1, keepdims=True), 1e-12)) ** 2).sum(1) ** 2
         evidence = sharp(evidence)
