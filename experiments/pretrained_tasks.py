@@ -112,8 +112,8 @@ def _cifar(wrong: float, augment: str = "view", *, val: int = 500, **data: Any) 
 
 
 def _few(per_class: int, half: str, features: tuple[str, str], val: int) -> _Spec:
-    # At least 16 rows a batch, a multiple of 8; else no more than there are.
-    rows = max(16, min(256, 10 * per_class // 8 * 8))
+    # A multiple of 8, and no more than there are without the trusted ones: no row comes twice.
+    rows = min(256, 10 * per_class // 8 * 8)
     data = {"per_class": per_class, "val": val}
     return _Spec(half, 0.0, features, data, batch_size=rows)
 

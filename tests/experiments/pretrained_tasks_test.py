@@ -34,6 +34,8 @@ def test_every_task_has_every_arm_and_its_config_is_checked():
             assert 1 - (1 - section.noise) * (1 - section.outside) == pytest.approx(t.noise)
         for arm, config in found.items():
             assert config.train.val_batch_size <= section.val
+            if section.per_class and not config.data.trusted_only:  # ten classes
+                assert config.train.batch_size <= 10 * section.per_class
             assert config.method.rule == ARMS[arm]["method"].get("rule", "as_given")
             assert arm not in TOLD or config.method[arm].forget == t.noise
         assert suite.described("pretrained", name, t)["regime"] == "pretrained"
