@@ -138,11 +138,17 @@ def estimate_noise_rate(sums: Agreement, num_classes: int, *, num_trusted: int =
       num_classes: K >= 2.
       num_trusted: M; 0 = unknown, and every visit counts as another sample.
 
+    Raises:
+      ValueError: fewer than two classes; num_trusted < 0; sums of another shape.
+
     Source: this project's (docs/results.md); the shrinkage is the non-negative garrotte's, Breiman,
     "Better Subset Regression Using the Nonnegative Garrote", Technometrics 1995.
     """
     checks.whole(2, num_classes=num_classes)
     checks.whole(num_trusted=num_trusted)
+    for name, of_rows in (("trusted", sums.trusted), ("others", sums.others)):
+        if np.shape(of_rows) != (3,):
+            raise ValueError(f"sums.{name} must be f32[3]; given shape {np.shape(of_rows)}")
     (right, square), (given, _) = _means(sums.trusted), _means(sums.others)
     above_chance = jnp.maximum(right - (1 - right) / (num_classes - 1), _LEAST)
     rate = jnp.where(sums.others[1] > 0, (right - given) / above_chance, 0.0)

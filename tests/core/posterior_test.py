@@ -223,6 +223,12 @@ def test_equal_agreements_need_two_trusted_samples():
         assert rate == pytest.approx(0.3, abs=1e-3)
 
 
+def test_sums_without_squares_are_refused():
+    sums = kept(0.9, 0.5)._replace(others=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"sums.others must be f32\[3\]; given shape \(2,\)"):
+        posterior.estimate_noise_rate(sums, CLASSES)
+
+
 def test_agreement_is_the_probability_of_a_label_and_what_a_mixture_has_in_common():
     np.testing.assert_allclose(
         posterior.agreement(BELIEF, GIVEN), BELIEF[np.arange(SIZE), GIVEN.argmax(1)], rtol=1e-6
