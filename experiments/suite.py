@@ -463,15 +463,15 @@ def _plan(tasks: dict[str, Task], todo: list[Job], workers: int) -> str:
     return "\n".join(lines)
 
 
-def _tuned(tasks, by_task, records) -> tuple[dict, dict]:
-    """What `tuning.choose` takes: all names of a task, and the accuracies of finished runs."""
+def _tuned(tasks, by_task, records) -> tuple[dict, dict, dict]:
+    """What `tuning.choose` takes: a task's names, the accuracies of finished runs, its seeds."""
     names = {task: [*json.loads(tasks[task].config.to_json())["arms"]] for task in by_task}
     accuracies = collections.defaultdict(list)
     for r in records:
         config = by_task.get(r["task"], {}).get(r["arm"])
         if config is not None and settings_hash(config) == r["settings"]:
             accuracies[r["task"], r["arm"]].append(r["select_accuracy"])
-    return names, accuracies
+    return names, accuracies, {task: tasks[task].seeds for task in by_task}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -129,12 +129,13 @@ def grid(folder: str = "data") -> dict[str, Task]:
     Args:
       folder: where `experiments.prepare` put data sets.
     """
-    tasks = {name: tuning.on_trusted_samples(task) for name, task in _tasks(folder).items()}
-    for task in tasks.values():
+    tasks = {}
+    for name, task in _tasks(folder).items():
+        task = tuning.on_trusted_samples(task, task.config.data.val)
         section = task.config.data
-        section.select = section.val
         section.train -= min(section.train, section.select)
         task.config.arms = tuning.every_arm(arms_of(task.noise), grid_of)
+        tasks[name] = task
     return tasks
 
 

@@ -25,7 +25,6 @@ Choices = dict[str, dict[str, str]]  # task -> arm -> point
 CHOICES = pathlib.Path(__file__).parent.parent / "docs" / "tuned.json"
 COMMAND = "python -m experiments.suite --suite={} --tune"
 FIRST_SEED, SEEDS = 100, 2
-LEAST = 200  # samples to choose on, where a task has fewer trusted ones
 AT = "@"  # between the names of an arm and of a point
 
 
@@ -75,19 +74,26 @@ def every_arm(arms: Mapping[str, Changes], grid: Callable[[str], Mapping]) -> di
     }
 
 
-def on_trusted_samples(task: Task) -> Task:
+def on_trusted_samples(task: Task, samples: int, seeds: int = SEEDS) -> Task:
     """The task with training samples in the place of the test split, and with other seeds.
 
     They are as the training samples are, without a corruption of the test split.
+
+    Args:
+      task: as it is reported.
+      samples: to choose on, of each seed.
+      seeds: to choose on.
     """
     config = task.config.copy_and_resolve_references()
     config.seed = FIRST_SEED
-    config.data.update({"select": max(config.data.val, LEAST), "corrupt": ""})
-    return task._replace(config=config, seeds=SEEDS, other_seeds=None)
+    config.data.update({"select": samples, "corrupt": ""})
+    return task._replace(config=config, seeds=seeds, other_seeds=None)
 
 
 def choose(
-    names: Mapping[str, list[str]], accuracies: Mapping[tuple[str, str], list[float]]
+    names: Mapping[str, list[str]],
+    accuracies: Mapping[tuple[str, str], list[float]],
+    seeds: Mapping[str, int],
 ) -> Choices:
     """Of each arm the point with the highest mean accuracy; the first of several that are level.
 
@@ -96,9 +102,11 @@ def choose(
     Args:
       names: task -> all its ARM@POINT, in the order of the grids.
       accuracies: (task, ARM@POINT) -> one a seed.
+      seeds: task -> how many there are.
 
     >>> names = {"t": ["a@1", "a@2", "b@1", "b@2"]}
-    >>> choose(names, {("t", "a@1"): [0.5, 0.7], ("t", "a@2"): [0.6, 0.7], ("t", "b@1"): [1, 1]})
+    >>> found = {("t", "a@1"): [0.5, 0.7], ("t", "a@2"): [0.6, 0.7], ("t", "b@1"): [1, 1]}
+    >>> choose(names, found, {"t": 2})
     {'t': {'a': '2'}}
     """
     choices: Choices = {}
@@ -107,7 +115,7 @@ def choose(
         for name in of_task:
             arm, _, point = name.partition(AT)
             values = accuracies.get((task, name), [])
-            mean = round(float(np.mean(values)), 6) if len(values) == SEEDS else None
+            mean = round(float(np.mean(values)), 6) if len(values) == seeds[task] else None
             by_arm.setdefault(arm, {})[point] = mean
         for arm, means in by_arm.items():
             if None not in means.values():

@@ -39,7 +39,7 @@ def of_npz(tmp_path, *, poison=False):
 def test_the_choice_cannot_see_the_test_split(tmp_path):
     found = []
     for poison in (False, True):
-        tuned = tuning.on_trusted_samples(of_npz(tmp_path, poison=poison))
+        tuned = tuning.on_trusted_samples(of_npz(tmp_path, poison=poison), 200)
         (config,) = suite.configs(tuned, "").values()
         assert config.data.select == 200 and tuned.seeds == 2
         data = task.make_data(config)
@@ -65,13 +65,14 @@ def test_the_choice_cannot_see_the_test_split(tmp_path):
 
 def test_seeds_and_samples_to_choose_on(tmp_path):
     given = of_npz(tmp_path)
-    for val, select in ((20, 200), (200, 200), (500, 500)):
-        given.config.data.val = val
-        found = tuning.on_trusted_samples(given)
-        assert found.config.data.select == select and given.config.data.select == 0
+    for found, samples, seeds in (
+        (tuning.on_trusted_samples(given, 20), 20, [100, 101]),
+        (tuning.on_trusted_samples(given, 200, 3), 200, [100, 101, 102]),
+    ):
+        assert found.config.data.select == samples and given.config.data.select == 0
         assert found.config.seed == tuning.FIRST_SEED >= given.seeds
         jobs = suite.jobs({"t": found}, {"t": {"upstream": found.config}}, set())
-        assert [seed for job in jobs for seed in job.seeds] == [100, 101]
+        assert [seed for job in jobs for seed in job.seeds] == seeds
 
 
 def test_the_best_point_is_chosen_and_the_first_of_level_ones():
@@ -81,8 +82,10 @@ def test_the_best_point_is_chosen_and_the_first_of_level_ones():
         ("t", "b@1"): [0.9, 0.9], ("t", "b@2"): [0.9],  # one run is missing
         ("u", "a@1"): [0.1, 0.1],
     }  # fmt: skip
-    assert tuning.choose(names, accuracies) == {"t": {"a": "2"}, "u": {"a": "1"}}
-    assert tuning.choose({}, {}) == {}
+    seeds = {"t": 2, "u": 2}
+    assert tuning.choose(names, accuracies, seeds) == {"t": {"a": "2"}, "u": {"a": "1"}}
+    assert tuning.choose(names, accuracies, {"t": 2, "u": 3}) == {"t": {"a": "2"}}
+    assert tuning.choose({}, {}, {}) == {}
 
 
 def test_choices_are_kept_in_one_piece_and_added_to(tmp_path):
