@@ -194,8 +194,8 @@ def run(
     data = task.make_data(config)
     if estimators.fits(config):
         return estimators.run(arms, data, measure)
-    # Copies that are left out may differ by seed, and with them the size of a score memory.
-    key = (training(config), tuple(arms), len(data.pools.candidates.labels))
+    # Copies that are left out may differ by seed, and with them all sizes that a method holds.
+    key = (training(config), tuple(arms), _shapes(data))
     if key not in compiled or build.of_labels(config):
         methods = _methods(arms, data)
         method, *_ = methods.values()

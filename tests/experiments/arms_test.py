@@ -282,6 +282,22 @@ def test_a_seed_builds_anew_only_what_holds_its_labels(monkeypatch, method, agai
     assert len(made) == 1 + again
 
 
+def test_a_seed_builds_anew_where_its_splits_have_other_sizes(monkeypatch):
+    """Copies that are left out may shorten either split, and a method holds the sizes of both."""
+    monkeypatch.setattr(build, "fit", lambda *args, **kwargs: stopped())
+    made, whole = counting(monkeypatch, build, "make_method"), task.make_data(tiny())
+    (config,), compiled = arms.configs(tiny(arms={"x": {}})).values(), {}
+
+    def built(train, val):
+        pools = jax.tree.map(lambda x: x[:train], whole.pools.candidates), whole.pools.val
+        pools = Streams(pools[0], jax.tree.map(lambda x: x[:val], pools[1]))
+        monkeypatch.setattr(task, "make_data", lambda _: whole._replace(pools=pools))
+        arms.run({"x": config}, compiled, look=False)
+        return len(made)
+
+    assert [built(100, 24), built(100, 23), built(99, 24), built(100, 24)] == [1, 2, 3, 3]
+
+
 # --- what is said --------------------------------------------------------------------------------
 
 
