@@ -25,9 +25,10 @@ from saflex_jax.core import linear_solve, scores
 from saflex_jax.core.targets import prior_targets, score_scale
 from saflex_jax.core.tree import paths, under
 from saflex_jax.methods.upstream import drawn
-from saflex_jax.types import Method, Streams, Targets, TrainState
+from saflex_jax.types import Batch, Method, Streams, Targets, TrainState
 
 BATCH = 256  # candidates at once
+DIRECTING = 5000  # training samples that direct them, at most, where these are not held out
 CONFIG_HELP = "the run's config, where that registers methods, rules or augmentations of your own"
 
 
@@ -129,8 +130,8 @@ class Looked(NamedTuple):
     """What is known of every candidate under one draw of the pipeline, arrays [N, ...].
 
     Attributes:
-      targets: by the run's rule; the prior's where it has none.
-      utility: u, how far training on the candidate lowers the loss on trusted samples, f32[N].
+      targets: by the run's rule and the samples that directed it; the prior's without a rule.
+      utility: u, how far training on the candidate lowers the loss on held-out samples, f32[N].
       believed: f32[N, K], what the network says of it.
       candidate: place in the pool, i32[N]; -1 where it is no candidate of one.
       operation, magnitude: of the trace, [N, L].
@@ -156,13 +157,12 @@ def look(run: Run, draws: int = 1) -> Iterator[Looked]:
       draws: of its pipeline; each gives one `Looked`.
 
     Raises:
-      ValueError: no validation samples, a pipeline that changes the number of rows.
+      ValueError: a pipeline that changes the number of rows.
     """
     config, data, method, state = run
-    if data.pools.val is None:
-        raise ValueError("the run must have validation samples")
     pipeline = augment.parse(config.augment)
     val = floats(jax.tree.map(jnp.asarray, data.held_out._replace(trace=None)))  # as `take` gives
+    directing = _directing(data, val)
     head = any(path.startswith("head/") for path in paths(state.params))
     solve = linear_solve.cg_solve() if head else linear_solve.identity_solve()
 
@@ -175,7 +175,7 @@ def look(run: Run, draws: int = 1) -> Iterator[Looked]:
         if method.targets is None:
             targets = prior_targets(made.labels, made.mask)
         else:
-            targets = method.targets(state, Streams(made, val))
+            targets = method.targets(state, Streams(made, directing))
         found = scores.score(
             network, state.params, made.inputs, val.inputs, val.labels, mask=made.mask,
             predicate=under("head") if head else None, solve=solve,
@@ -198,6 +198,19 @@ def look(run: Run, draws: int = 1) -> Iterator[Looked]:
                 raise ValueError("config.augment must keep the number of rows")
             parts.append(jax.tree.map(lambda x, n=min(BATCH, number - begin): x[:n], looked))
         yield jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def _directing(data: task.Data, held_out: Batch) -> Batch:
+    """What directs the run's weights and labels: the held-out samples, or those that train.
+
+    Of very many of the latter some, evenly, since all are looked at beside each batch.
+    """
+    if data.pools.val is data.held_out:
+        return held_out
+    number = len(data.pools.val.labels)
+    rows = np.linspace(0, number - 1, min(number, DIRECTING)).astype(int)
+    val = data.pools.val._replace(trace=None)
+    return jax.tree.map(jnp.asarray, take(Streams(val), Streams(rows)).candidates)
 
 
 def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:

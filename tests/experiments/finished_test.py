@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import audit, export, finished, generating, pool_files, predict, task
+from experiments import audit, build, export, finished, generating, pool_files, predict, task
 from experiments.configs import digits, wdbc
 from experiments.generators import Options
 from saflex_jax import train
@@ -127,6 +127,22 @@ def test_bad_input_is_said_and_nothing_is_written(workdir, tmp_path, program, op
 def test_labels_that_a_run_did_not_see_are_not_judged(field, message):
     with pytest.raises(ValueError, match=message):
         finished.columns(finished.Run(changed(**field), None, None, None))
+
+
+def test_a_run_that_its_training_samples_direct_is_looked_at_by_these(monkeypatch):
+    """The held-out samples, which its steps never read, give the utility alone."""
+    config = changed(**{"data.train_on_val": False, "data.val_from": "train"})
+    made, directed = task.make_data(config), []
+    method = build.make_method(config, made.pools)
+    state = build.init_state(config, method, made.pools)
+    targets = prior_targets(made.pools.candidates.labels, np.ones(REAL, bool))
+    method = method._replace(targets=lambda _, streams: directed.append(streams.val) or targets)
+    monkeypatch.setattr(finished, "DIRECTING", 9, raising=False)
+    monkeypatch.setattr(finished, "BATCH", REAL)
+    (found,) = finished.look(finished.Run(config, made, method, state))
+    (val,), rows = directed, [0, 4, 9, 14, 19, 24, 29, 34, 39]
+    assert val.index.tolist() == rows and len(found.utility) == REAL
+    np.testing.assert_array_equal(val.labels, made.pools.candidates.labels[rows])
 
 
 def test_only_a_rule_that_learns_a_posterior_judges_labels(monkeypatch):
