@@ -232,7 +232,7 @@ def verdict(table: tables.Table) -> str:
     of a run by "right" where it learned any, else by what the network believes. Trusted
     samples are left out, and of several draws of a candidate the first counts.
     """
-    first = np.unique(table["row"], return_index=True)[1]
+    first = audit_page.first_draws(table)
     table = {name: values[first] for name, values in table.items()}
     if "wrong" in table:
         judged, by = table["wrong"], "more likely wrong than right"

@@ -68,13 +68,14 @@ def page(
     text = TEMPLATE.read_text(encoding="utf-8")
     script = text.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    first = first_draws(table)
     return environment.from_string(text).render(
         title=title,
         digest=digest,
         notes=notes,
-        number=len(table["row"]),
-        relabelled=int((table["learned"] != table["given"]).sum()),
-        charts=[_chart(table["utility"], *found) for found in groups(table, class_names)],
+        number=len(first),
+        relabelled=int((table["learned"] != table["given"])[first].sum()),
+        charts=[_chart(table, *found) for found in groups(table, class_names)],
         thresholds=_thresholds(table),
         known="bad" in table,
         matrix=_matrix(transition, class_names),
@@ -97,6 +98,11 @@ def standing(table: tables.Table) -> np.ndarray:
 def has_posterior(table: tables.Table) -> bool:
     """Whether a run's rule learned how likely the given labels are right, and doubts any."""
     return "right" in table and bool((table["right"] < 1).any())
+
+
+def first_draws(table: tables.Table) -> np.ndarray:
+    """Places of the first draw of each row: several draws of a sample are one sample."""
+    return np.sort(np.unique(table["row"], return_index=True)[1])
 
 
 # --- groups --------------------------------------------------------------------------------------
@@ -151,11 +157,14 @@ def _by_operation(texts: np.ndarray) -> tuple[list[str], list[np.ndarray]]:
     return names, members
 
 
-def _chart(utility: np.ndarray, title: str, names: list[str], members: list[np.ndarray]) -> dict:
-    """Mean utility of each group with its interval, the lowest first, as shares of one axis."""
+def _chart(table: tables.Table, title: str, names: list[str], members: list[np.ndarray]) -> dict:
+    """Mean utility of each group with its interval, the lowest first, as shares of one axis.
+
+    What a group has of a sample's draws counts once, as their mean: draws are not independent.
+    """
     rows = []
     for name, member in zip(names, members):
-        u = utility[member]
+        u = _by_row(table["utility"][member], table["row"][member])
         error = 1.96 * u.std(ddof=1) / np.sqrt(len(u)) if len(u) > 1 else np.inf
         rows.append({"name": name, "count": len(u), "mean": float(u.mean()), "error": float(error)})
     rows.sort(key=lambda row: row["mean"])
@@ -175,8 +184,16 @@ def _chart(utility: np.ndarray, title: str, names: list[str], members: list[np.n
     return {"title": title, "rows": shown, "zero": place(0.0), "more": len(rows) - len(shown)}
 
 
+def _by_row(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The mean value of each row that is there."""
+    _, places, counts = np.unique(rows, return_inverse=True, return_counts=True)
+    return np.bincount(places, values) / counts
+
+
 def _thresholds(table: tables.Table) -> list[dict]:
-    """At each threshold what is dropped, and how much of it is bad."""
+    """At each threshold what is dropped of the first draws, and how much of it is bad."""
+    first = first_draws(table)
+    table = {name: values[first] for name, values in table.items()}
     utility = standing(table)
     low, high = np.quantile(utility, [0.0, 0.95])
     bad, trusted = table.get("bad"), table.get("trusted", np.zeros(len(utility), bool))
@@ -207,9 +224,13 @@ def _matrix(transition: np.ndarray | None, names: Sequence[str]) -> dict | None:
 
 
 def gallery(table: tables.Table) -> list[tuple[int, str]]:
-    """(place in the table, why) of the cards: the most harmful, then the surest relabelled."""
-    harmful = np.argsort(standing(table), kind="stable")[:SHOWN]
-    changed = np.flatnonzero(table["learned"] != table["given"])
+    """(place in the table, why) of the cards: the most harmful, then the surest relabelled.
+
+    A card is the first draw of a sample.
+    """
+    first = first_draws(table)
+    harmful = first[np.argsort(standing(table)[first], kind="stable")[:SHOWN]]
+    changed = first[(table["learned"] != table["given"])[first]]
     changed = changed[np.argsort(-table["probability"][changed], kind="stable")]
     changed = changed[~np.isin(changed, harmful)][:SHOWN]
     return [(int(i), "harmful") for i in harmful] + [(int(i), "relabelled") for i in changed]

@@ -55,7 +55,7 @@ def test_no_text_of_the_data_is_markup_and_nothing_is_loaded():
 
 def test_groups_are_ordered_by_what_they_are_worth():
     table = candidates()
-    charts = {title: audit_page._chart(table["utility"], title, *rest)
+    charts = {title: audit_page._chart(table, title, *rest)
               for title, *rest in audit_page.groups(table, "abc")}  # fmt: skip
     by_prompt = charts["By prompt and strength"]["rows"]
     assert EVIL in by_prompt[0]["name"] and by_prompt[0]["sign"] == "low"
@@ -65,6 +65,28 @@ def test_groups_are_ordered_by_what_they_are_worth():
     assert [row["name"] for row in charts["By generator"]["rows"]] == ["worse-1", "better-2"]
     for chart in charts.values():
         assert all(0 <= row[end] <= 100 for row in chart["rows"] for end in ("from", "at", "to"))
+
+
+def test_draws_of_one_sample_are_no_samples_of_their_own():
+    """A table of one look and one of the same look four times say the same."""
+    one = candidates()
+    four = {name: np.concatenate([values] * 4) for name, values in one.items()}
+
+    def charts(table):
+        return [audit_page._chart(table, *found) for found in audit_page.groups(table, "abc")]
+
+    def rounded(chart):
+        return [{k: v if isinstance(v, str) else round(v, 6) for k, v in row.items()}
+                for row in chart["rows"]]  # fmt: skip
+
+    assert list(map(rounded, charts(four))) == list(map(rounded, charts(one)))
+    assert audit_page._thresholds(four) == audit_page._thresholds(one)
+    assert audit_page.gallery(four) == audit_page.gallery(one)
+    assert f"<b>{SIZE}</b>rows" in made(four)
+    # Of draws in one group the mean counts.
+    group = {"utility": np.array([1.0, 3.0, 6.0]), "row": np.array([4, 4, 5])}
+    (row,) = audit_page._chart(group, "", ["a"], [np.ones(3, bool)])["rows"]
+    assert row["mean"] == 4.0 and row["count"] == 2
 
 
 def test_a_run_without_operations_has_no_chart_of_them():
