@@ -256,8 +256,7 @@ def columns(run: Run, draws: int = 1) -> dict[str, np.ndarray]:
             **known,
             "operations": _operations(found),
             **_classes(run.data.source, given=given, learned=learned),
-            **_files(run.data),
-            **_made(run.data, found.candidate),
+            **_origin(run.data, found.candidate),
         })  # fmt: skip
     return {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
 
@@ -275,6 +274,14 @@ def _classes(source: data.Source, **labels: np.ndarray) -> dict[str, np.ndarray]
     """The names of labels, where classes have names: columns "given_class" and the like."""
     names = np.array(source.class_names)
     return {f"{column}_class": names[of] for column, of in labels.items() if len(names) > of.max()}
+
+
+def _origin(made: task.Data, candidate: np.ndarray) -> dict[str, np.ndarray]:
+    """Where candidates come from: the data set's files or rows, the pool's files and the like."""
+    own, pool = _files(made), _made(made, candidate)
+    if "file" in own and "file" in pool:
+        pool["file"] = np.where(candidate < 0, own["file"], pool["file"])
+    return own | pool
 
 
 def _files(made: task.Data) -> dict[str, np.ndarray]:

@@ -67,6 +67,17 @@ def test_an_exported_table_has_every_candidate_with_where_it_comes_from(workdir,
     assert [row["source"] for row in rows[:REAL]] == list(map(str, range(REAL)))
 
 
+def test_a_folders_own_files_stay_beside_those_of_a_pool(workdir):
+    run = finished.opened(workdir)
+    names = np.array([f"c/{row}.png" for row in range(len(run.data.source.labels))])
+    source = run.data.source._replace(extra={"file": names})
+    table = finished.columns(run._replace(data=run.data._replace(source=source)))
+    real, pool = run.data.rows >= 0, {row["file_name"] for row in pool_files.read_plan(
+        workdir.parent / "pool")[1]}  # fmt: skip
+    assert table["file"][real].tolist() == names[run.data.rows[real]].tolist()
+    assert real.sum() == REAL + VAL and set(table["file"][~real].tolist()) <= pool
+
+
 def test_an_audit_of_a_run_groups_by_prompt_and_draws_its_images(workdir, tmp_path):
     pytest.importorskip("jinja2")
     audit.main([f"--workdir={workdir}", f"--out={tmp_path}"])
