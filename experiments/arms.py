@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from experiments import build, estimators, figures, json_lines, task
+from experiments import build, estimators, figures, json_lines, same_data, task
 from saflex_jax import configure, parallel
 from saflex_jax.batches import take
 from saflex_jax.types import Method, Streams, Targets, TrainState
@@ -448,6 +448,9 @@ def run_all(
 
     Returns:
       (arm, seed) -> record, of all runs unless interrupted.
+
+    Raises:
+      ValueError: runs are to be kept that read other data than there are now.
     """
     fixed = {arm: settings(config) for arm, config in configs.items()}
     if not resume:
@@ -457,6 +460,7 @@ def run_all(
         for r in json_lines.read(log)
         if r["settings"] == fixed.get(r["arm"]) and r["seed"] in seeds
     }
+    _check_data(configs, records, log)
     groups = [(seed, group) for seed in seeds for group in trainings(configs)]
     left = [
         (seed, {arm: of_seed(config, seed) for arm, config in group.items()
@@ -472,9 +476,27 @@ def run_all(
             break
         seed, _ = left[place]
         for arm, record in finished.items():
-            records[arm, seed] = {"arm": arm, "seed": seed, "settings": fixed[arm], **record}
+            read = same_data.digests(of_seed(configs[arm], seed))
+            about = {"arm": arm, "seed": seed, "settings": fixed[arm], "data": read}
+            records[arm, seed] = about | record
         json_lines.append(log, *(records[arm, seed] for arm in finished))
     return records
+
+
+def _check_data(
+    configs: dict[str, ConfigDict], records: dict[tuple[str, int], dict], log: pathlib.Path
+) -> None:
+    """Raises ValueError where a record's data have changed; of older records they are not known."""
+    for (arm, seed), record in records.items():
+        if "data" not in record:
+            continue
+        now = same_data.digests(of_seed(configs[arm], seed))
+        if changed := [name for name in now if record["data"].get(name) != now[name]]:
+            raise ValueError(
+                f"--resume must find the data of {log} as they were; {' and '.join(changed)} of "
+                f"{configs[arm].data.name} differ now from those of {arm}, seed {seed}. Undo that, "
+                "or start anew without --resume"
+            )
 
 
 # --- What they say

@@ -9,8 +9,8 @@ with validation samples that are held out, and that also train. SAFLEX reads val
 fair partner is the best of the others that do.
 
 The test split is read once for each arm and seed, with the last parameters. Finished runs are kept:
-after Ctrl-C, --resume continues with the others. With all of them finished, --resume --base=ARM
-prints the same runs against another arm.
+after Ctrl-C, --resume continues with the others, unless the data have changed since. With all of
+them finished, --resume --base=ARM prints the same runs against another arm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ties a run's folder to its data: beliefs are kept by row, and mean nothing of other rows."""
+"""What ties runs to their data: beliefs are kept by row, and mean nothing of other rows."""
 
 from __future__ import annotations
 
@@ -51,3 +51,16 @@ def _of(config: ConfigDict) -> str:
     for rows in (prints, source.labels, *split):
         digest.update(np.asarray(rows).tobytes())
     return digest.hexdigest()
+
+
+def digests(config: ConfigDict) -> dict[str, str]:
+    """Of all inputs, of all labels, and of the rows that train, validate and test, one each."""
+    source, prints, split, _ = task.make_split_source(config)
+    parts = {"inputs": (prints,), "labels": (source.labels,), "splits": split}
+    found = {}
+    for name, arrays in parts.items():
+        digest = hashlib.blake2b(digest_size=8)
+        for rows in arrays:
+            digest.update(np.asarray(rows).tobytes())
+        found[name] = digest.hexdigest()
+    return found

@@ -492,6 +492,32 @@ def test_a_comparison_that_was_killed_resumes_with_what_is_left(tmp_path, monkey
     assert list(arms.run_all(configs, (0, 1), log, resume=False)) == [("plain", 0)]
 
 
+def test_runs_of_other_data_are_not_gone_on_with(tmp_path, monkeypatch):
+    rows = np.arange(40)
+    x = np.random.default_rng(0).normal(size=(40, 2)).round(3)
+    file, log = tmp_path / "mine.csv", tmp_path / "runs.jsonl"
+
+    def written(labels):
+        lines = [f"{a},{b},{'xy'[label]}" for (a, b), label in zip(x, labels)]
+        file.write_text("\n".join(["a,b,kind", *lines]))
+        task.opened.cache_clear(), task.task_source.cache_clear()
+
+    config = small_config()
+    config.data.update({"name": str(file), "val": 6, "test": 8, "noise": 0.0})
+    written(rows % 2)
+    configs = arms.configs(config)
+    monkeypatch.setattr(arms, "sweeps", lambda config: False)
+    monkeypatch.setattr(arms, "run", lambda members, *_, **__: {arm: {} for arm in members})
+    whole = arms.run_all(configs, (0,), log, resume=False)
+    assert arms.run_all(configs, (0,), log, resume=True) == whole
+    written(rows // 2 % 2)
+    with pytest.raises(ValueError, match=r"; labels and splits of .*mine.csv differ .* seed 0\. "):
+        arms.run_all(configs, (0,), log, resume=True)
+    older = [{k: v for k, v in record.items() if k != "data"} for record in whole.values()]
+    log.write_text("".join(json.dumps(record) + "\n" for record in older))
+    assert [*arms.run_all(configs, (0, 1), log, resume=True).values()][:2] == older
+
+
 # --- sweeps --------------------------------------------------------------------------------------
 
 
