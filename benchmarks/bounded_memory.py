@@ -127,13 +127,15 @@ class BoundedMemory(reporting.Benchmark):
                 bar.update()
 
     def runs_of(self, config):
-        """Of each seed: accuracy, AUC and bytes."""
+        """Of each seed: accuracy, AUC and bytes; all seeds or, after Ctrl-C, none."""
         members = [{ARM: arms.of_seed(config, seed)} for seed in range(self.options.seeds)]
         options = {"progress": False, "look": False, "measure": measured}
         records = {}
         for place, found in arms.run_each(members, {}, **options):
             if isinstance(found, Exception):
                 raise found
+            if found is None:
+                raise KeyboardInterrupt
             records[place] = found[ARM]
         names = "test_accuracy", "auc", "bytes"
         return [{name: records[place][name] for name in names} for place in sorted(records)]

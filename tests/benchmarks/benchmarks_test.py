@@ -343,6 +343,19 @@ def test_evidence_is_asked_of_so_many_samples_with_right_labels_of_the_trusted(m
     assert row["worst evidence"] == 9 and row["worst flagged"] == row["worst noise rate"] == 1
 
 
+def test_ctrl_c_in_a_training_leaves_the_memories_before(monkeypatch, capsys):
+    record = {bounded_memory.ARM: {"test_accuracy": 0.5, "auc": 0.75, "bytes": 40}}
+    each = iter([[(0, record), (1, record)], [(0, record), (1, None)]])
+    monkeypatch.setattr(bounded_memory, "config_of", lambda *_: bounded_memory.ALL)
+    monkeypatch.setattr(bounded_memory.arms, "of_seed", lambda config, seed: config)
+    monkeypatch.setattr(bounded_memory.arms, "run_each", lambda *_, **__: next(each))
+    options = ["--json", "--task=made_100_symmetric", "--top=2", "--seeds=2"]
+    assert bounded_memory.main(options) == 130
+    printed = capsys.readouterr()
+    assert "interrupted; what was measured" in printed.err
+    assert list(json.loads(printed.out)["tasks"]["made_100_symmetric"]) == [bounded_memory.ALL]
+
+
 def test_the_spread_over_seeds_is_the_samples():
     options = types.SimpleNamespace(task=("made",), top=(), seeds=2)
     benchmark = bounded_memory.BoundedMemory(options)

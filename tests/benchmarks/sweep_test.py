@@ -31,6 +31,18 @@ def test_the_report_holds_every_number(monkeypatch, capsys, tmp_path):
         assert min(row[f"compilation s, {way}"] for way in ("in_turn", "sweep")) > 0
 
 
+def test_runs_that_ctrl_c_cut_are_not_timed(monkeypatch):
+    monkeypatch.setattr(sweep.arms, "run", lambda *_, **__: None)
+    monkeypatch.setattr(sweep.arms, "run_each", lambda members, *_, **__: [(0, {}), (1, None)])
+    for job in sweep.table_runs("saflex_train_val", 2, 60).values():
+        with pytest.raises(KeyboardInterrupt):
+            sweep.seconds(job)
+    failed = [(0, FloatingPointError("step 3"))]
+    monkeypatch.setattr(sweep.arms, "run_each", lambda members, *_, **__: failed)
+    with pytest.raises(FloatingPointError, match="step 3"):
+        sweep.table_runs("saflex_train_val", 2, 60)["sweep"]()
+
+
 def test_a_feature_task_trains_the_same_in_both_ways(monkeypatch):
     """The last loss of the last seed, to rounding."""
     for name, value in {"ROWS": 64, "TRUSTED": 16, "FEATURES": 6, "BATCH": 8, "STEPS": 3}.items():
