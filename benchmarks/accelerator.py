@@ -178,8 +178,6 @@ class Accelerator(reporting.Benchmark):
 
     def __init__(self, options):
         self.options, self.clock = options, Clock()
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)  # an error now, not after some minutes
         self.parts = {
             n: make(self.clock, options) for n, (_, make) in PARTS.items() if n in options.parts
         }
@@ -215,6 +213,10 @@ class Accelerator(reporting.Benchmark):
         used = {name: getattr(self.options, name) for name in ("minutes", "rounds", "tiny")}
         machine = timing.machine(self.packages) | used
         return {p.key: p.found for p in parts.values()} | {"why_null": why, "machine": machine}
+
+    def prepare(self, out):
+        """A folder."""
+        out.mkdir(parents=True, exist_ok=True)
 
     def write(self, report, out):
         """Every part is written already."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import tqdm
 
 from benchmarks import timing
 from saflex_jax import checks
+from saflex_jax.files import write_whole
 
 
 class Benchmark:
@@ -48,9 +50,13 @@ class Benchmark:
         """The JSON; what it has of "machine" is added to."""
         raise NotImplementedError
 
+    def prepare(self, out: pathlib.Path) -> None:
+        """Makes --out possible, before anything is measured; ValueError or OSError if it is not."""
+        prepare_file("--out", out)
+
     def write(self, report: dict, out: pathlib.Path) -> None:
-        """What --out says, at the end."""
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        """What --out says, at the end; at no moment half of it."""
+        write_whole(out, json.dumps(report, indent=1) + "\n")
 
     @staticmethod
     def table(report: dict) -> Iterator[str]:
@@ -59,7 +65,10 @@ class Benchmark:
 
 
 def command(benchmark: type[Benchmark], argv: list[str] | None = None) -> int:
-    """Measures, prints a table or JSON, and gives the exit status: 0, or 130 after Ctrl-C."""
+    """Measures, prints a table or JSON, and gives the exit status: 0, or 130 after Ctrl-C.
+
+    Options that cannot be end the process with status 2 and a line, before anything is measured.
+    """
     about = sys.modules[benchmark.__module__].__doc__
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON alone")
@@ -71,8 +80,16 @@ def command(benchmark: type[Benchmark], argv: list[str] | None = None) -> int:
     benchmark.add_options(parser)
     options = parser.parse_args(argv)
     rounds = {"rounds": options.rounds} if benchmark.rounds else {}
-    checks.whole(1, **rounds)
-    bench, status = benchmark(options), 0
+    figure, status = getattr(options, "figure", None), 0
+    try:
+        checks.whole(1, **rounds)
+        bench = benchmark(options)
+        if options.out is not None:
+            bench.prepare(options.out)
+        if figure is not None:
+            prepare_file("--figure", figure)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     # Whatever a library prints goes to stderr, beside the progress bar.
     with contextlib.redirect_stdout(sys.stderr), tqdm.tqdm(total=bench.length, leave=False) as bar:
         try:
@@ -89,9 +106,25 @@ def command(benchmark: type[Benchmark], argv: list[str] | None = None) -> int:
         print(json.dumps(report, indent=1))
     else:
         print("\n".join([header(report), *benchmark.table(report)]))
-    if getattr(options, "figure", None) is not None:  # last: what was measured is written by now
-        benchmark.draw(report, options.figure)
+    if figure is not None:  # last: what was measured is written by now
+        benchmark.draw(report, figure)
     return status
+
+
+def prepare_file(option: str, file: pathlib.Path) -> None:
+    """Creates the folder of a file that is written at the end.
+
+    Raises:
+      ValueError: something else is there, or nobody may write there.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{option} must be a file; given {file}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} must be a file in a folder; given {file}: {error}") from error
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option} must be in a folder to write to; given {file}")
 
 
 def header(report: dict) -> str:

@@ -16,6 +16,7 @@ from saflex_jax.batches import take
 from saflex_jax.methods import supervised
 from saflex_jax.models import MLP, Classifier, from_linen
 from saflex_jax.types import Model
+from tests.benchmarks.ends_ import refused
 
 DIGITS = training.open_images(None, tiny=True)
 ROWS, TRUSTED = DIGITS.rows[:200], DIGITS.rows[200:220]
@@ -90,11 +91,11 @@ def test_where_no_time_or_no_data_is_the_reason_is_said(tmp_path, capsys):
     assert "python -m experiments.prepare cifar10n" in reason and not part.found
 
 
-def test_a_folder_that_is_a_file_is_refused_before_anything_runs(tmp_path):
+def test_a_folder_that_is_a_file_is_refused_before_anything_runs(tmp_path, capsys):
     file = tmp_path / "out"
     file.touch()
-    with pytest.raises(FileExistsError):
-        accelerator.main(["--tiny", f"--out={file}"])
+    found = refused(accelerator.main, ["--tiny", f"--out={file}"], capsys)
+    assert "File exists" in found and str(file) in found
 
 
 def test_many_steps_in_a_dispatch_are_the_steps_one_by_one():

@@ -1,6 +1,7 @@
 """The shared command and timing, RandAugment's peers, the input paths."""
 
 import json
+import re
 import sys
 import types
 
@@ -21,6 +22,7 @@ from benchmarks import (
 )
 from saflex_jax import parallel
 from saflex_jax.augment import policies
+from tests.benchmarks.ends_ import refused
 
 MISSING = ("albumentations", "kornia")
 
@@ -155,9 +157,24 @@ def test_nested_keys_make_a_tree():
     assert reporting.nested(flat) == {"a": {"b": {"c": 1, "d": 2}}, "e": 3}
 
 
-def test_bad_rounds_are_refused_before_anything_runs():
-    with pytest.raises(ValueError, match=r"rounds must .*given 0"):
-        augment_throughput.main(["--rounds", "0"])
+def test_bad_rounds_are_refused_before_anything_runs(capsys):
+    found = refused(augment_throughput.main, ["--rounds", "0"], capsys)
+    assert re.search(r"error: rounds must .*given 0", found)
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(monkeypatch, tmp_path, capsys):
+    def measure(self, bar):
+        raise AssertionError
+
+    monkeypatch.setattr(bounded_memory.BoundedMemory, "measure", measure)
+    (tmp_path / "file").write_text("")
+    for out, message in ((tmp_path, "must be a file; given"),
+                         (tmp_path / "file" / "x.json", "must be a file in a folder")):  # fmt: skip
+        found = refused(bounded_memory.main, [f"--out={out}"], capsys)
+        assert f"error: --out {message}" in found and str(out) in found
+    monkeypatch.setattr(bounded_memory.BoundedMemory, "measure", lambda self, bar: None)
+    assert bounded_memory.main([f"--out={tmp_path / 'new' / 'x.json'}"]) == 0
+    assert json.loads((tmp_path / "new" / "x.json").read_text())["tasks"] == {}
 
 
 # --- the input paths

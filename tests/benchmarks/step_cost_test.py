@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from saflex_jax.core.steps import init_state
 from saflex_jax.core.tree import identity
 from saflex_jax.methods import flyp
 from saflex_jax.types import Batch, Method, Streams
+from tests.benchmarks.ends_ import refused
 
 ROWS, WIDTH = 32, 64
 PRODUCT = 2 * ROWS * WIDTH * WIDTH  # x @ w
@@ -325,9 +327,9 @@ def test_ctrl_c_prints_what_was_measured(tiny, monkeypatch, capsys):
     assert "interrupted" in printed.err
 
 
-def test_bad_arguments_are_refused_before_anything_runs(tiny):
-    with pytest.raises(ValueError, match=r"rounds must .*given 0"):
-        step_cost.main(["--rounds", "0"])
+def test_bad_arguments_are_refused_before_anything_runs(tiny, capsys):
+    found = refused(step_cost.main, ["--rounds", "0"], capsys)
+    assert re.search(r"error: rounds must .*given 0", found)
     with pytest.raises(SystemExit):
         step_cost.main(["--model", "alexnet"])
 
