@@ -265,8 +265,9 @@ def arguments(argv: list[str]) -> list[str]:
         if config.startswith("own:") and own.TRUSTED not in config:
             config += f"{own.TRUSTED}{given['trusted']}"
         else:
-            others += [f"--config.data.trusted={given['trusted']}", "--config.data.val=0",
-                       "--config.data.train_on_val=True"]  # fmt: skip
+            # In front, since of a field given twice the last counts: what was said of it stays.
+            others = [f"--config.data.trusted={given['trusted']}", "--config.data.val=0",
+                      "--config.data.train_on_val=True", *others]  # fmt: skip
     return [program, f"--config={config_file(config)}", *others]
 
 

@@ -295,6 +295,8 @@ def test_data_and_trusted_stand_for_fields():
     assert config.endswith("wdbc.py")  # before its fields
     assert fields == ["--config.data.trusted=t", "--config.data.val=0",
                       "--config.data.train_on_val=True"]  # fmt: skip
+    said = ["--config.data.val=9", "--config.data.train_on_val=False"]  # these count, being later
+    assert arguments(["x", *said, "--trusted=t", "--config=wdbc"])[2:] == [*fields, *said]
     assert "--workdir=runs/wine" not in arguments(["x", "--data=wine.csv", "--workdir=w"])
     with pytest.raises(ValueError, match="goes with no other --config"):
         arguments(["x", "--data=a", "--config=wdbc"])
