@@ -122,10 +122,13 @@ def make_plan(
             print(f"{config.data.name} has no official test split: what one seed tests on, edits "
                   "of another may use", file=sys.stderr)  # fmt: skip
     rows = np.unique(np.concatenate(rows))
+    fields = ("name", "dir", "size", "task")
+    if config.data.channels:  # so that plans from before this field are still the same
+        fields += ("channels",)
     labels, names = source.labels[rows], source.class_names
     about = {
         "format": FORMAT,
-        "data": {name: config.data[name] for name in ("name", "dir", "size", "task")},
+        "data": {name: config.data[name] for name in fields},
         "shape": list(source.inputs.shape[1:]),
         "class_names": list(names) or [str(k) for k in range(source.num_classes)],
         "generator": plan.generator,
@@ -146,7 +149,8 @@ def _check_source(name: str, source: data.Source) -> None:
 def open_source(about: dict) -> data.Source:
     """The data set of a plan."""
     where = about["data"]
-    return task.opened(where["name"], where["dir"], where["size"], where["task"], False)
+    channels = where.get("channels", 0)
+    return task.opened(where["name"], where["dir"], where["size"], where["task"], False, channels)
 
 
 def originals(about: dict, rows: Sequence[dict]) -> Originals:

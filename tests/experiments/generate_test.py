@@ -9,6 +9,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import (
     build,
@@ -88,6 +89,27 @@ def test_a_plan_is_made_once(pool, tmp_path):
         generating.make_plan(plan(draws=2), config(), [0], pool)
     with pytest.raises(ValueError, match="--out must be a folder that"):
         generating.run(tmp_path)
+
+
+def test_a_folder_of_grey_and_coloured_images_is_read_as_it_was_planned(tmp_path):
+    for row in range(24):
+        pixels = np.random.default_rng(row).integers(0, 256, (8, 8), np.uint8)
+        file = tmp_path / "mixed" / "ab"[row % 2] / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).convert("RGB" if row % 4 > 1 else "L").save(file)
+    folder = {"name": str(tmp_path / "mixed"), "per_class": 2, "val": 4, "test": 4}
+    generating.make_plan(plan(draws=1), config(**folder, channels=3), [0], tmp_path / "pool")
+    assert generating.run(tmp_path / "pool", progress=False) == 8
+    about, (row, *_) = pool_files.read_plan(tmp_path / "pool")
+    assert about["shape"] == [8, 8, 3] and about["data"]["channels"] == 3
+    with Image.open(tmp_path / "pool" / row["file_name"]) as image:
+        assert image.mode == "RGB"
+
+
+def test_a_plan_without_channels_is_as_before(pool):
+    about, _ = pool_files.read_plan(pool)
+    assert set(about["data"]) == {"name", "dir", "size", "task"}
+    assert generating.open_source(about).inputs.shape[1:] == (8, 8, 1)
 
 
 def test_labels_go_into_prompts_as_they_are():
