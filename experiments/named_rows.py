@@ -40,7 +40,9 @@ def read(
     if not lines:
         raise ValueError(f"{argument} must name at least one sample; {path} names none")
     files = source.extra.get("file", np.arange(len(source.labels))).astype(str).tolist()
-    places = {name: row for row, name in enumerate(files)}
+    places: dict[str, int] = {}
+    for row, name in enumerate(files):
+        places.setdefault(name, row)  # a set to test on, behind, may have files of the same names
     classes = source.class_names or tuple(map(str, range(source.num_classes)))
     rows: dict[int, int] = {}
     for number, (name, *label) in lines:

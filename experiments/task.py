@@ -293,8 +293,27 @@ def beside(source: data.Source, other: data.Source) -> data.Source:
         labels=np.concatenate([source.labels, other.labels]),
         splits={"train": np.arange(size), **source.splits}
         | {"test": size + np.arange(len(other.labels))},
-        extra={},
+        extra=_extra_beside(source, other),
     )
+
+
+def _extra_beside(source: data.Source, other: data.Source) -> dict[str, np.ndarray]:
+    """File names and other label sets of both; where the other has none, "" and its labels.
+
+    What else is known of rows, as groups and captions, is left out.
+    """
+    own, labels = source.extra, source.labels
+    instead = {
+        name: other.labels
+        for name, values in own.items()
+        if values.dtype.kind in "iuf" and values.shape == labels.shape
+    }
+    if "file" in own:
+        instead["file"] = np.full(len(other.labels), "")
+    return {
+        name: np.concatenate([own[name], other.extra.get(name, values)])
+        for name, values in instead.items()
+    }
 
 
 def _as_read(section: ConfigDict) -> tuple:

@@ -273,6 +273,30 @@ def test_another_data_set_as_test(tmp_path):
         task.make_data(config("digits", **both))
 
 
+def test_another_data_set_as_test_leaves_names_and_labels(tmp_path):
+    labels = np.arange(60) % 3
+    files, worst, seen = np.array([f"{n}.png" for n in range(60)]), (labels + 1) % 3, labels + 0.5
+    images(tmp_path / "mnist", file=files, worst=worst, caption=files, place=seen[:, None])
+    images(tmp_path / "usps", size=50, seed=1)
+    (tmp_path / "trusted").write_text("7.png\n8.png\n9.png,2")
+    section = {"dir": str(tmp_path), "test_on": "usps", "train_on_val": True}
+    made = task.make_data(config("mnist", trusted=str(tmp_path / "trusted"), **section))
+    assert set(made.source.extra) == {"file", "worst"}
+    assert made.source.extra["file"].tolist() == files.tolist() + [""] * 50
+    assert made.held_out.labels.argmax(1).tolist() == [1, 2, 2]
+    assert files[made.rows[-3:]].tolist() == ["7.png", "8.png", "9.png"]
+    made = task.make_data(config("mnist", labels="worst", val=6, **section))
+    given = made.pools.candidates.labels.argmax(1)
+    np.testing.assert_array_equal(given[:-6], worst[made.rows[:-6]])
+    # The other's names are its own, and those of the training set come first.
+    images(tmp_path / "usps", size=50, seed=1, file=files[:50], worst=worst[:50])
+    forget()
+    made = task.make_data(config("mnist", trusted=str(tmp_path / "trusted"), **section))
+    assert made.source.extra["file"][60:].tolist() == files[:50].tolist()
+    np.testing.assert_array_equal(made.source.extra["worst"][60:], worst[:50])
+    assert files[made.rows[-3:]].tolist() == ["7.png", "8.png", "9.png"]
+
+
 def test_a_group_as_test(tmp_path):
     group = np.arange(60) // 3 % 2
     pixels, _ = images(tmp_path / "mnist", cell=group)
