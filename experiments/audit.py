@@ -255,9 +255,12 @@ def verdict(table: tables.Table) -> str:
 
 
 def _check_options(given: argparse.Namespace) -> None:
-    """Raises ValueError on an option that what is audited has no use for, and on no folder."""
+    """Raises ValueError on numbers out of range, options that do not go together, and no folder."""
     if given.out and given.out.suffix in (".csv", ".parquet", ".html"):
         raise ValueError(f"--out must be a folder, for the table and the page; given {given.out}")
+    checks.whole(**{"--trusted": given.trusted, "--seed": given.seed})
+    if given.draws is not None:
+        checks.whole(1, **{"--draws": given.draws})
     of_features = ("labels", "trusted", "pool", "data_dir", "seed")
     of_runs = ("draws", "truth", "config")
     what, others = ("--workdir", of_features) if given.workdir else ("--features", of_runs)

@@ -11,6 +11,7 @@ import argparse
 import functools
 
 from experiments import command_line, finished
+from saflex_jax import checks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     finished.add_options(parser, "candidates.csv")
     parser.add_argument("--draws", type=int, default=1, help="of the pipeline, a row each")
     given = parser.parse_args(argv)
+    checks.whole(1, **{"--draws": given.draws})
     finished.write(given, functools.partial(finished.columns, draws=given.draws))
 
 

@@ -49,8 +49,8 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
       step: of the checkpoint; None = the last.
 
     Raises:
-      ValueError: no finished run there, or one without steps; a method, a rule or an augmentation
-        that nobody registered; data that have changed since.
+      ValueError: no finished run there, one without steps or of episodes; a method, a rule or an
+        augmentation that nobody registered; data that have changed since.
       CheckpointError: no such checkpoint, or a damaged one.
     """
     config = read_config(workdir)
@@ -89,6 +89,11 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         augment.parse(config.augment)
     except ValueError as error:
         raise ValueError(f"{error}; if a file of yours registers it, say --config=FILE") from error
+    if configure.episode(config.method.to_dict()):
+        raise ValueError(
+            "--workdir must be of a method with classes of its own; given one of "
+            f"{config.method.name}, which knows those of an episode alone"
+        )
     return config
 
 
@@ -120,8 +125,9 @@ def add_options(parser: argparse.ArgumentParser, file: str) -> None:
 
 def write(given: argparse.Namespace, make: Callable[[Run], Mapping[str, np.ndarray]]) -> None:
     """Writes the table that is made of the run, and says where."""
-    registered(given.config)
     file = given.out or given.workdir / given.file
+    tables.check_name(file)  # before anything takes its time
+    registered(given.config)
     tables.write(make(opened(given.workdir, given.step)), file)
     print(file)
 

@@ -17,6 +17,11 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 Table = Mapping[str, np.ndarray]
 
 
+def check_name(path: pathlib.Path) -> None:
+    """Raises ValueError unless a file's name says a form that `write` knows."""
+    checks.choice((".csv", ".parquet"), **{"the suffix of a table": path.suffix})
+
+
 def write(table: Table, path: pathlib.Path) -> None:
     """Writes a table as its file's name says, .csv or .parquet.
 
@@ -24,7 +29,7 @@ def write(table: Table, path: pathlib.Path) -> None:
       ValueError: another suffix, or columns of several lengths.
       ImportError: Parquet without pyarrow.
     """
-    checks.choice((".csv", ".parquet"), **{"the suffix of a table": path.suffix})
+    check_name(path)
     sizes = {name: len(values) for name, values in table.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"columns must be of one length; given {sizes}")

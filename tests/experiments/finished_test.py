@@ -199,6 +199,29 @@ def test_a_file_of_ones_own_is_asked_for_and_registers(tmp_path, monkeypatch):
         export.main([f"--workdir={tmp_path}", "--config=digits"])
 
 
+@pytest.mark.parametrize(
+    ("program", "option", "message"),
+    [
+        (export, "--out=x.txt", r"suffix of a table must be one of .*; given '.txt'"),
+        (predict, "--out=x", r"suffix of a table must be one of .*; given ''"),
+        (export, "--draws=0", "--draws must be a whole number >= 1; given 0"),
+        (audit, "--draws=0", "--draws must be a whole number >= 1; given 0"),
+    ],
+)
+def test_options_are_looked_at_before_the_run(tmp_path, program, option, message):
+    options = [f"--workdir={tmp_path / 'none'}", option]
+    with pytest.raises(ValueError, match=message):
+        program.main([*options, "--source=digits"] if program is predict else options)
+
+
+def test_a_run_of_episodes_is_refused_by_name(tmp_path):
+    config = digits.get_config()
+    config.method.update({"name": "protonet", "rule": "as_given"})
+    (tmp_path / "result.json").write_text(json.dumps({"config": json.loads(config.to_json())}))
+    with pytest.raises(ValueError, match=r"--workdir must be of a method with .* of protonet"):
+        finished.read_config(tmp_path)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     (tmp_path / "result.json").write_text("{}")
     for program, options in ((export, []), (predict, ["--source=digits"])):
