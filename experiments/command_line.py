@@ -68,9 +68,14 @@ def in_a_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _debug or not raised_on_purpose(error):
+        if shows_traceback(error):
             raise
         sys.exit(f"error: {error}")
+
+
+def shows_traceback(error: Exception) -> bool:
+    """Whether a message alone is not enough: with --debug, and of a bug."""
+    return _debug or not raised_on_purpose(error)
 
 
 def prepare_arguments() -> None:

@@ -356,8 +356,6 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     try:
         print(compute(argv[1], options, weights, out, _tag.value))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"{argv[1]}: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -387,6 +388,8 @@ def prepare_all(names: Sequence[str], out: pathlib.Path, **options: Any) -> int:
             try:
                 print(f"{name}: {prepare(name, out, **options)}", flush=True)
             except Exception as error:  # one failure must not stop the others
+                if command_line.shows_traceback(error):
+                    traceback.print_exception(error)
                 print(f"{name}: {error}", file=sys.stderr)
                 failed = 1
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from experiments import build, task
+from experiments import build, command_line, task
 from experiments import features as command
 from experiments.configs import digits, sources
 from experiments.features import Options, compute
-from saflex_jax import Batch, augment, configure, data, models, parallel
+from saflex_jax import Batch, augment, checks, configure, data, models, parallel
 from saflex_jax.augment import OPERATIONS
 from saflex_jax.models import ResNet18
 from tests.models.weights_ import safetensors, state_of
@@ -408,3 +409,25 @@ def test_a_set_that_was_not_computed_is_named(sets):
         match=r"features/mnist/other must be a feature set; .saflex features mnist. makes",
     ):
         task.make_data(config(sets, features="other"))
+
+
+@pytest.mark.parametrize(
+    ("debug", "fail", "error"),
+    [
+        (False, lambda: checks.whole(size=-1), SystemExit),
+        (True, lambda: checks.whole(size=-1), ValueError),
+        (False, lambda: np.zeros(2) + np.zeros(3), ValueError),  # a bug
+    ],
+)
+def test_the_command_shows_where_a_bug_is_and_with_debug_every_error(
+    monkeypatch, tmp_path, debug, fail, error
+):
+    options = {"out": str(tmp_path), "weights": __file__, "backbone": "resnet18", "tag": "",
+               "augment": "", "corrupt": "", "size": 6, "pixels": 0, "views": 1, "limit": 0,
+               "seed": 0}  # fmt: skip
+    for name, value in options.items():
+        monkeypatch.setattr(command, f"_{name}", SimpleNamespace(value=value))
+    monkeypatch.setattr(command, "compute", lambda *_: fail())
+    monkeypatch.setattr(command_line, "_debug", debug)
+    with pytest.raises(error), command_line.in_a_line():
+        command.main(["features", "digits"])

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import datasets, prepare
+from experiments import command_line, datasets, prepare
 from experiments.datasets import Archive, Dataset
+from saflex_jax import checks
 
 TEXT = b"a,b,class\n1,x,no\n2.5,y,yes\n?,x,no\n"
 VALUES = [[1, 0], [2.5, 1], [np.nan, 0]]
@@ -260,6 +261,21 @@ def test_a_full_disk_leaves_nothing_and_loses_no_other(registry, tmp_path, monke
     assert "tiny: [Errno 28] No space left on device; tiny needs 0.0 MB" in printed.err
     assert printed.out == "other: prepared\n"
     assert visible(tmp_path) == ["archives", "other"]
+
+
+def test_a_bug_and_with_debug_every_error_shows_where_it_is(tmp_path, monkeypatch, capsys):
+    def told(fail, debug=False):
+        monkeypatch.setattr(prepare, "prepare", lambda *_: fail())
+        monkeypatch.setattr(command_line, "_debug", debug)
+        assert prepare.prepare_all(["tiny"], tmp_path) == 1
+        *traceback, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("tiny: ")
+        return traceback
+
+    assert not told(lambda: checks.whole(size=-1))
+    for traceback in (told(lambda: checks.whole(size=-1), debug=True),
+                      told(lambda: np.zeros(2) + np.zeros(3))):  # fmt: skip
+        assert traceback[0].startswith("Traceback") and "ValueError" in traceback[-1]
 
 
 def test_until_the_last_moment_nothing_is_visible(registry, tmp_path, monkeypatch, capsys):
