@@ -668,7 +668,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("results", nargs="*", help="files that experiments.suite wrote")
     add("--json", action="store_true", help='print the numbers of the half "report", by regime')
-    add("--arm", default=ARM, help="the arm of these numbers")
+    add("--arm", help=f"the arm of these numbers; default: {ARM}")
     add(
         "--out",
         type=pathlib.Path,
@@ -676,15 +676,22 @@ def main(arguments: list[str] | None = None) -> int:
         help="the page; its figures go to the same folder",
     )
     given = parser.parse_args(arguments)
+    if given.arm and not given.json:
+        parser.error(f"--arm is of the numbers of --json, the page has all; given {given.arm}")
     files = given.results or [name for name in RESULTS if pathlib.Path(name).exists()]
+    if lacking := [file for file in files if not pathlib.Path(file).is_file()]:
+        parser.error(f"results must be files of records; there is no {lacking[0]}")
     try:
         regimes = by_regime(r for f in files for r in json_lines.read(pathlib.Path(f)))
     except ValueError as error:
         parser.error(str(error))
     if given.json:
-        said = {
-            name: headline(of_half(runs, "report"), given.arm) for name, runs in regimes.items()
-        }
+        arm, known = given.arm or ARM, {a for runs in regimes.values() for a in all_arms(runs)}
+        try:
+            checks.choice(known, **{"--arm": arm})
+        except ValueError as error:
+            parser.error(str(error))
+        said = {name: headline(of_half(runs, "report"), arm) for name, runs in regimes.items()}
         print(json.dumps(said))
         return 0
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -371,9 +371,17 @@ def test_the_command_writes_the_page_with_its_sources_and_figures(tmp_path, monk
         "pretrained": report.headline(pretrained, "saflex"),
         "scratch": report.headline(REPORT, "saflex"),
     }
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path / "nothing.jsonl"), "--json"])
-    assert "results must hold a record; given none" in capsys.readouterr().err
+    nothing, missing = tmp_path / "nothing.jsonl", tmp_path / "missing.jsonl"
+    nothing.write_text("")
+    for options, message in (
+        ([nothing, "--json"], "results must hold a record; given none"),
+        ([first, missing, "--json"], f"must be files of records; there is no {missing}"),
+        ([first, "--json", "--arm=saflexx"], "--arm must be one of ['l2rw', "),
+        ([first, "--arm=saflex", f"--out={out}"], "--arm is of the numbers of --json"),
+    ):
+        with pytest.raises(SystemExit):
+            report.main([*map(str, options)])
+        assert message in capsys.readouterr().err
 
 
 def test_points_of_the_figures():
