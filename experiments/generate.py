@@ -26,12 +26,14 @@ from ml_collections import ConfigDict
 
 from experiments import command_line, generating, pool_filters
 from experiments.generators import GENERATORS, Options
+from saflex_jax import checks
 
 CONFIG = "generated"
 
 
 def plan(given: argparse.Namespace, changes: Sequence[str]) -> str:
     """Writes the plan."""
+    checks.whole(1, **{"--seeds": given.seeds})
     options = Options(given.model, given.revision, given.pixels, given.device, given.dtype)
     strengths = tuple(_number("--strength", text) for text in given.strength.split(","))
     wanted = generating.Plan(
@@ -68,10 +70,14 @@ def filtered(given: argparse.Namespace, changes: Sequence[str]) -> str:
 def read_config(path: str, changes: Sequence[str]) -> ConfigDict:
     """The config of a file, or of a name, with changes of the form --config.data.per_class=5.
 
+    Behind a colon stands what the config takes: "own:PATH".
+
     Raises:
       ValueError: no such file, or a change of another form or of no field.
     """
-    config = runpy.run_path(command_line.config_file(path))["get_config"]()
+    file, colon, argument = command_line.config_file(path).partition(":")
+    get_config = runpy.run_path(file)["get_config"]
+    config = get_config(argument) if colon else get_config()
     for change in changes:
         name, equals, text = change.partition("=")
         if not name.startswith("--config.") or not equals:

@@ -403,8 +403,14 @@ def test_the_command_plans_runs_and_filters(tmp_path, capsys, monkeypatch):
     for arguments in (
         [*plan, "--config.data.per_clas=2"],
         [*plan, "--strength=high"],
+        [*plan, "--seeds=0"],
         ["run", out, "--shrad=0/1"],
         ["run", f"--out={tmp_path / 'none'}"],
     ):
         assert generate.main(arguments) == 1
         assert capsys.readouterr().err.startswith(arguments[0])
+
+
+def test_a_pool_of_ones_own_images_is_planned_by_their_path(tmp_path):
+    config = generate.read_config("own:digits", ["--config.data.per_class=2"])
+    assert config.data.name == "digits" and config.data.per_class == 2 and config.data.val > 0
