@@ -22,6 +22,7 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
+from experiments import command_line
 from experiments.locking import locked
 from saflex_jax import checks, data, models
 from saflex_jax.data.captions import FLYP_TEMPLATES, PHOTO, caption_table, filled
@@ -121,12 +122,14 @@ def main(argv: list[str]) -> None:
     if len(argv) < 2:
         raise app.UsageError(f"name one or more of {sorted(CAPTIONS)}, or NAME=FILE")
     for given in argv[1:]:
+        if "=" not in given:
+            checks.choice(CAPTIONS, name=given)
+    for given in argv[1:]:
         root = pathlib.Path(_out.value)
         name, _, file = given.partition("=")
         if file:
             table = of_names(pathlib.Path(file), pathlib.Path(_weights.value), _templates.value)
         else:
-            checks.choice(CAPTIONS, name=name)
             table = CAPTIONS[name](root)
         folder = root / "captions"
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,4 +141,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run_absl(main)

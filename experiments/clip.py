@@ -37,16 +37,12 @@ def run(command: str, settings: Mapping[str, ConfigDict], tests: Tests) -> None:
       tests: each is read once an arm and seed.
 
     Raises:
-      ValueError: --arms that a config does not have.
+      ValueError: --arms that a config does not have; --set that is no changes of one.
     """
     workdir = pathlib.Path(WORKDIR.value or f"runs/{command}")
+    chosen = {name: _chosen(config) for name, config in settings.items()}
     for name, config in settings.items():
-        config.unlock()
-        config.update(json.loads(SET.value))
-        configs = arms.configs(config)
-        for arm in ARMS.value:
-            checks.choice(configs, **{"--arms": arm})
-        configs = {arm: c for arm, c in configs.items() if arm in (ARMS.value or configs)}
+        configs = chosen[name]
         seeds = range(FIRST.value, FIRST.value + SEEDS.value)
         records = arms.run_all(
             configs, seeds, workdir / f"{name}.jsonl", resume=RESUME.value,
@@ -55,6 +51,21 @@ def run(command: str, settings: Mapping[str, ConfigDict], tests: Tests) -> None:
         if len(records) < len(configs) * len(seeds):
             sys.exit(f"interrupted; {len(records)} runs are kept, --resume goes on")
         print(table(name, records, list(configs), seeds, list(tests)), flush=True)
+
+
+def _chosen(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The arms of --arms of the config, which --set changes in place."""
+    config.unlock()
+    try:
+        config.update(json.loads(SET.value))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--set must be JSON, nested changes of the config; given {SET.value!r}; {error}"
+        ) from error
+    configs = arms.configs(config)
+    for arm in ARMS.value:
+        checks.choice(configs, **{"--arms": arm})
+    return {arm: c for arm, c in configs.items() if arm in (ARMS.value or configs)}
 
 
 def measured(tests: Tests, config: ConfigDict) -> Callable[..., dict[str, float]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from absl import app, flags, logging
 
-from experiments import clip
+from experiments import clip, command_line
 from experiments.configs import clip_emoji
 
 _SELECT = flags.DEFINE_integer("select", 0, "So many training images stand in for the test set.")
@@ -33,4 +33,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    command_line.run_absl(main)

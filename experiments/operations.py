@@ -382,6 +382,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--data", default="data", help="where experiments.prepare put data sets")
     add("--workdir", type=pathlib.Path, default=pathlib.Path("runs/operations"))
     given = parser.parse_args(arguments)
+    if given.seeds < 1 or given.first_seed < 0:
+        parser.error(
+            f"--seeds must be >= 1 and --first_seed >= 0; given {given.seeds} and "
+            f"{given.first_seed}"
+        )
     log = given.workdir / "runs.jsonl"
     records = [r for r in json_lines.read(log) if r["settings"] == settings()]
     seeds = range(given.first_seed, given.first_seed + given.seeds)

@@ -498,6 +498,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
         parser.error(f"--jobs and --seeds must be >= 1; given {given.jobs} and {given.seeds}")
+    for option, text in (("--tasks", given.tasks), ("--arms", given.arms)):
+        try:
+            re.compile(text)
+        except re.error as error:
+            parser.error(f"{option} must be a regular expression; given {text!r}: {error}")
 
     if given.tune and given.suite not in TUNED:
         parser.error(f"--tune is of {', '.join(TUNED)}; given --suite={given.suite}")

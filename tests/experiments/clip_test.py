@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import arms, build, captions, clip, task
+from experiments import arms, build, captions, clip, command_line, task
 from experiments.configs import (
     clip_cifar,
     clip_emoji,
@@ -61,6 +61,30 @@ def test_an_unknown_arm_is_refused_and_the_log_stays(folder, tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"--arms must be one of .* given 'flip'; did you mean"):
         clip.run("clip_some", {"some": config(folder)}, {"test": {}})
     assert log.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ({"SET": '{"data":'}, r"--set must be JSON, .*; given '{\"data\":'; Expecting value"),
+        ({"SET": '{"data": 3}'}, r"--set must be JSON, nested changes of the config; given"),
+        ({"SET": "[1]"}, r"--set must be JSON, nested changes of the config; given '\[1\]'"),
+        ({"SET": '{"data": {"nois": 1}}'}, r"config.data has no field 'nois'; did you mean"),
+        ({"ARMS": ["typo"]}, r"--arms must be one of .*'flyp'.*; given 'typo'"),
+    ],
+)
+def test_bad_options_of_a_comparison_are_a_line(folder, monkeypatch, flag, message):
+    give(monkeypatch, WORKDIR="nowhere", **flag)
+    monkeypatch.setattr(arms, "run_all", lambda *_, **__: pytest.fail("nothing runs"))
+    with pytest.raises(SystemExit, match=message), command_line.in_a_line():
+        clip.run("clip_some", {"some": config(folder)}, {"test": {}})
+
+
+def test_an_unknown_set_of_captions_is_a_line_before_any_is_made(monkeypatch):
+    monkeypatch.setattr(captions, "CAPTIONS", {"emoji": lambda root: pytest.fail("made")})
+    with pytest.raises(SystemExit, match=r"name must be one of \['emoji'\]; given 'foo'"):
+        with command_line.in_a_line():
+            captions.main(["captions", "emoji", "foo"])
 
 
 @pytest.mark.slow

@@ -107,3 +107,9 @@ def test_a_figure_takes_any_prompt(tmp_path, monkeypatch):
     figure = pool_figure.draw(folder)
     figure.savefig(tmp_path / "x.png")
     assert len(figure.axes) == 2 * 3  # two classes, the source and two prompts
+
+
+def test_no_seeds_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        operations.main(["--seeds=0"])
+    assert "--seeds must be >= 1 and --first_seed >= 0; given 0 and 0" in capsys.readouterr().err

@@ -563,6 +563,8 @@ def test_dry_run_says_what_is_left(tmp_path, capsys):
     [
         (["--jobs=0"], "--jobs and --seeds must be >= 1; given 0 and None"),
         (["--tasks=nonsense"], "nothing matches --tasks='nonsense'"),
+        (["--tasks=["], "--tasks must be a regular expression; given '[': unterminated"),
+        (["--arms=("], "--arms must be a regular expression; given '(': missing )"),
         (["--half=both"], "invalid choice: 'both'"),
         (["--tasks=generator_20|usps|wdbc", "--data=nowhere"],
          "experiments.prepare --out=nowhere fashion_mnist mnist usps"),
