@@ -270,6 +270,7 @@ def test_a_damaged_line_of_metadata_is_named_and_nothing_is_written(arrays, line
      (["--features=nothing@crop", "--data_dir=no"], "no/features/nothing/crop must be a feature"),
      (["--workdir=nowhere", "--data_dir=no"], "--data_dir does not go with --workdir; given no"),
      (["--workdir=nowhere", "--trusted=5"], "--trusted does not go with --workdir"),
+     (["--features=x@y", "--trusted=-1"], "--trusted must be a whole number >= 0; given -1"),
      (["--features=no.npz", "--draws=3"], "--draws does not go with --features"),
      (["--features=no.npz", "--config=x.py"], "--config does not go with --features"),
      (["--out=my.csv", "--workdir=nowhere"], "--out must be a folder, .*; given my.csv")],
