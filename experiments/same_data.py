@@ -47,20 +47,21 @@ def _asked(config: ConfigDict) -> dict[str, Any]:
 def _of(config: ConfigDict) -> str:
     """A digest of all inputs and labels, and of the rows that train, validate and test."""
     source, prints, split, _ = task.make_split_source(config)
-    digest = hashlib.blake2b(digest_size=16)
-    for rows in (prints, source.labels, *split):
-        digest.update(np.asarray(rows).tobytes())
-    return digest.hexdigest()
+    return _digest(prints, source.labels, *split)
 
 
 def digests(config: ConfigDict) -> dict[str, str]:
     """Of all inputs, of all labels, and of the rows that train, validate and test, one each."""
     source, prints, split, _ = task.make_split_source(config)
-    parts = {"inputs": (prints,), "labels": (source.labels,), "splits": split}
-    found = {}
-    for name, arrays in parts.items():
-        digest = hashlib.blake2b(digest_size=8)
-        for rows in arrays:
-            digest.update(np.asarray(rows).tobytes())
-        found[name] = digest.hexdigest()
-    return found
+    return {
+        "inputs": _digest(prints),
+        "labels": _digest(source.labels),
+        "splits": _digest(*split),
+    }
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for rows in arrays:
+        digest.update(np.asarray(rows).tobytes())
+    return digest.hexdigest()
