@@ -41,12 +41,11 @@ def run(command: str, settings: Mapping[str, ConfigDict], tests: Tests) -> None:
     """
     workdir = pathlib.Path(WORKDIR.value or f"runs/{command}")
     chosen = {name: _chosen(config) for name, config in settings.items()}
-    for name, config in settings.items():
-        configs = chosen[name]
+    for name, configs in chosen.items():
         seeds = range(FIRST.value, FIRST.value + SEEDS.value)
         records = arms.run_all(
             configs, seeds, workdir / f"{name}.jsonl", resume=RESUME.value,
-            progress=False, look=False, measure=measured(tests, config),
+            progress=False, look=False, measure=measured(tests, settings[name]),
         )  # fmt: skip
         if len(records) < len(configs) * len(seeds):
             sys.exit(f"interrupted; {len(records)} runs are kept, --resume goes on")
