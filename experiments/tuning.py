@@ -2,8 +2,9 @@
 
 A grid is a dict, point -> nested changes of a config. In tuning, training samples with right labels
 stand in for the test split (`config.data.select`), which is not read; the seeds are none of those
-that are reported. Where a data set has no test split of its own each seed draws one, so that some of
-these samples are test samples of reported seeds, for all arms alike. What was chosen is kept in a file of the project, task -> arm -> point.
+that are reported. Where a data set has no test split of its own each seed draws one, so that some
+of these samples are test samples of reported seeds, for all arms alike. What was chosen is kept in
+a file of the project, task -> arm -> point.
 """
 
 from __future__ import annotations
