@@ -25,7 +25,7 @@ from saflex_jax.core.memory import Memory, TopMemory
 from saflex_jax.core.posterior import Agreement
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.transition import Pairs
-from saflex_jax.core.tree import on_all
+from saflex_jax.core.tree import gather, on_all
 from saflex_jax.rules.visits import VisitMean
 from saflex_jax.types import Batch, RunInfo
 
@@ -65,7 +65,8 @@ class Posterior:
       lookahead: >= 0, length of the step before p'. With "cg", 1 is a full Newton step on the
         validation loss; along "identity" it is a learning rate. None = M / (M + D) with M trusted
         samples and D inputs of the scored parameters (for a head, its features and the bias): fewer
-        trusted samples, a shorter step.
+        trusted samples, a shorter step. Where the run does not know M, it is the number of the
+        step's validation samples, over all devices and without padding.
       sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
       learn_sharpness: learn the power from the given labels (`core.calibration`), from `sharpness`
         on; needs a `run` with trusted samples.
@@ -128,7 +129,7 @@ class Posterior:
         kept, agreement, pairs, fits = arrays
         rows = candidates.mask & parents.is_whole(candidates)
         if kept is not None:
-            kept = self.memory.add(kept, candidates, self._visit(scored), rows, reduce)
+            kept = self.memory.add(kept, candidates, self._visit(scored, reduce), rows, reduce)
         belief = self._belief(kept, scored, candidates, reduce)
         if agreement is not None:
             agreement = self._agreement(agreement, belief, scored, streams, rows, reduce)
@@ -186,11 +187,13 @@ class Posterior:
         assert self.run is not None  # or none is trusted
         return index >= self.run.num_samples - self.run.num_trusted
 
-    def _visit(self, scored) -> jax.Array:
+    def _visit(self, scored, reduce) -> jax.Array:
         """p', f32[B, K]: what the network would believe after a step."""
         lookahead = self.lookahead
         if lookahead is None:
-            known = self._num_known or len(scored.val_probs)
+            known = self._num_known or jnp.sum(
+                gather(scored.val_mask, reduce), dtype=scored.scores.dtype
+            )
             lookahead = known / (known + scored.features)
         # Scores that nothing reads are not made.
         if checks.concrete(lookahead) and lookahead == 0:
@@ -201,7 +204,7 @@ class Posterior:
         self, kept: Memory | TopMemory | None, scored, candidates: Batch, reduce
     ) -> jax.Array:
         """What is remembered of the candidates, f32[B, K]; where nothing is, this visit's p'."""
-        visit = jnp.zeros_like(candidates.labels) if scored is None else self._visit(scored)
+        visit = jnp.zeros_like(candidates.labels) if scored is None else self._visit(scored, reduce)
         if kept is None:
             return visit
         recall = partial(memory.recall, kept, num_classes=visit.shape[1])

@@ -39,13 +39,15 @@ from saflex_jax.types import (
 class Scored(NamedTuple):
     """Scores of one batch, without gradient.
 
-    >>> Scored(jnp.zeros((4, 2)), jnp.zeros((4, 2)), jnp.zeros((3, 2)), True, 65.0).fresh
+    >>> of_rows, of_val = jnp.zeros((4, 2)), jnp.zeros((3, 2))
+    >>> Scored(of_rows, of_rows, of_val, jnp.ones(3, bool), True, 65.0).fresh
     True
 
     Attributes:
       scores: f32[B, K]; > 0 = a step on (x_i, k) lowers the validation loss.
       log_probs: f32[B, K], the network's, from the same forward pass.
       val_probs: f32[M, K], the network's on the validation samples; zeros where not `fresh`.
+      val_mask: bool[M], False on padding among them.
       fresh: bool[], whether the validation gradient was computed on this step.
       features: f32[], number of inputs of the scored parameters: for each array the product of all
         axes but the last.
@@ -54,6 +56,7 @@ class Scored(NamedTuple):
     scores: jax.Array
     log_probs: jax.Array
     val_probs: jax.Array
+    val_mask: jax.Array
     fresh: jax.Array | bool
     features: jax.Array | float
 
@@ -205,10 +208,11 @@ class Scoring:
                 arrays, result = over.gather(arrays), (known, over)
             else:
                 arrays, *result = _on_all(arrays, streams, reduce)
+            of_val = checks.given(val=result[0].val)
             metrics = {"val_loss": val_loss}
             if info.residual is not None:
                 metrics["solve_residual"] = info.residual, jnp.ones(())
-            scored = Scored(*arrays, is_fresh, features)
+            scored = Scored(*arrays, of_val.mask, is_fresh, features)
             scored, metrics = jax.lax.stop_gradient((scored, metrics))
             return Result(scored, *result, None if kept is None else gradient, metrics)
 

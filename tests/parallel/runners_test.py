@@ -11,8 +11,12 @@ import pytest
 from saflex_jax import TrainState
 from saflex_jax.core.memory import Memory
 from saflex_jax.core.tree import identity
+from saflex_jax.methods import supervised
+from saflex_jax.models import MLP, Classifier, from_linen
 from saflex_jax.parallel import RUNNERS, jit_runner, pmap_runner
+from saflex_jax.rules import Posterior, Refinement, Scoring
 from tests.parallel import setup_
+from tests.problems import assert_close
 
 AXIS = {"jit": None, "pmap": "data"}  # what BatchNorm averages over
 VARIANTS = [name for name in setup_.VARIANTS if name != "cg_head"]  # its parts are in the others
@@ -44,6 +48,26 @@ def test_eight_devices_agree_with_one(variant, runner):
     assert jax.device_count() == 8
     found = setup_.run(RUNNERS[runner], variant, axis_name=AXIS[runner])
     setup_.assert_agrees(found, variant)
+
+
+@pytest.mark.parametrize("val_rows", [16, 5])
+def test_a_rule_of_no_run_counts_validation_samples_on_all_devices_without_padding(val_rows):
+    # How far a step is believed depends on their number: 5 rows are 8 with padding, 1 on a device.
+    model = from_linen(Classifier(MLP(()), setup_.CLASSES))
+    rule = Refinement(Scoring("cg(damping=0.1)"), Posterior(noise_rate=0.4))
+    method = supervised.make(model, setup_.TX, rule)
+    start = jax.jit(method.init)(jax.random.key(0), setup_.POOL.inputs[:1])
+    streams = setup_.make_batches("cg_head")[0]
+    streams = streams._replace(val=jax.tree.map(lambda x: x[:val_rows], streams.val))
+
+    def step(make_runner):
+        runner = make_runner(method.step)
+        state, _ = runner.step(runner.put_state(start), runner.put_batch(streams))
+        return jax.device_get(state.params)
+
+    expected = step(functools.partial(jit_runner, devices=jax.devices()[:1]))
+    for make_runner in RUNNERS.values():
+        assert_close(step(make_runner), expected, 1e-6)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -183,8 +183,8 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     )
     streams = functools.partial(right_streams_of, trusted=trusted)
     arrays, run = runner(Refinement(GREEDY, rule, Schedule(start, every)), streams=streams)
-    if lookahead is None:  # without trusted samples, of those in a batch
-        known = trusted or len(streams(0).val.mask)
+    if lookahead is None:  # without trusted samples, of those in a batch that are no padding
+        known = trusted or streams(0).val.mask.sum()
         inputs = sum(np.prod(x.shape[:-1]) for x in jax.tree.leaves(PROBLEM.params))
         lookahead = known / (known + inputs)
     mean, visits, sums, learned = np.zeros((POOL, CLASSES)), np.zeros(POOL, int), np.zeros(5), 0
