@@ -180,7 +180,9 @@ def shrunk(stats: Pooled) -> jax.Array:
         s_g = M + t / (t + e_g^2) (m_g - M) ,   t = variance of the true means between the groups
 
     The less is known of a group, the more it is shrunk. M is the mean weighted by 1 / (t + e^2), t
-    the moment estimator. If groups differ by no more than chance, t = 0 and all get M.
+    the moment estimator. If groups differ by no more than chance, t = 0 and all get M. An error of 0,
+    which `pooled` gives a group whose utilities are all 0, counts as 1 % of the root mean square of
+    the others' means and errors.
 
     >>> stats = Pooled(jnp.array([99.0, 99.0, 1.0]), jnp.array([1.0, -1.0, 9.0]),
     ...                jnp.array([0.1, 0.1, jnp.inf]))
@@ -193,16 +195,26 @@ def shrunk(stats: Pooled) -> jax.Array:
     Source: DerSimonian and Laird, "Meta-analysis in clinical trials", 1986, for t.
     """
     known = jnp.isfinite(stats.error)
-    precision = jnp.where(known, 1 / jnp.where(known, stats.error, 1.0) ** 2, 0.0)
+    error = _positive(stats, known)
+    precision = jnp.where(known, 1 / error**2, 0.0)
     total = jnp.sum(precision)
     safe = jnp.where(total > 0, total, 1.0)
     first = jnp.sum(precision * stats.mean) / safe
     chi = jnp.sum(precision * (stats.mean - first) ** 2) - (jnp.sum(known) - 1)
     spread = total - jnp.sum(precision**2) / safe
     between = jnp.maximum(chi / jnp.where(spread > 0, spread, 1.0), 0.0)
-    weights = jnp.where(known, 1 / (between + jnp.where(known, stats.error, 1.0) ** 2), 0.0)
+    weights = jnp.where(known, 1 / (between + error**2), 0.0)
     centre = jnp.sum(weights * stats.mean) / jnp.maximum(jnp.sum(weights), 1e-30)
     return centre + between * weights * (stats.mean - centre)
+
+
+def _positive(stats: Pooled, known: jax.Array) -> jax.Array:
+    """The errors of known groups, where they are 0 a small one; 1 of the others."""
+    error = jnp.where(known, stats.error, 1.0)
+    others = known & (error > 0)
+    square = jnp.sum(jnp.where(others, stats.mean**2 + error**2, 0.0))
+    least = jnp.where(square > 0, 0.01 * jnp.sqrt(square / jnp.maximum(jnp.sum(others), 1)), 1.0)
+    return jnp.where(error > 0, error, least)
 
 
 # --- groups --------------------------------------------------------------------------------------

@@ -81,6 +81,21 @@ def test_groups_that_differ_by_chance_alone_are_shrunk_to_one():
     np.testing.assert_array_equal(pooled.shrunk(unknown), 0)
 
 
+def test_a_group_of_zeros_is_known_well_and_spoils_no_other():
+    utility = jnp.array([0.0, 0.0, 0.0, 0.5, 0.6, 0.7, -0.1, 0.2, 0.1])
+    stats = pooled.pooled(
+        pooled.add_utilities(pooled.no_pools(3), utility, jnp.repeat(jnp.arange(3), 3))
+    )
+    assert stats.error[0, 0] == 0
+    found = pooled.shrunk(stats)
+    known_well = stats._replace(error=stats.error.at[0].set(1e-3))
+    np.testing.assert_allclose(found, pooled.shrunk(known_well), atol=1e-3)
+    assert abs(found[0, 0]) < 1e-3 and 0.4 < found[1, 0] < 0.6
+    # Where all are 0, so are they shrunk, and one that nothing is known of.
+    zeros = Pooled(jnp.full(3, 9.0), jnp.zeros(3), jnp.array([0.0, 0.0, jnp.inf]))
+    np.testing.assert_array_equal(pooled.shrunk(zeros), 0)
+
+
 def test_cells_hold_equally_many_rows_of_an_operation():
     operation = _rng.integers(2, size=(SIZE, 1))
     magnitude = (_rng.random((SIZE, 1)) * (1 + 9 * operation)).astype(np.float32)

@@ -19,6 +19,13 @@ def test_visits_outweigh_the_group():
     np.testing.assert_allclose(never[3], (50 - 30) / 80, rtol=1e-5)
 
 
+def test_a_group_of_zeros_leaves_the_others_theirs():
+    exact = FOUND._replace(mean=FOUND.mean.at[1].set(0.0), error=FOUND.error.at[1].set(0.0))
+    found = with_prior(jnp.zeros(3), jnp.zeros(3), jnp.arange(3), exact)
+    np.testing.assert_allclose(found[:2], [1, 0], atol=1e-3)
+    assert 0 < found[2] < 1
+
+
 def test_it_errs_less_than_either_alone():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(2), 500)
