@@ -8,9 +8,10 @@ program that fills a set (`saflex features`); `from_features` reads it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from saflex_jax.types import Trace
 
 DESCRIPTION = "features.json"
 FORMAT = 1
+AT_A_TIME = 2**20  # numbers that are held in double precision
 FILLED = {"views": "f2", "tested": "f2", "prints": "V16", "operation": "i2", "magnitude": "f4"}
 
 
@@ -176,10 +178,10 @@ def fit_scale(values: np.ndarray) -> Callable[[np.ndarray | Rows], Rows]:
 
         x_d <- (x_d - m_d) / s_d ,   m and s the mean and the deviation of `values`
 
-    A constant feature is only shifted.
+    A constant feature is only shifted. All is computed in double precision, some rows at a time.
 
-    >>> scale = fit_scale(np.array([[1.0, 5.0], [3.0, 5.0]]))
-    >>> scale(np.array([[5.0, 5.0]]))[:].tolist()
+    >>> scale = fit_scale(np.array([[1.0, 0.1], [3.0, 0.1]]))
+    >>> scale(np.array([[5.0, 0.1]]))[:].tolist()
     [[3.0, 0.0]]
 
     Args:
@@ -187,18 +189,36 @@ def fit_scale(values: np.ndarray) -> Callable[[np.ndarray | Rows], Rows]:
 
     Returns:
       f[..., D] -> f32 of that shape, computed on access.
+
+    Raises:
+      ValueError: no rows.
     """
-    values = np.asarray(values, np.float32)
-    mean, deviation = values.mean(0), values.std(0)
-    factor = 1 / np.where(deviation > 0, deviation, 1)
+    values = np.asarray(values)
+    if not len(values):
+        raise ValueError("values must have at least one row to fit a scale; given 0")
+    constant = values.max(0) == values.min(0)  # the deviation may round to above zero
+    mean = np.where(constant, values[0], values.mean(0, dtype=np.float64))
+    square = sum(
+        np.sum((values[part] - mean) ** 2, axis=0) for part in _parts(len(values), values.shape[1:])
+    )
+    deviation = np.where(constant, 1, np.sqrt(square / len(values)))
 
     def scale(x):
         def read(rows):
-            return (np.asarray(x[rows], np.float32) - mean) * factor
+            scaled = np.empty((len(rows), *x.shape[1:]), np.float32)
+            for part in _parts(len(rows), x.shape[1:]):
+                scaled[part] = (np.asarray(x[rows[part]], np.float64) - mean) / deviation
+            return scaled
 
         return Rows(read, len(x), x.shape[1:], np.float32)
 
     return scale
+
+
+def _parts(size: int, shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of `size` rows of a shape, each of few numbers."""
+    rows = max(AT_A_TIME // max(math.prod(shape), 1), 1)
+    return (slice(begin, begin + rows) for begin in range(0, size, rows))
 
 
 def _described(root: pathlib.Path) -> dict[str, Any]:

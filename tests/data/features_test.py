@@ -79,6 +79,23 @@ def test_the_scale_is_that_of_the_training_rows(folder):
     np.testing.assert_array_equal(data.fit_scale(np.ones((3, 2)))(np.zeros((1, 2)))[:], [[-1, -1]])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_scale_is_exact_whatever_the_mean_and_a_constant_is_shifted_only(dtype, monkeypatch):
+    monkeypatch.setattr(features, "AT_A_TIME", 64)  # in many parts
+    rng = np.random.default_rng(0)
+    values = rng.normal([0, 100, 1e4], [1, 0.1, 1], (5000, 3)).astype(dtype)
+    values = np.hstack([values, np.full((5000, 1), 0.1, dtype)])
+    exact = values.astype(np.float64)
+    expected = (exact - exact.mean(0)) / np.where([1, 1, 1, 0], exact.std(0), 1)
+    expected[:, 3] = 0
+    found = data.fit_scale(values)(values)[:]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(found[:, 3], 0)
+    np.testing.assert_array_equal(data.fit_scale(values)(exact[None] + 1)[0][:, 3], 1)
+    with pytest.raises(ValueError, match="values must have at least one row"):
+        data.fit_scale(values[:0])
+
+
 def test_what_is_no_feature_set_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"must be a feature set; .saflex features"):
         data.from_features(tmp_path / "other")
