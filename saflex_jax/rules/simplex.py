@@ -7,10 +7,14 @@ ICLR 2024, section 4.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
-from saflex_jax.core import memory, targets
+import jax
+import jax.numpy as jnp
+
+from saflex_jax.core import memory, parents, targets
 from saflex_jax.rules.visits import VisitMean
-from saflex_jax.types import RunInfo
+from saflex_jax.types import Batch, Reduce, RunInfo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +28,8 @@ class Simplex:
       prior_strength, temperature, tolerance: see `core.targets.solve_targets`.
       scale, learn, anchor: see `core.targets.solve_targets`.
       run: what is known about the run, for the memory.
-      memory: averages scores over a sample's visits; none by default. Needs `run`.
+      memory: averages scores over a sample's visits; none by default. Needs `run`. Mixed rows are
+        not remembered; their parents' scores are mixed as the labels are (`core.parents`).
 
     Raises:
       ValueError: a value out of range, or a memory without a run.
@@ -67,23 +72,33 @@ class Simplex:
         return self.memory.init(self.run)
 
     def update(self, arrays, scored, streams, *, reduce):
-        """Remembers the scores, divided by their root mean square."""
+        """Remembers the scores of whole rows, divided by their root mean square."""
         if arrays is None:
             return None
         candidates = streams.candidates
-        # A raw score shrinks as training goes on: no average of it.
-        scale = targets.score_scale(scored.scores, candidates.mask, reduce=reduce)
-        return self.memory.add(arrays, candidates, scored.scores / scale, candidates.mask, reduce)
+        rows = candidates.mask & parents.is_whole(candidates)
+        return self.memory.add(arrays, candidates, _visit(scored, candidates, reduce), rows, reduce)
 
     def targets(self, arrays, scored, candidates, *, reduce):
         """`solve_targets` of the remembered scores or of this step's; else the prior."""
-        if arrays is not None:
-            scores = memory.recall(arrays, candidates.index)
-        elif scored is None:
+        if arrays is None and scored is None:
             return targets.prior_targets(candidates.labels, candidates.mask), {}
-        else:
-            scores = scored.scores
-        learned = targets.solve_targets(
-            scores, candidates.labels, **self._options(), mask=candidates.mask, reduce=reduce
+        solve = partial(
+            targets.solve_targets, prior=candidates.labels, mask=candidates.mask, reduce=reduce
         )
-        return learned, {}
+        if arrays is None:
+            return solve(scored.scores, **self._options()), {}
+        unseen = jnp.zeros_like(candidates.labels)
+        visit = unseen if scored is None else _visit(scored, candidates, reduce)
+        scores = parents.mixture(candidates, partial(memory.recall, arrays), visit)
+        known = jnp.any(scores != 0, axis=-1) | (scored is not None)
+        # Rows of which nothing is known neither enter the scale nor move.
+        scale = targets.score_scale(scores, candidates.mask & known, reduce=reduce)
+        learned = solve(scores / scale, **self._options() | {"scale": "raw"})
+        labels = jnp.where(known[:, None], learned.labels, candidates.labels)
+        return learned._replace(labels=labels), {}
+
+
+def _visit(scored, candidates: Batch, reduce: Reduce) -> jax.Array:
+    """This visit's scores, f32[B, K]; raw ones shrink as training goes on: no average of them."""
+    return scored.scores / targets.score_scale(scored.scores, candidates.mask, reduce=reduce)

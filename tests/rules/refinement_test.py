@@ -14,6 +14,7 @@ import pytest
 from saflex_jax._compat import enable_x64
 from saflex_jax.core import calibration, parents, posterior, transition
 from saflex_jax.core.steps import init_state
+from saflex_jax.core.tree import identity
 from saflex_jax.methods import supervised
 from saflex_jax.rules import RULES, Posterior, Refinement, Schedule, Scoring, Simplex, VisitMean
 from saflex_jax.types import RunInfo, Streams, Trace
@@ -45,18 +46,36 @@ simplex = functools.partial(
 )
 
 
+def traced(batch, partner, share):
+    """The batch with two operations in its trace: one that does not mix, and this one."""
+    trace = Trace(
+        np.zeros((SIZE, 2), np.int32),
+        np.stack([np.full(SIZE, 0.2), share], 1).astype(np.float32),
+        np.stack([batch.index, partner], 1).astype(np.int32),
+    )
+    return batch._replace(trace=trace)
+
+
+def whole_streams_of(step):
+    """`streams_of`: soft labels, and a trace that says that no row is mixed."""
+    given = streams_of(step)
+    candidates = traced(given.candidates, given.candidates.index, np.ones(SIZE))
+    return given._replace(candidates=candidates)
+
+
 @pytest.mark.parametrize("memory_dtype", [None, "float32", "bfloat16"])
 def test_when_scores_and_gradients_are_fresh_and_what_is_used_between(memory_dtype):
     start, every, val_every, val_decay, memory_decay = 1, 2, 2, 0.6, DECAY
     remembers = memory_dtype is not None
     memory = {"run": RUN, "memory": VisitMean(DECAY, memory_dtype)} if remembers else {}
     scoring = Scoring("identity", "", val_every=val_every, val_decay=val_decay)
-    arrays, run = runner(Refinement(scoring, simplex(**memory), Schedule(start, every)))
+    rule = Refinement(scoring, simplex(**memory), Schedule(start, every))
+    arrays, run = runner(rule, streams=whole_streams_of)
     kept = jax.tree.map(np.zeros_like, jax.device_get(PROBLEM.params))
     mean, visits = np.zeros((POOL, CLASSES)), np.zeros(POOL, int)
     # The two means may round to neighbouring numbers of bfloat16, 2^-8 apart.
     tol = 0.02 if memory_dtype == "bfloat16" else 1e-5
-    scorings = refreshes = learned = 0
+    scorings = refreshes = learned = unvisited = 0
     for step in range(10):
         candidates = jax.tree.map(lambda x: x[:REAL], streams_of(step).candidates)
         rows, prior = candidates.index, candidates.labels
@@ -78,7 +97,10 @@ def test_when_scores_and_gradients_are_fresh_and_what_is_used_between(memory_dty
             else:
                 weights, labels = solved(scores, prior)
         if remembers and step >= start and mean[rows].any():
-            weights, labels = solved(mean[rows], prior)
+            known, labels = mean[rows].any(1), prior.copy()
+            weights[known], labels[known] = solved(mean[rows][known], prior[known])
+            weights = (weights > 0) / np.mean(weights > 0)
+            unvisited += (~known).sum()
         found, arrays, metrics = run(arrays, step)
         assert_trained_on(found, weights, labels, tol)
         assert_close(arrays.gradient, kept)
@@ -88,6 +110,7 @@ def test_when_scores_and_gradients_are_fresh_and_what_is_used_between(memory_dty
             np.testing.assert_allclose(arrays.rule.mean[:POOL], mean, rtol=0, atol=tol)
             np.testing.assert_array_equal(arrays.rule.visits[:POOL], visits)
         learned += np.abs(labels - prior).max() > 0.05
+    assert (unvisited > 0) == remembers  # on a step between: the prior
     # A plain mean of two gradients, then an exponential one; between scorings only memory learns.
     assert (scorings, refreshes) == (5, 3) and 1 - val_decay > 1 / refreshes
     assert learned >= (scorings + 1 if remembers else scorings)
@@ -105,7 +128,7 @@ def test_scores_in_bfloat16_are_those_of_a_network_cast_by_hand():
     def scored(logits_fn=PROBLEM.logits_fn, **options):
         scoring = Scoring("identity", "", val_every=2, **options)
         rule = Refinement(scoring, simplex(run=RUN, memory=last))
-        start, run = runner(rule, logits_fn=logits_fn)
+        start, run = runner(rule, logits_fn=logits_fn, streams=whole_streams_of)
         targets, arrays, _ = run(start, 0)
         assert targets.labels.dtype == arrays.rule.mean.dtype == jnp.float32
         return arrays.rule.mean[:REAL], arrays.gradient
@@ -252,16 +275,6 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     assert learned >= 2
 
 
-def traced(batch, partner, share):
-    """The batch with two operations in its trace: one that does not mix, and this one."""
-    trace = Trace(
-        np.zeros((SIZE, 2), np.int32),
-        np.stack([np.full(SIZE, 0.2), share], 1).astype(np.float32),
-        np.stack([batch.index, partner], 1).astype(np.int32),
-    )
-    return batch._replace(trace=trace)
-
-
 def test_what_is_known_of_parents_reaches_mixed_rows_and_only_whole_rows_are_remembered():
     """Rows 0 to 5 are samples 0 to 5, of which 4 and up are trusted; row 5 is padding."""
     share = np.array([0.6, 1, 0.95, 1, 0.6, 1])
@@ -297,6 +310,31 @@ def test_what_is_known_of_parents_reaches_mixed_rows_and_only_whole_rows_are_rem
     kept, arrays, _ = run(arrays, 2)
     np.testing.assert_array_equal(kept.labels[4], streams(2).candidates.labels[4])  # trusted
     assert kept.utility[4] == 1 > np.asarray(kept.utility[:4]).max()
+
+
+def test_scores_of_whole_rows_are_remembered_and_reach_mixed_rows_through_their_parents():
+    share = np.array([0.6, 1, 0.95, 1, 0.7, 1], np.float32)
+    partner = np.array([1, 1, 0, 3, 5, 5])
+
+    def streams(step):  # rows 0 to 5 are samples 0 to 5; 5 is padding, so never seen
+        candidates, val, _ = right_streams_of(0, 6)
+        same = candidates.index, np.ones(SIZE)
+        return Streams(traced(candidates, *(same if step == 0 else (partner, share))), val)
+
+    rule = simplex(run=RUN, memory=VisitMean(0.9))
+    arrays, run = runner(Refinement(GREEDY, rule), streams=streams)
+    _, arrays, _ = run(arrays, 0)
+    found, arrays, _ = run(arrays, 1)
+    memory = arrays.rule
+    np.testing.assert_array_equal(memory.visits[:7], [1, 2, 2, 2, 1, 0, 0])
+    gradient, jacobian = pieces(1, streams)
+    scores = np.array(memory.mean[:REAL])
+    scores[0] = 0.6 * memory.mean[0] + (1 - np.float32(0.6)) * memory.mean[1]
+    visit = scores_along(jacobian, gradient)
+    scores[4] = (visit / rms(visit))[4]  # nothing is known of its partner: its own
+    assert_trained_on(found, *solved(scores, streams(1).candidates.labels[:REAL]))
+    between, _ = rule.targets(memory, None, streams(1).candidates, reduce=identity)
+    np.testing.assert_array_equal(between.labels[4], streams(1).candidates.labels[4])
 
 
 def test_a_learned_sharpness_is_used_as_a_given_one_would_be(monkeypatch):
