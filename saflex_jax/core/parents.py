@@ -66,6 +66,40 @@ def of_all(batch: Batch, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
     return holds(batch.index) & (is_whole(batch) | partners)
 
 
+def samples(batch: Batch) -> jax.Array:
+    """The source samples of each row: its own and its partners', i32[B, 1 + L].
+
+    >>> trace = Trace(jnp.zeros((2, 1)), jnp.ones((2, 1)), jnp.array([[7], [5]]))
+    >>> samples(Batch((), jnp.eye(2), jnp.ones(2, bool), jnp.array([5, 7]), trace)).tolist()
+    [[5, 7], [7, 5]]
+
+    Args:
+      batch: B rows.
+    """
+    own = batch.index[:, None]
+    if batch.trace is None:
+        return own
+    return jnp.concatenate([own, jnp.asarray(batch.trace.partner)], axis=1)
+
+
+def mixed(batch: Batch, recall: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """What all source samples have, mixed as their rows were, f32[B, K].
+
+        s_i m_i + (1 - s_i) m_p(i)
+
+    >>> trace = Trace(jnp.zeros((1, 1)), jnp.array([[0.75]]), jnp.array([[1]]))
+    >>> batch = Batch((), jnp.array([[0.75, 0.25]]), jnp.ones(1, bool), jnp.arange(1), trace)
+    >>> mixed(batch, lambda index: jnp.eye(2)[index]).tolist()
+    [[0.75, 0.25]]
+
+    Args:
+      batch: B rows.
+      recall: index i32[...] of source samples -> f32[..., K].
+    """
+    own, *others = jnp.moveaxis(recall(samples(batch)), 1, 0)
+    return _mix(batch, own, others)
+
+
 def mixture(
     batch: Batch, recall: Callable[[jax.Array], jax.Array], otherwise: jax.Array
 ) -> jax.Array:
@@ -92,15 +126,21 @@ def mixture(
         own = recall(batch.index)
         return jnp.where(whole & known(own), own, otherwise)
     # One look-up: a memory may lie on many devices.
-    own, *others = jnp.moveaxis(
-        recall(jnp.concatenate([batch.index[:, None], batch.trace.partner], axis=1)), 1, 0
-    )
-    mixed, complete = own, known(own)
-    for share, other in zip(_shares(batch.index, batch.trace).T, others):
-        mixed = share[:, None] * mixed + (1 - share[:, None]) * other
+    own, *others = jnp.moveaxis(recall(samples(batch)), 1, 0)
+    complete = known(own)
+    for other in others:
         complete &= known(other)
-    value, complete = jnp.where(whole, own, mixed), jnp.where(whole, known(own), complete)
-    return jnp.where(complete, value, otherwise)
+    value = jnp.where(whole, own, _mix(batch, own, others))
+    return jnp.where(jnp.where(whole, known(own), complete), value, otherwise)
+
+
+def _mix(batch: Batch, own: jax.Array, others: list[jax.Array]) -> jax.Array:
+    """Values f32[B, K] of the own samples, mixed with those of each operation's partners."""
+    if batch.trace is None:
+        return own
+    for share, other in zip(_shares(batch.index, batch.trace).T, others):
+        own = share[:, None] * own + (1 - share[:, None]) * other
+    return own
 
 
 def _shares(index: jax.Array, trace: Trace) -> jax.Array:

@@ -2,12 +2,16 @@
 
 Each source sample owns a weight and a soft label. A step moves those of its batch along the
 implicit hypergradient of the validation loss and projects them back (labels on the simplex, weights
-on [0, max_weight]). The inner step then trains on them.
+on [0, max_weight]). The inner step then trains on them: a row has the weight of its own sample, and
+its label is that of its parents, mixed as the pipeline mixed them. A row whose prior label is
+neither its sample's nor its parents' mixture keeps it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,14 +20,18 @@ import numpy as np
 import optax
 
 from saflex_jax import checks
-from saflex_jax.core import steps
+from saflex_jax.core import parents, steps
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.targets import rescale
 from saflex_jax.core.tree import gather, identity, merge, select
 from saflex_jax.rules import directions
 from saflex_jax.rules.base import RuleSpec, needs_val, predicate_of
 from saflex_jax.rules.directions import Direction
-from saflex_jax.types import PathPredicate, RunInfo, Targets
+from saflex_jax.types import Batch, PathPredicate, PyTree, RunInfo, Targets
+
+# Operations that give a row a label which is no mixture of its parents': nothing could be learned.
+RELABELLING = ("soft_crop", "wrong_captions", "swapped_classes")
+_NEAR = 1e-4  # labels of one mixture, computed twice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,8 +59,8 @@ class Implicit:
       start: first step that moves phi.
 
     Raises:
-      ValueError: an unknown option or a value out of range; at the start, no labels, or labels not
-        in the simplex.
+      ValueError: an unknown option or a value out of range; labels learned of a pipeline with an
+        operation of RELABELLING; at the start, no labels, or labels not in the simplex.
     """
 
     run: RunInfo | None = None
@@ -71,6 +79,13 @@ class Implicit:
             checks.positive(meta_tx=self.meta_tx)
         if isinstance(self.direction, str):
             directions.parse(self.direction)
+        upstream = "" if self.run is None else self.run.upstream
+        given = sorted({*re.findall(r"\w+", upstream)} & {*RELABELLING})
+        if given and self.learn != "weights":
+            raise ValueError(
+                f"learn must be 'weights' behind {given[0]}, whose labels are no mixture of the "
+                f"samples'; given {self.learn!r} with upstream {upstream!r}"
+            )
 
     def _optimizer(self) -> optax.GradientTransformation:
         if isinstance(self.meta_tx, int | float):
@@ -97,6 +112,20 @@ class Implicit:
             "labels": meta["labels"].at[rows].set(labels),
         }
 
+    def _labels_of(self, candidates: Batch) -> Callable[[PyTree], jax.Array]:
+        """phi -> the rows' labels, f32[B, K]; exactly as given while phi is where it started."""
+        given, pool = candidates.labels, jnp.asarray(self._prior())
+        prior = parents.mixed(candidates, lambda rows: pool[rows])
+        same = jnp.all(given == prior, axis=-1, keepdims=True)
+        near = jnp.all(jnp.abs(given - prior) < _NEAR, axis=-1, keepdims=True)
+
+        def labels(meta):
+            learned = parents.mixed(candidates, lambda rows: meta["labels"][rows])
+            learned = jnp.where(same, learned, given + (learned - prior))
+            return jnp.where(near, learned, given)
+
+        return labels
+
     def init(self, params):
         """(phi, state of its optimiser)."""
         del params
@@ -108,11 +137,13 @@ class Implicit:
         """See `types.Rule`."""
         needs_val("implicit", streams.val)
         candidates = streams.candidates
-        inner_loss, outer_loss = _losses(logits_fn, state.params, streams, reduce)
+        labels_of = self._labels_of(candidates)
+        inner_loss, outer_loss = _losses(logits_fn, state.params, streams, labels_of, reduce)
         direction = self.direction
         if isinstance(direction, str):
             direction = directions.parse(direction)
-        feasible = partial(self._project, rows=gather(candidates.index, reduce))
+        rows = gather(parents.samples(candidates), reduce).ravel()
+        feasible = partial(self._project, rows=rows)
         old_meta, old_opt = arrays
         meta, opt, metrics = steps.outer_step(
             feasible(old_meta),
@@ -131,13 +162,13 @@ class Implicit:
         )
         weights = jnp.where(candidates.mask, meta["weights"][candidates.index], 0.0)
         weights = rescale(weights, candidates.mask, reduce=reduce)
-        labels = meta["labels"][candidates.index]
+        labels = labels_of(meta)
         metrics["kept"] = steps.total(weights > 0, candidates.mask, reduce)
         learned = Targets(weights, labels, jnp.zeros_like(weights))
         return jax.lax.stop_gradient(learned), (meta, opt), metrics
 
 
-def _losses(logits_fn, params, streams, reduce):
+def _losses(logits_fn, params, streams, labels_of, reduce):
     """(inner, outer) loss of (selected parameters, phi)."""
     candidates, val = streams.candidates, streams.val
 
@@ -147,7 +178,7 @@ def _losses(logits_fn, params, streams, reduce):
     def inner(part, meta):
         losses = weighted_cross_entropy(
             logits(part, candidates),
-            meta["labels"][candidates.index],
+            labels_of(meta),
             meta["weights"][candidates.index],
             candidates.mask,
         )

@@ -9,7 +9,7 @@ import pytest
 
 from saflex_jax.methods import supervised
 from saflex_jax.rules.implicit import Implicit
-from saflex_jax.types import RunInfo
+from saflex_jax.types import RunInfo, Trace
 from tests import problems
 from tests.core.steps_test import runner as stepper
 from tests.core.steps_test import same_type, start
@@ -18,6 +18,7 @@ from tests.rules.running_test import found_scores as greedy_scores
 from tests.rules.stepping import (
     POOL,
     REAL,
+    SIZE,
     assert_trained_on,
     pieces,
     runner,
@@ -28,6 +29,13 @@ from tests.rules.stepping import (
 MAX_WEIGHT = 1.5
 PRIOR = problems.soft_labels(np.random.default_rng(7), POOL)
 RUN = RunInfo(POOL, CLASSES, labels=lambda: PRIOR)
+
+
+def pool_streams_of(step):
+    """`streams_of` with the labels of the pool."""
+    given = streams_of(step)
+    labels = PRIOR[given.candidates.index]
+    return given._replace(candidates=given.candidates._replace(labels=labels))
 
 
 def simplex_projection(row):
@@ -63,7 +71,8 @@ def test_implicit_is_gradient_descent_on_a_pool_that_is_projected_whenever_read(
             predicate="",
             max_weight=MAX_WEIGHT,
             learn=learn,
-        )
+        ),
+        streams=pool_streams_of,
     )
     meta = {"weights": np.ones(POOL, np.float32), "labels": PRIOR}
     opt, infeasible = tx.init(meta), 0
@@ -91,7 +100,8 @@ def test_implicit_is_gradient_descent_on_a_pool_that_is_projected_whenever_read(
 )
 def test_implicit_trains_on_what_is_feasible(learn, meta_tx):
     arrays, run = runner(
-        Implicit(RUN, meta_tx=META_TX[meta_tx], max_weight=MAX_WEIGHT, learn=learn)
+        Implicit(RUN, meta_tx=META_TX[meta_tx], max_weight=MAX_WEIGHT, learn=learn),
+        streams=pool_streams_of,
     )
     reached = set()
     for step in range(8):
@@ -109,6 +119,48 @@ def test_implicit_trains_on_what_is_feasible(learn, meta_tx):
         assert np.isfinite(metrics["solve_residual"][0])
         reached |= set(weights.tolist()) & {0.0, MAX_WEIGHT}
     assert reached or learn == "labels"
+
+
+# --- rows whose labels the pipeline changed ----------------------------------------------------
+
+
+def mixed_streams(step):
+    """Real rows: two whole ones, two mixed with another sample, one of another label."""
+    given = pool_streams_of(step)
+    share = np.array([1, 1, 0.7, 0.95, 1, 1], np.float32)
+    order = np.array([0, 1, 0, 1, 4, 5])
+    batch = given.candidates
+    trace = Trace(np.zeros((SIZE, 1), np.int32), share[:, None], batch.index[order][:, None])
+    labels = share[:, None] * batch.labels + (1 - share[:, None]) * batch.labels[order]
+    labels[4] = np.roll(batch.labels[4], 1)
+    return given._replace(candidates=batch._replace(labels=labels, trace=trace))
+
+
+def test_learned_labels_reach_mixed_rows_and_before_that_all_train_as_given():
+    given = mixed_streams(0).candidates
+    for options in ({"start": 100}, {"learn": "weights"}):
+        arrays, run = runner(Implicit(RUN, direction="identity", **options), streams=mixed_streams)
+        found, arrays, _ = run(arrays, 0)
+        np.testing.assert_array_equal(found.labels, given.labels)
+    arrays, run = runner(
+        Implicit(RUN, meta_tx=4.0, direction="identity", predicate="", learn="labels"),
+        streams=mixed_streams,
+    )
+    found, (meta, _), _ = run(arrays, 0)
+    gradient, jacobian = pieces(0, mixed_streams)
+    scores = scores_along(jacobian, gradient)
+    # Along the scores of a sample's own rows and, as far as they are its, of those mixed with it.
+    moved = PRIOR[:REAL].astype(np.float64)
+    for sample, row, part in [(0, 0, 1), (1, 1, 1), (0, 2, 0.3), (2, 2, 0.7), (1, 3, 0.05),
+                              (3, 3, 0.95)]:  # fmt: skip
+        moved[sample] += 4 * part * scores[row] / REAL
+    moved = np.stack([simplex_projection(row) for row in moved])
+    np.testing.assert_allclose(meta["labels"][:REAL], moved, atol=1e-5)
+    assert np.abs(moved[:4] - PRIOR[:4]).max(1).min() > 0.01
+    moved[2] = 0.7 * moved[2] + 0.3 * moved[0]
+    moved[3] = 0.95 * moved[3] + 0.05 * moved[1]
+    np.testing.assert_allclose(found.labels[:4], moved[:4], atol=1e-5)
+    np.testing.assert_array_equal(found.labels[4], given.labels[4])
 
 
 # --- inside a training step --------------------------------------------------------------------
@@ -207,6 +259,13 @@ def test_implicit_waits_for_its_start():
 def test_implicit_refuses_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         Implicit(RUN, **options)
+
+
+def test_labels_that_are_no_mixture_are_not_learned():
+    run = RUN._replace(upstream="flip | soft_crop(2.0)")
+    with pytest.raises(ValueError, match=r"learn must be 'weights' behind soft_crop.*'both'"):
+        Implicit(run)
+    assert Implicit(run, learn="weights").learn == "weights"
 
 
 def test_implicit_needs_the_labels_of_the_pool():
