@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saflex_jax import checks
-from saflex_jax.core.tree import identity
+from saflex_jax.core.tree import above_zero, identity
 from saflex_jax.types import Batch, Reduce, Targets
 
 CandidateLoss = Callable[[jax.Array, Targets, Batch], jax.Array]
@@ -104,7 +104,7 @@ def masked_mean(
     mask = jnp.ones(values.shape, bool) if mask is None else mask
     # Counts carry no gradient, so this reduce is safe inside a differentiated function.
     count = reduce(jnp.sum(mask, dtype=values.dtype))
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, jnp.finfo(values.dtype).tiny)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / above_zero(count)
 
 
 def jensen_shannon(logits: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from saflex_jax import checks
 from saflex_jax.core.targets import rescale
-from saflex_jax.core.tree import gather, identity
+from saflex_jax.core.tree import above_zero, gather, identity
 from saflex_jax.types import Reduce, Targets
 
 # The network must be better than chance by this much before it is asked who is wrong.
@@ -88,7 +88,7 @@ def add_agreement(
     checks.decay(decay=decay)
     of_trusted, of_others = reduce((_sums(*trusted), _sums(*others)))
     # Per row: a mean over devices is no sum over them.
-    rows = jnp.maximum(of_trusted[1] + of_others[1], jnp.finfo(jnp.float32).tiny)
+    rows = above_zero(of_trusted[1] + of_others[1])
 
     def forget(old, new):
         return decay * old + (1 - decay) * new / rows

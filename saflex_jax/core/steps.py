@@ -19,7 +19,7 @@ from saflex_jax.core.losses import (
     weighted_cross_entropy,
     weighted_soft_cross_entropy,
 )
-from saflex_jax.core.tree import Everywhere, identity, mean_floats, zeros
+from saflex_jax.core.tree import Everywhere, above_zero, identity, mean_floats, zeros
 from saflex_jax.types import (
     Batch,
     LinearSolve,
@@ -269,7 +269,7 @@ def inner_step(
             )
             losses = loss(logits, of_rows, rows)
             metrics = {"candidate_loss": total(losses, rows.mask, reduce)}
-            return jnp.sum(losses) / jnp.maximum(count, 1.0), (model_state, metrics)
+            return jnp.sum(losses) / above_zero(count), (model_state, metrics)
 
         parts = _microbatches((candidates, targets), microbatches, reduce)
         return gradient_step(state, part_loss, tx=tx, parts=parts, reduce=reduce)

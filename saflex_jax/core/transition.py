@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core.tree import identity
+from saflex_jax.core.tree import above_zero, identity
 from saflex_jax.types import Reduce
 
 
@@ -92,7 +92,7 @@ def add_pairs(
         (jnp.sum(mask, dtype=joint.dtype), jnp.mean(trusted_rows, dtype=joint.dtype))
     )
     shares = jnp.mean(blocks(trusted, trusted_rows), (0, 2)) / jnp.where(known > 0, known, 1.0)
-    added = reduce((joint / jnp.maximum(size, 1.0), shares))
+    added = reduce((joint / above_zero(size), shares))
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, sums, Pairs(*added))
 
 

@@ -158,6 +158,20 @@ def gather(tree: PyTree, reduce: Reduce = identity) -> PyTree:
     return own(tree)
 
 
+def above_zero(count: jax.Array) -> jax.Array:
+    """The count, to divide by; where it is 0 the least positive number, so that 0 / 0 is 0.
+
+    A mean over devices of their counts may lie between 0 and 1.
+
+    >>> (jnp.array([0.0, 3.0]) / above_zero(jnp.array([0.0, 0.5]))).tolist()
+    [0.0, 6.0]
+
+    Args:
+      count: f32[...] >= 0.
+    """
+    return jnp.maximum(count, jnp.finfo(count.dtype).tiny)
+
+
 def on_all(tree: PyTree, reduce: Reduce) -> PyTree:
     """The same arrays, replicated if `reduce` is an `Everywhere`.
 

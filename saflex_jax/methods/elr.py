@@ -23,7 +23,7 @@ from saflex_jax import checks
 from saflex_jax.core import memory, parents, steps
 from saflex_jax.core.losses import weighted_soft_cross_entropy
 from saflex_jax.core.memory import Memory, TopMemory
-from saflex_jax.core.tree import identity
+from saflex_jax.core.tree import above_zero, identity
 from saflex_jax.methods import supervised
 from saflex_jax.methods.base import MethodSpec, no_clean
 from saflex_jax.rules import AsGiven
@@ -206,7 +206,7 @@ def moved(targets: Targets, candidates: Batch, *, reduce: Reduce = identity) -> 
     """
     left = jnp.maximum(candidates.labels - targets.weights[:, None] * targets.labels, 0.0)
     lost, count = steps.total(jnp.sum(left, axis=-1), candidates.mask, reduce)
-    return lost / jnp.maximum(count, 1.0)
+    return lost / above_zero(count)
 
 
 SPEC = MethodSpec(make, takes=("options", "rule", "run"), options=Options())

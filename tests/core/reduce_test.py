@@ -167,3 +167,20 @@ def test_inner_step_and_its_metrics():
     assert_close(params, expected, 1e-6)
     for name, (total, count) in whole.items():
         np.testing.assert_allclose(np.divide(*metrics[name]), total / count, rtol=1e-5)
+
+
+def test_microbatches_of_fewer_real_rows_than_shards():
+    p = problems.problem("mlp", size=8, val_size=SIZE)
+    tx = optax.sgd(0.1)
+    state = steps.init_state(jax.random.key(0), p.params, p.model_state, tx)
+    batch = p.streams.candidates._replace(mask=np.arange(8) == 0)  # one real row for two shards
+    ones = np.ones(8, np.float32)
+
+    def run(batch, targets, *, reduce):
+        return steps.inner_step(
+            state, batch, targets, train_fn=p.model.train, tx=tx, microbatches=2, reduce=reduce
+        )[0].params
+
+    args = batch, Targets(ones, batch.labels, ones)
+    params = same_everywhere(sharded(partial(run, reduce=MEAN))(*args))
+    assert_close(params, jax.jit(partial(run, reduce=identity))(*args), 1e-6)

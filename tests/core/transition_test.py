@@ -143,6 +143,18 @@ def test_eight_devices_keep_the_sums_of_one():
         np.testing.assert_allclose(all_, np.broadcast_to(mine, all_.shape), rtol=1e-5)
 
 
+def test_of_fewer_rows_than_devices_they_keep_the_same():
+    whole, mask = batch(8), np.arange(8) < 2
+    one = added(transition.no_pairs(CLASSES), whole, mask=mask)
+    shares = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), (whole, mask))
+
+    def add(whole, mask):
+        return added(transition.no_pairs(CLASSES), whole, mask=mask, reduce=Mean("data"))
+
+    found = jax.vmap(add, axis_name="data")(*shares)
+    np.testing.assert_allclose(found.joint, np.broadcast_to(one.joint, found.joint.shape), 1e-5)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

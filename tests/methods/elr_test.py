@@ -1,5 +1,7 @@
 """ELR: its averages, its gradient and its step by the equations; plain training without it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from saflex_jax import Batch, RunInfo, Streams, Targets
 from saflex_jax._compat import enable_x64
 from saflex_jax.core import memory
+from saflex_jax.core.tree import Mean
 from saflex_jax.methods import elr, supervised
 from saflex_jax.rules import AsGiven, Posterior, Refinement, Scoring
 from saflex_jax.types import Trace
@@ -185,6 +188,16 @@ def test_mixed_rows_have_the_mixture_of_their_parents():
 def test_a_step_costs_a_plain_one():
     method = make(two_layers(256, cost_test.CLASSES), cost_test.TX, RunInfo(64, cost_test.CLASSES))
     assert plain_flops() < cost_test.step_flops(method) < 1.02 * plain_flops()
+
+
+def test_what_a_rule_moved_is_a_mean_over_all_devices_rows():
+    prior, mask = np.eye(2, dtype=np.float32)[[0, 1] * 4], np.arange(8) < 2
+    targets = Targets(np.ones(8, np.float32), prior[::-1], np.zeros(8, np.float32))
+    rows = targets, Batch((), prior, mask, np.arange(8))
+    shares = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), rows)
+    found = jax.vmap(functools.partial(elr.moved, reduce=Mean("data")), axis_name="data")(*shares)
+    np.testing.assert_array_equal(found, elr.moved(*rows))
+    np.testing.assert_array_equal(found, 1)
 
 
 # --- the regulariser -------------------------------------------------------------------------
