@@ -95,8 +95,8 @@ def best_power(
         a = u (a* / u)^(M / (M + 5 K))
 
     u is the usual power. a* has the largest fit, on the parabola through the best of POWERS and its
-    neighbours, in [1, 4]. It is only as good as the share of wrong labels that M trusted samples
-    gave. Without any fit, a = u.
+    neighbours, in [1, 4]; where that has no maximum, it is the best of them. It is only as good as
+    the share of wrong labels that M trusted samples gave. Without any fit, a = u.
 
     >>> round(float(best_power(-jnp.arange(5.0) ** 2, 2, num_trusted=10**6)), 3)
     1.0
@@ -119,10 +119,13 @@ def best_power(
     checks.whole(num_trusted=num_trusted)
     checks.positive(usual=usual)
     powers = jnp.log(jnp.asarray(POWERS, fits.dtype))
-    place = jnp.clip(jnp.argmax(fits), 1, len(POWERS) - 2)
+    most = jnp.argmax(fits)
+    place = jnp.clip(most, 1, len(POWERS) - 2)
     below, here, above = (fits[place + i] for i in (-1, 0, 1))
     curve = below - 2 * here + above
     shift = jnp.where(curve < 0, (below - above) / (2 * jnp.where(curve < 0, curve, 1.0)), 0.0)
     best = powers[place] + jnp.clip(shift, -1, 1) * (powers[1] - powers[0])
+    at_end = (curve >= 0) & (jnp.maximum(below, above) > here)  # else all three are level
+    best = jnp.where(at_end, powers[most], best)
     start, weight = jnp.log(usual), num_trusted / (num_trusted + WEIGHT * num_classes)
     return jnp.where(jnp.all(fits == 0), usual, jnp.exp(start + weight * (best - start)))

@@ -120,6 +120,21 @@ def test_the_best_power_lies_between_those_that_were_tried_and_never_beyond():
     assert peaked(0.1) == pytest.approx(1) and peaked(50.0) == pytest.approx(4)
 
 
+@pytest.mark.parametrize(
+    "fits, power",
+    [
+        ([0.0, -3.0, -4.0, -4.5, -4.8], 1.0),  # falls ever slower
+        ([0.0, -1.0, -2.0, -3.0, -4.0], 1.0),
+        ([-4.0, -3.0, -2.0, -1.0, 0.0], 4.0),
+        ([-4.8, -4.5, -4.0, -3.0, 0.0], 4.0),
+        ([-1.0, -1.0, -1.0, -1.0, -1.0], 2**0.5),  # level: the place where it stands
+    ],
+)
+def test_where_the_parabola_has_no_maximum_the_best_power_is_one_that_was_tried(fits, power):
+    found = calibration.best_power(jnp.array(fits), 2, num_trusted=10**9)
+    assert float(found) == pytest.approx(power, rel=1e-5)
+
+
 def test_of_few_trusted_samples_it_is_near_the_usual_one():
     found = [peaked(1.0, number) for number in (0, 10, 5 * CLASSES, 1000)]
     assert found == sorted(found, reverse=True)
