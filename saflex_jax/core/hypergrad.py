@@ -170,9 +170,9 @@ def unrolled_argmin(
       steps: >= 1, optimiser steps.
 
     Raises:
-      ValueError: steps < 1.
+      ValueError: steps is no whole number >= 1.
     """
-    checks.positive(steps=steps)
+    checks.whole(1, steps=steps)
 
     def body(carry, _):
         p, opt_state = carry

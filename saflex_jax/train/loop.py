@@ -236,7 +236,7 @@ def fit(
       state: initial TrainState of the run.
       stream: endless; with checkpoints it needs get_state and set_state.
       num_steps: the step to reach; steps before a resume count.
-      log_every: number of steps that one record averages.
+      log_every: >= 1, number of steps that one record averages.
       evaluate: state -> values, logged with the prefix "eval/"; called every `eval_every` steps.
         For a sweep each value is a list (`evaluate_each`).
       eval_every: a multiple of log_every; None = never.
@@ -248,11 +248,12 @@ def fit(
 
     Raises:
       Diverged: a metric is not finite.
-      ValueError: eval_every is not a multiple of log_every; a malformed first batch; a batch whose
-        shapes or dtypes differ from the first one's (it would compile again).
+      ValueError: log_every is no whole number; eval_every is not a multiple of it; a malformed
+        first batch; a batch whose shapes or dtypes differ from the first one's (it would compile
+        again).
       CheckpointError: the checkpoint is damaged, belongs to another run, or cannot be written.
     """
-    checks.positive(log_every=log_every)
+    checks.whole(1, log_every=log_every)
     if eval_every is not None and eval_every % log_every:
         raise ValueError(
             f"eval_every must be a multiple of log_every = {log_every}; given {eval_every}"

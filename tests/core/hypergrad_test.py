@@ -246,7 +246,9 @@ def test_head_hypergradient_does_not_run_the_network_inside_the_solver():
     assert "conv_general_dilated" in loop(None)  # there it must run
 
 
-def test_unrolled_needs_a_step():
+@pytest.mark.parametrize("number", [0, 0.5, 1.5])
+def test_unrolled_needs_whole_steps(number):
     problem = Convex(np.float32)
-    with pytest.raises(ValueError, match="steps must be positive and finite; given 0"):
-        unrolled_argmin(problem.inner, problem.params, problem.meta, tx=optax.sgd(0.1), steps=0)
+    options = {"tx": optax.sgd(0.1), "steps": number}
+    with pytest.raises(ValueError, match=f"steps must be a whole number >= 1; given {number}"):
+        unrolled_argmin(problem.inner, problem.params, problem.meta, **options)

@@ -116,6 +116,14 @@ def test_eval_every_must_be_a_multiple(counted, kwargs):
     assert not traced
 
 
+@pytest.mark.parametrize("log_every", [0, 2.5])
+def test_log_every_must_be_whole(counted, log_every):
+    runner, traced = counted
+    with pytest.raises(ValueError, match=f"log_every must be a whole number >= 1; .* {log_every}"):
+        quiet_fit(runner, summing_state(), make_stream(), num_steps=8, log_every=log_every)
+    assert not traced
+
+
 def test_eval_every_needs_something_to_evaluate_by(counted):
     runner, traced = counted
     options = {"num_steps": 8, "log_every": 4, "eval_every": 4}
