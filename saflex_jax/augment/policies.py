@@ -170,7 +170,9 @@ def values(
         (r.low, (r.high - r.low) * (side[name] if r.of_side else 1), r.signed, r.integer)
         for name, r in space.items()
     ]
-    low, span, signed, integer = (jnp.asarray(column)[drawn] for column in zip(*rows))
+    low, span, signed, integer = zip(*rows)
+    low, span = (jnp.asarray(column, jnp.float32)[drawn] for column in (low, span))
+    signed, integer = (jnp.asarray(column)[drawn] for column in (signed, integer))
     deviation = span * strength
     # Halves go to the even number, as in torchvision's table of bits.
     deviation = jnp.where(integer, jnp.round(deviation), deviation)

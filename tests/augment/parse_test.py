@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from saflex_jax._compat import enable_x64
 from saflex_jax.augment.base import chain, choice, identity, on, views
 from saflex_jax.augment.mixing import mixup
 from saflex_jax.augment.parse import FACTORIES, parse
@@ -113,6 +114,14 @@ def test_every_factory_can_be_named(name):
 
     assert shapes(augmented) == shapes(given)
     assert augmented.trace.operation.shape[0] == len(given.index)
+
+
+@pytest.mark.parametrize("name", ["randaugment", "trivialaugment", "autoaugment", "augmix"])
+@pytest.mark.filterwarnings("error::FutureWarning")  # of f64 written into f32
+def test_policies_stay_in_single_precision_under_x64(name):
+    with enable_x64(True):
+        augmented = jax.eval_shape(parse(EXAMPLES.get(name, name)), KEY, images())
+    assert augmented.inputs.dtype == augmented.trace.magnitude.dtype == np.float32
 
 
 @pytest.mark.parametrize(
