@@ -220,8 +220,8 @@ def is_little(numbers: int, *, rows: int = 0, size: int = 0) -> bool:
 def under(*prefixes: str) -> PathPredicate:
     """Predicate that holds for parameters at or below any of the given paths.
 
-    A leading Flax collection name "params" is ignored, so that one predicate fits both `params` and
-    `{"params": params}`.
+    A leading Flax collection name "params" is ignored in both, so that one predicate fits both
+    `params` and `{"params": params}`.
 
     >>> head = under("head")
     >>> head("head/kernel"), head("params/head/bias"), head("header/kernel")
@@ -231,9 +231,11 @@ def under(*prefixes: str) -> PathPredicate:
       *prefixes: paths joined by "/".
     """
 
+    wanted = [p.removeprefix("params/") for p in prefixes]
+
     def predicate(path: str) -> bool:
         path = path.removeprefix("params/")
-        return any(path == p or path.startswith(p + "/") for p in prefixes)
+        return any(path == p or path.startswith(p + "/") for p in wanted)
 
     return predicate
 

@@ -16,6 +16,7 @@ PARAMS = {
     [
         (("head",), ["head/kernel"]),  # and not "head2", which only begins alike
         (("backbone/Dense_0/bias", "head2"), ["backbone/Dense_0/bias", "head2/kernel"]),
+        (("params/head", "params/head2/kernel"), ["head/kernel", "head2/kernel"]),
         (("backbone",), ["backbone/Dense_0/bias", "backbone/Dense_0/kernel"]),
     ],
 )
