@@ -40,6 +40,11 @@ def positive(**values: float) -> None:
     _each(values, lambda x: 0 < x < math.inf, "be positive and finite")
 
 
+def at_most(most: float, /, **values: float) -> None:
+    """Raises unless 0 < value <= most."""
+    _each(values, lambda x: 0 < x <= most, f"lie in (0, {most:g}]")
+
+
 def at_least_zero(**values: float) -> None:
     """Raises unless value >= 0; infinity passes."""
     _each(values, lambda x: x >= 0, "be >= 0")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core.posterior import checked_noise, elsewhere, sharpened
+from saflex_jax.core.posterior import SHARPEST, checked_noise, elsewhere, sharpened
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Reduce
 
@@ -107,7 +107,7 @@ def best_power(
       fits: see `add_fits`.
       num_classes: K >= 2.
       num_trusted: M >= 0, number of different trusted samples.
-      usual: u > 0.
+      usual: u in (0, 8].
 
     Raises:
       ValueError: K, M or a concrete u out of range.
@@ -117,7 +117,7 @@ def best_power(
     """
     checks.whole(2, num_classes=num_classes)
     checks.whole(num_trusted=num_trusted)
-    checks.positive(usual=usual)
+    checks.at_most(SHARPEST, usual=usual)
     powers = jnp.log(jnp.asarray(POWERS, fits.dtype))
     most = jnp.argmax(fits)
     place = jnp.clip(most, 1, len(POWERS) - 2)

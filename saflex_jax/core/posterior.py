@@ -17,6 +17,9 @@ from saflex_jax.core.targets import rescale
 from saflex_jax.core.tree import above_zero, gather, identity
 from saflex_jax.types import Reduce, Targets
 
+# The largest power of beliefs that is taken. Of K classes the largest p^a may be K^-a, and below
+# 1e-38 it is 0 in f32: the belief would be lost.
+SHARPEST = 8.0
 # The network must be better than chance by this much before it is asked who is wrong.
 _LEAST = 0.05
 
@@ -167,8 +170,12 @@ def sharpened(probs: jax.Array, sharpness: float) -> jax.Array:
 
     Args:
       probs: p, f32[B, K], >= 0.
-      sharpness: a > 0; 1 changes nothing.
+      sharpness: a in (0, SHARPEST]; 1 changes nothing.
+
+    Raises:
+      ValueError: a concrete sharpness out of range.
     """
+    checks.at_most(SHARPEST, sharpness=sharpness)
     return _normalised(probs**sharpness)
 
 
@@ -214,8 +221,8 @@ def posterior_targets(
       probs: p, f32[B, K], >= 0; a row of zeros = nothing is known, the label stays as given.
       noise: eta, f32[] in [0, 1], see `estimate_noise_rate`; or C, f32[K, K] >= 0, see
         `core.transition.likelihood`. Only the ratios within a column of C matter.
-      sharpness: a > 0. Networks trained on wrong labels, and averages over a network's past, are
-        underconfident; 1 takes them as they are.
+      sharpness: a in (0, SHARPEST]. Networks trained on wrong labels, and averages over a network's
+        past, are underconfident; 1 takes them as they are.
       trusted: bool[B]; True rows stay as given, weight one. None = no row.
       mask: bool[B]; False rows get weight 0.
       reduce: mean over the data-parallel axis.
@@ -226,8 +233,8 @@ def posterior_targets(
       [0, 1], give weights that are not finite.
 
     Raises:
-      ValueError: shapes disagree; fewer than two classes; sharpness <= 0; and, on concrete arrays,
-        a share outside [0, 1] or a negative C, prior not in the simplex, or negative probs.
+      ValueError: shapes disagree; fewer than two classes; sharpness out of range; and, on concrete
+        arrays, a share outside [0, 1] or a negative C, prior not in the simplex, or negative probs.
 
     Source: this project's (docs/results.md). The label's likelihood is that of Patrini et al.,
     "Making Deep Neural Networks Robust to Label Noise", CVPR 2017; beliefs are sharpened as in
@@ -237,7 +244,7 @@ def posterior_targets(
     size, num_classes = prior.shape
     checks.rows(size, trusted=trusted, mask=mask)
     checks.whole(2, num_classes=num_classes)
-    checks.positive(sharpness=sharpness)
+    checks.at_most(SHARPEST, sharpness=sharpness)
     mask = jnp.ones(size, bool) if mask is None else mask
     checks.simplex(mask, prior=prior)
     _check_probs(probs, mask)

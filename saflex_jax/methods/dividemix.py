@@ -10,6 +10,7 @@ ICLR 2020; where the paper is silent, the repository LiJunnan1992/DivideMix.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from saflex_jax.augment.mixing import mixup
 from saflex_jax.core import memory, parents, steps
 from saflex_jax.core.losses import masked_mean, weighted_cross_entropy
 from saflex_jax.core.memory import Memory, TopMemory
-from saflex_jax.core.posterior import sharpened
+from saflex_jax.core.posterior import SHARPEST, sharpened
 from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.tree import identity
 from saflex_jax.methods.base import MethodSpec, no_clean
@@ -46,7 +47,7 @@ class Options:
         of wrong labels: 0 for few or asymmetric ones, up to 150. With 0, guessed labels still train
         through mixed rows.
       threshold: least probability at which a given label counts as right, in [0, 1].
-      temperature: of refined and guessed labels, > 0.
+      temperature: of refined and guessed labels, at least 1/8.
       alpha: of the mixing's Beta(alpha, alpha), > 0.
       decay: in [0, 1), of the average of a sample's losses; 0 = the last visit's. The source uses
         the last epoch's, and the mean of five where nearly all labels are wrong.
@@ -68,7 +69,8 @@ class Options:
 
     def __post_init__(self):
         checks.amount(warmup=self.warmup, unlabelled_weight=self.unlabelled_weight)
-        checks.positive(ramp=self.ramp, temperature=self.temperature, alpha=self.alpha)
+        checks.positive(ramp=self.ramp, alpha=self.alpha)
+        checks.within(1 / SHARPEST, math.inf, temperature=self.temperature)  # see `sharpened`
         checks.fraction(threshold=self.threshold)
         checks.decay(decay=self.decay)
         checks.choice(PREDICTIONS, predict=self.predict)

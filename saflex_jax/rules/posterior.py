@@ -67,7 +67,8 @@ class Posterior:
         samples and D inputs of the scored parameters (for a head, its features and the bias): fewer
         trusted samples, a shorter step. Where the run does not know M, it is the number of the
         step's validation samples, over all devices and without padding.
-      sharpness: > 0, power of beliefs before Bayes' rule, see `core.posterior.posterior_targets`.
+      sharpness: in (0, 8], power of beliefs before Bayes' rule, see
+        `core.posterior.posterior_targets`.
       learn_sharpness: learn the power from the given labels (`core.calibration`), from `sharpness`
         on; needs a `run` with trusted samples.
       agreement_decay: in [0, 1), of the estimates of eta, C and the power.
@@ -93,7 +94,7 @@ class Posterior:
             checks.fraction(noise_rate=self.noise_rate)
         if self.lookahead is not None:
             checks.amount(lookahead=self.lookahead)
-        checks.positive(sharpness=self.sharpness)
+        checks.at_most(posterior.SHARPEST, sharpness=self.sharpness)
         checks.decay(agreement_decay=self.agreement_decay)
         run = self.run
         if run is None and self.memory != VisitMean():

@@ -152,6 +152,16 @@ def test_a_sample_of_no_known_class_is_left_out_and_one_of_another_class_is_rela
     np.testing.assert_array_equal(found.labels[1], [0, 0, 1, 0])
 
 
+def test_the_sharpest_power_loses_no_belief_among_many_classes():
+    flat = np.full((1, 50_000), 1 / 50_000, np.float32)
+    flat[0, 3] *= 1.2
+    sharpest = np.asarray(posterior.sharpened(flat, posterior.SHARPEST))
+    assert sharpest.sum() == pytest.approx(1, rel=1e-4)
+    assert sharpest[0, 3] / sharpest[0, 0] == pytest.approx(1.2**8, rel=1e-3)
+    with pytest.raises(ValueError, match=r"sharpness must lie in \(0, 8\]; given 20.0"):
+        posterior.sharpened(flat, 20.0)
+
+
 def test_what_is_not_finite_reaches_the_weights():
     belief = BELIEF.copy()
     belief[3] = np.nan
@@ -276,6 +286,7 @@ def test_eight_devices_keep_the_sums_of_one():
         ({"probs": np.log(BELIEF + 0.01)}, "probs must be >= 0, .* probabilities, not logits"),
         ({"prior": GIVEN[:, :1], "probs": BELIEF[:, :1]}, "num_classes must be .*>= 2; given 1"),
         ({"sharpness": 0.0}, "sharpness .*0.0"),
+        ({"sharpness": 20.0}, r"sharpness must lie in \(0, 8\]; given 20.0"),
         ({"probs": BELIEF[:-1]}, "prior and probs"),
         ({"prior": 2 * GIVEN}, "prior .*sum"),
         ({"trusted": np.ones(2, bool)}, "trusted"),

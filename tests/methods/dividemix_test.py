@@ -326,6 +326,7 @@ def test_wrong_labels_are_found_and_not_learned():
     [
         ({"warmup": -1.0}, "warmup must be >= 0 and finite; given -1.0"),
         ({"ramp": 0.0}, "ramp must be positive and finite; given 0.0"),
+        ({"temperature": 0.1}, r"temperature must lie in \[0.125, inf\]; given 0.1"),
         ({"threshold": 1.1}, r"threshold must lie in \[0, 1\]; given 1.1"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\); given 1.0"),
         ({"predict": "men"}, r"predict must be one of .*did you mean 'mean'\?"),

@@ -392,6 +392,7 @@ def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
         (lambda: Posterior(noise_rate=1.5), "noise_rate .*1.5"),
         (lambda: Posterior(noise_rate="0.4"), "noise_rate .*'0.4'"),
         (lambda: Posterior(sharpness=0.0), "sharpness .*0.0"),
+        (lambda: Posterior(sharpness=16.0), r"sharpness must lie in \(0, 8\]; given 16.0"),
         (lambda: Posterior(RUN, learn_sharpness=True), "learn_sharpness needs a run with num_tr"),
         (lambda: Posterior(agreement_decay=1.0), "agreement_decay .*1.0"),
         (lambda: Posterior(memory=VisitMean(0.5)), "memory needs run"),
