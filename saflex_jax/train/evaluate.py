@@ -55,7 +55,8 @@ def make_evaluator(
       inputs: pytree of [N, ...] that can be sliced; read a batch at a time. 8-bit images become
         floats in [0, 1].
       labels: f32[N, K]; accuracy compares the largest entry.
-      mask: bool[N], the rows that count; `predict` also sees the others. None = all count.
+      mask: bool[N], the rows that count; `predict` also sees the others, whose labels may be
+        anything. None = all count.
       batch_size: rows at a time.
 
     Raises:
@@ -71,7 +72,7 @@ def make_evaluator(
         if len(leaf) != size:
             raise ValueError(f"inputs must have {size} rows, as labels have; given {len(leaf)}")
     checks.finite(inputs=inputs)
-    checks.simplex(labels=labels)
+    checks.simplex(mask, labels=labels)
     checks.whole(1, batch_size=batch_size)
     batch_size = min(batch_size, size)
 

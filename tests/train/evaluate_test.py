@@ -113,6 +113,17 @@ def test_8_bit_inputs_are_scored_as_floats():
     assert scores == pytest.approx(reference(state.params["head"], data), rel=1e-5)
 
 
+def test_labels_of_masked_rows_are_not_read():
+    data, method, mask = pool(9), make_method(), np.arange(9) < 7
+    state = method.init(jax.random.key(0), data.inputs[:1])
+    unlabelled = np.where(mask[:, None], data.labels, 0)
+    found = make_evaluator(method, data.inputs, unlabelled, mask=mask, batch_size=4)(state)
+    alone = make_evaluator(method, data.inputs[:7], data.labels[:7], batch_size=4)(state)
+    assert found == pytest.approx(alone, rel=1e-6)
+    with pytest.raises(ValueError, match=r"labels must have rows .* row 0 is .* \(sum 2\)"):
+        make_evaluator(method, data.inputs, 2 * unlabelled, mask=mask)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
