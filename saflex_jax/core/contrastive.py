@@ -8,9 +8,11 @@ class are right answers to an image of that class, so an image is learned as a l
     l_ic = mean over captions k of class c of -(log p_ik + log r_ik) / 2
     L = mean_i w_i sum_c y_ic l_ic
 
-L is linear in y and w. Its scores are S_ic = <v, grad l_ic>: one forward-mode product over both
-towers gives dz along v, and `pair_scores` gives the rest. With one caption per class and hard
-labels, L is CLIP's loss, except that other captions of the same class are not negatives.
+L is linear in y and w. Its scores are S_ic = <v, grad l_ic>, of one forward-mode product over both
+towers: rules get them through `class_log_probs`. With dz, the derivative of z along v,
+`pair_scores` and `sigmoid_scores` are those of each pair in closed form, for loops of your own.
+With one caption per class and hard labels, L is CLIP's loss, except that other captions of the same
+class are not negatives.
 
 Shapes: B rows on all devices, b of them on this one (b = B under jit), K classes, E numbers per
 embedding.
