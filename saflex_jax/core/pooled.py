@@ -180,9 +180,9 @@ def shrunk(stats: Pooled) -> jax.Array:
         s_g = M + t / (t + e_g^2) (m_g - M) ,   t = variance of the true means between the groups
 
     The less is known of a group, the more it is shrunk. M is the mean weighted by 1 / (t + e^2), t
-    the moment estimator. If groups differ by no more than chance, t = 0 and all get M. An error of 0,
-    which `pooled` gives a group whose utilities are all 0, counts as 1 % of the root mean square of
-    the others' means and errors.
+    the moment estimator. If groups differ by no more than chance, t = 0 and all get M. An error of
+    0, which `pooled` gives a group whose utilities are all 0, counts as 1 % of the root mean square
+    of the others' means and errors.
 
     >>> stats = Pooled(jnp.array([99.0, 99.0, 1.0]), jnp.array([1.0, -1.0, 9.0]),
     ...                jnp.array([0.1, 0.1, jnp.inf]))
