@@ -481,8 +481,9 @@ Points of test accuracy, read once per run with the last parameters (with early 
 that were best on the trusted samples). An arm's *fair partner* on a task is the best of what a user
 would do without it: train on all samples (`upstream_train_val`), on the trusted samples alone
 (`trusted_only`), or with early stopping on them (`early_stopping`); a logistic regression on
-features (`linear_probe`) or tables (`logistic`); boosted trees on tables (`boosted_trees`). The
-best one is known from the same test runs, which favours the partner.
+features (`linear_probe`) or tables (`logistic`); boosted trees on tables (`boosted_trees`), or with
+early stopping on the trusted samples (`boosted_trees_stopped`). The best one is known from the same
+test runs, which favours the partner.
 `share_of_noisy_tasks_at_or_above_best_baseline` counts a task if no arm without the rule has a
 higher mean, including arms that are told the share of wrong labels (`small_loss`, `co_teaching`).
 "Very noisy": at least 40 % are wrong.
@@ -505,10 +506,16 @@ are not sharpened (`sharpness=1`), and it trains on them. `saflex_audit` trains 
 labels that an audit learned beforehand, on labels as given where none is surely wrong. Where an
 audit cannot tell labels from features at all (one sample a class), or labels are graded, it has no
 runs.
-`l2rw` and `meta_weight_net` also hold them out; the other arms train on them.
+
+Of the other baselines, `confident_learning` and `neighbours` leave samples out before training, by
+a cross-validated logistic regression or the labels of the nearest; `soft_augmentation` trains on
+the soft labels of its crops; the rest are methods and rules by their papers' names.
+`early_stopping`, `boosted_trees_stopped`, `l2rw` and `meta_weight_net` hold the trusted samples
+out, too; the other arms train on them.
 
 Two regimes: heads on features of a pretrained network, and networks from scratch. With pretrained
-features every arm has its best head and decay on right-labelled training samples of other seeds
+features every arm has its best head and decay on right-labelled training samples of other seeds,
+1,000 of each of two, of small sets and few-shot tasks 200 or 400 of each of five
 ([tuned.json](tuned.json); `experiments/pretrained_tasks.py` has the grid). From scratch, the suite
 "tables" trains MLPs and FT-Transformers to convergence, each arm with its best decay, chosen
 likewise (`experiments/table_tasks.py`); of its half "development" the transformers were not run. In
@@ -516,16 +523,20 @@ the suite "small" all arms share one setting, and `saflex_folds` and `saflex_tra
 earlier version of the rule, without confused classes and with whole steps (`by_class=False`,
 `lookahead=1`).
 
+Brain MRI and most tables have no test split of their own, so each seed draws one: some samples by
+which a head or decay was chosen are test samples of a reported seed. It is so for all arms alike.
+
 The halves were named before any run: rules and options are chosen on "development". How often each
 arm has been run on the half "report", and what prompted the next time (points over the best fair
-partner with wrong labels, unless said otherwise; every change was chosen on "development" alone):
+partner with wrong labels, unless said otherwise; every change but `saflex_calibrated` was chosen on
+"development" alone):
 
 - `saflex_train_val` on "pretrained": with whole steps (-.66 on all tasks, worst -4.7 with 10
   trusted samples), then with steps that are shorter for few trusted samples.
 - The baselines, tuned alike, ran after both, on tasks with wrong labels alone (`elr` on two more,
   for the README). They showed what the rule lacks.
 - `saflex_elr`: with ELR at full strength throughout (pretrained +1.71, right labels -.51, worst
-  -3.8; from scratch -.49 and -2.49), then as it is.
+  -3.8; from scratch -.49, on "development" -2.49), then as it is.
 - `saflex_audit`: with the kind of head chosen by labels as given, which learned labels always
   (+.74, worst -5.4; 5 and 10 right-labelled images a class -1.9 and -1.2); with trusted labels that
   choose and a test whether any label is wrong (+1.37, worst -3.9); and, on wrong labels alone, with
