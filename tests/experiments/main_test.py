@@ -360,8 +360,10 @@ def test_saflex_over_another_method_by_configuration_alone(over):
     for record in records.values():  # of the method, and of its rule
         assert {"val_loss", "kept", "relabelled", "candidate_loss"} < set(record)
     assert any(record["kept"] < 1 or record["relabelled"] > 0 for record in records.values())
-    memory, views = (state.extra.rule, 2) if name == "sla" else (state.extra.rule.rule, 1)
-    assert memory.visits.sum() == LAST * 16 * views  # else of mixtures
+    if name == "sla":  # both views of every sample
+        assert state.extra.rule.visits.sum() == LAST * 16 * 2
+    else:  # of mixtures those that are nearly one sample
+        assert 0 < state.extra.rule.rule.visits.sum() < LAST * 16
 
 
 def test_saflex_over_another_method_resumes_bit_for_bit(over):
