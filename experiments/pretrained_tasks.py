@@ -102,7 +102,7 @@ LARGE, SMALL, TINY = (1000, 2), (400, 5), (200, 5)
 
 
 class _Spec(NamedTuple):
-    """A task: half, share of wrong labels, key of SETS, the rest of its data, what follows."""
+    """A task: half, wrong labels, key of SETS, the rest of its data, pipeline, batch, choice."""
 
     half: str
     noise: float

@@ -463,15 +463,15 @@ def _plan(tasks: dict[str, Task], todo: list[Job], workers: int) -> str:
     return "\n".join(lines)
 
 
-def _tuned(tasks, by_task, records) -> tuple[dict, dict, dict]:
-    """What `tuning.choose` takes: a task's names, the accuracies of finished runs, its seeds."""
+def _tuned(tasks, by_task, records) -> tuple[dict, dict]:
+    """What `tuning.choose` takes: all names of a task, and the accuracies of finished runs."""
     names = {task: [*json.loads(tasks[task].config.to_json())["arms"]] for task in by_task}
     accuracies = collections.defaultdict(list)
     for r in records:
         config = by_task.get(r["task"], {}).get(r["arm"])
         if config is not None and settings_hash(config) == r["settings"]:
             accuracies[r["task"], r["arm"]].append(r["select_accuracy"])
-    return names, accuracies, {task: tasks[task].seeds for task in by_task}
+    return names, accuracies
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -511,6 +511,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     name = f"{given.suite}_tuning" if given.tune else given.suite
+    all_seeds = {name: task.seeds for name, task in tasks.items()}  # a choice needs them all
     tasks = select(tasks, half=given.half, names=given.tasks, seeds=given.seeds)
     by_task = {name: configs(task, given.arms) for name, task in tasks.items()}
     if not any(by_task.values()):
@@ -574,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + stop.signal
     print(f"results: {results}", file=sys.stderr)
     if given.tune:
-        choices = tuning.choose(*_tuned(tasks, by_task, json_lines.read(results)))
+        choices = tuning.choose(*_tuned(tasks, by_task, json_lines.read(results)), all_seeds)
         if choices:
             tuning.write(choices)
         print(f"{sum(map(len, choices.values()))} choices: {tuning.CHOICES}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Options by a grid: what is chosen, from which samples, and how it is kept."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -86,6 +87,25 @@ def test_the_best_point_is_chosen_and_the_first_of_level_ones():
     assert tuning.choose(names, accuracies, seeds) == {"t": {"a": "2"}, "u": {"a": "1"}}
     assert tuning.choose(names, accuracies, {"t": 2, "u": 3}) == {"t": {"a": "2"}}
     assert tuning.choose({}, {}, {}) == {}
+
+
+def test_no_choice_is_made_by_fewer_seeds(tmp_path, monkeypatch):
+    given = tuning.on_trusted_samples(of_npz(tmp_path), 20)
+    points = {n: {"optimizer": {"weight_decay": float(n)}} for n in ("1", "2")}
+    given.config.arms = tuning.every_arm({"upstream": {}}, lambda arm: points)
+
+    def run(todo, *, record, **_):
+        for job in todo:
+            for seed in job.seeds:
+                record(job, seed, {arm: {"test_accuracy": float(arm[-1])} for arm in job.arms})
+
+    monkeypatch.setattr(os, "environ", {**os.environ})  # the command sets some for its workers
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setitem(suite.TUNED, "pretrained", lambda folder: {"t": given})
+    monkeypatch.setattr(tuning, "CHOICES", tmp_path / "tuned.json")
+    command = ["--suite=pretrained", "--tune", f"--workdir={tmp_path / 'runs'}"]
+    assert suite.main([*command, "--seeds=1"]) == 0 and tuning.read() == {}
+    assert suite.main(command) == 0 and tuning.read() == {"t": {"upstream": "2"}}
 
 
 def test_choices_are_kept_in_one_piece_and_added_to(tmp_path):
