@@ -132,11 +132,7 @@ class BoundedMemory(reporting.Benchmark):
         options = {"progress": False, "look": False, "measure": measured}
         records = {}
         for place, found in arms.run_each(members, {}, **options):
-            if isinstance(found, Exception):
-                raise found
-            if found is None:
-                raise KeyboardInterrupt
-            records[place] = found[ARM]
+            records[place] = reporting.whole(found)[ARM]
         names = "test_accuracy", "auc", "bytes"
         return [{name: records[place][name] for name in names} for place in sorted(records)]
 

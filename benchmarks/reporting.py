@@ -127,6 +127,20 @@ def prepare_file(option: str, file: pathlib.Path) -> None:
         raise ValueError(f"{option} must be in a folder to write to; given {file}")
 
 
+def whole(found: dict | Exception | None) -> dict:
+    """The records of a finished run of `arms`; one that failed or was cut counts for nothing.
+
+    Raises:
+      KeyboardInterrupt: after Ctrl-C.
+      Exception: the run's own.
+    """
+    if found is None:
+        raise KeyboardInterrupt
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def header(report: dict) -> str:
     """Machine and versions."""
     machine = report["machine"]

@@ -52,30 +52,16 @@ def table_runs(arm: str, seeds: int, steps: int) -> dict[str, Callable[[], objec
     members = [{arm: arms.of_seed(chosen, seed)} for seed in range(seeds)]
 
     def alone():
-        return whole(arms.run(members[0], {}, progress=False))
+        return reporting.whole(arms.run(members[0], {}, progress=False))
 
     def in_turn():
         compiled = {}
-        return [whole(arms.run(member, compiled, progress=False)) for member in members]
+        return [reporting.whole(arms.run(member, compiled, progress=False)) for member in members]
 
     def sweep():
-        return [whole(found) for _, found in arms.run_each(members, {}, progress=False)]
+        return [reporting.whole(found) for _, found in arms.run_each(members, {}, progress=False)]
 
     return dict(zip(WAYS, (alone, in_turn, sweep)))
-
-
-def whole(found: dict | Exception | None) -> dict:
-    """The records of a finished run: one that failed or was cut has no time.
-
-    Raises:
-      KeyboardInterrupt: after Ctrl-C.
-      Exception: the run's own.
-    """
-    if found is None:
-        raise KeyboardInterrupt
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def seconds(job: Callable[[], object]) -> float:
