@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from functools import partial
+from functools import partial, partialmethod
 
 import jax
 import numpy as np
@@ -59,6 +59,11 @@ def test_trainings_learn_and_are_written_one_by_one(tmp_path, monkeypatch, capsy
     runs = (("worst", "saflex"), ("worst", "trusted_only"), ("clean", "upstream"))
     monkeypatch.setattr(training.NoisyLabels, "runs", runs)
     monkeypatch.setattr(training.AutoMix, "arms", ("automix",))
+    # These programs run for hundreds of steps: their machine code is made well, unlike elsewhere.
+    well = partialmethod(
+        jax.stages.Lowered.compile, compiler_options={"xla_backend_optimization_level": 2}
+    )
+    monkeypatch.setattr(jax.stages.Lowered, "compile", well)
     options = ["--tiny", "--parts", "noisy_labels", "automix", f"--out={tmp_path}"]
     assert accelerator.main(options) == 0
     files = saved(tmp_path)
