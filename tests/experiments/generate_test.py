@@ -352,14 +352,18 @@ def test_the_planted_prompt_is_the_lowest_of_its_pool(pool):
     step = build.with_upstream(chosen, method).step
     runner = parallel.RUNNERS["jit"](step, devices=jax.devices()[:1])
     state = build.fit(chosen, made, method, runner, progress=False).state
-    targets = method.targets(state, Streams(made.pools.candidates, made.pools.val))
     prompts = made.pool.provenance.prompts
-    groups = augment.groups(made.pools.candidates, "prompt")
-    sums = pooled.add_utilities(pooled.no_pools(len(prompts)), targets.weights, groups)
-    found = pooled.pooled(sums)
-    low, high = found.interval()
+
+    @jax.jit
+    def pools_of(state, streams):
+        weights = method.targets(state, streams).weights
+        groups = augment.groups(streams.candidates, "prompt")
+        found = pooled.pooled(pooled.add_utilities(pooled.no_pools(len(prompts)), weights, groups))
+        return found.mean, *found.interval()
+
+    mean, low, high = pools_of(state, Streams(made.pools.candidates, made.pools.val))
     worst = prompts.index("wrong class")
-    assert int(np.argmin(found.mean[:, 0])) == worst
+    assert int(np.argmin(mean[:, 0])) == worst
     assert all(high[worst, 0] < low[k, 0] for k in range(len(prompts)) if k != worst)
 
 

@@ -134,26 +134,30 @@ def test_a_run_that_stops_goes_on_from_disk_bit_for_bit(tmp_path):
 # --- what a step does ------------------------------------------------------------------------
 
 
-def by_hand(params, network=NETWORK):
-    """The loss of the first batch without a rule, from embeddings and the core's algebra."""
+def by_hand(params):
+    """(loss of the first batch without a rule, its gradient), by the core's algebra."""
     batch = jax.tree.map(lambda x: x[: ROWS - PADDING], batches(1)[0].candidates)
     classes = batch.labels.argmax(1)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0x7DA06A7C)
     which = [int(jax.random.randint(jax.random.fold_in(key, i), (), 0, 2)) for i in batch.index]
     assert len(set(which)) == 2  # both templates are drawn
-    out = network.apply(
-        {"params": params}, {"image": batch.inputs, "text": CAPTIONS[classes, which]}, train=True
-    )
-    z = out["scale"] * out["image"] @ out["text"].T
-    log_p, log_r = (jax.nn.log_softmax(z, axis) for axis in (1, 0))
+    pairs = {"image": batch.inputs, "text": CAPTIONS[classes, which]}
     same = classes[:, None] == classes[None]
-    return -jnp.mean(jnp.sum(same * (log_p + log_r), 1) / same.sum(1)) / 2
+
+    @jax.jit
+    def loss(params):
+        out = NETWORK.apply({"params": params}, pairs, train=True)
+        z = out["scale"] * out["image"] @ out["text"].T
+        log_p, log_r = (jax.nn.log_softmax(z, axis) for axis in (1, 0))
+        return -jnp.mean(jnp.sum(same * (log_p + log_r), 1) / same.sum(1)) / 2
+
+    return jax.value_and_grad(loss)(params)
 
 
 def test_a_step_follows_the_gradient_of_the_contrastive_loss():
     method, (batch,) = make(), batches(1)
     state = started(method)
-    value, gradient = jax.value_and_grad(by_hand)(state.params)
+    value, gradient = by_hand(state.params)
     new, metrics = jax.jit(method.step)(state, batch)
     np.testing.assert_allclose(metrics["loss"][0], value, rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.01 * g, state.params, gradient)
@@ -221,14 +225,19 @@ def test_class_prompts_are_a_classifier_of_images():
 def test_prediction_is_the_cosine_with_the_mean_of_the_templates():
     method = make()
     state = started(method)
-    found = method.predict(state, POOL.inputs)
+    found = jax.jit(method.predict)(state, POOL.inputs)
     clip = CLIP(NETWORK.image, NETWORK.text, NETWORK.embed_dim)
-    params = {"params": state.params}
-    image = clip.apply(params, POOL.inputs, method="encode_image")
-    text = clip.apply(params, CAPTIONS.reshape(CLASSES * TEMPLATES, -1), method="encode_text")
-    classes = unit(unit(text).reshape(CLASSES, TEMPLATES, -1).mean(1))
-    expected = jnp.exp(state.params["logit_scale"]) * unit(image) @ classes.T
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    @jax.jit
+    def expected(params):
+        variables = {"params": params}
+        image = clip.apply(variables, POOL.inputs, method="encode_image")
+        captions = CAPTIONS.reshape(CLASSES * TEMPLATES, -1)
+        text = clip.apply(variables, captions, method="encode_text")
+        classes = unit(unit(text).reshape(CLASSES, TEMPLATES, -1).mean(1))
+        return jnp.exp(params["logit_scale"]) * unit(image) @ classes.T
+
+    np.testing.assert_allclose(found, expected(state.params), atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -260,15 +269,20 @@ def test_weights_and_labels_of_a_rule_are_trained_on():
     soft = given.candidates._replace(labels=np.full((ROWS, CLASSES), 1 / CLASSES, np.float32))
     classes = given.candidates.labels.argmax(1)
     state = started(method)
-    # The same captions, each row of all classes.
-    pairs = flyp._paired(given.candidates, CAPTIONS, flyp.steps.draws_key(state)).inputs
-    out = NETWORK.apply(
-        {"params": state.params}, {k: pairs[k] for k in ("image", "text")}, train=True
-    )
-    z = contrastive.similarities(out["image"], out["text"], out["scale"])
-    captions = contrastive.captions_of(classes, soft.mask, CLASSES)
-    losses = contrastive.softmax_losses(z, captions, soft.mask)[: ROWS - PADDING]
-    np.testing.assert_allclose(metrics["loss"][0], 2 * jnp.mean(losses), rtol=1e-5)
+
+    @jax.jit
+    def loss(state):
+        # The same captions, each row of all classes.
+        pairs = flyp._paired(given.candidates, CAPTIONS, flyp.steps.draws_key(state)).inputs
+        out = NETWORK.apply(
+            {"params": state.params}, {k: pairs[k] for k in ("image", "text")}, train=True
+        )
+        z = contrastive.similarities(out["image"], out["text"], out["scale"])
+        captions = contrastive.captions_of(classes, soft.mask, CLASSES)
+        losses = contrastive.softmax_losses(z, captions, soft.mask)[: ROWS - PADDING]
+        return 2 * jnp.mean(losses)
+
+    np.testing.assert_allclose(metrics["loss"][0], loss(state), rtol=1e-5)
 
 
 # --- bad input -------------------------------------------------------------------------------
@@ -309,10 +323,14 @@ def test_the_network_of_a_config_has_the_towers_that_it_names():
     text = flyp.Text(depth=1, vocab_size=9, context=4, width=8)
     network = spec.network(MLP((6,)), 3, flyp.Options(embed_dim=5, text=text))
     given = {"image": POOL.inputs[:2], "text": np.array([[1, 8, 0, 0]])}
-    variables = network.init(jax.random.key(0), given, train=False)
+
+    def init(network, given):
+        return jax.eval_shape(lambda: network.init(jax.random.key(0), given, train=False))
+
+    variables = init(network, given)
     assert {"image", "text", "head", "logit_scale"} == set(variables["params"])
     locked = spec.network(MLP(()), 3, flyp.Options(embed_dim=4, text=flyp.Text(projected=False)))
-    variables = locked.init(jax.random.key(0), given | {"text": CAPTIONS[:, 0]}, train=False)
+    variables = init(locked, given | {"text": CAPTIONS[:, 0]})
     assert list(variables["params"]["head"]) == ["image"]
 
 
