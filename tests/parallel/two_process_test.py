@@ -1,3 +1,4 @@
+import functools
 import os
 import pathlib
 import shutil
@@ -55,6 +56,7 @@ def run(folder, *what):
     return [dict(np.load(folder / f"process{i}.npz")) for i in range(PROCESSES)]
 
 
+@functools.cache  # and so one compilation for all runs of a count
 def on_devices(count):
     return jit_runner(setup_.make_method(FITTED).step, devices=jax.devices()[:count])
 

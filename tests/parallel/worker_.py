@@ -27,6 +27,7 @@ from tests.parallel import setup_
 FITTED = "posterior_memory_padding"  # the variant of "fit"
 STEPS, STOP = 14, 3  # SIGTERM comes before batch STOP
 ELASTIC_BEGIN, ELASTIC_STEPS = 5, 25
+VAL_ROWS = 6  # which neither 4 devices nor 8 divide
 POOLS = Streams(setup_.POOL, setup_.POOL)
 
 
@@ -47,7 +48,7 @@ class SignalledStream(ArrayStream):
 def options() -> dict[str, int]:
     return {
         "batch_size": setup_.ROWS,
-        "val_batch_size": setup_.ROWS,
+        "val_batch_size": VAL_ROWS,
         "seed": 0,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
@@ -91,12 +92,9 @@ def interrupted_fit(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def elastic_fit(folder: pathlib.Path, runner: Runner, num_steps: int) -> dict[str, np.ndarray]:
-    """A run of a folder goes on to a step, on whatever devices and processes there are.
-
-    Neither 4 devices nor 8 divide its 6 validation samples.
-    """
+    """A run of a folder goes on to a step, on whatever devices and processes there are."""
     checkpoints = Checkpoints(folder / "elastic", every=1000)
-    rows = IndexStream(sizes(POOLS), **options() | {"val_batch_size": 6})
+    rows = IndexStream(sizes(POOLS), **options())
     result = fit(
         runner.hold(POOLS), setup_.make_state(FITTED), rows, num_steps=num_steps,
         checkpoints=checkpoints, progress=False,
