@@ -47,6 +47,7 @@ VAL = 32  # trusted samples of a step, which say how frequent classes are
 ROWS = 1024  # that a head is asked about at once
 SURE = 3.0  # standard errors of `Audit.evidence`
 POWERS = 2.0 ** np.arange(-2, 2.01, 0.5)  # for it: right labels of hard samples need flat beliefs
+LEAST_STEPS = 30  # of a head, however few its samples
 FURTHEST, HALVINGS = 8.0, 30  # of the logarithm of a factor, and how often it is halved
 MEMORY = 2**31  # bytes of all averages f32[N, K] in one program, as long as it has several kinds
 
@@ -63,7 +64,9 @@ class Head:
       weight_decay: of AdamW. A strong one keeps a head from memorising wrong labels.
       strength: of early-learning regularisation (`methods.elr`), which does so, too; 0 = none.
       learning_rate: at the first step; it falls to 0 by a cosine.
-      steps: of each head.
+      steps: of each head, at most.
+      epochs: passes over a head's samples, at most, where that is 30 steps or more; in more passes
+        over few samples it learns wrong labels by heart.
       batch_size: samples per step, at most those that a head has.
       folds: number of heads; each trains on all folds but its own.
     """
@@ -73,6 +76,7 @@ class Head:
     strength: float = 0.0
     learning_rate: float = 3e-3
     steps: int = 500
+    epochs: float = 16.0
     batch_size: int = 256
     folds: int = 5
 
@@ -80,7 +84,7 @@ class Head:
         checks.whole(1, steps=self.steps, batch_size=self.batch_size)
         checks.whole(2, folds=self.folds)
         checks.amount(weight_decay=self.weight_decay, strength=self.strength)
-        checks.positive(learning_rate=self.learning_rate)
+        checks.positive(learning_rate=self.learning_rate, epochs=self.epochs)
 
 
 # Early-learning regularisation finds more wrong labels by good features; of raw columns it learns
@@ -282,15 +286,16 @@ def _held_out(
         index = np.arange(len(labels[rows]), dtype=np.int32)
         return Batch(x[rows], labels[rows], index >= 0, index)
 
-    head = heads[0]
     run = RunInfo(number, size, num_trusted=number - others if told else 0)
     pools = Streams(pool(slice(None)), pool(slice(others, None)) if told else None)
-    parts = [np.flatnonzero((fold != k) & inside) for k in range(head.folds)]
-    vals = [np.flatnonzero(fold[others:] != k) for k in range(head.folds)]
+    folds = range(heads[0].folds)
+    parts = [np.flatnonzero((fold != k) & inside) for k in folds]
+    vals = [np.flatnonzero(fold[others:] != k) for k in folds]
     # Folds differ in size, and the members of a sweep have one shape.
-    batch_size = min(head.batch_size, *(len(rows) for rows in parts))
+    heads = [_of_size(head, min(len(rows) for rows in parts)) for head in heads]
+    head, batch_size = heads[0], heads[0].batch_size
     val_batch_size = max(1, min(VAL, *(len(rows) - 1 for rows in vals))) if told else None
-    members = [*range(head.folds)] * len(heads)  # all kinds see the same batches
+    members = [*folds] * len(heads)  # all kinds see the same batches
     seeds = [int(generator("audit head", seed, k).integers(2**31)) for k in members]
     stream = StackedStream([
         PartStream(
@@ -319,15 +324,22 @@ def _held_out(
             raise ValueError(f"head must not diverge; given {heads}: {error}") from error
         state = result.completed()  # heads trained by half are no audit
     beliefs = []
-    for first in range(0, len(members), head.folds):
+    for first in range(0, len(members), len(folds)):
         probs = np.zeros((number, size), np.float32)
-        for k in range(head.folds):
+        for k in folds:
             rows = np.flatnonzero((fold == k) | (fold == -1))
             own = parallel.member(state, first + k)
             probs[rows] += train.probabilities(method, own, x[rows], batch_size=ROWS)
         probs /= probs.sum(1, keepdims=True)
         beliefs.append(probs[np.argsort(order)])
     return beliefs
+
+
+def _of_size(head: Head, size: int) -> Head:
+    """The head with the steps and the batches that it has of so many samples."""
+    batch_size = min(head.batch_size, size)
+    passes = max(math.ceil(head.epochs * size / batch_size), LEAST_STEPS)
+    return dataclasses.replace(head, steps=min(head.steps, passes), batch_size=batch_size)
 
 
 def _with_rule(

@@ -16,6 +16,7 @@ from saflex_jax.audit import (
     _folds,
     _Likely,
     _most_likely,
+    _of_size,
     _with_noise,
     audit,
     from_logits,
@@ -23,7 +24,7 @@ from saflex_jax.audit import (
 
 # With 60 trusted samples a fifth of the others would be too few to flag: docs/audit.md.
 SIZE, CLASSES, TRUSTED, FEATURES = 600, 3, 120, 8
-HEAD = Head(widths=(), steps=80, batch_size=64, weight_decay=0.1, folds=2, learning_rate=0.05)
+HEAD = Head(widths=(), steps=60, batch_size=64, weight_decay=0.1, folds=2, learning_rate=0.05)
 _rng = np.random.default_rng(0)
 RIGHT = np.arange(SIZE) % CLASSES
 CENTRES = 2.5 * _rng.normal(size=(CLASSES, FEATURES))
@@ -180,6 +181,14 @@ def test_the_smallest_fold_sets_the_batches(monkeypatch):
         audit(X[:40], GIVEN[:40], trusted=np.arange(40) == 3, head=Head(widths=()))
 
 
+def test_a_head_passes_over_few_samples_a_few_times():
+    head = Head()
+    assert _of_size(head, 10_000) == head
+    assert _of_size(head, 1600) == dataclasses.replace(head, steps=100)  # 16 passes of 6.25
+    assert _of_size(head, 100) == dataclasses.replace(head, steps=30, batch_size=100)
+    assert _of_size(dataclasses.replace(head, steps=20), 100).steps == 20
+
+
 def test_logits_of_another_network_give_the_same_kind_of_table():
     belief = np.where(np.eye(CLASSES)[RIGHT] > 0, 5.0, 0.0).astype(np.float32)
     found = from_logits(belief, GIVEN)
@@ -312,7 +321,7 @@ def test_which_head_is_likeliest_is_told_by_labels_that_it_did_not_see():
     rng = np.random.default_rng(1)
     rows = np.flatnonzero(~OUTSIDE)[:200]
     x = np.concatenate([X[rows], rng.normal(size=(200, 100))], 1).astype(np.float32)
-    weak = dataclasses.replace(HEAD, weight_decay=0.0, steps=400)
+    weak = dataclasses.replace(HEAD, weight_decay=0.0, steps=400, epochs=400)
     strong = dataclasses.replace(weak, weight_decay=3.0)
     assert audit(x, GIVEN[rows], head=[weak, strong]).head == strong
 
@@ -323,7 +332,7 @@ def test_kinds_of_head_differ_in_how_little_they_memorise_alone():
             audit(X, GIVEN, head=kinds)
 
 
-@pytest.mark.parametrize("field", ["steps", "batch_size", "folds", "learning_rate"])
+@pytest.mark.parametrize("field", ["steps", "epochs", "batch_size", "folds", "learning_rate"])
 def test_a_bad_head_is_named(field):
     with pytest.raises(ValueError, match=field):
         Head(**{field: 0})

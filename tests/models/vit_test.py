@@ -79,8 +79,8 @@ def test_computed_again_it_is_the_same_network():
     again = SMALL.clone(remat=True)
 
     def gradient(network):
-        loss = jax.grad(lambda p: jnp.sum(network.apply(p, images, train=True) ** 2))
-        return jax.jit(loss).trace(params)
+        of_sum = jax.grad(lambda p: jnp.sum(network.apply(p, images, train=True) ** 2))
+        return jax.jit(of_sum).trace(params)
 
     kept, computed = gradient(SMALL), gradient(again)
     found = (jax.tree.leaves(g.lower().compile()(params)) for g in (kept, computed))
