@@ -54,6 +54,21 @@ def weights_of(rule, work):
     return np.asarray(jax.jit(method.targets)(state, work.streams).weights)
 
 
+@functools.cache
+def steps_of_l2rw(network):
+    """Of two steps: the weights of each; the logits before and after."""
+    work = work_of(network)
+    method, state = method_of(learning_to_reweight(), work)
+    predict, targets = jax.jit(method.predict), jax.jit(method.targets)
+    step = jax.jit(lambda state: method.step(state, work.streams, reduce=identity)[0])
+    start = state._replace(params=work.params)
+    weights, before = [], predict(start, work.streams.candidates.inputs)
+    for _ in range(2):
+        weights.append(targets(state, work.streams).weights)
+        state = step(state)
+    return weights, before, predict(state, work.streams.candidates.inputs)
+
+
 # --- the work is the same
 
 
@@ -76,7 +91,7 @@ def test_torch_has_the_same_network(network, layout):
     assert sum(p.numel() for p in t.net.parameters()) == count
     with torch.no_grad():
         found = t.net(t.candidates[0]).numpy()
-    expected = work.model.logits(work.params, {}, work.streams.candidates.inputs)
+    expected = jax.jit(work.model.logits)(work.params, {}, work.streams.candidates.inputs)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -87,17 +102,11 @@ def test_torch_takes_the_step_of_l2rw(network, peer):
     work = work_of(network)
     t = peers.Torch(work, "nchw")
     job = getattr(peers, peer)(t)
-    method, state = method_of(learning_to_reweight(), work)
-    step = jax.jit(lambda state: method.step(state, work.streams, reduce=identity)[0])
-    targets = jax.jit(method.targets)
-    for _ in range(2):  # the second also has momentum
-        expected = targets(state, work.streams).weights
+    weights, before, logits = steps_of_l2rw(network)
+    for expected in weights:  # the second step also has momentum
         np.testing.assert_allclose(job().numpy(), expected, atol=1e-4)
-        state = step(state)
     with torch.no_grad():
         found = t.net(t.candidates[0]).numpy()
-    logits = method.predict(state, work.streams.candidates.inputs)
-    before = work.model.logits(work.params, {}, work.streams.candidates.inputs)
     assert np.max(np.abs(logits - before)) > 1e-2
     np.testing.assert_allclose(found, logits, atol=1e-3)
 
