@@ -32,11 +32,13 @@ DIRECTION = jax.tree.map(lambda x: np.asarray(0.3 * draw(*np.shape(x))), PARAMS)
 FORMS = ("softmax", "sigmoid")
 
 
+@jax.jit
 def logits_of(params, images=IMAGES, texts=TEXTS):
     embedded = unit(images @ params["image"]), unit(texts @ params["text"])
     return contrastive.similarities(*embedded, params["scale"], params["bias"])
 
 
+@functools.partial(jax.jit, static_argnames="form")
 def class_losses(params, form, images=IMAGES, texts=TEXTS, classes=CLASS, mask=MASK):
     z, captions = logits_of(params, images, texts), captions_of(classes, mask, CLASSES)
     if form == "sigmoid":
@@ -57,7 +59,7 @@ def of_classes(pairs, classes=CLASS, mask=MASK):
 @functools.cache
 def both():
     """(z, dz along DIRECTION)."""
-    return jax.jvp(logits_of, (PARAMS,), (DIRECTION,))
+    return jax.jit(functools.partial(jax.jvp, logits_of))((PARAMS,), (DIRECTION,))
 
 
 def softmax64(z, axis):
@@ -102,14 +104,14 @@ def test_identical_captions_make_no_false_negatives():
         z = logits_of(params, texts=texts)
         return -jnp.mean(sum(jnp.diag(jax.nn.log_softmax(z, axis)) for axis in (0, 1))) / 2
 
-    found, expected = (jax.grad(loss)(PARAMS) for loss in (several, identity))
+    found, expected = (jax.jit(jax.grad(loss))(PARAMS) for loss in (several, identity))
     for name in ("image", "text"):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
 
 
 def single_pairs(loss):
     """<v, grad loss_ik> of every pair, by a gradient for each."""
-    jacobian = jax.jacrev(loss)(PARAMS)
+    jacobian = jax.jit(jax.jacrev(loss))(PARAMS)
     along = jax.tree.map(
         lambda j, v: np.tensordot(np.float64(j), np.float64(v), axes=np.ndim(v)),
         jacobian,
@@ -186,21 +188,24 @@ def test_class_probabilities_count_a_class_by_its_captions():
 def test_scores_say_how_the_validation_loss_changes():
     size = len(VAL_CLASS)
 
+    @jax.jit
     def val_loss(params):
         given = VAL_IMAGES, VAL_TEXTS, VAL_CLASS, np.ones(size, bool)
         return jnp.mean(class_losses(params, "softmax", *given)[np.arange(size), VAL_CLASS])
 
-    direction = jax.grad(val_loss)(PARAMS)
+    @jax.jit
+    def moved(by, step):
+        return val_loss(jax.tree.map(lambda p, g: p - by * g, PARAMS, step))
+
+    direction = jax.jit(jax.grad(val_loss))(PARAMS)
     for form in FORMS:
-        scores = jax.jvp(lambda p, f=form: class_losses(p, f), (PARAMS,), (direction,))[1]
+        losses = functools.partial(class_losses, form=form)
+        scores = jax.jit(functools.partial(jax.jvp, losses))((PARAMS,), (direction,))[1]
+        step_of = jax.jit(jax.grad(lambda p, i, c, losses=losses: losses(p)[i, c]))
         for row, label in ((0, 1), (2, 2), (4, 0)):
-            step = jax.grad(lambda p, f=form, i=row, c=label: class_losses(p, f)[i, c])(PARAMS)
+            step = step_of(PARAMS, row, label)
             rate = 1e-2 / float(jnp.sqrt(dot(step, step)))  # finite in f32
-
-            def moved(by, step=step):
-                return val_loss(jax.tree.map(lambda p, g: p - by * g, PARAMS, step))
-
-            change = (moved(rate) - moved(-rate)) / (2 * rate)
+            change = (moved(rate, step) - moved(-rate, step)) / (2 * rate)
             np.testing.assert_allclose(-change, scores[row, label], rtol=1e-2, atol=1e-3)
 
 
@@ -221,7 +226,7 @@ def test_padding_alone_is_finite():
         none = np.zeros(SIZE, bool)
         return jnp.sum(class_losses(params, "softmax", mask=none))
 
-    value, gradient = jax.value_and_grad(loss)(PARAMS)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS)
     assert value == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -85,7 +87,8 @@ def test_rows_divide_among_devices_and_the_surplus_stays_empty():
     found = memory.init(1025, K)
     assert found.mean.shape == (2048, K)
     index = np.array([1024, 0], np.int32)
-    found, _ = memory.update(found, index, np.ones((2, K), np.float32), np.ones(2, bool))
+    update = jax.jit(memory.update)
+    found, _ = update(found, index, np.ones((2, K), np.float32), np.ones(2, bool))
     assert np.flatnonzero(found.visits).tolist() == [0, 1024]
     np.testing.assert_array_equal(memory.recall(found, np.array([1024, 7])), [[1] * K, [0] * K])
 
@@ -117,9 +120,10 @@ def test_all_but_one_kept_class_are_all_classes():
     """The rest of one class is that class."""
     rng = np.random.default_rng(0)
     dense, top = memory.init(N, K), memory.init(N, K, top=K - 1)
+    update = jax.jit(memory.update)
     for _ in range(6):
         rows = rng.integers(4, size=B).astype(np.int32), beliefs(rng, B, K), rng.random(B) < 0.8
-        (dense, expected), (top, found) = (memory.update(m, *rows) for m in (dense, top))
+        (dense, expected), (top, found) = (update(m, *rows) for m in (dense, top))
         np.testing.assert_allclose(found, expected, atol=1e-6)
     everyone = np.arange(N)[:, None]  # any shape of indices
     np.testing.assert_allclose(
@@ -132,15 +136,14 @@ def test_the_rest_is_one_number_and_nothing_is_lost():
     rng, classes = np.random.default_rng(0), 12
     found, index = memory.init(1, classes, top=2), np.zeros(1, np.int32)
     first = beliefs(rng, 1, classes)
-    found, remembered = memory.update(found, index, first, np.ones(1, bool))
+    update = jax.jit(functools.partial(memory.update, decay=0.8))
+    found, remembered = update(found, index, first, np.ones(1, bool))  # the first, at any decay
     largest = np.argsort(first[0])[-2:]
     others = np.delete(first[0], largest)
     np.testing.assert_allclose(np.delete(remembered[0], largest), others.mean(), rtol=1e-5)
     np.testing.assert_allclose(remembered[0][largest], first[0][largest], rtol=1e-6)
     for _ in range(20):
-        found, remembered = memory.update(
-            found, index, beliefs(rng, 1, classes), np.ones(1, bool), decay=0.8
-        )
+        found, remembered = update(found, index, beliefs(rng, 1, classes), np.ones(1, bool))
         np.testing.assert_allclose(remembered.sum(), 1, rtol=1e-5)
 
 
@@ -149,7 +152,7 @@ def test_the_given_label_is_kept_however_small_its_mean():
     beliefs = np.random.default_rng(0).dirichlet(np.ones(classes), 3).astype(np.float32)
     beliefs[:2] = beliefs[0]
     given = np.array([beliefs[0].argmin()] * 2 + [beliefs[2].argmin()], np.int32)
-    found, _ = memory.update(
+    found, _ = jax.jit(memory.update)(
         memory.init(4, classes, top=3), index, beliefs, np.ones(3, bool), given=given
     )
     remembered = memory.recall(found, index, classes)
@@ -167,7 +170,8 @@ def test_a_sample_takes_at_most_64_bytes_whatever_the_classes(classes, top):
     assert sum(x.nbytes for x in arrays) <= 64 * 1024
     last = np.zeros((1, classes), np.float32)
     last[0, -1] = 1  # its number fits
-    arrays, found = memory.update(arrays, np.zeros(1, np.int32), last, np.ones(1, bool))
+    update = jax.jit(memory.update)
+    arrays, found = update(arrays, np.zeros(1, np.int32), last, np.ones(1, bool))
     np.testing.assert_array_equal(found, last)
 
 

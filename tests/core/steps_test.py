@@ -18,7 +18,7 @@ SIZE = 6
 
 def start(p, method):
     """The method's first state."""
-    return method.init(jax.random.key(0), p.streams.candidates.inputs)
+    return jax.jit(method.init)(jax.random.key(0), p.streams.candidates.inputs)
 
 
 def runner(p, method):
@@ -87,7 +87,8 @@ def test_inner_step_is_the_gradient_step_on_the_losses_taken_apart(with_clean):
     gradient = jax.tree.map(jnp.zeros_like, p.params)
     loss = 0.0
     for name, part in parts.items():
-        value, grads = jax.value_and_grad(lambda params: mean_loss(p, params, *part))(p.params)  # noqa: B023
+        loss_of = jax.value_and_grad(lambda params, part=part: mean_loss(p, params, *part))
+        value, grads = jax.jit(loss_of)(p.params)
         gradient, loss = jax.tree.map(jnp.add, gradient, grads), loss + value
         total, count = metrics[f"{name}_loss"]
         real = part[0].mask.sum()

@@ -214,8 +214,8 @@ def test_first_implicit_step_with_the_identity_is_a_step_along_the_scores():
     method = supervised.make(p.model, optax.sgd(0.1), rule)
     state = start(p, method)
     after, _ = stepper(p, method)(state, 1)
-    found = method.targets(state, p.streams)
-    scores = np.asarray(greedy_scores(p, state))
+    found = jax.jit(method.targets)(state, p.streams)
+    scores = np.asarray(jax.jit(lambda state: greedy_scores(p, state))(state))
     utility = (candidates.labels * scores).sum(1) * candidates.mask
     weights = np.maximum(1 + rate * utility / 5, 0)
     assert_close(after.extra[0]["weights"], weights)

@@ -359,10 +359,9 @@ def test_sharpness_is_learned_from_remembered_beliefs_of_whole_rows_that_are_not
     streams = functools.partial(right_streams_of, trusted=3)
     rule = Posterior(TRUSTING, learn_sharpness=True, noise_rate=0.3, agreement_decay=0.9)
     arrays, run = runner(Refinement(GREEDY, rule), streams=streams)
-    fits = calibration.no_fits()
-    for step in range(6):
-        _, arrays, metrics = run(arrays, step)
-        kept, candidates = arrays.rule, streams(step).candidates
+
+    @jax.jit
+    def with_fits_of(fits, kept, candidates):
         rows = candidates.mask & parents.is_whole(candidates) & (candidates.index < POOL - 3)
         fits = calibration.add_fits(
             fits,
@@ -372,8 +371,13 @@ def test_sharpness_is_learned_from_remembered_beliefs_of_whole_rows_that_are_not
             transition.likelihood(kept.pairs, 0.3, num_trusted=3),
             decay=0.9,
         )
-        assert_close(kept.fits, fits)
-        power = calibration.best_power(fits, CLASSES, num_trusted=3)
+        return fits, calibration.best_power(fits, CLASSES, num_trusted=3)
+
+    fits = calibration.no_fits()
+    for step in range(6):
+        _, arrays, metrics = run(arrays, step)
+        fits, power = with_fits_of(fits, arrays.rule, streams(step).candidates)
+        assert_close(arrays.rule.fits, fits)
         assert metrics["sharpness"][0] == pytest.approx(float(power), rel=1e-5) != 2
 
 
