@@ -138,7 +138,7 @@ def make(kinds=KINDS, start=None, **options):
 
 def trained(method, steps=120):
     runner = parallel.jit_runner(method.step, devices=jax.devices()[:1]).hold(POOLS)
-    state = runner.put_state(method.init(jax.random.key(0), POOLS.candidates.inputs[:1]))
+    state = runner.put_state(jax.jit(method.init)(jax.random.key(0), POOLS.candidates.inputs[:1]))
     stream, metrics = IndexStream(sizes(POOLS), batch_size=40, seed=0), {}
     for _ in range(steps):
         state, metrics = runner.step(state, runner.put_batch(next(stream)))
@@ -172,10 +172,10 @@ def test_without_strength_it_is_the_pipeline_with_fixed_shares():
 
 def test_harm_to_one_class_is_seen_by_class_and_drawn_less_there():
     state, _ = trained(make(ONE_SIDED))
-    mean = np.asarray(pooled(state.extra.pools).mean)
+    mean = np.asarray(jax.jit(pooled)(state.extra.pools).mean)
     none, left = mean
     assert left[2] < 0 < left[1] and none[1] > 0 and none[2] > 0  # columns: all, class 0, class 1
-    share = shares(pooled(state.extra.pools), jnp.array([0.5, 0.5]), floor=0.01, margin=0.5)
+    share = SHARES(pooled(state.extra.pools), jnp.array([0.5, 0.5]), floor=0.01, margin=0.5)
     assert share[1, 1] < 0.02 and share[1, 0] == pytest.approx(0.5)
 
 
@@ -188,7 +188,7 @@ def test_members_of_a_sweep_have_shares_of_their_own():
         )
 
     runner = parallel.sweep_runner(step, options=options, devices=jax.devices()[:1]).hold(POOLS)
-    state = make().init(jax.random.key(0), POOLS.candidates.inputs[:1])
+    state = jax.jit(make().init)(jax.random.key(0), POOLS.candidates.inputs[:1])
     state = runner.put_state(parallel.stack_states([state, state]))
     rows = Streams(np.tile(np.arange(40), (2, 1)), np.tile(np.arange(60), (2, 1)))
     for _ in range(3):
@@ -213,9 +213,9 @@ def test_behind_a_pipeline_it_draws_with_another_key():
 
     plain = supervised.make(linear(), optax.sgd(0.1))._replace(step=shown)
     inner = adjusted.adjusted(plain, Alternatives(("subtracted",), subtracted))
-    state = inner.init(jax.random.key(0), POOLS.candidates.inputs[:1])
+    state = jax.jit(inner.init)(jax.random.key(0), POOLS.candidates.inputs[:1])
     same, apart = (
-        method.step(state, POOLS)[1]["inputs"] - POOLS.candidates.inputs
+        np.asarray(jax.jit(method.step)(state, POOLS)[1]["inputs"]) - POOLS.candidates.inputs
         for method in (upstream(inner, lambda key, batch: added(key, batch)._replace(trace=None)),
                        upstream(inner, added))
     )  # fmt: skip

@@ -109,6 +109,7 @@ def test_steps_by_hand_on_the_targets_of_a_rule(runner):
         assert seen.sum() == visits * len(rows)
 
 
+@functools.cache
 def after_steps(make_method, **options):
     """The state, without its key, and the targets of the next step.
 
@@ -118,7 +119,7 @@ def after_steps(make_method, **options):
     labels = hard_labels(np.random.default_rng(0), 6, problems.CLASSES)  # else all rows are mixed
     streams = p.streams._replace(candidates=p.streams.candidates._replace(labels=labels))
     method = make_method(p.model, tx, **options)
-    state = method.init(jax.random.key(0), streams.candidates)
+    state = jax.jit(method.init)(jax.random.key(0), streams.candidates)
     for _ in range(3):
         state, _ = method.step(state, streams)
     return jax.device_get((state._replace(key=()), method.targets(state, streams)))
@@ -134,7 +135,7 @@ def test_without_strength_it_is_the_rule_alone_bit_for_bit(rule):
 
 
 def test_while_its_rule_finds_no_label_wrong_it_is_plain_training_bit_for_bit():
-    alone, _ = after_steps(supervised.make)
+    alone, _ = after_steps(supervised.make, rule=None)
     found, _ = after_steps(make, run=SMALL, rule=posterior(noise_rate=0.0))
     assert found.extra.past.mean.any()
     found = found._replace(extra=())
@@ -142,7 +143,7 @@ def test_while_its_rule_finds_no_label_wrong_it_is_plain_training_bit_for_bit():
 
 
 def test_full_strength_needs_no_wrong_label_where_none_is_enough():
-    source, _ = after_steps(make, run=SMALL)
+    source, _ = after_steps(make, run=SMALL, rule=None)
     found, _ = after_steps(make, run=SMALL, rule=posterior(noise_rate=0.0), enough=0.0)
     assert found.extra.past.mean.any()
     found = found._replace(extra=source.extra)
@@ -245,10 +246,10 @@ def test_wrong_labels_are_not_learned_by_heart():
         "elr": make(model, tx, RunInfo(160, 4), strength=3.0, decay=0.7),
     }
     for name, method in methods.items():
-        state, step = method.init(jax.random.key(0), inputs), jax.jit(method.step)
+        state, step = jax.jit(method.init)(jax.random.key(0), inputs), jax.jit(method.step)
         for _ in range(200):
             state, _ = step(state, streams)
-        predicted = np.asarray(method.predict(state, inputs)).argmax(1)
+        predicted = np.asarray(jax.jit(method.predict)(state, inputs)).argmax(1)
         right[name] = (predicted == truth)[wrong].mean()
     assert right["plain"] < 0.6 < 0.9 < right["elr"]
 
