@@ -92,15 +92,21 @@ def made(out, name="mnist", tag="", **options):
     return data.from_features(message.split(": ")[1]), message
 
 
-def by_hand(out, images):
-    """f32[B, D]: the network on images f32[B, H, W, C] as they are."""
-    backbone = Tiny("imagenet", norm="frozen")
-    variables = models.from_torchvision(models.read_weights(out / "weights.safetensors"), backbone)
+BACKBONE = Tiny("imagenet", norm="frozen")
+
+
+@jax.jit
+def features_of(variables, images):
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))
     images = jax.image.resize(images, (len(images), SIZE, SIZE, 3), "bilinear")
-    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-    scaled = np.float32((np.asarray(images) - mean) / deviation)
-    return np.asarray(backbone.apply(variables, scaled, train=False))
+    mean, deviation = np.float32([[[[[0.485, 0.456, 0.406]]]], [[[[0.229, 0.224, 0.225]]]]])
+    return BACKBONE.apply(variables, (images - mean) / deviation, train=False)
+
+
+def by_hand(out, images):
+    """f32[B, D]: the network on images f32[B, H, W, C] as they are."""
+    variables = models.from_torchvision(models.read_weights(out / "weights.safetensors"), BACKBONE)
+    return np.asarray(features_of(variables, images))
 
 
 def close(given, expected):
@@ -118,13 +124,14 @@ def test_views_are_the_networks_features_of_the_pipelines_draws(out, name):
     np.testing.assert_array_equal(found.rows, np.arange(52))
     close(found.source.inputs[:], by_hand(out, images))
     assert found.source.views.shape == (seen, VIEWS, 8)
+    draw = jax.jit(augment.parse(PIPELINE))
     for row in (0, 17, seen - 1):  # each alone, whatever chunk it was in
         index = np.array([row], np.int32)
         one = Batch(jnp.asarray(images[index]), np.eye(2, dtype=np.float32)[:1], np.ones(1, bool),
                     index)  # fmt: skip
         for view in range(1, VIEWS):
             key = jax.random.fold_in(jax.random.key(0), view)
-            drawn = augment.parse(PIPELINE)(key, one)
+            drawn = draw(key, one)
             close(found.source.views[row, view], by_hand(out, drawn.inputs)[0])
             np.testing.assert_array_equal(
                 found.trace.magnitude[row, view], drawn.trace.magnitude[0]

@@ -47,7 +47,7 @@ def steps(config, count, *, devices):
     method = build.make_method(config, data.pools, data.source.columns)
     step = build.with_upstream(config, method).step
     runner = parallel.RUNNERS[config.runner](step, devices=jax.devices()[:devices])
-    state = runner.put_state(build.init_state(config, method, data.pools))
+    state = runner.put_state(jax.jit(lambda: build.init_state(config, method, data.pools))())
     runner, stream = build.make_input(config, data, runner)
     for _ in range(count):
         state, metrics = runner.step(state, runner.put_batch(next(stream)))

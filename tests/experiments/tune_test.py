@@ -1,5 +1,7 @@
 """A pretrained network in image space: its head, its last stage, or all of it is trained."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -95,13 +97,13 @@ def test_images_are_seen_as_imagenet_has_them(weights):
     data = task.make_data(found)
     model = build.make_model(found, data.pools)
     images = data.test.inputs[:4]  # grey, in [0, 1]
-    params, state = model.init(jax.random.key(0), images)
-    features = Tiny("imagenet", norm="frozen").apply(
-        {"params": params["backbone"], "batch_stats": state["batch_stats"]["backbone"]},
-        models.imagenet_inputs(images), train=False,
-    )  # fmt: skip
+    params, state = jax.jit(model.init)(jax.random.key(0), images)
+    variables = {"params": params["backbone"], "batch_stats": state["batch_stats"]["backbone"]}
+    apply = jax.jit(functools.partial(Tiny("imagenet", norm="frozen").apply, train=False))
+    features = apply(variables, models.imagenet_inputs(images))
     expected = features @ params["head"]["kernel"]  # the bias starts at zero
-    np.testing.assert_allclose(model.logits(params, state, images), expected, atol=1e-4)
+    found = jax.jit(model.logits)(params, state, images)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
