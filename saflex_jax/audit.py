@@ -293,14 +293,14 @@ def _held_out(
     vals = [np.flatnonzero(fold[others:] != k) for k in folds]
     # Folds differ in size, and the members of a sweep have one shape.
     heads = [_of_size(head, min(len(rows) for rows in parts)) for head in heads]
-    head, batch_size = heads[0], heads[0].batch_size
+    head = heads[0]
     val_batch_size = max(1, min(VAL, *(len(rows) - 1 for rows in vals))) if told else None
     members = [*folds] * len(heads)  # all kinds see the same batches
     seeds = [int(generator("audit head", seed, k).integers(2**31)) for k in members]
     stream = StackedStream([
         PartStream(
             Streams(parts[k], vals[k] if told else None),
-            batch_size=batch_size, val_batch_size=val_batch_size, seed=own,
+            batch_size=head.batch_size, val_batch_size=val_batch_size, seed=own,
         )
         for k, own in zip(members, seeds)
     ])  # fmt: skip

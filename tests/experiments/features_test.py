@@ -99,7 +99,8 @@ BACKBONE = Tiny("imagenet", norm="frozen")
 def features_of(variables, images):
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))
     images = jax.image.resize(images, (len(images), SIZE, SIZE, 3), "bilinear")
-    mean, deviation = np.float32([[[[[0.485, 0.456, 0.406]]]], [[[[0.229, 0.224, 0.225]]]]])
+    imagenet = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    mean, deviation = imagenet.reshape(2, 1, 1, 1, 3)
     return BACKBONE.apply(variables, (images - mean) / deviation, train=False)
 
 

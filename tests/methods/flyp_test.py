@@ -61,12 +61,14 @@ def make(loss="contrastive", rule=None, network=NETWORK, wrapped=lambda model: m
     return flyp.make(wrapped(from_linen(network)), TX, given, rule=rule, run=RUN)
 
 
-@functools.cache
-def started(method):
+def start(method):
     """At step 0, with logits of order one: a large scale is a large error of rounding."""
     state = jax.jit(method.init)(jax.random.key(0), POOL.inputs[:1])
     small = {name: jnp.zeros(()) for name in state.params if name.startswith("logit_")}
     return state._replace(params=state.params | small)
+
+
+started = functools.cache(start)
 
 
 def trained(method, runner, given):
@@ -248,7 +250,7 @@ def test_every_rule_of_a_config_takes_pairs_unchanged(rule):
     # Traced alone: what rules compute of class log-probabilities is tested where they are.
     section = {"name": "flyp", "rule": rule, "loss": "cross_entropy"}
     method = configure.make_method(section, from_linen(NETWORK), TX, RUN._replace(num_steps=10))
-    state = jax.eval_shape(functools.partial(started.__wrapped__, method))
+    state = jax.eval_shape(functools.partial(start, method))
     new, metrics = jax.eval_shape(method.step, state, batches(1)[0])
     assert jax.tree.structure(new) == jax.tree.structure(state) and "candidate_loss" in metrics
     targets = jax.eval_shape(method.targets, state, batches(1)[0])
@@ -308,7 +310,7 @@ def test_refuses_what_it_cannot_do():
 
     def step(method, streams):
         return jax.eval_shape(
-            method.step, jax.eval_shape(functools.partial(started.__wrapped__, method)), streams
+            method.step, jax.eval_shape(functools.partial(start, method)), streams
         )
 
     rule = Refinement(Scoring("identity", chunk=4), Posterior(RUN))
