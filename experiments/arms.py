@@ -420,8 +420,8 @@ def _parts(members: dict[int, dict[str, ConfigDict]]) -> Iterator[tuple[list[int
 
 
 def _shapes(data: task.Data) -> tuple[tuple[int, ...], ...]:
-    """Of all arrays that train: copies that are left out may differ by seed."""
-    return tuple(np.shape(x) for x in jax.tree.leaves(data.pools))
+    """Of all arrays that train or start a rule: what is left out may differ by seed."""
+    return tuple(np.shape(x) for x in jax.tree.leaves((data.pools, data.start)))
 
 
 # --- All runs of a comparison

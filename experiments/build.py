@@ -14,6 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import estimators, task
+from experiments.cleaning import Start
 from experiments.configs import sources
 from experiments.task import Data
 from saflex_jax import augment, checks, configure, methods, models, parallel, train
@@ -32,6 +33,7 @@ from saflex_jax.data import (
 )
 from saflex_jax.methods import METHODS
 from saflex_jax.methods.upstream import upstream
+from saflex_jax.rules import started
 from saflex_jax.types import Batch, Method, Model, RunInfo, Streams, TrainState
 
 SECTIONS = {
@@ -87,6 +89,8 @@ def check(config: ConfigDict) -> None:
         _check_keep_best(config)
     if config.model.name == configure.CLIP:
         _check_clip(config)
+    if config.data.cleaning == "audit_first":
+        _check_started(config)
     name = config.method.name
     if "clean" in METHODS[name].needs and not config.data.unlabelled:
         raise ValueError(f"config.data.unlabelled must be True with {name}; given False")
@@ -119,6 +123,16 @@ def _check_clip(config: ConfigDict) -> None:
                 f"{config.model.name!r}, of which the folder of weights decides; given "
                 f"{getattr(chosen, name)}"
             )
+
+
+def _check_started(config: ConfigDict) -> None:
+    """Refuses an audit's beliefs for a rule that keeps none."""
+    rule = config.method.rule
+    if rule != "saflex" or estimators.fits(config):
+        raise ValueError(
+            "config.method.rule must be 'saflex' with data.cleaning='audit_first', whose beliefs "
+            f"that rule starts from; given {rule!r} with model.name={config.model.name!r}"
+        )
 
 
 def keeps_best(config: ConfigDict) -> bool:
@@ -381,11 +395,17 @@ def with_upstream(config: ConfigDict, method: Method) -> Method:
     return upstream(method, augment.parse(config.augment))
 
 
-def init_state(config: ConfigDict, method: Method, pools: Streams) -> TrainState:
-    """The state at step 0, by `config.seed`."""
+def init_state(
+    config: ConfigDict, method: Method, pools: Streams, start: Start | None = None
+) -> TrainState:
+    """The state at step 0, by `config.seed`; its rule starts from what `start` believes."""
     pool = pools.candidates if pools.val is None else pools.val  # candidates may have views
     first = subset(pool.inputs, np.arange(1))
-    return method.init(jax.random.key(config.seed), floats(jax.tree.map(np.asarray, first)))
+    state = method.init(jax.random.key(config.seed), floats(jax.tree.map(np.asarray, first)))
+    if start is None:
+        return state
+    extra = started(state.extra, start.beliefs, noise_rate=start.noise_rate)
+    return state._replace(extra=extra)
 
 
 # --- Runs
@@ -418,7 +438,7 @@ def fit(
     with _early_stopping(config, _validation(config, method, data), checkpoints) as best:
         result = train.fit(
             runner,
-            init_state(config, method, data.pools),
+            init_state(config, method, data.pools, data.start),
             stream,
             checkpoints=checkpoints,
             **_course(config, best, evaluate, every=eval_every if best is None else None),
@@ -452,7 +472,7 @@ def fit_sweep(
     config, *_ = configs
     pools, rows = zip(*(make_rows(c, d) for c, d in zip(configs, data)))
     shared = all(d is data[0] for d in data)
-    start = [init_state(c, method, pool) for c, pool in zip(configs, pools)]
+    start = [init_state(c, method, pool, d.start) for c, pool, d in zip(configs, pools, data)]
     validations = [_validation(config, method, d) for d in data]
     validation = train.evaluate_each(validations) if keeps_best(config) else None
     evaluate = None if evaluates is None else train.evaluate_each(evaluates)

@@ -3,17 +3,18 @@
 `config.data.cleaning` names one of KINDS. By CLEANINGS, what people try first, samples whose label
 is probably wrong are left out, so that every batch is full of the others; how many are left differs
 by the seed. By "audit" (`saflex_jax.audit`) all samples stay that are like the trusted ones, with
-learned soft labels; with labels as given if there is no sure evidence that some are wrong. Trusted
-samples that train, too, are never left out, and they help to judge the others. No right label is
-read otherwise.
+learned soft labels; with labels as given if there is no sure evidence that some are wrong. By
+"audit_first" the same ones stay, with labels as given, and where there is evidence SAFLEX's rule
+starts from what the audit believes. Trusted samples that train, too, are never left out, and they
+help to judge the others. No right label is read otherwise.
 """
 
 from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,11 +34,37 @@ NEIGHBOURS = 50
 WIDEST = 2**14  # numbers of an input that an audit reads: it makes matrices of their square
 
 
+class Start(NamedTuple):
+    """What an audit believes of N samples, for a rule to start from (`rules.started`).
+
+    Attributes:
+      beliefs: f32[N, K].
+      noise_rate: share of wrong labels.
+    """
+
+    beliefs: np.ndarray
+    noise_rate: float
+
+
+class Cleaned(NamedTuple):
+    """What is made of N samples.
+
+    Attributes:
+      stay: bool[N], which of them train.
+      labels: of all N, as given or learned ones f32[N, K].
+      start: of a rule; None where nothing is known.
+    """
+
+    stay: np.ndarray
+    labels: np.ndarray
+    start: Start | None = None
+
+
 def cleaned(
     kind: str, inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int,
     folder: pathlib.Path | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """(which samples stay, bool[N]; labels of all N, as given or learned ones f32[N, K]).
+) -> Cleaned:  # fmt: skip
+    """What `kind` makes of the samples.
 
     Args:
       kind: of KINDS.
@@ -45,16 +72,17 @@ def cleaned(
       num_classes: K.
       folder: of a run; what an audit learned is written there, and read when the run goes on.
     """
-    if kind == "audit":
-        return audited(inputs, labels, num_classes, trusted=trusted, seed=seed, folder=folder)
-    return kept(kind, inputs, labels, trusted=trusted, seed=seed), labels
+    if kind not in AUDITS:
+        return Cleaned(kept(kind, inputs, labels, trusted=trusted, seed=seed), labels)
+    found = audited(inputs, labels, num_classes, trusted=trusted, seed=seed, folder=folder)
+    return found._replace(start=None) if kind == "audit" else found._replace(labels=labels)
 
 
 def audited(
     inputs: Any, labels: np.ndarray, num_classes: int, *, trusted: int, seed: int,
     folder: pathlib.Path | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """`cleaned` by `saflex_jax.audit`, of what `matrix` makes of the inputs.
+) -> Cleaned:  # fmt: skip
+    """What `saflex_jax.audit` makes of the samples, of what `matrix` makes of the inputs.
 
     Raises:
       ValueError: several processes; inputs of more than WIDEST numbers; as `audit`.
@@ -70,18 +98,31 @@ def audited(
     if key not in _CLEANED and folder is not None and (folder / FILE).exists():
         with np.load(folder / FILE) as learned:
             if learned["of"] == repr(key):
-                _CLEANED[key] = learned["stay"], learned["labels"]
+                _CLEANED[key] = _read(learned)
     if key not in _CLEANED:
         known = np.arange(len(labels)) >= len(labels) - trusted
         try:
             found = audit(x, labels, trusted=known, num_classes=num_classes, seed=seed)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        _CLEANED[key] = ~found.outside, found.labels if found.evidence > SURE else labels
+        learned = Cleaned(~found.outside, labels)
+        if found.evidence > SURE:
+            start = Start(found.beliefs, found.noise_rate)
+            learned = Cleaned(~found.outside, found.labels, start)
+        _CLEANED[key] = learned
         if folder is not None:
+            start = {} if learned.start is None else learned.start._asdict()
             with renamed(folder / FILE, sync=True) as part, part.open("wb") as file:
-                np.savez(file, of=repr(key), stay=_CLEANED[key][0], labels=_CLEANED[key][1])
+                np.savez(file, of=repr(key), stay=learned.stay, labels=learned.labels, **start)
     return _CLEANED[key]
+
+
+def _read(learned: Mapping[str, np.ndarray]) -> Cleaned:
+    """What `audited` wrote; files from before it could start a rule have no beliefs."""
+    start = None
+    if "beliefs" in learned:
+        start = Start(learned["beliefs"], float(learned["noise_rate"]))
+    return Cleaned(learned["stay"], learned["labels"], start)
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -214,4 +255,5 @@ CLEANINGS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] =
     "confident": confident,
     "neighbours": confirmed,
 }
-KINDS = (*CLEANINGS, "audit")
+AUDITS = ("audit", "audit_first")
+KINDS = (*CLEANINGS, *AUDITS)

@@ -61,7 +61,7 @@ def opened(workdir: pathlib.Path, step: int | None = None) -> Run:
     folder = workdir / ("best" if build.keeps_best(config) and step is None else "checkpoints")
     kept = train.Checkpoints(folder, config=build.settings(config))
     with contextlib.closing(kept):
-        state, _ = kept.load(build.init_state(config, method, data.pools), step)
+        state, _ = kept.load(build.init_state(config, method, data.pools, data.start), step)
     return Run(config, data, method, state)
 
 

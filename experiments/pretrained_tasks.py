@@ -50,6 +50,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "saflex_elr": WITH_ELR["saflex_elr"],
     **CALIBRATED,
     "saflex_audit": _arm(True, data={"cleaning": "audit"}),
+    "saflex_audit_elr": _arm(
+        True, WITH_ELR["saflex_elr"]["method"], data={"cleaning": "audit_first"}
+    ),
     # Baselines. Those that do not read the trusted samples otherwise train on them.
     "confident_learning": _arm(True, data={"cleaning": "confident"}),
     "neighbours": _arm(True, data={"cleaning": "neighbours"}),
@@ -60,7 +63,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "co_teaching": _arm(True, {"name": "co_teaching", "rule": "as_given"}),
 }
 TOLD = ("small_loss", "co_teaching")  # these are told the share of wrong labels
-OF_CLASSES = ("confident_learning", "neighbours", "saflex_audit")  # these know no graded labels
+# These know no graded labels.
+OF_CLASSES = ("confident_learning", "neighbours", "saflex_audit", "saflex_audit_elr")
 GRADED = ("solar_cells",)
 
 

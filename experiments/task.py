@@ -56,6 +56,7 @@ class Data(NamedTuple):
         trace says which is which ("candidate").
       seed: of all draws.
       rows: i[N] of the candidates, their rows of the source; -1 = of a pool, or from outside.
+      start: what an audit believes of the candidates, for the rule to start from, or None.
     """
 
     pools: Streams
@@ -70,6 +71,7 @@ class Data(NamedTuple):
     pool: data.Pool | None = None
     seed: int = 0
     rows: np.ndarray | None = None
+    start: cleaning.Start | None = None
 
 
 def check(section: ConfigDict) -> None:
@@ -492,8 +494,9 @@ def repeated(inputs: Any, labels: np.ndarray, least: int) -> tuple[Any, np.ndarr
 def cleaned(
     config: ConfigDict, source: data.Source, inputs: Any, labels: np.ndarray, *, trusted: int,
     folder: pathlib.Path | None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """(rows that `config.data.cleaning` leaves, the last `trusted` ones among them; their labels).
+) -> tuple[np.ndarray, np.ndarray, cleaning.Start | None]:  # fmt: skip
+    """(rows that `config.data.cleaning` leaves, the last `trusted` ones among them; of these labels
+    and what a rule starts from).
 
     Raises:
       ValueError: labels that are no classes.
@@ -504,11 +507,13 @@ def cleaned(
             f"config.data.cleaning must be '' where labels are no classes, as in {section.name}; "
             f"given {section.cleaning!r}"
         )
-    stay, labels = cleaning.cleaned(
+    stay, labels, start = cleaning.cleaned(
         section.cleaning, inputs, labels, source.num_classes, trusted=trusted, seed=config.seed,
         folder=folder,
     )  # fmt: skip
-    return np.flatnonzero(stay), labels[stay]
+    if start is not None:
+        start = start._replace(beliefs=start.beliefs[stay])
+    return np.flatnonzero(stay), labels[stay], start
 
 
 def make_split_source(config: ConfigDict) -> tuple:
@@ -586,9 +591,11 @@ def make_data(config: ConfigDict, folder: pathlib.Path | None = None) -> Data:
         outside = np.append(outside, np.zeros(len(val_labels), bool))
         places = np.append(places, np.full(len(val_labels), -1))
         rows = np.append(rows, split.val)
+    start = None
     if section.cleaning:
         number = len(given) - len(split.train)
-        stay, given = cleaned(config, source, candidates, given, trusted=number, folder=folder)
+        known = {"trusted": number, "folder": folder}
+        stay, given, start = cleaned(config, source, candidates, given, **known)
         candidates = data.subset(candidates, stay)
         clean, outside, rows = clean[stay], outside[stay], rows[stay]
     if section.trusted_only:
@@ -636,6 +643,7 @@ def make_data(config: ConfigDict, folder: pathlib.Path | None = None) -> Data:
         made,
         seed,
         np.where(outside, -1, rows),
+        start,
     )
 
 

@@ -112,6 +112,9 @@ class Audit:
       outside: bool[N], flagged: unlike all trusted samples, so probably of no class.
       trusted: bool[N], as given.
       labels: f32[N, K], the learned soft labels.
+      beliefs: f32[N, K], what labels are learned from: beliefs of what did not see the given label
+        (of a trusted sample that all heads saw, theirs). A rule may start from them
+        (`rules.started`).
       transition: f32[K, K], C_kj: how often class k is given as j.
       noise_rate: share of wrong labels, trusted samples and those outside left out.
       evidence: that labels are wrong, in standard errors: how much likelier labels as given are if
@@ -131,6 +134,7 @@ class Audit:
     outside: np.ndarray
     trusted: np.ndarray
     labels: np.ndarray
+    beliefs: np.ndarray
     transition: np.ndarray
     noise_rate: float
     evidence: float
@@ -413,6 +417,7 @@ def _found(probs, y, trusted, told, inside, typical, groups, head, first=None) -
         outside=~inside,
         trusted=trusted,
         labels=labels,
+        beliefs=np.asarray(sharpened(jnp.asarray(probs), float(likely.power))),
         transition=np.asarray(first.confused),
         noise_rate=float(first.noise_rate),
         evidence=_evidence(probs, y, trusted, told, inside),

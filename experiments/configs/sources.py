@@ -51,7 +51,7 @@ FIELDS = {
         "",
         'before training "confident" or "neighbours" drop suspect samples; "audit" learns soft '
         "labels, where some are surely wrong, and drops what is unlike trusted samples, if these "
-        "train, too",
+        'train, too; "audit_first" drops the same, and the rule starts from what it believes',
     ),
     "outside": (0.0, "share of the training inputs to replace by those of `outside_from`"),
     "outside_from": ("", "data set whose inputs belong to no class"),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from saflex_jax import checks
 from saflex_jax.core.tree import gather, identity
@@ -112,6 +113,38 @@ def init(
         return Memory(jnp.zeros((rows, num_classes), dtype), visits)
     classes = jnp.zeros((rows, top), jnp.uint16 if num_classes <= 2**16 else jnp.int32)
     return TopMemory(classes, jnp.zeros((rows, top), dtype), jnp.zeros(rows), visits)
+
+
+def started(memory: Memory, beliefs: jax.Array, *, visits: int) -> Memory:
+    """The memory as if each sample had been visited so often, each time with the same scores.
+
+    >>> memory = started(init(num_samples=2, num_classes=2), jnp.eye(2), visits=3)
+    >>> _, mean = update(memory, jnp.array([0]), jnp.array([[5.0, 4.0]]), jnp.ones(1, bool))
+    >>> mean.tolist()  # the fourth visit
+    [[2.0, 1.0]]
+
+    Args:
+      memory: what `init` returned.
+      beliefs: scores, f32[N, K], of all samples.
+      visits: >= 1.
+
+    Raises:
+      ValueError: beliefs of another shape, a `TopMemory`, no visit.
+    """
+    checks.whole(1, visits=visits)
+    if not isinstance(memory, Memory):
+        raise ValueError(
+            f"memory must be one of all classes, top=None; given a {type(memory).__name__}"
+        )
+    rows, size = memory.mean.shape
+    if np.ndim(beliefs) != 2 or beliefs.shape[1] != size or not 0 <= rows - len(beliefs) < ROWS:
+        raise ValueError(
+            f"beliefs must have a row for each of the {rows - ROWS + 1} to {rows} samples and "
+            f"{size} classes; given {list(np.shape(beliefs))}"
+        )
+    own = slice(len(beliefs))
+    mean = memory.mean.at[own].set(jnp.asarray(beliefs).astype(memory.mean.dtype))
+    return Memory(mean, memory.visits.at[own].set(visits))
 
 
 def update(

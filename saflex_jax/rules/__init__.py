@@ -17,7 +17,7 @@ from saflex_jax.rules import (
     small_loss,
 )
 from saflex_jax.rules.base import AsGiven, RuleSpec
-from saflex_jax.rules.posterior import Posterior
+from saflex_jax.rules.posterior import Posterior, started
 from saflex_jax.rules.refinement import Refinement, ScoreRule
 from saflex_jax.rules.schedule import Schedule
 from saflex_jax.rules.scoring import Scored, Scoring
@@ -49,4 +49,5 @@ __all__ = [
     "Scoring",
     "Simplex",
     "VisitMean",
+    "started",
 ]

@@ -27,7 +27,10 @@ from saflex_jax.core.targets import prior_targets
 from saflex_jax.core.transition import Pairs
 from saflex_jax.core.tree import gather, on_all
 from saflex_jax.rules.visits import VisitMean
-from saflex_jax.types import Batch, RunInfo
+from saflex_jax.types import Batch, PyTree, RunInfo
+
+# A whole run of 500 batches of 256 visits each of 12,000 samples about as often.
+VISITS = 12
 
 
 class Beliefs(NamedTuple):
@@ -35,13 +38,14 @@ class Beliefs(NamedTuple):
 
     Attributes:
       memory: mean beliefs after a step over each sample's visits, f32[N, K].
-      agreement: probability of given labels, for the share of wrong ones.
+      agreement: probability of given labels, for the share of wrong ones; or that share, f32[],
+        where `started` told it.
       pairs: believed and given labels, for the classes that are confused.
       fits: of the powers of beliefs, f32[5], see `core.calibration`.
     """
 
     memory: Memory | TopMemory | None
-    agreement: Agreement | None
+    agreement: Agreement | jax.Array | None
     pairs: Pairs | None
     fits: jax.Array | None
 
@@ -132,7 +136,7 @@ class Posterior:
         if kept is not None:
             kept = self.memory.add(kept, candidates, self._visit(scored, reduce), rows, reduce)
         belief = self._belief(kept, scored, candidates, reduce)
-        if agreement is not None:
+        if isinstance(agreement, Agreement):
             agreement = self._agreement(agreement, belief, scored, streams, rows, reduce)
         if pairs is not None:
             pairs = self._pairs(pairs, belief, self._power(arrays), streams, rows, reduce)
@@ -216,6 +220,8 @@ class Posterior:
         if self.noise_rate is not None:
             return self.noise_rate
         assert arrays.agreement is not None  # `init` made it
+        if not isinstance(arrays.agreement, Agreement):
+            return arrays.agreement
         return posterior.estimate_noise_rate(
             arrays.agreement, candidates.labels.shape[1], num_trusted=self._num_known
         )
@@ -268,3 +274,49 @@ class Posterior:
         return posterior.add_agreement(
             agreement, reference, others, decay=self.agreement_decay, reduce=reduce
         )
+
+
+def started(
+    extra: PyTree, beliefs: jax.Array, *, noise_rate: float | None = None, visits: int = VISITS
+) -> PyTree:
+    """The arrays of a run whose rule starts from what others believe, such as an audit.
+
+    Its memory is as after `visits` visits at which the network believed so. Beliefs of heads that
+    did not see a sample's label (`Audit.beliefs`) keep a network from learning it before the rule
+    knows better.
+
+    >>> from saflex_jax.rules import Refinement, Scoring
+    >>> rule = Refinement(Scoring(), Posterior(RunInfo(num_samples=2, num_classes=2)))
+    >>> arrays = started(rule.init(jnp.zeros(3)), jnp.array([[0.75, 0.25], [0.5, 0.5]]))
+    >>> arrays.rule.memory.mean[:2].tolist()
+    [[0.75, 0.25], [0.5, 0.5]]
+
+    Args:
+      extra: `TrainState.extra` of a method with this rule, of before the first step.
+      beliefs: f32[N, K], rows with sum one, of all samples in the order of `Batch.index`.
+      noise_rate: eta, which the rule then does not estimate; None = it does.
+      visits: >= 1; so many of a sample's own visits weigh as much.
+
+    Raises:
+      ValueError: arrays without a `Posterior`, or of one without a memory of all classes; beliefs
+        of another shape, or no probabilities; a share outside [0, 1], or told twice.
+    """
+    own = [x for x in jax.tree.leaves(extra, is_leaf=_is_beliefs) if _is_beliefs(x)]
+    if len(own) != 1 or own[0].memory is None:
+        raise ValueError(
+            "extra must be arrays of a method whose rule is Posterior, with a run and a memory; "
+            f"given {jax.tree.structure(extra)}"
+        )
+    (arrays,) = own
+    checks.simplex(beliefs=beliefs)
+    changed = arrays._replace(memory=memory.started(arrays.memory, beliefs, visits=visits))
+    if noise_rate is not None:
+        checks.fraction(noise_rate=noise_rate)
+        if arrays.agreement is None:
+            raise ValueError(f"noise_rate must be None, for the rule has one; given {noise_rate}")
+        changed = changed._replace(agreement=jnp.float32(noise_rate))
+    return jax.tree.map(lambda x: changed if _is_beliefs(x) else x, extra, is_leaf=_is_beliefs)
+
+
+def _is_beliefs(x: PyTree) -> bool:
+    return isinstance(x, Beliefs)
