@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -104,6 +105,38 @@ def test_rows_divide_among_devices_and_the_surplus_stays_empty():
 def test_malformed_memories(sizes, dtype, message):
     with pytest.raises(ValueError, match=message):
         memory.init(*sizes, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", memory.DTYPES)
+@pytest.mark.parametrize("visits", [1, 7])
+def test_a_started_memory_is_as_after_so_many_equal_visits(visits, dtype):
+    means = beliefs(np.random.default_rng(0), N, K)
+    empty = visited = memory.init(N, K, dtype=dtype)
+    rows = np.arange(N, dtype=np.int32), means, np.ones(N, bool)
+    for _ in range(visits):
+        visited, _ = memory.update(visited, *rows, decay=0.99)
+    started = memory.started(empty, means, visits=visits)
+    np.testing.assert_array_equal(started.visits, visited.visits)
+    np.testing.assert_array_equal(started.mean[:N], jnp.asarray(means, dtype))
+    np.testing.assert_allclose(*(np.float32(m.mean) for m in (visited, started)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda m: memory.started(m, np.ones((N, K + 1)), visits=1), r"3 classes; given \[6, 4\]"),
+        (lambda m: memory.started(m, np.ones((1025, K)), visits=1), r"1 to 1024 samples"),
+        (lambda m: memory.started(m, np.ones(N), visits=1), r"given \[6\]"),
+        (lambda m: memory.started(m, np.ones((N, K)), visits=0), "visits .*>= 1; given 0"),
+        (
+            lambda m: memory.started(memory.init(N, K, top=1), np.ones((N, K)), visits=1),
+            "memory must be one of all classes, top=None; given a TopMemory",
+        ),
+    ],
+)
+def test_a_memory_that_cannot_be_started(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(memory.init(N, K))
 
 
 def test_a_reduce_that_only_averages_cannot_see_the_rows_of_others():

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import build, cleaning, task
 from experiments.configs import digits, sources
+from saflex_jax import parallel
 from saflex_jax.audit import Head
 from tests.experiments.task_test import config, forget, images, medmnist, prepared
 from tests.problems import softmax
@@ -157,20 +158,26 @@ def test_an_audit_keeps_samples_with_learned_labels():
     x, truth, given = blobs()
     trusted = 80
     given[-trusted:] = truth[-trusted:]
-    stay, labels = cleaning.cleaned("audit", x, given, 5, trusted=trusted, seed=0)
+    stay, labels, start = cleaning.cleaned("audit", x, given, 5, trusted=trusted, seed=0)
     assert stay.all() and labels.shape == (400, 5)  # one class has no sample
     assert (given != truth).mean() > 0.2 and (labels.argmax(1) == truth).mean() > 0.97
     np.testing.assert_array_equal(labels[-trusted:], np.eye(5)[truth[-trusted:]])
+    assert start is None
     # One audit for all arms.
     assert cleaning.cleaned("audit", x, given, 5, trusted=trusted, seed=0)[1] is labels
+    first = cleaning.cleaned("audit_first", x, given, 5, trusted=trusted, seed=0)
+    assert first.stay is stay and first.labels is given
+    assert (first.start.beliefs.argmax(1) == truth).mean() > 0.97
+    np.testing.assert_allclose(first.start.beliefs.sum(1), 1, atol=1e-5)
+    assert first.start.noise_rate == pytest.approx((given != truth)[:-trusted].mean(), abs=0.05)
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_goes_on_reads_what_its_audit_learned(tmp_path, monkeypatch):
     x, truth, given = blobs()
-    audited = functools.partial(cleaning.cleaned, "audit", x, trusted=80, seed=0, folder=tmp_path)
+    audited = functools.partial(cleaning.audited, x, trusted=80, seed=0, folder=tmp_path)
     monkeypatch.setattr(cleaning, "_CLEANED", {})
-    stay, labels = audited(given, 5)
+    stay, labels, start = audited(given, 5)
 
     def learns(*_, **__):
         raise RuntimeError("it learns")
@@ -181,6 +188,14 @@ def test_a_run_that_goes_on_reads_what_its_audit_learned(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again[0], stay)
     np.testing.assert_array_equal(again[1], labels)
     assert again[1].dtype == labels.dtype
+    np.testing.assert_array_equal(again.start.beliefs, start.beliefs)
+    assert again.start.noise_rate == start.noise_rate
+    # A file from before beliefs were kept.
+    with np.load(tmp_path / cleaning.FILE) as kept:
+        older = {name: kept[name] for name in ("of", "stay", "labels")}
+    np.savez(tmp_path / cleaning.FILE, **older)
+    cleaning._CLEANED.clear()
+    assert audited(given, 5).start is None
     with pytest.raises(RuntimeError, match="it learns"):  # of other labels
         audited(truth, 5)
 
@@ -189,9 +204,11 @@ def test_a_run_that_goes_on_reads_what_its_audit_learned(tmp_path, monkeypatch):
 def test_what_is_unlike_trusted_samples_goes():
     x, truth, _ = blobs()
     x[:80] -= 30
-    stay, labels = cleaning.cleaned("audit", x, truth, 4, trusted=150, seed=0)
+    stay, labels, _ = cleaning.cleaned("audit", x, truth, 4, trusted=150, seed=0)
     assert not stay[:80].any() and stay[80:].mean() > 0.9 and stay[-150:].all()
     assert labels is truth  # without evidence of wrong ones
+    first = cleaning.cleaned("audit_first", x, truth, 4, trusted=150, seed=0)
+    assert first.labels is truth and first.start is None
 
 
 @pytest.mark.usefixtures("quick")
@@ -219,6 +236,31 @@ def test_a_run_trains_on_what_an_audit_learned():
     trusted = build.run_info(found, made.pools).num_trusted
     assert trusted == 150
     np.testing.assert_array_equal(labels[-150:], plain.pools.candidates.labels[-150:])
+
+
+def test_a_rule_starts_from_what_an_audit_believes():
+    found = digits.get_config()
+    found.data = sources.section(
+        "digits", val=150, test=400, train=600, noise=0.4, train_on_val=True, cleaning="audit_first"
+    )
+    found.train.update(steps=4, log_every=2, checkpoint_every=4)
+    made = task.make_data(found)
+    found.data.cleaning = ""
+    plain = task.make_data(found)
+    found.data.cleaning = "audit_first"
+    np.testing.assert_array_equal(made.pools.candidates.labels, plain.pools.candidates.labels)
+    assert (made.start.beliefs.argmax(1) == made.clean_labels).mean() > 0.9
+    method = build.make_method(found, made.pools)
+    before = build.init_state(found, method, made.pools, made.start).extra.rule
+    np.testing.assert_array_equal(before.memory.mean[:750], made.start.beliefs)
+    # Over a run, the share stays as the audit told it.
+    runner = parallel.jit_runner(build.with_upstream(found, method).step)
+    result = build.fit(found, made, method, runner, progress=False)
+    assert result.state.extra.rule.agreement == np.float32(made.start.noise_rate)
+    assert result.history[-1]["noise_rate"] == pytest.approx(made.start.noise_rate)
+    assert (
+        np.asarray(result.state.extra.rule.memory.visits)[:750] >= before.memory.visits[0]
+    ).all()
 
 
 # --- in a run --------------------------------------------------------------------------------
@@ -288,6 +330,15 @@ def test_what_it_cannot_go_with(section, message):
     found = config("digits", **{"cleaning": "confident"} | section)
     with pytest.raises(ValueError, match=message):
         task.check(found.data)
+
+
+@pytest.mark.parametrize("rule", ["as_given", "saflex_paper"])
+def test_an_audit_starts_no_other_rule(rule):
+    found = digits.get_config()
+    found.method.rule = rule
+    found.data.cleaning = "audit_first"
+    with pytest.raises(ValueError, match=f"rule must be 'saflex' with data.cleaning=.*'{rule}'"):
+        build.check(found)
 
 
 def test_what_an_audit_cannot_read_names_the_option(monkeypatch):

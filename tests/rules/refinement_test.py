@@ -12,11 +12,20 @@ import optax
 import pytest
 
 from saflex_jax._compat import enable_x64
-from saflex_jax.core import calibration, parents, posterior, transition
+from saflex_jax.core import calibration, memory, parents, posterior, transition
 from saflex_jax.core.steps import init_state
 from saflex_jax.core.tree import identity
 from saflex_jax.methods import supervised
-from saflex_jax.rules import RULES, Posterior, Refinement, Schedule, Scoring, Simplex, VisitMean
+from saflex_jax.rules import (
+    RULES,
+    Posterior,
+    Refinement,
+    Schedule,
+    Scoring,
+    Simplex,
+    VisitMean,
+    started,
+)
 from saflex_jax.types import RunInfo, Streams, Trace
 from tests.problems import CLASSES, assert_close, softmax, with_logits
 from tests.rules.stepping import (
@@ -386,6 +395,49 @@ def test_a_given_noise_rate_is_taken_and_nothing_is_estimated():
     assert arrays.rule.agreement is None
     found, _, metrics = run(arrays, 0)
     assert metrics["noise_rate"][0] == 0.25 and (found.utility[:REAL] < 0.99).any()
+
+
+def test_a_rule_that_was_started_goes_on_as_after_equal_visits_and_keeps_the_told_share():
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(0), (POOL, CLASSES)))
+    rule = Refinement(GREEDY, Posterior(RUN, noise_rate=0.25))
+    arrays, run = runner(rule)
+    visited = arrays.rule
+    for _ in range(5):
+        kept, _ = memory.update(visited.memory, jnp.arange(POOL), probs, jnp.ones(POOL, bool))
+        visited = visited._replace(memory=kept)
+    wanted, _, _ = run(arrays._replace(rule=visited), 0)
+    found, _, _ = run(started(arrays, probs, visits=5), 0)
+    assert_close(found, wanted)
+    # The share: told at the start, or as an option.
+    estimating, run = runner(Refinement(GREEDY, Posterior(RUN)))
+    arrays = started(estimating, probs, noise_rate=0.25, visits=5)
+    for step in range(3):
+        told, arrays, metrics = run(arrays, step)
+        if step == 0:
+            assert_close(told, wanted)
+        assert metrics["noise_rate"][0] == arrays.rule.agreement == 0.25
+    # What is not told is estimated.
+    assert_close(started(estimating, probs).rule.agreement, estimating.rule.agreement)
+
+
+@pytest.mark.parametrize(
+    "rule, options, message",
+    [
+        (Posterior(), {}, "extra must be arrays of a method whose rule is Posterior, with a run"),
+        (Simplex(), {}, "extra must be arrays of a method whose rule is Posterior"),
+        (Posterior(RUN, memory=VisitMean(None)), {}, "with a run and a memory"),
+        (Posterior(RUN, memory=VisitMean(top=2)), {}, "memory must be one of all classes"),
+        (Posterior(RUN, noise_rate=0.1), {"noise_rate": 0.2}, "noise_rate must be None.*given 0.2"),
+        (Posterior(RUN), {"noise_rate": 1.2}, "noise_rate .*1.2"),
+        (Posterior(RUN), {"visits": 0}, "visits .*0"),
+        (Posterior(RUN), {"beliefs": np.ones((POOL, CLASSES))}, "beliefs must have rows >= 0 that"),
+        (Posterior(RUN), {"beliefs": np.eye(CLASSES + 1)}, "beliefs must have a row for each"),
+    ],
+)
+def test_what_cannot_be_started(rule, options, message):
+    probs = options.pop("beliefs", np.full((POOL, CLASSES), 1 / CLASSES))
+    with pytest.raises(ValueError, match=message):
+        started({"rule": rule.init()}, probs, **options)
 
 
 @pytest.mark.parametrize(
