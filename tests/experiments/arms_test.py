@@ -576,7 +576,7 @@ def test_members_go_apart_where_they_do_not_fit_one_program(monkeypatch):
 
     def make_data(config):
         rows = np.zeros(next(sizes), np.float32)
-        return SimpleNamespace(pools=[rows])
+        return SimpleNamespace(pools=[rows], start=None)
 
     monkeypatch.setattr(task, "make_data", make_data)
     monkeypatch.setattr(arms, "SWEEP_BYTES", 3 * 400)
@@ -619,7 +619,7 @@ def test_a_sweep_compiles_anew_for_other_options_and_not_for_other_seeds(monkeyp
         arms, "_compile_sweep", lambda *given: made.append(given) or ({0: 0}, 0, None)
     )
     monkeypatch.setattr(build, "fit_sweep", lambda *_, **__: stop)
-    data, compiled = [SimpleNamespace(pools=[np.zeros(3)])] * 2, {}
+    data, compiled = [SimpleNamespace(pools=[np.zeros(3)], start=None)] * 2, {}
 
     def sweep(*decays, seed=0):
         members = small_members([{"optimizer.weight_decay": d} for d in decays])
