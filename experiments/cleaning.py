@@ -87,7 +87,7 @@ def audited(
     Raises:
       ValueError: several processes; inputs of more than WIDEST numbers; as `audit`.
     """
-    x, name = matrix(inputs), "config.data.cleaning='audit'"
+    x, name = matrix(inputs), "the audit of config.data.cleaning"
     if jax.process_count() > 1:
         raise ValueError(f"{name} runs in one process; given {jax.process_count()}")
     if x.shape[1] > WIDEST:

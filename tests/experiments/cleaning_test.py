@@ -343,7 +343,7 @@ def test_an_audit_starts_no_other_rule(rule):
 
 def test_what_an_audit_cannot_read_names_the_option(monkeypatch):
     x, _, given = blobs()
-    name = "config.data.cleaning='audit'"
+    name = "the audit of config.data.cleaning"
     with pytest.raises(ValueError, match=f"{name}: there must be at least 10 samples"):
         cleaning.cleaned("audit", x[:8], given[:8], 4, trusted=0, seed=0)
     with pytest.raises(ValueError, match=f"{name} takes inputs of at most 16384 numbers"):
