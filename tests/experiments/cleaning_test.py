@@ -238,11 +238,13 @@ def test_a_run_trains_on_what_an_audit_learned():
     np.testing.assert_array_equal(labels[-150:], plain.pools.candidates.labels[-150:])
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_rule_starts_from_what_an_audit_believes():
     found = digits.get_config()
     found.data = sources.section(
         "digits", val=150, test=400, train=600, noise=0.4, train_on_val=True, cleaning="audit_first"
     )
+    found.augment, found.model = "identity", {"name": "mlp"}
     found.train.update(steps=4, log_every=2, checkpoint_every=4)
     made = task.make_data(found)
     found.data.cleaning = ""
