@@ -112,9 +112,8 @@ class Audit:
       outside: bool[N], flagged: unlike all trusted samples, so probably of no class.
       trusted: bool[N], as given.
       labels: f32[N, K], the learned soft labels.
-      beliefs: f32[N, K], what labels are learned from: beliefs of what did not see the given label
-        (of a trusted sample that all heads saw, theirs). A rule may start from them
-        (`rules.started`).
+      beliefs: f32[N, K], of heads that did not see the given label, or of your network; `labels`
+        follow from them, and a rule may start from them (`rules.started`).
       transition: f32[K, K], C_kj: how often class k is given as j.
       noise_rate: share of wrong labels, trusted samples and those outside left out.
       evidence: that labels are wrong, in standard errors: how much likelier labels as given are if
