@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -105,20 +105,25 @@ def audited(
             found = audit(x, labels, trusted=known, num_classes=num_classes, seed=seed)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        learned = Cleaned(~found.outside, labels)
+        stay = ~found.outside
         if found.evidence > SURE:
             start = Start(found.beliefs, found.noise_rate)
-            learned = Cleaned(~found.outside, found.labels, start)
-        _CLEANED[key] = learned
+            _CLEANED[key] = Cleaned(stay, found.labels, start)
+        else:
+            _CLEANED[key] = Cleaned(stay, labels)
         if folder is not None:
-            start = {} if learned.start is None else learned.start._asdict()
             with renamed(folder / FILE, sync=True) as part, part.open("wb") as file:
-                np.savez(file, of=repr(key), stay=learned.stay, labels=learned.labels, **start)
+                _write(file, _CLEANED[key], of=repr(key))
     return _CLEANED[key]
 
 
+def _write(file: BinaryIO, found: Cleaned, *, of: str) -> None:
+    start = {} if found.start is None else found.start._asdict()
+    np.savez(file, of=of, stay=found.stay, labels=found.labels, **start)
+
+
 def _read(learned: Mapping[str, np.ndarray]) -> Cleaned:
-    """What `audited` wrote; files from before it could start a rule have no beliefs."""
+    """What `_write` wrote; files from before rules could start have no beliefs."""
     start = None
     if "beliefs" in learned:
         start = Start(learned["beliefs"], float(learned["noise_rate"]))

@@ -495,8 +495,8 @@ def cleaned(
     config: ConfigDict, source: data.Source, inputs: Any, labels: np.ndarray, *, trusted: int,
     folder: pathlib.Path | None,
 ) -> tuple[np.ndarray, np.ndarray, cleaning.Start | None]:  # fmt: skip
-    """(rows that `config.data.cleaning` leaves, the last `trusted` ones among them; of these labels
-    and what a rule starts from).
+    """(rows that `config.data.cleaning` leaves, the last `trusted` ones among them; their labels;
+    what a rule starts from).
 
     Raises:
       ValueError: labels that are no classes.
@@ -594,8 +594,9 @@ def make_data(config: ConfigDict, folder: pathlib.Path | None = None) -> Data:
     start = None
     if section.cleaning:
         number = len(given) - len(split.train)
-        known = {"trusted": number, "folder": folder}
-        stay, given, start = cleaned(config, source, candidates, given, **known)
+        stay, given, start = cleaned(
+            config, source, candidates, given, trusted=number, folder=folder
+        )
         candidates = data.subset(candidates, stay)
         clean, outside, rows = clean[stay], outside[stay], rows[stay]
     if section.trusted_only:

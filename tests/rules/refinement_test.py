@@ -435,9 +435,9 @@ def test_a_rule_that_was_started_goes_on_as_after_equal_visits_and_keeps_the_tol
     ],
 )
 def test_what_cannot_be_started(rule, options, message):
-    probs = options.pop("beliefs", np.full((POOL, CLASSES), 1 / CLASSES))
+    given = {"beliefs": np.full((POOL, CLASSES), 1 / CLASSES)} | options
     with pytest.raises(ValueError, match=message):
-        started({"rule": rule.init()}, probs, **options)
+        started({"rule": rule.init()}, **given)
 
 
 @pytest.mark.parametrize(
