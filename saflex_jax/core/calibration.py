@@ -27,7 +27,7 @@ def no_fits() -> jax.Array:
     >>> float(best_power(no_fits(), 2, num_trusted=1000))
     2.0
     """
-    return jnp.zeros(len(POWERS))
+    return jnp.zeros(len(POWERS), jnp.float32)
 
 
 def add_fits(

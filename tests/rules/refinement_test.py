@@ -171,6 +171,9 @@ def test_the_kept_gradient_has_the_dtype_of_the_params(dtype, options):
         Refinement(Scoring(val_every=2), Simplex()),
         Refinement(Scoring(mode="finite_difference", chunk=3), Simplex(), Schedule(every=2)),
         Refinement(Scoring(), Posterior(TRUSTING), Schedule(start=1, every=2)),
+        Refinement(
+            Scoring(), Posterior(TRUSTING, learn_sharpness=True), Schedule(start=1, every=2)
+        ),
     ],
 )
 def test_steps_of_logits_in_bfloat16_and_of_an_f32_network_under_x64(rule, double):
