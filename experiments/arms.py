@@ -44,10 +44,10 @@ WITH_ELR = {
         "data": {"train_on_val": True},
     },
 }
-# The rule with the power of beliefs that it learns.
-CALIBRATED = {
-    "saflex_calibrated": {
-        "method": {"rule": "saflex", "saflex": {"rule": {"learn_sharpness": True}}},
+# The rule that squares beliefs, in the place of the power that it learns.
+SQUARED = {
+    "saflex_squared": {
+        "method": {"rule": "saflex", "saflex": {"rule": {"sharpness": 2.0}}},
         "data": {"train_on_val": True},
     },
 }

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments import tuning
-from experiments.arms import CALIBRATED, PLAIN, STANDING, WITH_ELR
+from experiments.arms import PLAIN, SQUARED, STANDING, WITH_ELR
 from experiments.configs import digits, methods, sources
 from experiments.feature_sets import corrupted_tag, feature_folder
 from experiments.suite_tasks import ALWAYS_THERE, WITH_COPIES, Task, generator
@@ -48,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "saflex_train_val": _arm(True, {"rule": "saflex"}),
     "saflex_paper": _arm(False, {"rule": "saflex_paper"}),
     "saflex_elr": WITH_ELR["saflex_elr"],
-    **CALIBRATED,
+    **SQUARED,
     "saflex_audit": _arm(True, data={"cleaning": "audit"}),
     "saflex_audit_elr": _arm(
         True, WITH_ELR["saflex_elr"]["method"], data={"cleaning": "audit_first"}

@@ -277,7 +277,7 @@ BASELINES = {
 TOLD = ("small_loss", "co_teaching")  # of these those that know the share of wrong labels
 # Of SAFLEX, beside those of arms.STANDING: what directs the learning, and the rule of the paper.
 # The first two are of the rule as it was when they ran; what this leaves out came later.
-_BEFORE = {"saflex": {"rule": {"by_class": False, "lookahead": 1.0}}}
+_BEFORE = {"saflex": {"rule": {"by_class": False, "lookahead": 1.0, "sharpness": 2.0}}}
 PROTOCOLS: dict[str, dict] = {
     "saflex_folds": {"data": {"train_on_val": True, "folds": 5}, "method": _BEFORE},
     "saflex_train_batch": {
@@ -302,8 +302,8 @@ def all_arms(noise: float, half: str) -> dict[str, dict]:
         if noise or name not in TOLD
     }
     with_elr = arms.WITH_ELR if noise else {}
-    calibrated = arms.CALIBRATED if half == "report" else {}  # chosen elsewhere
-    return {**arms.STANDING, **calibrated, **PROTOCOLS, **baselines, **with_elr}
+    squared = arms.SQUARED if half == "report" else {}
+    return {**arms.STANDING, **squared, **PROTOCOLS, **baselines, **with_elr}
 
 
 # Of a step, in those of the upstream pipeline, where batch statistics take a pass of their own.

@@ -28,7 +28,7 @@ import optax
 from saflex_jax import checks, models, parallel, train
 from saflex_jax.core import pooled, transition
 from saflex_jax.core.losses import masked_mean
-from saflex_jax.core.posterior import posterior_targets, sharpened
+from saflex_jax.core.posterior import USUAL, posterior_targets, sharpened
 from saflex_jax.data import PartStream, StackedStream, fit_scale
 from saflex_jax.data.seeds import generator
 from saflex_jax.data.sources import MOST_CLASSES
@@ -37,10 +37,10 @@ from saflex_jax.rules import Refinement, Scoring
 from saflex_jax.rules.posterior import Posterior
 from saflex_jax.types import Batch, Method, RunInfo, Streams
 
-# Powers of beliefs that are tried. Without trusted samples the rule's own: the likelihood cannot
+# Powers of beliefs that are tried. Without trusted samples the usual one: the likelihood cannot
 # tell a belief that is too flat from labels that are confused.
 SHARPNESS = 2.0 ** np.arange(-1, 2.01, 0.25)
-UNTOLD = np.array([Posterior().sharpness])
+UNTOLD = np.array([USUAL])
 RIDGES = np.array([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # tried for typicality
 FALSE = 0.07  # share of the samples flagged as outside that may be inside
 VAL = 32  # trusted samples of a step, which say how frequent classes are
@@ -381,7 +381,8 @@ def _method(run: RunInfo, head: Head, doubts: bool) -> Method:
     network = models.Classifier(models.MLP(tuple(head.widths)), run.num_classes)
     schedule = optax.cosine_decay_schedule(head.learning_rate, head.steps)
     tx = optax.adamw(schedule, weight_decay=head.weight_decay)
-    rule = Refinement(Scoring("identity"), Posterior(run, lookahead=0.0)) if doubts else None
+    posterior = Posterior(run, lookahead=0.0, sharpness=USUAL)
+    rule = Refinement(Scoring("identity"), posterior) if doubts else None
     options = elr.Options(strength=head.strength, enough=0.0)
     return elr.make(models.from_linen(network), tx, options, rule=rule, run=run)
 

@@ -7,11 +7,13 @@ through the transition matrix: temperature scaling that knows of wrong labels.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from saflex_jax import checks
-from saflex_jax.core.posterior import SHARPEST, checked_noise, elsewhere, sharpened
+from saflex_jax.core.posterior import USUAL, checked_noise, elsewhere, sharpened
 from saflex_jax.core.tree import identity
 from saflex_jax.types import Reduce
 
@@ -87,16 +89,14 @@ def add_fits(
     return jnp.where(jnp.any(wrong > 0), decay * fits + (1 - decay) * added, fits)
 
 
-def best_power(
-    fits: jax.Array, num_classes: int, *, num_trusted: int, usual: float = 2.0
-) -> jax.Array:
+def best_power(fits: jax.Array, num_classes: int, *, num_trusted: int) -> jax.Array:
     """The power of beliefs that the given labels speak for, f32[].
 
         a = u (a* / u)^(M / (M + 5 K))
 
-    u is the usual power. a* has the largest fit, on the parabola through the best of POWERS and its
-    neighbours, in [1, 4]; where that has no maximum, it is the best of them. It is only as good as
-    the share of wrong labels that M trusted samples gave. Without any fit, a = u.
+    u is `posterior.USUAL`. a* has the largest fit, on the parabola through the best of POWERS and
+    its neighbours, in [1, 4]; where that has no maximum, it is the best of them. It is only as good
+    as the share of wrong labels that M trusted samples gave. Without any fit, a = u.
 
     >>> round(float(best_power(-jnp.arange(5.0) ** 2, 2, num_trusted=10**6)), 3)
     1.0
@@ -107,17 +107,15 @@ def best_power(
       fits: see `add_fits`.
       num_classes: K >= 2.
       num_trusted: M >= 0, number of different trusted samples.
-      usual: u in (0, 8].
 
     Raises:
-      ValueError: K, M or a concrete u out of range.
+      ValueError: K or M out of range.
 
     Source: this project's (docs/results.md); one power of all beliefs is temperature scaling,
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     checks.whole(2, num_classes=num_classes)
     checks.whole(num_trusted=num_trusted)
-    checks.at_most(SHARPEST, usual=usual)
     powers = jnp.log(jnp.asarray(POWERS, fits.dtype))
     most = jnp.argmax(fits)
     place = jnp.clip(most, 1, len(POWERS) - 2)
@@ -127,5 +125,5 @@ def best_power(
     best = powers[place] + jnp.clip(shift, -1, 1) * (powers[1] - powers[0])
     at_end = (curve >= 0) & (jnp.maximum(below, above) > here)  # else all three are level
     best = jnp.where(at_end, powers[most], best)
-    start, weight = jnp.log(usual), num_trusted / (num_trusted + WEIGHT * num_classes)
-    return jnp.where(jnp.all(fits == 0), usual, jnp.exp(start + weight * (best - start)))
+    start, weight = math.log(USUAL), num_trusted / (num_trusted + WEIGHT * num_classes)
+    return jnp.where(jnp.all(fits == 0), USUAL, jnp.exp(start + weight * (best - start)))

@@ -20,6 +20,9 @@ from saflex_jax.types import Reduce, Targets
 # The largest power of beliefs that is taken. Of K classes the largest p^a may be K^-a, and below
 # 1e-38 it is 0 in f32: the belief would be lost.
 SHARPEST = 8.0
+# The power of beliefs where nothing tells a better one: networks trained on wrong labels, and
+# averages over a network's past, are underconfident.
+USUAL = 2.0
 # The network must be better than chance by this much before it is asked who is wrong.
 _LEAST = 0.05
 
@@ -184,7 +187,7 @@ def posterior_targets(
     probs: jax.Array,
     noise: float | jax.Array,
     *,
-    sharpness: float = 2.0,
+    sharpness: float = USUAL,
     trusted: jax.Array | None = None,
     mask: jax.Array | None = None,
     reduce: Reduce = identity,
@@ -221,8 +224,7 @@ def posterior_targets(
       probs: p, f32[B, K], >= 0; a row of zeros = nothing is known, the label stays as given.
       noise: eta, f32[] in [0, 1], see `estimate_noise_rate`; or C, f32[K, K] >= 0, see
         `core.transition.likelihood`. Only the ratios within a column of C matter.
-      sharpness: a in (0, SHARPEST]. Networks trained on wrong labels, and averages over a network's
-        past, are underconfident; 1 takes them as they are.
+      sharpness: a in (0, SHARPEST], power of beliefs, see USUAL; 1 takes them as they are.
       trusted: bool[B]; True rows stay as given, weight one. None = no row.
       mask: bool[B]; False rows get weight 0.
       reduce: mean over the data-parallel axis.

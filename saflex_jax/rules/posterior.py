@@ -61,8 +61,8 @@ class Posterior:
     out makes them harder, being unaugmented easier.
 
     >>> rule = Posterior(RunInfo(num_samples=1000, num_classes=10), noise_rate=0.3)
-    >>> rule.sharpness
-    2.0
+    >>> rule.by_class
+    True
 
     Attributes:
       run: what is known about the run; None = no memory and no trusted samples.
@@ -74,9 +74,8 @@ class Posterior:
         trusted samples, a shorter step. Where the run does not know M, it is the number of the
         step's validation samples, over all devices and without padding.
       sharpness: in (0, 8], power of beliefs before Bayes' rule, see
-        `core.posterior.posterior_targets`.
-      learn_sharpness: learn the power from the given labels (`core.calibration`), from `sharpness`
-        on; needs a `run` with trusted samples.
+        `core.posterior.posterior_targets`. None = where trusted samples train, learn it from the
+        given labels, from 2 on (`core.calibration`); else 2.
       agreement_decay: in [0, 1), of the estimates of eta, C and the power.
       by_class: learn which classes are confused, K x K numbers; needs `run`. False = all wrong
         labels are equally likely.
@@ -89,8 +88,7 @@ class Posterior:
     run: RunInfo | None = None
     noise_rate: float | None = None
     lookahead: float | None = None
-    sharpness: float = 2.0
-    learn_sharpness: bool = False
+    sharpness: float | None = None
     agreement_decay: float = 0.99
     by_class: bool = True
     memory: VisitMean = VisitMean()
@@ -100,7 +98,8 @@ class Posterior:
             checks.fraction(noise_rate=self.noise_rate)
         if self.lookahead is not None:
             checks.amount(lookahead=self.lookahead)
-        checks.at_most(posterior.SHARPEST, sharpness=self.sharpness)
+        if self.sharpness is not None:
+            checks.at_most(posterior.SHARPEST, sharpness=self.sharpness)
         checks.decay(agreement_decay=self.agreement_decay)
         run = self.run
         if run is None and self.memory != VisitMean():
@@ -114,11 +113,6 @@ class Posterior:
                     f"num_trusted must be at most num_samples = {run.num_samples}; "
                     f"given {run.num_trusted}"
                 )
-        if self.learn_sharpness and not self._num_known:
-            raise ValueError(
-                f"learn_sharpness needs a run with num_trusted or num_val; given {run}. Without "
-                "trusted samples nobody knows how many labels are wrong"
-            )
 
     def init(self):
         """See `ScoreRule`."""
@@ -127,7 +121,7 @@ class Posterior:
             self.memory.init(run),
             posterior.no_agreement() if self.noise_rate is None else None,
             transition.no_pairs(run.num_classes // run.blocks) if self._by_class else None,
-            calibration.no_fits() if self.learn_sharpness else None,
+            calibration.no_fits() if self._learns_sharpness else None,
         )
 
     def update(self, arrays, scored, streams, *, reduce):
@@ -160,7 +154,7 @@ class Posterior:
         """`posterior_targets` of the beliefs; the prior while nothing is known."""
         noise_rate, power = self._noise_rate(arrays, candidates), self._power(arrays)
         metrics = {"noise_rate": (noise_rate * jnp.ones(()), jnp.ones(()))}
-        if self.learn_sharpness:
+        if arrays.fits is not None:
             metrics["sharpness"] = power, jnp.ones(())
         if scored is None and arrays.memory is None:
             return prior_targets(candidates.labels, candidates.mask), metrics
@@ -185,6 +179,10 @@ class Posterior:
         if self.run is None:
             return 0
         return self.run.num_trusted // self.run.views or self.run.num_val
+
+    @property
+    def _learns_sharpness(self) -> bool:
+        return self.sharpness is None and self._num_trusted > 0
 
     @property
     def _by_class(self) -> bool:
@@ -240,13 +238,12 @@ class Posterior:
     def _power(self, arrays: Beliefs) -> float | jax.Array:
         """Of beliefs: as given, or as learned so far."""
         if arrays.fits is None:
-            return self.sharpness
-        assert self.run is not None  # see `__post_init__`
+            return posterior.USUAL if self.sharpness is None else self.sharpness
+        assert self.run is not None  # or no sample is trusted
         return calibration.best_power(
             arrays.fits,
             self.run.num_classes // self.run.blocks,
             num_trusted=self._num_known,
-            usual=self.sharpness,
         )
 
     def _pairs(self, pairs, belief, power, streams, rows, reduce) -> Pairs:

@@ -9,6 +9,7 @@ import pytest
 
 from saflex_jax.core import calibration
 from saflex_jax.core.calibration import POWERS
+from saflex_jax.core.posterior import USUAL
 from saflex_jax.core.tree import Mean
 from tests.problems import hard_labels, soft_labels
 
@@ -138,7 +139,7 @@ def test_where_the_parabola_has_no_maximum_the_best_power_is_one_that_was_tried(
 def test_of_few_trusted_samples_it_is_near_the_usual_one():
     found = [peaked(1.0, number) for number in (0, 10, 5 * CLASSES, 1000)]
     assert found == sorted(found, reverse=True)
-    assert calibration.best_power(calibration.no_fits(), CLASSES, num_trusted=9, usual=1.5) == 1.5
+    assert calibration.best_power(calibration.no_fits(), CLASSES, num_trusted=9) == USUAL
     assert found[0] == 2 and found[2] == pytest.approx(2**0.5) and found[3] < 1.02
 
 

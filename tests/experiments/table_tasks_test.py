@@ -41,7 +41,7 @@ def test_every_arm_is_one_that_runs(name):
     found = suite.configs(t, "")
     fitted = {"logistic", "boosted_trees", "boosted_trees_stopped"}
     of_noise = {"small_loss", "elr", "saflex_elr"} if t.noise else set()
-    ours = {*arms.STANDING, *arms.CALIBRATED}
+    ours = {*arms.STANDING, *arms.SQUARED}
     assert {*found} == {*ours, *fitted, "early_stopping", *of_noise}
     assert {a for a, c in found.items() if c.model.name != t.config.model.name} == fitted
     assert {c.method.rule for a, c in found.items() if "saflex" in a} == {"saflex"}

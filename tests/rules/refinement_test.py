@@ -171,9 +171,6 @@ def test_the_kept_gradient_has_the_dtype_of_the_params(dtype, options):
         Refinement(Scoring(val_every=2), Simplex()),
         Refinement(Scoring(mode="finite_difference", chunk=3), Simplex(), Schedule(every=2)),
         Refinement(Scoring(), Posterior(TRUSTING), Schedule(start=1, every=2)),
-        Refinement(
-            Scoring(), Posterior(TRUSTING, learn_sharpness=True), Schedule(start=1, every=2)
-        ),
     ],
 )
 def test_steps_of_logits_in_bfloat16_and_of_an_f32_network_under_x64(rule, double):
@@ -213,6 +210,7 @@ def test_the_posterior_rule_averages_beliefs_after_a_step_and_estimates_the_nois
     rule = Posterior(
         RUN._replace(num_trusted=trusted),
         lookahead=lookahead,
+        sharpness=2.0,
         agreement_decay=forget,
         memory=VisitMean(decay),
     )
@@ -303,7 +301,7 @@ def test_what_is_known_of_parents_reaches_mixed_rows_and_only_whole_rows_are_rem
         return Streams(traced(candidates, *(same if whole else (partner, share))), val)
 
     run = RUN._replace(num_trusted=6)
-    rule = Posterior(run, noise_rate=0.4, by_class=False, memory=VisitMean(0.9))
+    rule = Posterior(run, noise_rate=0.4, sharpness=2.0, by_class=False, memory=VisitMean(0.9))
     arrays, run = runner(Refinement(GREEDY, rule), streams=streams)
     _, arrays, _ = run(arrays, 0)
     first = np.array(arrays.rule.memory.mean)
@@ -352,9 +350,7 @@ def test_scores_of_whole_rows_are_remembered_and_reach_mixed_rows_through_their_
 def test_a_learned_sharpness_is_used_as_a_given_one_would_be(monkeypatch):
     monkeypatch.setattr(calibration, "best_power", lambda *args, **options: jnp.float32(1.5))
     streams = functools.partial(right_streams_of, trusted=3)
-    learned, run_learned = runner(
-        Refinement(GREEDY, Posterior(TRUSTING, learn_sharpness=True)), streams=streams
-    )
+    learned, run_learned = runner(Refinement(GREEDY, Posterior(TRUSTING)), streams=streams)
     given, run_given = runner(
         Refinement(GREEDY, Posterior(TRUSTING, sharpness=1.5)), streams=streams
     )
@@ -367,9 +363,20 @@ def test_a_learned_sharpness_is_used_as_a_given_one_would_be(monkeypatch):
         assert (metrics["sharpness"][0], metrics["sharpness"][1]) == (1.5, 1)
 
 
+def test_without_trusted_samples_that_train_beliefs_are_squared():
+    held_out = RUN._replace(num_val=9)
+    arrays, run = runner(Refinement(GREEDY, Posterior(held_out)))
+    squared, run_squared = runner(Refinement(GREEDY, Posterior(held_out, sharpness=2.0)))
+    for step in range(4):
+        found, arrays, metrics = run(arrays, step)
+        wanted, squared, _ = run_squared(squared, step)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert arrays.rule.fits is None and "sharpness" not in metrics
+
+
 def test_sharpness_is_learned_from_remembered_beliefs_of_whole_rows_that_are_not_trusted():
     streams = functools.partial(right_streams_of, trusted=3)
-    rule = Posterior(TRUSTING, learn_sharpness=True, noise_rate=0.3, agreement_decay=0.9)
+    rule = Posterior(TRUSTING, noise_rate=0.3, agreement_decay=0.9)
     arrays, run = runner(Refinement(GREEDY, rule), streams=streams)
 
     @jax.jit
@@ -452,7 +459,6 @@ def test_what_cannot_be_started(rule, options, message):
         (lambda: Posterior(noise_rate="0.4"), "noise_rate .*'0.4'"),
         (lambda: Posterior(sharpness=0.0), "sharpness .*0.0"),
         (lambda: Posterior(sharpness=16.0), r"sharpness must lie in \(0, 8\]; given 16.0"),
-        (lambda: Posterior(RUN, learn_sharpness=True), "learn_sharpness needs a run with num_tr"),
         (lambda: Posterior(agreement_decay=1.0), "agreement_decay .*1.0"),
         (lambda: Posterior(memory=VisitMean(0.5)), "memory needs run"),
         (lambda: Posterior(RunInfo(0, CLASSES)), "num_samples .*0"),
