@@ -69,6 +69,8 @@ def test_every_point_is_tried_on_other_seeds_and_on_as_many_samples_as_are_trust
     assert (
         tried["adult_mlp"].config.data.train == 3800 and tried["heart_mlp"].config.data.train == 0
     )
+    seeds = {name: of_task.seeds for name, of_task in tried.items()}
+    assert [seeds[name] for name in ("heart_mlp", "heart_mlp_20", "adult_ft")] == [5, 2, 2]
     config = tried["wdbc_mlp_40"].config
     made, final = task.make_data(config), task.make_data(TASKS["wdbc_mlp_40"].config)
     assert len(made.test.labels) == 113
