@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pathlib
@@ -78,12 +79,13 @@ def configs(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _changed(config: ConfigDict, arm: str, changes: dict) -> ConfigDict:
-    changed = config.copy_and_resolve_references()
+    changed = copy.deepcopy(config)  # with the type of a field that is None, until it has a value
     changed.unlock()  # an unknown field is named by the check, with the nearest known one
     try:
         if "name" in changes.get("model", {}):
             changed.model = {}  # the fields of another network are not this one's
         changed.update(changes)
+        changed = changed.copy_and_resolve_references()
         if "seed" in changes:
             raise ValueError("all arms run on the comparison's seeds")
         build.check(changed)

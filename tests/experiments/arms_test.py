@@ -52,7 +52,7 @@ def test_arms_are_changes_of_the_config_in_the_order_written():
     changes = {
         "second": {"augment": "flip(0.5)"},
         "first": {"method": {"rule": "as_given"}, "model": {"widths": [5, 6]}},
-        "a": {"method": {"saflex": {"rule": {"agreement_decay": 0, "memory": {"decay": 0.5}}}}},
+        "a": {"method": {"saflex": {"rule": {"sharpness": 1, "memory": {"decay": 0.5}}}}},
     }
     config = tiny(arms=changes)
     before = config.to_json()
@@ -71,7 +71,7 @@ def test_arms_are_changes_of_the_config_in_the_order_written():
         assert build.settings(found[arm]) == {k: v for k, v in changed.items() if k != "arms"}
     assert found["first"].model.widths == (5, 6)
     rule = found["a"].method.saflex.rule
-    assert rule.memory.decay == 0.5 and isinstance(rule.agreement_decay, float)
+    assert rule.memory.decay == 0.5 and isinstance(rule.sharpness, float)
     assert config.method.saflex.rule.memory.decay == 0.97
 
 
