@@ -302,7 +302,7 @@ def all_arms(noise: float, half: str) -> dict[str, dict]:
         if noise or name not in TOLD
     }
     with_elr = arms.WITH_ELR if noise else {}
-    squared = arms.SQUARED if half == "report" else {}
+    squared = arms.SQUARED if half == "report" else {}  # where the learned power was judged
     return {**arms.STANDING, **squared, **PROTOCOLS, **baselines, **with_elr}
 
 
